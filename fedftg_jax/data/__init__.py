@@ -1,0 +1,1 @@
+"""Data sets, partitions, schedules, and clients as an index table."""

@@ -1,0 +1,295 @@
+"""The engine: one round for any method, and a jitted scan of rounds.
+
+Rules kept here once, for every method:
+- Clients of a round are stacked and trained in parallel. What the server sends
+  is closed over, never copied along the client axis.
+- A client that was not selected, or did not arrive, keeps its slot and its
+  uplink state bitwise. Padding slots carry client id N and are dropped.
+- A round in which nobody arrives leaves the model and the server slot as they
+  were.
+- A schedule row that selects nobody at all (only padding) is no round: it costs
+  nothing and changes nothing. Chunks are padded with such rows to equal length,
+  so that a whole run is traced once.
+"""
+
+import functools
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedftg_jax import keys, losses, trees
+from fedftg_jax.base import (
+    Cohort, Data, Federation, Info, LossAux, Method, Model, NO_LIMIT, Objective,
+    Received, State, View)
+
+WEIGHTINGS = ('examples', 'uniform')
+
+
+def federation(
+    model: Model,
+    method: Method,
+    solver: Callable,
+    num_clients: int,
+    *,
+    weighting: str = 'examples',
+    uplink: optax.GradientTransformation = optax.identity(),
+    client_chunk: int = 0,
+    public=(),
+) -> Federation:
+  """Builds the simulation of `method` with `solver` on `num_clients` clients.
+
+  Args:
+    model: the classifier.
+    method: what the algorithm adds to a round, see `base.Method` and `chain`.
+    solver: local training, see `solvers`.
+    num_clients: N.
+    weighting: how clients count in means: by their number of 'examples', or
+      'uniform' over those that arrived.
+    uplink: codes the parameters' change on its way up (state kept per client;
+      gets a `key` if it takes one).
+    client_chunk: how many clients are stacked at once; 0 for all.
+    public: unlabelled data that the server holds, passed to `update`.
+
+  Returns:
+    The pair of `init` and `round`, and `traffic`.
+
+  Raises:
+    ValueError: for a value out of range.
+  """
+  if num_clients < 1:
+    raise ValueError(f'num_clients must be at least 1, got {num_clients}.')
+  if weighting not in WEIGHTINGS:
+    raise ValueError(f'weighting must be one of {WEIGHTINGS}, got {weighting!r}.')
+  if client_chunk < 0:
+    raise ValueError(
+        f'client_chunk must be 0 (all at once) or more, got {client_chunk}.')
+  uplink = optax.with_extra_args_support(uplink)
+
+  def init(key):
+    key_model, key_method = jax.random.split(key)
+    variables = model.init(key_model)
+    shared, own = method.init(key_method, variables)
+    slots = own, uplink.init(variables.params)
+    return State(
+        variables, shared, trees.stack(slots, num_clients), jnp.int32(0))
+
+  def run_client(state, flat, base_key, shared, row):
+    client, (own, uplink_state), index, count, share, slot = row
+    key = keys.client_keys(base_key, state.round, client.client_id)
+    start = method.start(state.variables, state.shared, own, slot, key.start)
+    view = View(
+        start, shared, own, Data(*flat, index, count), client.client_id,
+        share, state.round, jnp.where(client.arrived, client.num_steps, 0))
+    objective = Objective(
+        functools.partial(_local_loss, model, method, view),
+        method.decay(view))
+    local = solver(objective, view, key.solve)
+    own, message = method.upload(view, local, objective, key.upload)
+    delta = jax.tree.map(jnp.subtract, local.variables, start)
+    coded, uplink_state = uplink.update(
+        delta.params, uplink_state, start.params, key=key.encode)
+    return ((own, uplink_state), start, delta._replace(params=coded), message,
+            local.num_steps, local.metrics)
+
+  def train_cohort(state, data, cohort, base_key):
+    """Runs the cohort's clients; everything returned has leading axis [S]."""
+    count = data.count.astype(jnp.result_type(float))
+    share = num_clients * count / jnp.maximum(jnp.sum(count), 1)
+    slots, index, count, share = trees.gather(
+        (state.clients, data.index, data.count, share), cohort.client_id)
+    count = jnp.where(cohort.client_id < num_clients, count, 0)
+    one = functools.partial(
+        run_client, state, (data.x, data.y), base_key,
+        method.broadcast(state.shared))
+    num_slots = cohort.client_id.shape[0]
+    rows = cohort, slots, index, count, share, jnp.arange(num_slots)
+    if 0 < client_chunk < num_slots:
+      outputs = jax.lax.map(one, rows, batch_size=client_chunk)
+    else:
+      outputs = jax.vmap(one)(rows)
+    return outputs, count, share
+
+  def round_(state, data, cohort, key):
+    (slots, start, delta, message, num_steps, local_metrics), count, share = (
+        train_cohort(state, data, cohort, key))
+    mass = cohort.arrived * (count if weighting == 'examples' else 1.)
+    weight = mass / jnp.maximum(jnp.sum(mass), 1)
+    received = Received(
+        start, delta, message, weight, share, cohort.arrived, num_steps,
+        state.round, num_clients, public)
+    average = plain_average(state.variables, received)
+    variables, shared, info = method.update(
+        state.variables, state.shared, received,
+        keys.server_key(key, state.round))
+    anybody = jnp.any(cohort.arrived)
+    variables, shared = trees.where(
+        anybody, (variables, shared), (state.variables, state.shared))
+    written = jnp.where(cohort.arrived, cohort.client_id, num_clients)
+    metrics = {
+        **info.metrics,
+        **{name: jnp.where(anybody, jnp.sum(weight * value), jnp.nan)
+           for name, value in local_metrics.items()},
+        'num_selected': jnp.sum(cohort.client_id < num_clients),
+        'num_arrived': jnp.sum(cohort.arrived),
+    }
+    models = {'average': average, **{
+        name: trees.where(anybody, m, state.variables)
+        for name, m in info.models.items()}}
+    return State(variables, shared, trees.scatter(state.clients, written, slots),
+                 state.round + 1), Info(metrics, models)
+
+  def traffic(state, data):
+    """Bytes that one selected client gets, and one that arrives sends."""
+    row = jax.tree.map(lambda a: a[:1], Cohort(*jnp.zeros((3, 1), jnp.int32)))
+    message = jax.eval_shape(
+        lambda s, d: train_cohort(
+            s, d, row._replace(arrived=row.arrived > 0), jax.random.key(0))[0],
+        state, data)[3]
+    model_bytes = trees.num_bytes(state.variables)
+    down = trees.num_bytes(jax.eval_shape(method.broadcast, state.shared))
+    return model_bytes + down, model_bytes + trees.num_bytes(message)
+
+  return Federation(init, round_, traffic)
+
+
+def _local_loss(model, method, view, variables, batch, key):
+  """Cross-entropy over the valid examples, plus the method's penalty."""
+  output = model.apply(variables, batch.x, mask=batch.mask, train=True)
+  cross_entropy = losses.cross_entropy(output.logits, batch.y, batch.mask)
+  penalty = method.penalty(variables, output, batch, view, key)
+  return cross_entropy + penalty, LossAux(output.stats, cross_entropy)
+
+
+def plain_average(variables, received: Received):
+  """Weighted mean of the received models; `variables` if nobody arrived."""
+  mean = trees.weighted_mean(received.models, received.weight)
+  return trees.where(jnp.any(received.arrived), mean, variables)
+
+
+def over_seeds(fed: Federation) -> Federation:
+  """The same simulation for several seeds at once.
+
+  Keys and every leaf of the state get a leading axis [R]; data and schedule are
+  shared.
+  """
+  return Federation(
+      jax.vmap(fed.init), jax.vmap(fed.round, in_axes=(0, None, None, 0)),
+      fed.traffic)
+
+
+def run(
+    fed: Federation,
+    state: State,
+    data: Data,
+    schedule: Cohort,
+    key: jax.Array,
+    *,
+    every: int | None = None,
+    callback: Callable | None = None,
+) -> tuple[State, dict[str, np.ndarray]]:
+  """Runs the rounds of `schedule`: one jitted scan, in chunks of `every`.
+
+  Args:
+    fed: from `federation` (or `over_seeds`).
+    state: where to begin. Its buffers are donated: do not use it afterwards.
+    data: all clients' data.
+    schedule: rows to run, every leaf [T, S]; checked by `check_schedule`.
+    key: base key of the training, the same for every call of one run.
+    every: rounds per chunk; None for one chunk.
+    callback: called after each chunk with (rounds of this call done, state,
+      Info of the chunk: metrics as NumPy arrays over its rounds, models of its
+      last round). The state is donated to the next chunk: copy what must last.
+
+  Returns:
+    The last state, and the metrics of all rounds as NumPy arrays.
+
+  Raises:
+    ValueError: for an invalid schedule, or `every` below 1.
+  """
+  num_rounds = len(schedule.client_id)
+  every = every or max(num_rounds, 1)
+  if every < 1:
+    raise ValueError(f'every must be at least 1, got {every}.')
+  num_clients = data.count.shape[0]
+  schedule = check_schedule(schedule, num_clients)
+  history = []
+  for first in range(0, num_rounds, every):
+    rows = jax.tree.map(lambda a: a[first:first + every], schedule)
+    length = len(rows.client_id)
+    rows = _pad_rounds(rows, every - length, num_clients)
+    state, info = _scan_rounds(fed, state, data, rows, key, num_clients)
+    metrics = {name: np.moveaxis(np.asarray(value), 0, -1)[..., :length]
+               for name, value in info.metrics.items()}
+    history.append(metrics)
+    if callback is not None:
+      callback(first + length, state, Info(metrics, info.models))
+  return state, {name: np.concatenate([h[name] for h in history], -1)
+                 for name in (history[0] if history else {})}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=(1,))
+def _scan_rounds(fed, state, data, rows, key, num_clients):
+  """Scan of rounds; metrics [T, ...], models of the last round."""
+  blank = jax.tree.map(
+      lambda a: jnp.zeros(a.shape, a.dtype),
+      jax.eval_shape(fed.round, state, data,
+                     jax.tree.map(lambda a: a[0], rows), key)[1])
+
+  def one(carry, cohort):
+    def go():
+      state, info = fed.round(carry[0], data, cohort, key)
+      return (state, info.models), info.metrics
+
+    somebody = jnp.any(cohort.client_id < num_clients)
+    return jax.lax.cond(somebody, go, lambda: (carry, blank.metrics))
+
+  (state, models), metrics = jax.lax.scan(one, (state, blank.models), rows)
+  return state, Info(metrics, models)
+
+
+def _pad_rounds(rows: Cohort, num_rows: int, num_clients: int) -> Cohort:
+  """Adds rows that select nobody."""
+  shape = num_rows, rows.client_id.shape[1]
+  blank = Cohort(np.full(shape, num_clients, np.int32), np.zeros(shape, bool),
+                 np.zeros(shape, np.int32))
+  return jax.tree.map(lambda a, b: np.concatenate([a, b]), rows, blank)
+
+
+def check_schedule(schedule: Cohort, num_clients: int) -> Cohort:
+  """Validates a schedule and sorts its rows by client id.
+
+  Args:
+    schedule: every leaf [T, S]; ids in [0, N], where N is padding.
+    num_clients: N.
+
+  Returns:
+    The same as NumPy arrays of the right types; padding never arrives.
+
+  Raises:
+    ValueError: for a wrong shape, an id out of range or a client that is twice
+      in one round, with the round.
+  """
+  ids = np.asarray(schedule.client_id)
+  if ids.ndim != 2:
+    raise ValueError(
+        f'a schedule has shape [rounds, cohort], got {ids.shape}.')
+  arrived = np.broadcast_to(np.asarray(schedule.arrived, bool), ids.shape)
+  num_steps = np.broadcast_to(np.asarray(schedule.num_steps), ids.shape)
+  outside = (ids < 0) | (ids > num_clients)
+  if outside.any():
+    t, s = np.argwhere(outside)[0]
+    raise ValueError(
+        f'client {ids[t, s]} in round {t} of the schedule: ids are 0 to '
+        f'{num_clients - 1} ({num_clients} is padding).')
+  order = np.argsort(ids, axis=1, kind='stable')
+  ids, arrived, num_steps = (
+      np.take_along_axis(a, order, 1) for a in (ids, arrived, num_steps))
+  twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < num_clients)
+  if twice.any():
+    t, s = np.argwhere(twice)[0]
+    raise ValueError(f'client {ids[t, s]} is twice in round {t} of the schedule.')
+  return Cohort(ids.astype(np.int32), arrived & (ids < num_clients),
+                np.minimum(num_steps, NO_LIMIT).astype(np.int32))

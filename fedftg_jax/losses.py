@@ -1,0 +1,52 @@
+"""Losses: pure functions of arrays, per example or as masked means."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def masked_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  """Mean of `values` [B] where `mask` [B] holds; 0 if it holds nowhere."""
+  if mask is None:
+    return jnp.mean(values)
+  chex.assert_equal_shape([values, mask])
+  return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+  """Mean cross-entropy of `logits` [B, C] against integer `labels` [B]."""
+  chex.assert_rank([logits, labels], [2, 1])
+  return masked_mean(
+      optax.softmax_cross_entropy_with_integer_labels(logits, labels), mask)
+
+
+def kl_divergence(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
+  """KL(softmax(target_logits) || softmax(logits)) per example, [..., B]."""
+  chex.assert_equal_shape_suffix([target_logits, logits], 2)
+  log_target = jax.nn.log_softmax(target_logits)
+  difference = log_target - jax.nn.log_softmax(logits)
+  return jnp.sum(jnp.exp(log_target) * difference, axis=-1)
+
+
+def diversity(z: jax.Array, images: jax.Array) -> jax.Array:
+  """exp(-mean_ij(mean_d (z_i - z_j)^2 * mean_pixels |x_i - x_j|)).
+
+  The FedFTG diversity term (official code): pairs i = j are included. Small
+  when noise vectors that differ give images that differ.
+
+  Args:
+    z: [B, noise] noise vectors.
+    images: [B, ...] the images generated from them.
+
+  Returns:
+    A scalar in (0, 1].
+  """
+  chex.assert_equal_shape_prefix([z, images], 1)
+  flat = images.reshape(len(images), -1)
+  z_distance = jnp.mean((z[:, None] - z) ** 2, axis=-1)      # [B, B]
+  x_distance = jnp.mean(jnp.abs(flat[:, None] - flat), axis=-1)
+  return jnp.exp(-jnp.mean(z_distance * x_distance))
+

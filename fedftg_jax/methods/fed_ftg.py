@@ -1,0 +1,457 @@
+"""FedFTG: data-free fine-tuning of the aggregated model on the server.
+
+Zhang, Shen, Ding, Tao and Duan, Fine-tuning Global Model via Data-Free Knowledge
+Distillation for Non-IID Federated Learning, CVPR 2022, arXiv:2203.09249.
+
+A generator G learns images x = G(z, y) on which the aggregated model (student,
+D(x; w)) and the clients' models (teachers, D(x; w_k)) disagree; the student is
+distilled on them. Each of I outer iterations draws z and y, then
+  I_g times   theta <- Adam(theta, grad(l_md + lambda_cls l_cls + lambda_dis l_dis))
+  I_d times   w <- SGD(w, grad(l_student)).
+`Options` names every point where the paper and the official code (commit
+1e6347c of ZhangLin-PKU/FedFTG) differ; `PRESETS` are three choices of them:
+  official  the released code, number by number;
+  paper     the published equations as far as they are known: the text could not
+            be checked, so this preset is a reading of it, not a reference;
+  intended  the official code with its defects mended: fidelity weighted per
+            sample, student loss not divided by C, aggregated BatchNorm
+            statistics kept, no bias in front of a BatchNorm.
+
+Privacy: the server learns every client's class counts.
+"""
+
+import functools
+from typing import Callable, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedftg_jax import losses
+from fedftg_jax.base import Generator, Info, Method, Model, Variables
+from fedftg_jax.data import clients
+
+
+class Options(NamedTuple):
+  """The settings of FedFTG; the defaults are those of the official code.
+
+  Attributes:
+    iterations: I, outer iterations a round; 0 switches the fine-tuning off.
+    generator_steps: I_g, passes of generator updates in an iteration.
+    student_steps: I_d, student updates in an iteration.
+    batch_size: B, generated images at once.
+    student_lr: of the student's SGD; a float or a function of the round.
+    generator_lr: of the generator's Adam; likewise.
+    weight_decay: of the student's SGD.
+    lambda_cls: weight of the fidelity term.
+    lambda_dis: weight of the diversity term.
+    gen_step: 'sequential', one Adam step per teacher in the order of client ids
+      with lambda_dis / K in each (code), or 'joint', one step on the sum over
+      teachers with lambda_dis once (paper).
+    md: model discrepancy that the generator raises: 'l1' of logits, mean over
+      classes, teacher held fixed (code), or 'kl' of predictions (paper).
+    kl_direction: 'forward', KL(teacher || student), or 'reverse', for the
+      student's loss and for md='kl'. Which one the paper means is unsettled.
+    cls_weight: fidelity as mean(CE) * mean(alpha) ('mean', code) or as
+      mean(CE * alpha) ('per_sample').
+    ensemble: teachers combine as probabilities ('prob', code) or 'logit'.
+    student_reduction: student loss as mean over batch and classes ('mean_bc',
+      code) or over the batch alone ('batchmean', C times larger).
+    labels: 'quota', deterministic class counts in random order (code), or
+      'iid' draws (paper).
+    noise: 'shared', the student sees the z that the generator was trained on
+      (code, and as far as known the paper), or 'fresh'.
+    student_bn: 'overwrite', the student is distilled in train mode and its
+      BatchNorm statistics become those of generated images (code), or 'keep',
+      it normalises by the aggregated statistics and keeps them.
+    gen_bn_bias: 'keep' biases in front of the generator's BatchNorms (code) or
+      'drop' them. Read by whoever builds the generator.
+    hard_samples: False takes the discrepancy out of the generator's loss
+      (ablation of hard sample mining).
+    label_sampling: 'customised', classes as frequent as the cohort has them, or
+      'uniform' over all classes (ablation).
+    teacher_weight: 'class', alpha_k^y = n_k^y / sum_i n_i^y, or 'uniform', 1 / K
+      (ablation of the class-level ensemble).
+    generator_optimizer: learning rate -> optax optimiser; fresh every round.
+  """
+  iterations: int = 10
+  generator_steps: int = 1
+  student_steps: int = 5
+  batch_size: int = 50
+  student_lr: float | Callable = .1
+  generator_lr: float | Callable = .01
+  weight_decay: float = 1e-3
+  lambda_cls: float = 1.
+  lambda_dis: float = 1.
+  gen_step: str = 'sequential'
+  md: str = 'l1'
+  kl_direction: str = 'forward'
+  cls_weight: str = 'mean'
+  ensemble: str = 'prob'
+  student_reduction: str = 'mean_bc'
+  labels: str = 'quota'
+  noise: str = 'shared'
+  student_bn: str = 'overwrite'
+  gen_bn_bias: str = 'keep'
+  hard_samples: bool = True
+  label_sampling: str = 'customised'
+  teacher_weight: str = 'class'
+  generator_optimizer: Callable = optax.adam
+
+
+CHOICES = {
+    'gen_step': ('sequential', 'joint'),
+    'md': ('l1', 'kl'),
+    'kl_direction': ('forward', 'reverse'),
+    'cls_weight': ('mean', 'per_sample'),
+    'ensemble': ('prob', 'logit'),
+    'student_reduction': ('mean_bc', 'batchmean'),
+    'labels': ('quota', 'iid'),
+    'noise': ('shared', 'fresh'),
+    'student_bn': ('overwrite', 'keep'),
+    'gen_bn_bias': ('keep', 'drop'),
+    'label_sampling': ('customised', 'uniform'),
+    'teacher_weight': ('class', 'uniform'),
+}
+
+PRESETS = {
+    'official': {},
+    'paper': dict(gen_step='joint', md='kl', cls_weight='per_sample',
+                  student_reduction='batchmean', labels='iid'),
+    'intended': dict(cls_weight='per_sample', student_reduction='batchmean',
+                     student_bn='keep', gen_bn_bias='drop'),
+}
+
+
+def preset(name: str, **changes) -> Options:
+  """The options of a preset, with `changes` on top."""
+  if name not in PRESETS:
+    raise ValueError(f'preset must be one of {sorted(PRESETS)}, got {name!r}.')
+  return check(Options(**{**PRESETS[name], **changes}))
+
+
+def check(options: Options) -> Options:
+  """Returns `options`; ValueError names a wrong one and what would be right."""
+  for name, allowed in CHOICES.items():
+    if getattr(options, name) not in allowed:
+      raise ValueError(
+          f'{name} must be one of {allowed}, got {getattr(options, name)!r}.')
+  for name, least in (('iterations', 0), ('generator_steps', 0),
+                      ('student_steps', 0), ('batch_size', 1)):
+    if getattr(options, name) < least:
+      raise ValueError(
+          f'{name} must be at least {least}, got {getattr(options, name)}.')
+  return options
+
+
+def fed_ftg(
+    model: Model,
+    generator: Generator,
+    num_classes: int,
+    options: Options = Options(),
+) -> Method:
+  """The fine-tuning as a part of a chain, after the part that aggregates.
+
+  Args:
+    model: the classifier.
+    generator: of images in the space of `model`'s float inputs.
+    num_classes: C.
+    options: see `Options`.
+
+  Returns:
+    The method. Its server slot is the generator (parameters and statistics;
+    both optimisers begin anew in every round), its message the class counts.
+    Info holds the mean of each loss and the model 'fine_tuned'.
+
+  Raises:
+    ValueError: for a wrong option.
+  """
+  check(options)
+  num_labels = options.iterations * options.batch_size
+
+  def init(key, variables):
+    del variables
+    return generator.init(key), ()
+
+  def upload(view, local, objective, key):
+    del local, objective, key
+    if len(view.data.y) * num_labels >= 2**32:
+      raise ValueError(
+          'iterations * batch_size * number of examples must stay below 2**32, '
+          f'got {num_labels} * {len(view.data.y)}.')
+    return view.own, clients.label_counts(view.data, num_classes)
+
+  def update(variables, shared, received, key):
+    if not options.iterations:
+      return variables, shared, Info(models={'fine_tuned': variables})
+    counts = received.message * received.arrived[:, None]
+    z, labels = draw(key, counts.sum(0), generator.noise_dim, options)
+    rate = lambda lr: lr(received.round) if callable(lr) else lr
+    variables, shared, terms = fine_tune(
+        model, generator, variables, shared, received.models, counts, z, labels,
+        arrived=received.arrived, options=options,
+        student_lr=rate(options.student_lr),
+        generator_lr=rate(options.generator_lr))
+    metrics = {f'fed_ftg/{name}': mean for name, mean in terms.items()}
+    return variables, shared, Info(metrics, {'fine_tuned': variables})
+
+  def synthesise(shared, labels, key):
+    z = jax.random.normal(key, (len(labels), generator.noise_dim))
+    return generator.apply(shared, z, labels)[0]
+
+  return Method(init=init, upload=upload, update=update, synthesise=synthesise)
+
+
+def draw(key, counts, noise_dim, options):
+  """Noise [I, 1 or 2, B, noise] and labels [I, B] of one round.
+
+  The second noise, if there is one, is the student's.
+  """
+  key_noise, key_labels = jax.random.split(key)
+  num_draws = 2 if options.noise == 'fresh' else 1
+  shape = options.iterations, num_draws, options.batch_size, noise_dim
+  if options.label_sampling == 'uniform':
+    counts = jnp.ones_like(counts)
+  sample = quota_labels if options.labels == 'quota' else iid_labels
+  labels = sample(key_labels, counts, options.iterations * options.batch_size)
+  return jax.random.normal(key_noise, shape), labels.reshape(
+      options.iterations, options.batch_size)
+
+
+def quota_labels(key: jax.Array, counts: jax.Array, num: int) -> jax.Array:
+  """`num` labels with class shares as in integer `counts` [C], shuffled.
+
+  Class c gets floor(num * cumsum_c / total) less what the classes before it
+  got; computed in integers, so that no share is off by a rounding.
+  """
+  chex.assert_type(counts, int)
+  cumulative = jnp.cumsum(counts).astype(jnp.uint32)
+  ends = cumulative * jnp.uint32(num) // jnp.maximum(cumulative[-1], 1)
+  labels = jnp.searchsorted(ends, jnp.arange(num, dtype=jnp.uint32), 'right')
+  return jax.random.permutation(key, labels.astype(jnp.int32))
+
+
+def iid_labels(key: jax.Array, counts: jax.Array, num: int) -> jax.Array:
+  """`num` independent labels with probabilities `counts` [C] / total."""
+  return jax.random.categorical(key, jnp.log(counts), shape=(num,))
+
+
+def ensemble_weights(
+    counts: jax.Array, arrived: jax.Array, options: Options = Options()
+) -> jax.Array:
+  """alpha_k^y [K, C] (the paper's Eq. 9): how much teacher k says on class y.
+
+  A class that nobody holds has weight 0 for all; so has an absent teacher.
+  """
+  chex.assert_rank([counts, arrived], [2, 1])
+  present = arrived.astype(jnp.result_type(float))[:, None]
+  if options.teacher_weight == 'uniform':
+    return present / jnp.maximum(jnp.sum(present), 1) * jnp.ones(counts.shape)
+  return present * counts / (jnp.sum(present * counts, axis=0) + 1e-6)
+
+
+def fine_tune(
+    model: Model,
+    generator: Generator,
+    student: Variables,
+    generator_variables: Variables,
+    teachers: Variables,
+    counts: jax.Array,
+    z: jax.Array,
+    labels: jax.Array,
+    *,
+    arrived: jax.Array | None = None,
+    options: Options = Options(),
+    student_lr: float | jax.Array = .1,
+    generator_lr: float | jax.Array = .01,
+) -> tuple[Variables, Variables, dict[str, jax.Array]]:
+  """The server step: generator against student, I times.
+
+  Args:
+    model: the classifier.
+    generator: the generator.
+    student: variables of the aggregated model.
+    generator_variables: variables of the generator.
+    teachers: variables of the clients' models, every leaf [K, ...].
+    counts: [K, C] examples of each class that each teacher was trained on.
+    z: [I, D, B, noise]; the generator is trained on z[:, 0], the student on
+      images from z[:, -1].
+    labels: [I, B].
+    arrived: [K] bool, False for teachers to be left out; None for none.
+    options: see `Options`; the numbers of iterations and examples are those of
+      `z` and `labels`.
+    student_lr: learning rate of the student in this round.
+    generator_lr: learning rate of the generator in this round.
+
+  Returns:
+    The fine-tuned student, the generator, and the mean of each loss over the
+    teachers that arrived and all steps: 'md', 'cls', 'dis', 'student'.
+  """
+  if arrived is None:
+    arrived = jnp.ones(len(counts), bool)
+  alpha = ensemble_weights(counts, arrived, options)
+  optimizer = options.generator_optimizer(generator_lr)
+  train_generator = functools.partial(
+      _train_generator, model, generator, optimizer, options, teachers, alpha,
+      arrived)
+  distil = functools.partial(_distil, model, options, student_lr)
+
+  def iteration(carry, draws):
+    student, made, opt_state = carry
+    z, labels = draws
+    (made, opt_state), terms = jax.lax.scan(
+        lambda c, _: train_generator(student, z[0], labels, c),
+        (made, opt_state), length=options.generator_steps)
+    images, _ = generator.apply(made, z[-1], labels)
+    target = ensemble_target(
+        jax.vmap(lambda t: model.apply(t, images).logits)(teachers),
+        alpha[:, labels], options)
+    student, loss = distil(student, images, target)
+    return (student, made, opt_state), {
+        **terms, 'student': loss}
+
+  start = (student, generator_variables,
+           optimizer.init(generator_variables.params))
+  (student, made, _), terms = jax.lax.scan(iteration, start, (z, labels))
+  return student, made, {k: jnp.mean(v) for k, v in terms.items()}
+
+
+def _train_generator(model, generator, optimizer, options, teachers, alpha,
+                     arrived, student, z, labels, carry):
+  """One pass over the teachers: K Adam steps, or one joint step."""
+  num_teachers = jnp.maximum(jnp.sum(arrived), 1)
+
+  def loss_fn(params, stats, teachers, alpha, lambda_dis):
+    """Sum over stacked `teachers` of md and cls, plus the diversity term."""
+    images, stats = generator.apply(
+        Variables(params, stats), z, labels, train=True)
+    student_logits = model.apply(student, images).logits
+    teacher_logits = jax.vmap(lambda t: model.apply(t, images).logits)(teachers)
+    md, cls = jax.vmap(
+        lambda t, a: teacher_terms(student_logits, t, a, labels, options))(
+            teacher_logits, alpha)
+    terms = {'md': md.sum(), 'cls': cls.sum(),
+             'dis': losses.diversity(z, images)}
+    total = options.lambda_cls * terms['cls'] + lambda_dis * terms['dis']
+    if options.hard_samples:
+      total += terms['md']
+    return total, (stats, terms)
+
+  def step(carry, teachers, alpha, lambda_dis):
+    (params, stats), opt_state = carry
+    grads, (stats, terms) = jax.grad(loss_fn, has_aux=True)(
+        params, stats, teachers, alpha, lambda_dis)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return (Variables(params, stats), opt_state), terms
+
+  alpha = alpha[:, labels]  # [K, B]
+  if options.gen_step == 'joint':
+    carry, terms = step(carry, teachers, alpha, options.lambda_dis)
+    return carry, {**terms, 'md': terms['md'] / num_teachers,
+                   'cls': terms['cls'] / num_teachers}
+
+  def one_teacher(carry, teacher):
+    teacher, alpha, here = teacher
+    only = jax.tree.map(lambda a: a[None], (teacher, alpha))
+    nothing = {name: jnp.zeros((), z.dtype) for name in ('md', 'cls', 'dis')}
+    return jax.lax.cond(
+        here, lambda: step(carry, *only, options.lambda_dis / num_teachers),
+        lambda: (carry, nothing))
+
+  carry, terms = jax.lax.scan(one_teacher, carry, (teachers, alpha, arrived))
+  return carry, {k: jnp.sum(v) / num_teachers for k, v in terms.items()}
+
+
+def teacher_terms(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    alpha: jax.Array,
+    labels: jax.Array,
+    options: Options = Options(),
+) -> tuple[jax.Array, jax.Array]:
+  """What one teacher adds to the generator's loss: (l_md, l_cls).
+
+  Args:
+    student_logits: [B, C].
+    teacher_logits: [B, C].
+    alpha: [B] weight of this teacher for each label.
+    labels: [B].
+    options: `md`, `kl_direction` and `cls_weight` are read.
+
+  Returns:
+    l_md, the negated discrepancy, and l_cls, the teacher's cross-entropy.
+  """
+  chex.assert_equal_shape([student_logits, teacher_logits])
+  chex.assert_equal_shape([alpha, labels])
+  if options.md == 'l1':
+    fixed = jax.lax.stop_gradient(teacher_logits)
+    gap = jnp.mean(jnp.abs(student_logits - fixed), axis=-1)
+  elif options.kl_direction == 'forward':
+    gap = losses.kl_divergence(teacher_logits, student_logits)
+  else:
+    gap = losses.kl_divergence(student_logits, teacher_logits)
+  cross_entropy = optax.softmax_cross_entropy_with_integer_labels(
+      teacher_logits, labels)
+  if options.cls_weight == 'mean':
+    cls = jnp.mean(cross_entropy) * jnp.mean(alpha)
+  else:
+    cls = jnp.mean(cross_entropy * alpha)
+  return -jnp.mean(gap * alpha), cls
+
+
+def ensemble_target(
+    teacher_logits: jax.Array, alpha: jax.Array, options: Options = Options()
+) -> jax.Array:
+  """[B, C] class-level ensemble of teachers [K, B, C] with weights [K, B].
+
+  Rows sum to sum_k alpha_k: 1 but for rounding, 0 for a class nobody holds.
+  """
+  chex.assert_equal_shape_prefix([teacher_logits, alpha], 2)
+  if options.ensemble == 'prob':
+    return jnp.einsum('kbc,kb->bc', jax.nn.softmax(teacher_logits), alpha)
+  mass = jnp.sum(alpha, axis=0)[:, None]
+  return mass * jax.nn.softmax(
+      jnp.einsum('kbc,kb->bc', teacher_logits, alpha))
+
+
+def student_loss(
+    logits: jax.Array, target: jax.Array, options: Options = Options()
+) -> jax.Array:
+  """Distillation of `target` [B, C] into `logits` [B, C], a scalar."""
+  chex.assert_equal_shape([logits, target])
+  log_student = jax.nn.log_softmax(logits)
+  if options.kl_direction == 'forward':
+    per_class = -target * log_student  # cross-entropy: KL but for a constant
+  else:
+    mass = jnp.sum(target, axis=-1, keepdims=True)
+    log_target = jnp.log(target / jnp.maximum(mass, 1e-6) + 1e-12)
+    per_class = mass * jnp.exp(log_student) * (log_student - log_target)
+  if options.student_reduction == 'mean_bc':
+    return jnp.mean(per_class)
+  return jnp.mean(jnp.sum(per_class, axis=-1))
+
+
+def _distil(model, options, learning_rate, student, images, target):
+  """I_d SGD steps of the student on constant images and targets."""
+  overwrite = options.student_bn == 'overwrite'
+  optimizer = optax.chain(optax.add_decayed_weights(options.weight_decay),
+                          optax.sgd(learning_rate))
+
+  def loss_fn(params, stats):
+    output = model.apply(Variables(params, stats), images, train=overwrite)
+    return student_loss(output.logits, target, options), output.stats
+
+  def step(carry, _):
+    (params, stats), opt_state = carry
+    (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        params, stats)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return (Variables(params, stats), opt_state), loss
+
+  (student, _), loss = jax.lax.scan(
+      step, (student, optimizer.init(student.params)),
+      length=options.student_steps)
+  return student, jnp.mean(loss)

@@ -1,0 +1,86 @@
+"""The conditional image generator of FedFTG's official code ("CGeneratorA")."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from fedftg_jax import base
+from fedftg_jax.models import layers
+
+
+class ImageGenerator(nn.Module):
+  """Noise and label to an image whose channels have zero mean, unit variance.
+
+  A linear layer each for noise and one-hot label gives a feature map of a
+  quarter of the image's height and width; two blocks of enlargement by 2,
+  convolution, BatchNorm and LeakyReLU follow; the image is the tanh of a last
+  convolution, normalised per channel without scale and bias.
+
+  Attributes:
+    image_shape: (height, width, channels), height and width divisible by 4.
+    num_classes: C.
+    width: channels of the last block (the code's `ngf`, 64 there).
+    bias_before_norm: whether the two convolutions in front of a BatchNorm have
+      a bias, as in the official code. It does nothing but take part in Adam's
+      rounding noise.
+    conv: see `layers.convolve`.
+  """
+  image_shape: tuple[int, int, int]
+  num_classes: int
+  width: int = 64
+  bias_before_norm: bool = True
+  conv: str = 'im2col'
+
+  @nn.compact
+  def __call__(self, z, labels, train=False):
+    height, width, channels = self.image_shape
+    small = height // 4, width // 4, self.width
+    one_hot = jax.nn.one_hot(labels, self.num_classes, dtype=z.dtype)
+    maps = [layers.Dense(small[0] * small[1] * small[2], name=name)(v)
+            .reshape(-1, *small)
+            for name, v in (('from_noise', z), ('from_label', one_hot))]
+    x = jnp.concatenate(maps, axis=-1)  # [B, H / 4, W / 4, 2 width]
+    x = layers.BatchNorm(name='norm0')(x, train=train)
+    for i, features in ((1, 2 * self.width), (2, self.width)):
+      x = layers.Conv(features, 3, self.bias_before_norm, self.conv,
+                      name=f'conv{i}')(layers.upsample(x))
+      x = layers.BatchNorm(name=f'norm{i}')(x, train=train)
+      x = nn.leaky_relu(x, .2)
+    x = nn.tanh(layers.Conv(channels, 3, True, self.conv, name='conv3')(x))
+    return layers.BatchNorm(affine=False, name='norm3')(x, train=train)
+
+
+def image_generator(
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    noise_dim: int = 100,
+    width: int = 64,
+    bias_before_norm: bool = True,
+    conv: str = 'im2col',
+) -> base.Generator:
+  """The generator as a pair of functions, see `ImageGenerator`.
+
+  Raises:
+    ValueError: if the image's height or width is not divisible by 4.
+  """
+  if image_shape[0] % 4 or image_shape[1] % 4:
+    raise ValueError(
+        'the generator makes images whose height and width are divisible by 4, '
+        f'got image_shape={tuple(image_shape)}.')
+  module = ImageGenerator(
+      tuple(image_shape), num_classes, width, bias_before_norm, conv)
+
+  def init(key):
+    tree = module.init(key, jnp.zeros((1, noise_dim)), jnp.zeros(1, jnp.int32))
+    return base.Variables(tree['params'], tree['batch_stats'])
+
+  def apply(variables, z, labels, train=False):
+    tree = {'params': variables.params, 'batch_stats': variables.stats}
+    if not train:
+      return module.apply(tree, z, labels), variables.stats
+    images, new = module.apply(
+        tree, z, labels, train=True, mutable=['batch_stats'])
+    return images, new['batch_stats']
+
+  return base.Generator(init, apply, noise_dim)

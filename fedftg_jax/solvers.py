@@ -1,0 +1,124 @@
+"""Local training: plain functions `(objective, view, key) -> Local`.
+
+A solver is written for one client. Under `vmap` its loops run as often as the
+largest client that is stacked with it, and a client that has done its own
+number of steps is left as it is.
+"""
+
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedftg_jax.base import Local
+from fedftg_jax.data import clients
+
+
+def local_sgd(
+    learning_rate: float | Callable,
+    *,
+    batch_size: int,
+    epochs: int | None = None,
+    steps: int | None = None,
+    weight_decay: float = 0.,
+    clip_norm: float | None = None,
+    optimizer: optax.GradientTransformation = optax.identity(),
+) -> Callable:
+  """Mini-batch descent, for whole epochs or for a fixed number of steps.
+
+  Each epoch visits the client's examples in a new order; the last batch of an
+  epoch may be partial and is kept. The gradient is clipped by its global norm,
+  THEN weight decay is added (`weight_decay` and the objective's own), then
+  comes `optimizer`, whose state is fresh in every round, then the learning rate.
+
+  Args:
+    learning_rate: step size, or a function of the round (optax schedule).
+    batch_size: examples per step.
+    epochs: passes over the client's data; exclusive with `steps`.
+    steps: steps for every client, whatever its size (as SCAFFOLD asks).
+    weight_decay: coefficient of the L2 decay towards zero.
+    clip_norm: largest global norm of a gradient; None for no clip.
+    optimizer: direction from gradient, e.g. `optax.trace(0.9)`; without its
+      own learning rate.
+
+  Returns:
+    The solver.
+
+  Raises:
+    ValueError: if not exactly one of `epochs` and `steps` is given, or a value
+      is out of range.
+  """
+  if (epochs is None) == (steps is None):
+    raise ValueError(
+        f'give either epochs or steps, got epochs={epochs}, steps={steps}.')
+  for name, value in (('batch_size', batch_size), ('epochs', epochs),
+                      ('steps', steps)):
+    if value is not None and value < 1:
+      raise ValueError(f'{name} must be at least 1, got {value}.')
+  clip = (optax.identity() if clip_norm is None
+          else optax.clip_by_global_norm(clip_norm))
+  schedule = learning_rate if callable(learning_rate) else (
+      lambda _: learning_rate)
+
+  def solve(objective, view, key):
+    count = view.data.count
+    batches = -(-count // batch_size)  # per epoch, this client
+    wanted = epochs * batches if steps is None else jnp.where(count, steps, 0)
+    num_steps = jnp.minimum(wanted, view.num_steps).astype(jnp.int32)
+    key_order, key_loss = jax.random.split(key)
+    orders = _orders(key_order, view.data, steps or epochs, batch_size)
+    decay = weight_decay + objective.decay
+    step_size = jnp.asarray(schedule(view.round))
+    grad_fn = jax.value_and_grad(
+        lambda params, *args: objective.loss(
+            view.variables._replace(params=params, stats=args[0]), *args[1:]),
+        has_aux=True)
+
+    def step(i, carry):
+      (params, stats), opt_state, total = carry
+      epoch, batch_in_epoch = i // batches, i % batches
+      first = batch_in_epoch * batch_size
+      positions = jax.lax.dynamic_slice(
+          orders, (epoch, first), (1, batch_size))[0]
+      batch = clients.batch(
+          view.data, positions, first + jnp.arange(batch_size) < count)
+      (_, aux), grads = grad_fn(
+          params, stats, batch, jax.random.fold_in(key_loss, i))
+      grads, _ = clip.update(grads, clip.init(params))
+      grads = jax.tree.map(lambda g, p: g + decay * p, grads, params)
+      updates, opt_state = optimizer.update(grads, opt_state, params)
+      params = jax.tree.map(
+          lambda p, u: p - (step_size * u).astype(p.dtype), params, updates)
+      seen = jnp.sum(batch.mask)
+      total = (total[0] + seen * aux.cross_entropy, total[1] + seen)
+      return view.variables._replace(
+          params=params, stats=aux.stats), opt_state, total
+
+    zero = jnp.zeros((), jnp.result_type(float))
+    carry = view.variables, optimizer.init(view.variables.params), (zero, zero)
+    variables, _, (loss, seen) = jax.lax.fori_loop(0, num_steps, step, carry)
+    metrics = {'train_loss': loss / jnp.maximum(seen, 1)}
+    return Local(variables, num_steps, step_size, metrics)
+
+  return solve
+
+
+def _orders(key, data, num_epochs, batch_size):
+  """A random order of the client's positions per epoch, valid ones first."""
+  cap = data.index.shape[0]
+  pad = -cap % batch_size
+
+  def order(key):
+    draw = jax.random.uniform(key, (cap,))
+    return jnp.argsort(jnp.where(jnp.arange(cap) < data.count, draw, 2.))
+
+  keys = jax.vmap(lambda e: jax.random.fold_in(key, e))(jnp.arange(num_epochs))
+  return jnp.pad(jax.vmap(order)(keys), ((0, 0), (0, pad)))  # [E, cap + pad]
+
+
+def frozen(objective, view, key) -> Local:
+  """No local training: the client returns the model that it received."""
+  del objective, key
+  return Local(view.variables, jnp.int32(0), jnp.zeros(()),
+               {'train_loss': jnp.zeros(())})

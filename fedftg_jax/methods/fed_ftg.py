@@ -188,13 +188,17 @@ def fed_ftg(
     counts = received.message * received.arrived[:, None]
     z, labels = draw(key, counts.sum(0), generator.noise_dim, options)
     rate = lambda lr: lr(received.round) if callable(lr) else lr
-    variables, shared, terms = fine_tune(
+    tuned, shared, terms = fine_tune(
         model, generator, variables, shared, received.models, counts, z, labels,
         arrived=received.arrived, options=options,
         student_lr=rate(options.student_lr),
         generator_lr=rate(options.generator_lr))
-    metrics = {f'fed_ftg/{name}': mean for name, mean in terms.items()}
-    return variables, shared, Info(metrics, {'fine_tuned': variables})
+    present = received.arrived / jnp.maximum(jnp.sum(received.arrived), 1)
+    student = terms.pop('student')
+    metrics = {f'fed_ftg/{name}': jnp.mean(value @ present)
+               for name, value in terms.items()}
+    metrics['fed_ftg/student'] = jnp.mean(student)
+    return tuned, shared, Info(metrics, {'fine_tuned': tuned})
 
   def synthesise(shared, labels, key):
     z = jax.random.normal(key, (len(labels), generator.noise_dim))
@@ -285,8 +289,8 @@ def fine_tune(
     generator_lr: learning rate of the generator in this round.
 
   Returns:
-    The fine-tuned student, the generator, and the mean of each loss over the
-    teachers that arrived and all steps: 'md', 'cls', 'dis', 'student'.
+    The fine-tuned student, the generator, and the losses before each step:
+    'md', 'cls', 'dis' [I, I_g, K] (0 for an absent teacher), 'student' [I, I_d].
   """
   if arrived is None:
     arrived = jnp.ones(len(counts), bool)
@@ -308,13 +312,12 @@ def fine_tune(
         jax.vmap(lambda t: model.apply(t, images).logits)(teachers),
         alpha[:, labels], options)
     student, loss = distil(student, images, target)
-    return (student, made, opt_state), {
-        **terms, 'student': loss}
+    return (student, made, opt_state), {**terms, 'student': loss}
 
   start = (student, generator_variables,
            optimizer.init(generator_variables.params))
   (student, made, _), terms = jax.lax.scan(iteration, start, (z, labels))
-  return student, made, {k: jnp.mean(v) for k, v in terms.items()}
+  return student, made, terms
 
 
 def _train_generator(model, generator, optimizer, options, teachers, alpha,
@@ -331,11 +334,11 @@ def _train_generator(model, generator, optimizer, options, teachers, alpha,
     md, cls = jax.vmap(
         lambda t, a: teacher_terms(student_logits, t, a, labels, options))(
             teacher_logits, alpha)
-    terms = {'md': md.sum(), 'cls': cls.sum(),
-             'dis': losses.diversity(z, images)}
-    total = options.lambda_cls * terms['cls'] + lambda_dis * terms['dis']
+    dis = losses.diversity(z, images)
+    total = options.lambda_cls * jnp.sum(cls) + lambda_dis * dis
     if options.hard_samples:
-      total += terms['md']
+      total += jnp.sum(md)
+    terms = {'md': md, 'cls': cls, 'dis': jnp.broadcast_to(dis, md.shape)}
     return total, (stats, terms)
 
   def step(carry, teachers, alpha, lambda_dis):
@@ -348,20 +351,18 @@ def _train_generator(model, generator, optimizer, options, teachers, alpha,
 
   alpha = alpha[:, labels]  # [K, B]
   if options.gen_step == 'joint':
-    carry, terms = step(carry, teachers, alpha, options.lambda_dis)
-    return carry, {**terms, 'md': terms['md'] / num_teachers,
-                   'cls': terms['cls'] / num_teachers}
+    return step(carry, teachers, alpha, options.lambda_dis)
 
   def one_teacher(carry, teacher):
     teacher, alpha, here = teacher
     only = jax.tree.map(lambda a: a[None], (teacher, alpha))
-    nothing = {name: jnp.zeros((), z.dtype) for name in ('md', 'cls', 'dis')}
+    nothing = {name: jnp.zeros(1, z.dtype) for name in ('md', 'cls', 'dis')}
     return jax.lax.cond(
         here, lambda: step(carry, *only, options.lambda_dis / num_teachers),
         lambda: (carry, nothing))
 
   carry, terms = jax.lax.scan(one_teacher, carry, (teachers, alpha, arrived))
-  return carry, {k: jnp.sum(v) / num_teachers for k, v in terms.items()}
+  return carry, {name: value[:, 0] for name, value in terms.items()}
 
 
 def teacher_terms(
@@ -454,4 +455,4 @@ def _distil(model, options, learning_rate, student, images, target):
   (student, _), loss = jax.lax.scan(
       step, (student, optimizer.init(student.params)),
       length=options.student_steps)
-  return student, jnp.mean(loss)
+  return student, loss

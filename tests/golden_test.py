@@ -1,0 +1,243 @@
+"""The official PyTorch code's numbers, reproduced.
+
+`golden/fedftg.npz` holds inputs and what the official code made of them, in
+PyTorch's layouts: images NCHW, convolutions OIHW, linear weights (out, in).
+"""
+
+import pathlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import jax
+from jax import enable_x64
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedftg_jax import base, federation, losses, models, solvers
+from fedftg_jax.data import clients, partition, schedules
+from fedftg_jax.methods import fed_avg, fed_ftg
+
+_FILE = np.load(pathlib.Path(__file__).parent / 'golden' / 'fedftg.npz')
+
+
+def golden(prefix):
+  """All arrays under `prefix/`, by the rest of their names."""
+  return {k[len(prefix) + 1:]: _FILE[k] for k in _FILE.files
+          if k.startswith(prefix + '/')}
+
+
+def images(x):
+  """NCHW to NHWC."""
+  return jnp.asarray(np.moveaxis(x, 1, -1))
+
+
+def linear_model():
+  """Softmax regression on channel-major pixels, parameters (out, in)."""
+  def apply(variables, x, mask=None, train=False):
+    del mask, train
+    flat = jnp.moveaxis(x, -1, 1).reshape(len(x), -1) if x.ndim == 4 else x
+    logits = flat @ variables.params['W'].T + variables.params['b']
+    return base.Output(logits, flat, {})
+  return base.Model(lambda key: None, apply)
+
+
+def linear(weight, bias):
+  return base.Variables(
+      {'W': jnp.asarray(weight, float), 'b': jnp.asarray(bias, float)}, {})
+
+
+def generator_variables(tree, width, size):
+  """The official generator's state_dict as our variables."""
+  def channel_last(a):  # rows are (width, size, size), ours (size, size, width)
+    return np.moveaxis(a.reshape(width, size, size, -1), 0, 2).reshape(
+        a.shape[0], -1)
+  conv = lambda name: {
+      'kernel': tree[name + '.weight'].transpose(2, 3, 1, 0),
+      'bias': tree[name + '.bias']}
+  affine = lambda name: {
+      'scale': tree[name + '.weight'], 'bias': tree[name + '.bias']}
+  dense = lambda name: {'linear': {
+      'kernel': channel_last(tree[name + '.weight']).T,
+      'bias': channel_last(tree[name + '.bias'])[:, 0]}}
+  stats = lambda name: {
+      'mean': tree[name + '.running_mean'], 'var': tree[name + '.running_var']}
+  norms = {'norm0': 'conv_blocks0.0', 'norm1': 'conv_blocks1.1',
+           'norm2': 'conv_blocks2.1'}
+  params = {
+      'from_noise': dense('l1.0'), 'from_label': dense('l2.0'),
+      'conv1': conv('conv_blocks1.0'), 'conv2': conv('conv_blocks2.0'),
+      'conv3': conv('conv_blocks2.3'),
+      **{ours: affine(theirs) for ours, theirs in norms.items()}}
+  norms['norm3'] = 'conv_blocks2.5'
+  return jax.tree.map(jnp.asarray, base.Variables(
+      params, {ours: stats(theirs) for ours, theirs in norms.items()}))
+
+
+class LossesTest(parameterized.TestCase):
+
+  @parameterized.parameters('a', 'a2')
+  def test_diversity(self, prefix):
+    with enable_x64(True):
+      g = golden(prefix)
+      z, fake = jnp.asarray(g['z'], float), jnp.asarray(g['fake'], float)
+      loss, grad = jax.value_and_grad(losses.diversity, 1)(z, fake)
+      np.testing.assert_allclose(loss, g['loss'], rtol=1e-10)
+      if prefix == 'a':
+        np.testing.assert_allclose(grad, g['grad_fake'], atol=1e-10)
+
+  def test_generator_loss(self):
+    with enable_x64(True):
+      g = golden('b')
+      z, fake, student, teacher, alpha = (
+          jnp.asarray(g[k], float)
+          for k in ('z', 'fake', 's_logit', 't_logit', 'weight'))
+
+      def terms(fake, student, teacher, cls_weight='mean'):
+        md, cls = fed_ftg.teacher_terms(
+            student, teacher, alpha, jnp.asarray(g['labels']),
+            fed_ftg.Options(cls_weight=cls_weight))
+        return md, cls, losses.diversity(z, fake)
+
+      md, cls, dis = terms(fake, student, teacher)
+      np.testing.assert_allclose(md, g['loss_md'], rtol=1e-10)
+      np.testing.assert_allclose(cls, g['loss_cls'], rtol=1e-10)
+      np.testing.assert_allclose(dis, g['loss_ap'], rtol=1e-10)
+
+      def total(*leaves):
+        md, cls, dis = terms(*leaves)
+        return md + cls + dis / g['num_clients']
+
+      np.testing.assert_allclose(
+          total(fake, student, teacher), g['loss'], rtol=1e-10)
+      grads = jax.grad(total, (0, 1, 2))(fake, student, teacher)
+      for grad, name in zip(grads, ('fake', 's_logit', 't_logit')):
+        np.testing.assert_allclose(grad, g['grad_' + name], atol=1e-10)
+
+      per_sample = lambda t: terms(fake, student, t, 'per_sample')[1]
+      np.testing.assert_allclose(
+          per_sample(teacher), g['alt_loss_cls_persample'], rtol=1e-10)
+      np.testing.assert_allclose(
+          jax.grad(per_sample)(teacher), g['alt_grad_t_logit_persample'],
+          atol=1e-10)
+
+  def test_generator_loss_through_the_classifiers(self):
+    with enable_x64(True):
+      g, b = golden('b2'), golden('b')
+      model = linear_model()
+      z, alpha = (jnp.asarray(b[k], float) for k in ('z', 'weight'))
+
+      def total(fake):
+        logits = [model.apply(linear(g['W' + k], g['b' + k]), fake).logits
+                  for k in 'st']
+        md, cls = fed_ftg.teacher_terms(
+            *logits, alpha, jnp.asarray(b['labels']))
+        dis = losses.diversity(z, fake)
+        return md + cls + dis / b['num_clients'], (md, cls, dis)
+
+      (loss, parts), grad = jax.value_and_grad(total, has_aux=True)(
+          images(b['fake']).astype(float))
+      np.testing.assert_allclose(loss, g['loss'], rtol=1e-10)
+      for part, name in zip(parts, ('md', 'cls', 'ap')):
+        np.testing.assert_allclose(part, g['loss_' + name], rtol=1e-10)
+      np.testing.assert_allclose(
+          np.moveaxis(grad, -1, 1), g['grad_fake'], atol=1e-10)
+
+  def test_ensemble_weights(self):
+    g = golden('c')
+    alpha = fed_ftg.ensemble_weights(
+        jnp.asarray(g['counts']), jnp.ones(len(g['counts']), bool))
+    np.testing.assert_allclose(alpha.T, g['cls_clnt_weight'], atol=1e-6)
+    np.testing.assert_allclose(
+        alpha[:, g['labels']].T, g['batch_weight'], atol=1e-6)
+
+  def test_label_quotas(self):
+    g = golden('c')
+    for counts, prefix in ((g['counts'].sum(0), 'gl'), (g['gl2_cls_num'], 'gl2')):
+      labels = fed_ftg.quota_labels(
+          jax.random.key(0), jnp.asarray(counts, jnp.int32),
+          int(g[prefix + '_number']))
+      np.testing.assert_array_equal(
+          np.bincount(labels, minlength=4), g[prefix + '_counts_per_class'])
+    self.assertCountEqual(
+        fed_ftg.quota_labels(
+            jax.random.key(1), jnp.asarray(g['counts'].sum(0), jnp.int32),
+            int(g['gl_number'])).tolist(), g['gl_labels_seed3'].tolist())
+
+  def test_student_loss(self):
+    with enable_x64(True):
+      g = golden('d')
+      counts = jnp.asarray(g['counts'])
+      alpha = fed_ftg.ensemble_weights(counts, jnp.ones(len(counts), bool))
+      target = fed_ftg.ensemble_target(
+          jnp.asarray(g['t_logits'], float), alpha[:, g['labels']])
+      np.testing.assert_allclose(target, g['t_merge'], atol=1e-10)
+      loss, grad = jax.value_and_grad(fed_ftg.student_loss)(
+          jnp.asarray(g['s_logit'], float), target)
+      np.testing.assert_allclose(loss, g['loss'], rtol=1e-10)
+      np.testing.assert_allclose(grad, g['grad_s_logit'], atol=1e-10)
+
+
+class GeneratorTest(absltest.TestCase):
+
+  def test_forward_and_statistics(self):
+    with enable_x64(True):
+      g = golden('e')
+      noise, width, channels, size, num_classes = map(
+          int, g['cfg_nz_ngf_nc_img_ncls'])
+      generator = models.image_generator(
+          (size, size, channels), num_classes, noise_dim=noise, width=width)
+      tree = {k[len('param/'):]: v for k, v in g.items()
+              if k.startswith('param/')}
+      variables = generator_variables(tree, width, size // 4)
+      z, labels = jnp.asarray(g['z'], float), jnp.asarray(g['labels'])
+      out, stats = generator.apply(variables, z, labels)
+      np.testing.assert_allclose(out, images(g['out_eval']), atol=1e-10)
+      chex.assert_trees_all_equal(stats, variables.stats)
+      out, stats = generator.apply(variables, z, labels, train=True)
+      np.testing.assert_allclose(out, images(g['out_train']), atol=1e-10)
+      after = {k[len('after_train_fwd/'):]: v for k, v in g.items()
+               if k.startswith('after_train_fwd/')}
+      want = generator_variables({**tree, **after}, width, size // 4).stats
+      chex.assert_trees_all_close(stats, want, atol=1e-10)
+
+
+class ServerStepTest(parameterized.TestCase):
+
+  @parameterized.parameters('sgd', 'adam')
+  def test_fine_tune(self, optimizer):
+    with enable_x64(True):
+      g = golden(f'f_lin_{optimizer}')
+      part = lambda prefix: {k[len(prefix) + 1:]: v for k, v in g.items()
+                             if k.startswith(prefix + '/')}
+      width, size = 4, 8
+      made = lambda prefix: generator_variables(part(prefix), width, size // 4)
+      net = lambda name: linear(
+          g[name + '/fc.weight'], g[name + '/fc.bias'])
+      generator = models.image_generator(
+          (size, size, 3), 3, noise_dim=4, width=width)
+      batch = int(g['hp_batch'])
+      options = fed_ftg.Options(
+          iterations=int(g['hp_iterations']), batch_size=batch,
+          generator_steps=int(g['hp_inner_g']),
+          student_steps=int(g['hp_inner_d']),
+          weight_decay=float(g['hp_weight_decay']),
+          generator_optimizer=getattr(optax, optimizer))
+      student, after, terms = fed_ftg.fine_tune(
+          linear_model(), generator, net('student0'), made('gen0'),
+          jax.tree.map(lambda *a: jnp.stack(a), net('teacher0'), net('teacher1')),
+          jnp.asarray(g['counts']), jnp.asarray(g['z'], float)[:, None],
+          jnp.asarray(g['labels']).reshape(-1, batch), options=options,
+          student_lr=float(g['hp_glb_lr']), generator_lr=float(g['hp_gen_lr']))
+      chex.assert_trees_all_close(student, net('student1'), atol=1e-9)
+      chex.assert_trees_all_close(after, made('gen1'), atol=1e-7)
+      parts = [terms[name].reshape(-1) for name in ('md', 'cls', 'dis')]
+      want = g['gen_losses_total_md_cls_ap'].T
+      np.testing.assert_allclose(parts, want[1:], rtol=1e-8)
+      total = parts[0] + parts[1] + parts[2] / len(g['counts'])
+      np.testing.assert_allclose(total, want[0], rtol=1e-8)
+
+
+if __name__ == '__main__':
+  absltest.main()

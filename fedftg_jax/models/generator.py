@@ -43,7 +43,7 @@ class ImageGenerator(nn.Module):
     x = layers.BatchNorm(name='norm0')(x, train=train)
     for i, features in ((1, 2 * self.width), (2, self.width)):
       x = layers.Conv(features, 3, self.bias_before_norm, self.conv,
-                      name=f'conv{i}')(layers.upsample(x))
+                      enlarge=True, name=f'conv{i}')(x)
       x = layers.BatchNorm(name=f'norm{i}')(x, train=train)
       x = nn.leaky_relu(x, .2)
     x = nn.tanh(layers.Conv(channels, 3, True, self.conv, name='conv3')(x))

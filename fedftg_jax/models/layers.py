@@ -6,7 +6,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-CONV_IMPLEMENTATIONS = ('im2col', 'slices', 'lax')
+CONV_IMPLEMENTATIONS = ('im2col', 'rows', 'slices', 'lax')
 NORMS = ('none', 'batch', 'group')
 
 # PyTorch's default initialisation, U(-1, 1) / sqrt(fan_in), which the official
@@ -33,8 +33,9 @@ def convolve(x: jax.Array, kernel: jax.Array, implementation: str) -> jax.Array:
     x: [B, H, W, I] images.
     kernel: [h, w, I, O].
     implementation: 'im2col' gathers the h * w shifted images and multiplies
-      once; 'slices' multiplies each shifted image and adds (less memory);
-      'lax' is `jax.lax.conv_general_dilated`.
+      once; 'rows' gathers the w images shifted sideways, multiplies once for
+      each row of the kernel, and adds; 'slices' multiplies each shifted image
+      and adds; 'lax' is `jax.lax.conv_general_dilated`.
 
   Returns:
     [B, H, W, O] images.
@@ -45,28 +46,65 @@ def convolve(x: jax.Array, kernel: jax.Array, implementation: str) -> jax.Array:
   (h, w, num_in, num_out), (height, width) = kernel.shape, x.shape[1:3]
   padded = jnp.pad(x, ((0, 0), ((h - 1) // 2, h // 2),
                        ((w - 1) // 2, w // 2), (0, 0)))
-  shifted = [padded[:, i:i + height, j:j + width]
-             for i in range(h) for j in range(w)]
   if implementation == 'slices':
-    kernel = kernel.reshape(h * w, num_in, num_out)
-    return sum(image @ k for image, k in zip(shifted, kernel))
-  patches = jnp.concatenate(shifted, axis=-1)  # [B, H, W, h * w * I]
+    return sum(padded[:, i:i + height, j:j + width] @ kernel[i, j]
+               for i in range(h) for j in range(w))
+  if implementation == 'rows':
+    sideways = jnp.concatenate(
+        [padded[:, :, j:j + width] for j in range(w)], axis=-1)
+    kernel = kernel.reshape(h, w * num_in, num_out)
+    return sum(sideways[:, i:i + height] @ kernel[i] for i in range(h))
+  patches = jnp.concatenate(
+      [padded[:, i:i + height, j:j + width]
+       for i in range(h) for j in range(w)], axis=-1)
   return patches @ kernel.reshape(-1, num_out)
 
 
+def convolve_enlarged(
+    x: jax.Array, kernel: jax.Array, implementation: str) -> jax.Array:
+  """`convolve` of x enlarged by 2 (nearest neighbour), computed on x itself.
+
+  Of the pixels that a 3 x 3 kernel covers in the enlarged image, those that
+  stem from one pixel of x share a weight: the sum of theirs. One convolution of
+  x with 4 O outputs, one for each position in a 2 x 2 block, gives the same
+  result from patches a quarter of the size.
+
+  Args:
+    x: [B, H, W, I] images.
+    kernel: [3, 3, I, O].
+    implementation: see `convolve`.
+
+  Returns:
+    [B, 2 H, 2 W, O] images.
+  """
+  b, h, w, _ = x.shape
+  tap = jnp.arange(3)
+  source = (jnp.arange(2)[:, None] + tap - 1) // 2 + 1  # [position, tap]
+  fold = (source[:, None] == tap[:, None]).astype(kernel.dtype)  # [a, p, u]
+  folded = jnp.einsum('apu,bqv,uvio->pqiabo', fold, fold, kernel)
+  out = convolve(x, folded.reshape(3, 3, x.shape[-1], -1), implementation)
+  out = out.reshape(b, h, w, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
+  return out.reshape(b, 2 * h, 2 * w, -1)
+
+
 class Conv(nn.Module):
-  """Convolution of stride 1 that keeps the image size, see `convolve`."""
+  """Convolution of stride 1 that keeps the image size, see `convolve`.
+
+  With `enlarge` the image is first enlarged by 2 (nearest neighbour).
+  """
   features: int
   size: int
   use_bias: bool = True
   implementation: str = 'im2col'
+  enlarge: bool = False
 
   @nn.compact
   def __call__(self, x):
     num_in = x.shape[-1]
     kernel = self.param('kernel', kernel_init,
                         (self.size, self.size, num_in, self.features))
-    x = convolve(x, kernel, self.implementation)
+    compute = convolve_enlarged if self.enlarge else convolve
+    x = compute(x, kernel, self.implementation)
     if self.use_bias:
       x += self.param('bias', bias_init(self.size**2 * num_in),
                       (self.features,))
@@ -154,7 +192,3 @@ def max_pool(x: jax.Array) -> jax.Array:
   x = x[:, :h // 2 * 2, :w // 2 * 2]
   return jnp.max(x.reshape(b, h // 2, 2, w // 2, 2, c), axis=(2, 4))
 
-
-def upsample(x: jax.Array) -> jax.Array:
-  """Nearest-neighbour enlargement by 2."""
-  return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

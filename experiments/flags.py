@@ -1,0 +1,258 @@
+"""The flags of all programs, their checks, and how a wrong one is reported.
+
+A wrong value, unknown flag or missing file gets one line on stderr that names
+the flag, the value and what would be right, and exit status 2, before any data
+is loaded or anything compiled.
+"""
+
+import math
+import os
+import re
+import sys
+from typing import Any, Callable
+
+from absl import app
+from absl import flags
+from absl import logging
+
+from fedftg_jax import federation, models, recipes
+from fedftg_jax.data import datasets
+from fedftg_jax.methods import fed_ftg
+from fedftg_jax.models import layers
+
+PARTITIONS = ('dirichlet', 'iid', 'file:PATH')
+SCHEDULES = ('exact', 'bernoulli', 'file:PATH')
+FTG = 'ftg_'
+# Where a run writes and how it shows itself is no part of its configuration.
+_PRESENTATION = ('workdir', 'data_dir')
+
+
+class UsageError(Exception):
+  """A flag that is wrong: which, its value, and what would be right."""
+
+  def __init__(self, flag: str, value: Any, right: str):
+    super().__init__(f'--{flag}={value}: {right}')
+
+
+def define() -> None:
+  """Defines the flags that every program has."""
+  # Data
+  flags.DEFINE_string(
+      'dataset', 'mnist5k', 'Data set: mnist5k (5,000 real MNIST images that come '
+      'with a Python package), or npz:PATH, an .npz with train_x, train_y, '
+      'test_x, test_y (images NHWC, uint8 or float32).')
+  flags.DEFINE_string(
+      'data_dir', None, 'Where prepared data sets are kept; default: that of '
+      'TensorFlow Datasets (~/tensorflow_datasets).')
+  flags.DEFINE_string(
+      'partition', 'dirichlet', 'Who holds what: dirichlet, iid, or file:PATH (an '
+      '.npz with one index array per client, such as the partition.npz that every '
+      'run writes).')
+  flags.DEFINE_float(
+      'dirichlet_alpha', .1, 'Concentration of the Dirichlet partition: the '
+      'smaller, the fewer classes a client has.')
+  flags.DEFINE_float(
+      'size_sigma', 0., 'Lognormal spread of the client sizes; 0 for equal ones.',
+      lower_bound=0)
+  flags.DEFINE_integer('partition_seed', 0, 'Seed of the partition.',
+                       lower_bound=0, upper_bound=2**31 - 1)
+  # Federation
+  flags.DEFINE_integer('num_clients', 20, 'Number of clients.', lower_bound=1)
+  flags.DEFINE_integer('cohort', 5, 'Clients per round (on average, with '
+                       '--schedule=bernoulli).', lower_bound=1)
+  flags.DEFINE_string(
+      'schedule', 'exact', 'Participation: exact (always --cohort clients), '
+      'bernoulli (each client on its own, never none), or file:PATH (.npy of '
+      'client ids [rounds, cohort], -1 for padding).')
+  flags.DEFINE_integer('schedule_seed', 0, 'Seed of the participation.',
+                       lower_bound=0, upper_bound=2**31 - 1)
+  flags.DEFINE_integer('rounds', 30, 'Communication rounds.', lower_bound=1)
+  flags.DEFINE_integer('client_chunk', 0, 'Clients stacked at once; 0 for all.',
+                       lower_bound=0)
+  # Method
+  known = '; '.join(f'{k}: {r.help}' for k, r in recipes.RECIPES.items())
+  flags.DEFINE_string('method', 'fed_ftg', 'A method, or several joined with +. '
+                      + known)
+  flags.DEFINE_enum('weighting', 'examples', federation.WEIGHTINGS,
+                    'How clients count in the mean.')
+  flags.DEFINE_enum('server_optimizer', 'sgd', list(recipes.SERVER_OPTIMIZERS),
+                    'Optimiser on the mean of the clients\' changes; sgd with rate '
+                    '1 is FedAvg, adam FedAdam, momentum (0.9) FedAvgM.')
+  flags.DEFINE_float('server_learning_rate', 1., 'Of the server optimiser.',
+                     lower_bound=0)
+  # Local training
+  flags.DEFINE_enum('model', 'lenet', list(models.CLASSIFIERS), 'Classifier.')
+  flags.DEFINE_enum('norm', 'none', layers.NORMS,
+                    'Normalisation after the convolutions.')
+  flags.DEFINE_enum('conv', 'im2col', layers.CONV_IMPLEMENTATIONS,
+                    'How convolutions are computed; the results agree.')
+  flags.DEFINE_integer('local_epochs', 5, 'Epochs per client and round.',
+                       lower_bound=1)
+  flags.DEFINE_integer('local_steps', 0, 'Steps per client and round instead of '
+                       'epochs; 0 for epochs.', lower_bound=0)
+  flags.DEFINE_integer('batch_size', 50, 'Examples per local step.',
+                       lower_bound=1)
+  flags.DEFINE_float('learning_rate', .1, 'Of local SGD.', lower_bound=0)
+  flags.DEFINE_float('lr_decay', .998, 'Factor of all learning rates per round.',
+                     lower_bound=0, upper_bound=1)
+  flags.DEFINE_float('weight_decay', 1e-3, 'Of local SGD and of the fine-tuned '
+                     'student.', lower_bound=0)
+  flags.DEFINE_float('clip_norm', 10., 'Largest norm of a local gradient, before '
+                     'weight decay; 0 for no clip.', lower_bound=0)
+  # Run
+  flags.DEFINE_integer('eval_every', 2, 'Rounds between evaluations.',
+                       lower_bound=1)
+  flags.DEFINE_integer('seed', 0, 'Seed of models, batches and generated images.',
+                       lower_bound=0, upper_bound=2**31 - 1)
+  flags.DEFINE_string('workdir', None, 'Where to write; default: a folder in runs/ '
+                      'named after the configuration.')
+  _define_ftg()
+
+
+def _define_ftg() -> None:
+  """FedFTG's own flags; those left out take the preset's value."""
+  official = fed_ftg.Options()
+  flags.DEFINE_enum(FTG + 'preset', 'official', list(fed_ftg.PRESETS),
+                    'official: the released code; paper: the equations as far as '
+                    'known; intended: the code with its defects mended.')
+  flags.DEFINE_integer(FTG + 'generator_width', 16, 'Channels of the generator\'s '
+                       'last block (64 in the official code).', lower_bound=1)
+  flags.DEFINE_integer(FTG + 'noise_dim', 100, 'Length of the noise vector.',
+                       lower_bound=1)
+  for name, text in (
+      ('iterations', 'Outer iterations per round; 0 switches FedFTG off'),
+      ('generator_steps', 'Generator passes per iteration'),
+      ('student_steps', 'Student steps per iteration')):
+    flags.DEFINE_integer(FTG + name, getattr(official, name), text + '.',
+                         lower_bound=0)
+  flags.DEFINE_integer(FTG + 'batch_size', 0, 'Generated images per step; 0 for '
+                       '--batch_size.', lower_bound=0)
+  for name, text in (
+      ('student_lr', 'Learning rate of the student\'s SGD'),
+      ('generator_lr', 'Learning rate of the generator\'s Adam'),
+      ('lambda_cls', 'Weight of the fidelity term'),
+      ('lambda_dis', 'Weight of the diversity term')):
+    flags.DEFINE_float(FTG + name, getattr(official, name), text + '.',
+                       lower_bound=0)
+  help_of = dict(re.findall(
+      r'^ {4}(\w+): (.*?)(?=^ {4}\w|\Z)', fed_ftg.Options.__doc__, re.M | re.S))
+  for name, allowed in fed_ftg.CHOICES.items():
+    flags.DEFINE_enum(FTG + name, None, allowed, ' '.join(
+        help_of[name].split()) + ' Default: the preset\'s.')
+  flags.DEFINE_bool(FTG + 'hard_samples', True, 'Whether the generator looks for '
+                    'hard samples (ablation).')
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs a program: parses the flags in our manner, then calls `main`."""
+  def guarded(_):
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)
+    try:
+      main()
+    except UsageError as error:
+      _fail(error)
+    except KeyboardInterrupt:
+      print('interrupted; the same command starts again', file=sys.stderr)
+      sys.exit(130)
+  app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    rest = flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    value = '' if error.flagvalue is None else f'={error.flagvalue}'
+    guess = re.search(r'Did you mean: (.*?) ?\?', str(error))
+    hint = f'did you mean --{guess[1].split(",")[0].strip()}? ' if guess else ''
+    _fail(f'--{error.flagname}{value}: no such flag; {hint}--help lists all')
+  except flags.Error as error:
+    _fail(_plain(error))
+  if len(rest) > 1:
+    _fail(f'{rest[1]}: not understood; values are given as --flag=value')
+  return rest
+
+
+def _plain(error: Exception) -> str:
+  """absl's message as one line: --flag=value: what would be right."""
+  message = ' '.join(str(error).split())
+  match = re.match(r'flag --(\w+)=(.*?): (.*)', message)
+  if not match or match[1] not in flags.FLAGS:
+    return message
+  name, value, why = match.groups()
+  right = flags.FLAGS[name].parser.syntactic_help
+  return f'--{name}={value}: must be {right}' if right else (
+      f'--{name}={value}: {why}')
+
+
+def _fail(error: Exception | str) -> None:
+  print(f'error: {error}', file=sys.stderr)
+  sys.exit(2)
+
+
+def config(**changes) -> dict[str, Any]:
+  """The configuration from the flags, checked, presets resolved.
+
+  Args:
+    **changes: values that replace those of the flags.
+
+  Returns:
+    Flag names and values, all that a run's results depend on.
+
+  Raises:
+    UsageError: for a wrong value.
+  """
+  values = {f.name: f.value for f in _ours()} | changes
+  preset = fed_ftg.Options(**fed_ftg.PRESETS[values[FTG + 'preset']])
+  for name in fed_ftg.CHOICES:
+    if values[FTG + name] is None:
+      values[FTG + name] = getattr(preset, name)
+  values[FTG + 'batch_size'] = values[FTG + 'batch_size'] or values['batch_size']
+  _check(values)
+  return {k: v for k, v in values.items() if k not in _PRESENTATION}
+
+
+def _ours() -> list[flags.Flag]:
+  """Flags that `define` defined."""
+  return [f for f in flags.FLAGS.flags_by_module_dict()[__name__]]
+
+
+def parse_value(name: str, text: str) -> Any:
+  """`text` as the value of flag `name`; UsageError if it cannot be."""
+  if name not in {f.name for f in _ours()}:
+    raise UsageError(name, text, 'no such flag')
+  try:
+    return flags.FLAGS[name].parser.parse(text)
+  except (ValueError, TypeError) as error:
+    raise UsageError(name, text, str(error)) from error
+
+
+def _check(values: dict[str, Any]) -> None:
+  """Checks what a type and a bound cannot say."""
+  def require(flag, condition, right):
+    if not condition:
+      raise UsageError(flag, values[flag], right)
+
+  for name, value in values.items():
+    if isinstance(value, float):
+      require(name, math.isfinite(value), 'must be a finite number')
+  _check_by('dataset', values, datasets.check_name)
+  _check_by('method', values, recipes.parse)
+  for flag, allowed in (('partition', PARTITIONS), ('schedule', SCHEDULES)):
+    value = values[flag]
+    if value.startswith('file:'):
+      require(flag, os.path.isfile(value[len('file:'):]), 'no such file')
+    else:
+      require(flag, value in allowed, 'must be one of ' + ', '.join(allowed))
+  require('dirichlet_alpha', values['dirichlet_alpha'] > 0, 'must be above 0')
+  if not values['schedule'].startswith('file:') and (
+      not values['partition'].startswith('file:')):
+    require('cohort', values['cohort'] <= values['num_clients'],
+            f'must be at most --num_clients={values["num_clients"]}')
+
+
+def _check_by(flag, values, function):
+  try:
+    function(values[flag])
+  except ValueError as error:
+    raise UsageError(flag, values[flag], str(error)) from error

@@ -1,0 +1,66 @@
+"""Pictures: accuracy curves, and a grid of generated images."""
+
+from typing import Any, Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt  # pylint: disable=g-import-not-at-top
+import numpy as np
+
+_PER_CLASS = 8
+
+
+def curves(
+    path: Any, series: Mapping[str, Sequence[Sequence[tuple[int, float]]]],
+    ylabel: str, title: str = '') -> None:
+  """Draws each name's mean over seeds against rounds, with a band of one
+  standard deviation where there are several seeds.
+
+  Args:
+    path: where to write.
+    series: by name, for each seed, the points (round, value).
+    ylabel: what the values are.
+    title: of the picture.
+  """
+  figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
+  for i, (name, seeds) in enumerate(series.items()):
+    rounds = [t for t, _ in seeds[0]]
+    values = np.array([[v for _, v in seed] for seed in seeds])
+    mean, spread = values.mean(0), values.std(0, ddof=1 if len(values) > 1 else 0)
+    style = '-' if i % 2 == 0 else '--'  # curves may lie on each other
+    line, = axes.plot(rounds, mean, style, label=name)
+    if len(values) > 1:
+      axes.fill_between(rounds, mean - spread, mean + spread, alpha=.2,
+                        color=line.get_color(), linewidth=0)
+  axes.set(xlabel='round', ylabel=ylabel, title=title)
+  axes.grid(alpha=.3)
+  axes.legend()
+  figure.savefig(path, dpi=130)
+  plt.close(figure)
+
+
+def generated(
+    path: Any, synthesise: Callable, shared: Any, num_classes: int) -> None:
+  """Draws what the generator makes of each class, one labelled row each."""
+  rows = min(num_classes, 20)
+  labels = jnp.repeat(jnp.arange(rows), _PER_CLASS)
+  images = np.asarray(synthesise(shared, labels, jax.random.key(0)))
+  low, high = images.min((1, 2, 3), keepdims=True), images.max(
+      (1, 2, 3), keepdims=True)
+  images = (images - low) / np.maximum(high - low, 1e-6)
+  if images.shape[-1] not in (1, 3):
+    images = images.mean(-1, keepdims=True)
+  figure, grid = plt.subplots(
+      rows, _PER_CLASS, figsize=(_PER_CLASS * .8, rows * .8), squeeze=False,
+      layout='constrained')
+  for axes, image, label in zip(grid.flat, images, np.asarray(labels)):
+    axes.imshow(image.squeeze(), cmap='gray')
+    axes.set(xticks=[], yticks=[])
+    if axes.get_subplotspec().is_first_col():
+      axes.set_ylabel(str(label), rotation=0, ha='right', va='center')
+  figure.suptitle('generated images by class (each scaled to its own range)',
+                  fontsize=9)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)

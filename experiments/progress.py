@@ -1,0 +1,94 @@
+"""What a person sees while a run goes on, and where the time goes."""
+
+import contextlib
+import importlib.metadata
+import platform
+import time
+
+import jax
+from rich import console as rich_console
+from rich import progress as rich_progress
+
+_COMPILE_EVENT = '/jax/core/compile/'
+
+
+class Progress(contextlib.AbstractContextManager):
+  """A bar with round, accuracy and rounds per second; lines off a terminal."""
+
+  def __init__(self, label: str, num_rounds: int):
+    self._label, self._num_rounds = label, num_rounds
+    console = rich_console.Console()
+    self._bar = None
+    if console.is_terminal:
+      self._bar = rich_progress.Progress(
+          '{task.description}', rich_progress.BarColumn(),
+          'round {task.completed}/{task.total}', '{task.fields[score]}',
+          rich_progress.TimeRemainingColumn(), console=console)
+
+  def __enter__(self):
+    if self._bar:
+      self._bar.start()
+      self._task = self._bar.add_task(
+          self._label, total=self._num_rounds, score='compiling')
+    else:
+      print(f'{self._label}: compiling', flush=True)
+    return self
+
+  def __exit__(self, *_):
+    if self._bar:
+      self._bar.stop()
+
+  def update(self, done: int, accuracy: float, rate: float) -> None:
+    score = f'accuracy {accuracy:.3f}  {rate:.2f} rounds/s'
+    if self._bar:
+      self._bar.update(self._task, completed=done, score=score)
+    else:
+      print(f'{self._label}: round {done}/{self._num_rounds}  {score}',
+            flush=True)
+
+
+class Clock:
+  """Seconds of training, evaluation and compilation, each by itself."""
+
+  def __init__(self):
+    self._compiling = 0.
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+    self._seconds = {'train': 0., 'evaluate': 0., 'compile': 0.}
+    self._previous = 0
+    self._last = dict(self._seconds)
+    self._start = time.perf_counter()
+
+  def _listen(self, event: str, seconds: float, **_) -> None:
+    if event.startswith(_COMPILE_EVENT):
+      self._compiling += seconds
+
+  def lap(self, name: str) -> None:
+    """Books the time since the last lap under `name`, compilation apart."""
+    now = time.perf_counter()
+    compiling = min(self._compiling, now - self._start)
+    self._seconds['compile'] += compiling
+    self._seconds[name] += now - self._start - compiling
+    self._start, self._compiling = now, 0.
+
+  def rate(self, done: int) -> float:
+    """Rounds per second of training so far."""
+    return done / max(self._seconds['train'], 1e-9)
+
+  def row(self, done: int) -> dict[str, float]:
+    """Seconds since the last row, and rounds per second in them."""
+    new = {k: v - self._last[k] for k, v in self._seconds.items()}
+    rounds, self._previous = done - self._previous, done
+    self._last = dict(self._seconds)
+    return {**{f'{k}_seconds': round(v, 4) for k, v in new.items()},
+            'rounds_per_second': round(rounds / max(new['train'], 1e-9), 4)}
+
+  def total(self) -> dict[str, float]:
+    return {f'{k}_seconds': round(v, 2) for k, v in self._seconds.items()}
+
+
+def versions() -> dict[str, str]:
+  """What a figure depends on: packages, Python, device."""
+  packages = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
+  return {**{p: importlib.metadata.version(p) for p in packages},
+          'python': platform.python_version(),
+          'device': jax.devices()[0].device_kind}

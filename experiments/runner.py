@@ -1,0 +1,335 @@
+"""From a configuration to a finished run: build, train, evaluate, write."""
+
+import hashlib
+import json
+import pathlib
+import time
+from typing import Any, NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import files
+from experiments import flags
+from experiments import plots
+from experiments import progress
+from fedftg_jax import base
+from fedftg_jax import evaluation
+from fedftg_jax import federation
+from fedftg_jax import models
+from fedftg_jax import recipes
+from fedftg_jax import solvers
+from fedftg_jax.data import clients
+from fedftg_jax.data import datasets
+from fedftg_jax.data import partition
+from fedftg_jax.data import schedules
+from fedftg_jax.methods import fed_ftg
+
+FINAL_ROUNDS = 10  # the final accuracy is the mean over so many last rounds
+
+
+class Experiment(NamedTuple):
+  """All parts of a run, built and checked."""
+  config: dict[str, Any]
+  dataset: datasets.Dataset
+  parts: list[np.ndarray]  # row indices of each client
+  data: base.Data
+  schedule: base.Cohort    # leading axis [T]
+  model: base.Model
+  method: base.Method
+  federation: base.Federation
+
+
+def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
+  """Loads the data and builds the federation that `config` asks for.
+
+  Raises:
+    flags.UsageError: where data and configuration do not fit.
+  """
+  dataset = _checked('dataset', config, datasets.load, config['dataset'],
+                     data_dir)
+  parts = _partition(config, dataset)
+  schedule = _schedule(config, len(parts))
+  model = models.build(
+      config['model'], dataset.image_shape, dataset.num_classes,
+      mean=dataset.mean, std=dataset.std, norm=config['norm'],
+      conv=config['conv'])
+  generator = None
+  if fed_ftg_part(config['method']):
+    generator = _checked(
+        'dataset', config, models.image_generator, dataset.image_shape,
+        dataset.num_classes, noise_dim=config['ftg_noise_dim'],
+        width=config['ftg_generator_width'], conv=config['conv'],
+        bias_before_norm=config['ftg_gen_bn_bias'] == 'keep')
+  method = recipes.build(config['method'], recipes.Settings(
+      model, dataset.num_classes,
+      recipes.server_optimizer(
+          config['server_optimizer'], config['server_learning_rate']),
+      generator, _ftg_options(config)))
+  steps = config['local_steps'] or None
+  solver = solvers.local_sgd(
+      _decayed(config['learning_rate'], config),
+      batch_size=config['batch_size'],
+      epochs=None if steps else config['local_epochs'], steps=steps,
+      weight_decay=config['weight_decay'],
+      clip_norm=config['clip_norm'] or None)
+  fed = federation.federation(
+      model, method, solver, len(parts), weighting=config['weighting'],
+      client_chunk=config['client_chunk'])
+  data = clients.from_partition(dataset.train_x, dataset.train_y, parts)
+  return Experiment(config, dataset, parts, data, schedule, model, method, fed)
+
+
+def fed_ftg_part(method: str) -> bool:
+  return 'fed_ftg' in recipes.parse(method)
+
+
+def _checked(flag, config, function, *args, **kwargs):
+  try:
+    return function(*args, **kwargs)
+  except ValueError as error:
+    raise flags.UsageError(flag, config[flag], str(error)) from error
+
+
+def _decayed(rate, config):
+  return lambda round_: rate * config['lr_decay'] ** round_
+
+
+def _ftg_options(config) -> fed_ftg.Options:
+  values = {k[len(flags.FTG):]: v for k, v in config.items()
+            if k.startswith(flags.FTG)}
+  chosen = {k: v for k, v in values.items() if k in fed_ftg.Options._fields}
+  for name in ('student_lr', 'generator_lr'):
+    chosen[name] = _decayed(chosen[name], config)
+  return fed_ftg.Options(**chosen, weight_decay=config['weight_decay'])
+
+
+def _partition(config, dataset) -> list[np.ndarray]:
+  kind, labels = config['partition'], dataset.train_y
+  if kind.startswith('file:'):
+    return _checked('partition', config, partition.load, kind[len('file:'):],
+                    len(labels))
+  shared = dict(seed=config['partition_seed'], sigma=config['size_sigma'])
+  if kind == 'iid':
+    return _checked('num_clients', config, partition.iid, labels,
+                    config['num_clients'], **shared)
+  return _checked('num_clients', config, partition.dirichlet, labels,
+                  config['num_clients'], config['dirichlet_alpha'], **shared)
+
+
+def _schedule(config, num_clients) -> base.Cohort:
+  kind, num_rounds = config['schedule'], config['rounds']
+  if kind.startswith('file:'):
+    schedule = _checked('schedule', config, schedules.load, kind[len('file:'):],
+                        num_rounds, num_clients)
+    return _checked('schedule', config, federation.check_schedule, schedule,
+                    num_clients)
+  make = schedules.exact if kind == 'exact' else schedules.bernoulli
+  return _checked('cohort', config, make, num_rounds, num_clients,
+                  config['cohort'], config['schedule_seed'])
+
+
+def with_seeds(experiment: Experiment, config: dict[str, Any]) -> Experiment:
+  """The same compiled parts with the partition and schedule of `config`."""
+  dataset = experiment.dataset
+  parts = _partition(config, dataset)
+  return experiment._replace(
+      config=config, parts=parts, schedule=_schedule(config, len(parts)),
+      data=clients.from_partition(dataset.train_x, dataset.train_y, parts))
+
+
+# Folders of runs
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+  """What tells configurations apart: all but the number of rounds.
+
+  Files that the configuration names count by their content.
+  """
+  named = {k: v for k, v in config.items() if k != 'rounds'}
+  for flag in ('dataset', 'partition', 'schedule'):
+    kind, _, path = config[flag].partition(':')
+    if path:
+      digest = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+      named[flag] = f'{kind}:{digest[:16]}'
+  return named
+
+
+def default_folder(config: dict[str, Any], *words: str) -> pathlib.Path:
+  """A folder in runs/ named after the configuration."""
+  digest = hashlib.sha256(
+      json.dumps([identity(config), words], sort_keys=True).encode()).hexdigest()
+  words = words or (config['method'], config['dataset'].split(':')[0],
+                    f'seed{config["seed"]}')
+  return pathlib.Path('runs') / '-'.join((*words, digest[:8]))
+
+
+def is_finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
+  """Whether `folder` holds this run with at least so many rounds, finished.
+
+  Raises:
+    flags.UsageError: if it holds another configuration.
+  """
+  path = folder / 'config.json'
+  if folder.exists() and not folder.is_dir():
+    raise flags.UsageError('workdir', folder, 'is a file, must be a folder')
+  if not path.exists():
+    return False
+  try:
+    there = json.loads(path.read_text())['identity']
+  except (ValueError, KeyError, TypeError) as error:
+    raise flags.UsageError(
+        'workdir', folder, 'its config.json cannot be read; remove the folder or '
+        'choose another') from error
+  ours = identity(config)
+  for name in sorted(ours.keys() | there.keys()):
+    if there.get(name) != ours.get(name):
+      raise flags.UsageError(
+          'workdir', folder, f'holds another configuration (--{name}='
+          f'{there.get(name)}, not {ours.get(name)}); choose another folder')
+  summary = folder / 'summary.json'
+  return summary.exists() and (
+      json.loads(summary.read_text())['rounds'] >= config['rounds'])
+
+
+# Training
+
+
+def train(
+    experiment: Experiment,
+    seeds: Sequence[int],
+    folders: Sequence[pathlib.Path],
+    label: str,
+) -> None:
+  """Trains once per seed, all at once, and writes each run into its folder.
+
+  Args:
+    experiment: from `build`.
+    seeds: of the training; several are a mapped axis of one program.
+    folders: one per seed.
+    label: what to call the run on the screen.
+  """
+  several = len(seeds) > 1
+  fed = experiment.federation
+  fed = federation.over_seeds(fed) if several else fed
+  key = jnp.stack([jax.random.key(s) for s in seeds]) if several else (
+      jax.random.key(seeds[0]))
+  key_init, key_run = jnp.moveaxis(_split(key), -1, 0) if several else _split(key)
+  runs = [Run(experiment, folder, seed) for folder, seed in zip(folders, seeds)]
+  clock = progress.Clock()
+  state = jax.jit(fed.init)(key_init)
+  traffic = experiment.federation.traffic(
+      _one_seed(state, 0, several), experiment.data)
+  test = jnp.asarray(experiment.dataset.test_x), jnp.asarray(
+      experiment.dataset.test_y)
+  num_rounds = experiment.config['rounds']
+
+  with progress.Progress(label, num_rounds) as bar:
+    def evaluate(done, state, info):
+      jax.block_until_ready(state)
+      clock.lap('train')
+      for r, run in enumerate(runs):
+        variants = {'broadcast': state.variables, **info.models}
+        scores = {
+            name: jax.tree.map(float, evaluation.evaluate(
+                experiment.model, _one_seed(v, r, several), *test))
+            for name, v in variants.items()}
+        metrics = {k: v[r] if several else v for k, v in info.metrics.items()}
+        run.add(done, metrics, scores, traffic)
+      clock.lap('evaluate')
+      for run in runs:
+        run.add_timing(done, clock)
+      bar.update(done, np.mean([run.accuracy for run in runs]), clock.rate(done))
+
+    state, _ = federation.run(
+        fed, state, experiment.data, experiment.schedule, key_run,
+        every=min(experiment.config['eval_every'], num_rounds),
+        callback=evaluate)
+  for r, run in enumerate(runs):
+    run.finish(_one_seed(state, r, several), clock)
+
+
+def _split(key):
+  return jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
+
+
+def _one_seed(tree, r, several):
+  return jax.tree.map(lambda a: a[r], tree) if several else tree
+
+
+class Run:
+  """What one seed's run writes into its folder."""
+
+  def __init__(self, experiment: Experiment, folder: pathlib.Path, seed: int):
+    self._experiment, self._folder, self._seed = experiment, folder, seed
+    self._rows, self._timings = [], []
+    self._down = self._up = 0
+    config = {**experiment.config, 'seed': seed}
+    (folder / 'summary.json').unlink(missing_ok=True)
+    files.write_json(folder / 'config.json', {
+        'config': config, 'identity': identity(config),
+        'versions': progress.versions()})
+    with files.replacing(folder / 'partition.npz') as temporary:
+      partition.save(temporary, experiment.parts)
+
+  @property
+  def accuracy(self) -> float:
+    return self._rows[-1]['test_accuracy']
+
+  def add(self, done, metrics, scores, traffic) -> None:
+    """Adds the evaluation after `done` rounds and rewrites metrics.jsonl.
+
+    `metrics` are those of the rounds since the last evaluation.
+    """
+    self._down += int(metrics.pop('num_selected').sum()) * traffic[0]
+    self._up += int(metrics.pop('num_arrived').sum()) * traffic[1]
+    losses = {k: _number(np.nanmean(v) if np.isfinite(v).any() else np.nan)
+              for k, v in metrics.items()}
+    self._rows.append({
+        'round': done, 'train_loss': losses.pop('train_loss'),
+        'test_loss': _number(scores['broadcast']['loss']),
+        'test_accuracy': _number(scores['broadcast']['accuracy']),
+        'accuracy': {k: _number(v['accuracy']) for k, v in scores.items()},
+        'bytes_up': self._up, 'bytes_down': self._down, **losses})
+    files.write_jsonl(self._folder / 'metrics.jsonl', self._rows)
+
+  def add_timing(self, done, clock) -> None:
+    self._timings.append({'round': done, **clock.row(done)})
+    files.write_jsonl(self._folder / 'timings.jsonl', self._timings)
+
+  def finish(self, state, clock) -> None:
+    """Writes the model, the pictures and, last, the summary."""
+    experiment, folder = self._experiment, self._folder
+    files.write_tree(folder / 'params.npz', state.variables._asdict())
+    if experiment.method.synthesise is not None:
+      with files.replacing(folder / 'generated.png') as temporary:
+        plots.generated(
+            temporary, experiment.method.synthesise, state.shared,
+            experiment.dataset.num_classes)
+    with files.replacing(folder / 'curves.png') as temporary:
+      plots.curves(temporary, {
+          name: [[(row['round'], row['accuracy'][name]) for row in self._rows]]
+          for name in self._rows[-1]['accuracy']}, 'test accuracy')
+    files.write_json(folder / 'summary.json', {
+        'method': experiment.config['method'], 'seed': self._seed,
+        'rounds': self._rows[-1]['round'],
+        'final_accuracy': final(self._rows, lambda row: row['test_accuracy']),
+        'best_accuracy': max(row['test_accuracy'] for row in self._rows),
+        'final_accuracy_of': {
+            name: final(self._rows, lambda row, n=name: row['accuracy'][n])
+            for name in self._rows[-1]['accuracy']},
+        'bytes_up': self._up, 'bytes_down': self._down,
+        **clock.total()})
+
+
+def final(rows, value) -> float:
+  """Mean of `value(row)` over the evaluations of the last `FINAL_ROUNDS`."""
+  last = rows[-1]['round']
+  return _number(np.mean([
+      value(row) for row in rows if row['round'] > last - FINAL_ROUNDS]))
+
+
+def _number(value) -> float | None:
+  """A float of six digits, None (JSON's null) if it is not finite."""
+  return float(f'{value:.6g}') if np.isfinite(value) else None

@@ -110,7 +110,7 @@ def _orders(key, data, num_epochs, batch_size):
   pad = -cap % batch_size
 
   def order(key):
-    draw = jax.random.uniform(key, (cap,))
+    draw = jax.random.uniform(key, (cap,), jnp.float32)
     return jnp.argsort(jnp.where(jnp.arange(cap) < data.count, draw, 2.))
 
   keys = jax.vmap(lambda e: jax.random.fold_in(key, e))(jnp.arange(num_epochs))

@@ -203,6 +203,86 @@ class GeneratorTest(absltest.TestCase):
       chex.assert_trees_all_close(stats, want, atol=1e-10)
 
 
+def local_problem():
+  """The shared linear problem of the local-training arrays."""
+  g = golden('ghij')
+  data = clients.from_partition(
+      g['X'], g['Y'], [np.arange(len(g['Y']))])
+  return data, linear(g['W_start'], g['b_start'])
+
+
+class LocalTrainingTest(absltest.TestCase):
+
+  def test_fed_avg_local(self):
+    with enable_x64(True):
+      g = golden('avg')
+      data, start = local_problem()
+      fed = federation.federation(
+          linear_model(), base.chain(fed_avg.fed_avg()),
+          solvers.local_sgd(
+              float(g['lr']), batch_size=50, steps=int(g['steps']),
+              weight_decay=float(g['weight_decay']), clip_norm=10.), 1)
+      state = base.State(start, ((),), (((),), ()), jnp.int32(0))
+      state, _ = federation.run(
+          fed, state, data, schedules.from_ids(np.zeros((1, 1), int), 1),
+          jax.random.key(0))
+      chex.assert_trees_all_close(
+          state.variables, linear(g['W_end'], g['b_end']), atol=1e-9)
+
+  def test_fed_avg_rounds(self):
+    g = golden('w')
+    num_clients = 4
+    x = [g[f'x{k}'] for k in range(num_clients)]
+    y = [g[f'y{k}'] for k in range(num_clients)]
+    ends = np.cumsum([len(v) for v in y])
+    data = clients.from_partition(
+        np.concatenate(x), np.concatenate(y),
+        np.split(np.arange(ends[-1]), ends[:-1]))
+    rounds = schedules.bernoulli(
+        int(g['hp_rounds']), num_clients, num_clients * float(g['hp_act_prob']),
+        int(g['hp_seed']))
+    chosen = np.zeros_like(g['selected'])
+    for t, ids in enumerate(rounds.client_id):
+      chosen[t, ids[ids < num_clients]] = True
+    np.testing.assert_array_equal(chosen, g['selected'])
+    lr, decay = float(g['hp_lr']), float(g['hp_lr_decay'])
+    fed = federation.federation(
+        linear_model(), base.chain(fed_avg.fed_avg()),
+        solvers.local_sgd(
+            lambda t: lr * decay**t, batch_size=int(g['hp_batch']),
+            epochs=int(g['hp_epochs']),
+            weight_decay=float(g['hp_weight_decay']), clip_norm=10.),
+        num_clients)
+    state = base.State(
+        jax.tree.map(lambda a: a.astype(jnp.float32), linear(g['W0'], g['b0'])),
+        ((),), (((),), ()), jnp.int32(0))
+    models_after = []
+    federation.run(
+        fed, state, data, rounds, jax.random.key(0), every=1,
+        callback=lambda _, state, info: models_after.append(
+            jax.tree.map(np.array, (state.variables, info.models['average']))))
+    for t, (broadcast, average) in enumerate(models_after):
+      want = linear(g['fedavg_sel_W'][t], g['fedavg_sel_b'][t])
+      chex.assert_trees_all_close(broadcast, want, atol=1e-5)
+      chex.assert_trees_all_close(average, want, atol=1e-5)
+
+
+class PartitionTest(absltest.TestCase):
+
+  def test_dirichlet(self):
+    g = golden('p_dir03')
+    num, num_classes, num_clients, seed = map(int, g['n_ncls_nclient_seed'])
+    alpha, sigma = map(float, g['alpha_sigma'])
+    labels = np.arange(num) % num_classes
+    parts = partition.dirichlet(
+        labels, num_clients, alpha, seed=seed, sigma=sigma)
+    np.testing.assert_array_equal([len(p) for p in parts], g['sizes'])
+    np.testing.assert_array_equal(np.concatenate(parts), g['index_concat'])
+    np.testing.assert_array_equal(
+        [np.bincount(labels[p], minlength=num_classes) for p in parts],
+        g['counts'])
+
+
 class ServerStepTest(parameterized.TestCase):
 
   @parameterized.parameters('sgd', 'adam')

@@ -1,0 +1,26 @@
+# make demo      a comparison of FedAvg and FedFTG on real images, in minutes
+# make test      every test that needs no minutes of its own
+# make test-all  all tests, and the documents' examples
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-all clean
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: $(VENV)/installed
+	$(RUN) -m experiments.compare --flagfile=experiments/presets/demo.flags
+
+test: $(VENV)/installed
+	$(RUN) -m pytest -n 2 -m "not slow" tests
+
+test-all: test
+	$(RUN) -m pytest -m slow tests
+
+clean:
+	rm -rf $(VENV)

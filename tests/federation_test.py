@@ -1,0 +1,340 @@
+"""The engine: one round against a plain loop, masks, resume, traces, errors."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import jax
+from jax import enable_x64
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedftg_jax import base, federation, keys, losses, trees
+from fedftg_jax.data import clients
+from fedftg_jax.methods import fed_avg
+from tests import problems
+
+KEY = jax.random.key(7)
+
+
+def counter():
+  """A method whose client slot counts participations, whose server slot rounds.
+  """
+  return base.Method(
+      init=lambda key, variables: (jnp.zeros(()), jnp.zeros(2)),
+      upload=lambda view, local, objective, key: (view.own + 1, ()),
+      update=lambda variables, shared, received, key: (
+          variables, shared + 1, base.Info()))
+
+
+def sequential_round(model, variables, data, ids, key, round_, settings):
+  """FedAvg as a plain Python loop over clients and steps, batches unpadded."""
+  total = sum(int(data.count[k]) for k in ids)
+  mean = jax.tree.map(jnp.zeros_like, variables)
+  for k in ids:
+    count = int(data.count[k])
+    rows = np.asarray(data.index[k])[:count]
+    solve_key = keys.client_keys(key, round_, k).solve
+    key_order, _ = jax.random.split(solve_key)
+    local = variables
+    for epoch in range(settings['epochs']):
+      draws = jax.random.uniform(
+          jax.random.fold_in(key_order, epoch), (data.index.shape[1],),
+          jnp.float32)
+      order = np.argsort(np.asarray(draws)[:count])
+      for first in range(0, count, problems.BATCH):
+        batch = rows[order[first:first + problems.BATCH]]
+
+        def loss(params, stats):
+          output = model.apply(
+              base.Variables(params, stats), data.x[batch], train=True)
+          return losses.cross_entropy(output.logits, data.y[batch]), output.stats
+
+        grads, stats = jax.grad(loss, has_aux=True)(local.params, local.stats)
+        norm = optax.global_norm(grads)
+        scale = jnp.minimum(1., settings['clip'] / norm)
+        params = jax.tree.map(
+            lambda p, g: p - settings['lr'] * (scale * g + settings['decay'] * p),
+            local.params, grads)
+        local = base.Variables(params, stats)
+    mean = jax.tree.map(lambda m, p: m + count / total * p, mean, local)
+  return mean
+
+
+class RoundTest(parameterized.TestCase):
+
+  @parameterized.parameters('none', 'batch')
+  def test_stacked_equals_sequential(self, norm):
+    """Unequal clients, partial batches and padding slots change nothing."""
+    settings = dict(epochs=2, clip=.5, decay=1e-2, lr=.1)
+    with enable_x64(True):
+      model = problems.make_model(norm)
+      data = problems.make_data()
+      fed = problems.make(model, solve=problems.solver(
+          epochs=2, clip_norm=.5, weight_decay=1e-2))
+      state = fed.init(KEY)
+      ids = [0, 2, 3, 4]
+      got, info = jax.jit(fed.round)(
+          state, data, problems.row([*ids, -1, -1]), KEY)
+      want = sequential_round(
+          model, state.variables, data, ids, KEY, 0, settings)
+      chex.assert_trees_all_close(got.variables, want, atol=1e-9)
+      chex.assert_trees_all_close(info.models['average'], want, atol=1e-9)
+      self.assertEqual(int(info.metrics['num_selected']), 4)
+
+  @parameterized.parameters(1, 2, 4, 5, 7)
+  def test_client_chunk(self, chunk):
+    data, cohort = problems.DATA, problems.row([0, 1, 2, 3, 4])
+    rounds = [jax.jit(problems.make(client_chunk=c).round) for c in (0, chunk)]
+    state = problems.make().init(KEY)
+    (a, _), (b, _) = [r(state, data, cohort, KEY) for r in rounds]
+    chex.assert_trees_all_close(a, b, atol=1e-6)
+
+  def test_absent_clients_keep_their_slots(self):
+    fed = problems.make(
+        method=base.chain(fed_avg.fed_avg(), counter()),
+        uplink=optax.trace(.5))
+    state = fed.init(KEY)
+    cohort = problems.row([0, 1, 3, -1], arrived=[True, False, True, False])
+    new, _ = jax.jit(fed.round)(state, problems.DATA, cohort, KEY)
+    (_, counts), uplink = new.clients
+    np.testing.assert_array_equal(counts[0][:, 0] if isinstance(counts, tuple)
+                                  else counts[:, 0], [1, 0, 0, 1, 0])
+    for leaf in jax.tree.leaves(uplink):
+      for k in (1, 2, 4):
+        np.testing.assert_array_equal(leaf[k], 0.)
+      self.assertTrue(np.any(np.asarray(leaf[0]) != 0))
+
+  def test_dropout_is_like_not_being_selected(self):
+    fed = problems.make()
+    state = fed.init(KEY)
+    step = jax.jit(fed.round)
+    dropped, _ = step(state, problems.DATA, problems.row(
+        [0, 1, 3], arrived=[True, False, True]), KEY)
+    padded, _ = step(state, problems.DATA, problems.row([0, 3, -1]), KEY)
+    chex.assert_trees_all_close(dropped.variables, padded.variables, atol=1e-6)
+
+  def test_round_in_which_nobody_arrives(self):
+    fed = problems.make(method=base.chain(
+        fed_avg.fed_avg(optax.sgd(1., momentum=.9)), counter()))
+    step = jax.jit(fed.round)
+    state, _ = step(fed.init(KEY), problems.DATA, problems.row([0, 1]), KEY)
+    after, info = step(
+        state, problems.DATA, problems.row([0, 1], arrived=[False, False]), KEY)
+    chex.assert_trees_all_equal(
+        after._replace(round=state.round), state)
+    chex.assert_trees_all_equal(info.models['average'], state.variables)
+    self.assertEqual(int(after.round), 2)
+    self.assertTrue(np.isnan(info.metrics['train_loss']))
+
+  def test_straggler_without_a_step_and_empty_client(self):
+    sizes = (6, 0, 4)
+    fed = problems.make(sizes=sizes)
+    state = fed.init(KEY)
+    cohort = problems.row([0, 1, 2], num_steps=[0, 9, 0], num_clients=3)
+    new, _ = jax.jit(fed.round)(
+        state, problems.make_data(sizes), cohort, KEY)
+    chex.assert_tree_all_finite(new.variables)
+    chex.assert_trees_all_close(new.variables, state.variables, atol=1e-7)
+
+  def test_one_client(self):
+    fed = problems.make(sizes=(6,))
+    state, metrics = federation.run(
+        fed, fed.init(KEY), problems.make_data((6,)),
+        problems.schedule([[0], [0]], 1), KEY)
+    chex.assert_tree_all_finite(state)
+    self.assertLess(metrics['train_loss'][1], metrics['train_loss'][0])
+
+  def test_uniform_weighting(self):
+    """The mean of equal weights of what each client alone would give."""
+    fed = problems.make(weighting='uniform')
+    state = fed.init(KEY)
+    step = jax.jit(fed.round)
+    both, _ = step(state, problems.DATA, problems.row([1, 2]), KEY)
+    one, two = [step(state, problems.DATA, problems.row([k, -1]), KEY)[0]
+                for k in (1, 2)]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, one.variables, two.variables)
+    chex.assert_trees_all_close(both.variables, mean, atol=1e-6)
+
+  def test_removing_a_client_leaves_the_others_draws(self):
+    """Client 4 is the largest: without it the index table is narrower."""
+    whole = problems.DATA
+    parts = [np.asarray(whole.index[k][:whole.count[k]]) for k in range(4)]
+    fewer = clients.from_partition(whole.x, whole.y, parts)
+    state = problems.make().init(KEY)
+    a, _ = jax.jit(problems.make().round)(
+        state, whole, problems.row([0, 1, 3]), KEY)
+    b, _ = jax.jit(problems.make(sizes=problems.SIZES[:4]).round)(
+        state, fewer, problems.row([0, 1, 3], num_clients=4), KEY)
+    chex.assert_trees_all_close(a.variables, b.variables, atol=1e-6)
+
+  def test_traffic(self):
+    fed = problems.make(method=base.chain(
+        fed_avg.fed_avg(),
+        base.Method(
+            init=lambda key, variables: (jnp.zeros(5), ()),
+            broadcast=lambda shared: shared[:3],
+            upload=lambda view, local, objective, key: (
+                view.own, jnp.zeros(2, jnp.int32)))))
+    state = fed.init(KEY)
+    model_bytes = 4 * (64 * problems.NUM_CLASSES + problems.NUM_CLASSES)
+    self.assertEqual(fed.traffic(state, problems.DATA),
+                     (model_bytes + 12, model_bytes + 8))
+
+
+class RunTest(parameterized.TestCase):
+
+  ROWS = [[0, 1, 4], [2, 3, 4], [0, 3, -1], [1, 2, 3], [0, 1, 2]]
+
+  def test_scan_equals_loop_equals_resume_bitwise(self):
+    fed = problems.make(method=base.chain(
+        fed_avg.fed_avg(optax.adam(.01)), counter()))
+    rows = problems.schedule(self.ROWS)
+    cut = lambda a, b: jax.tree.map(lambda v: v[a:b], rows)
+    run = lambda state, rows, every=None: federation.run(
+        fed, state, problems.DATA, rows, KEY, every=every)
+    whole, metrics = run(fed.init(KEY), rows, 5)
+    for every in (1, 2):
+      chunked, again = run(fed.init(KEY), rows, every)
+      chex.assert_trees_all_equal(chunked, whole)
+      chex.assert_trees_all_equal(again, metrics)
+    half, _ = run(fed.init(KEY), cut(0, 2), 5)
+    resumed, _ = run(half, cut(2, 5), 5)
+    chex.assert_trees_all_equal(resumed, whole)
+    self.assertEqual(int(whole.round), 5)
+    self.assertEqual(metrics['train_loss'].shape, (5,))
+
+  def test_one_trace(self):
+    """Chunks, a last partial chunk and a second run share one trace."""
+    model = problems.LINEAR
+    traced = chex.assert_max_traces(n=2)(model.apply)  # shape pass, real pass
+    fed = problems.make(model._replace(apply=traced))
+    state = problems.make().init(KEY)
+    for _ in range(2):
+      state, _ = federation.run(
+          fed, state, problems.DATA, problems.schedule(self.ROWS), KEY, every=2)
+    self.assertEqual(int(state.round), 10)
+
+  def test_callback_sees_every_chunk(self):
+    fed = problems.make()
+    seen = []
+    federation.run(
+        fed, fed.init(KEY), problems.DATA, problems.schedule(self.ROWS), KEY,
+        every=2, callback=lambda done, state, info: seen.append(
+            (done, int(state.round), len(info.metrics['train_loss']))))
+    self.assertEqual(seen, [(2, 2, 2), (4, 4, 2), (5, 5, 1)])
+
+  def test_over_seeds(self):
+    fed = problems.make()
+    seeds = jnp.stack([jax.random.key(s) for s in (3, 4)])
+    both = federation.over_seeds(fed)
+    rows = problems.schedule(self.ROWS)
+    state, metrics = federation.run(
+        both, both.init(seeds), problems.DATA, rows, seeds, every=2)
+    self.assertEqual(metrics['train_loss'].shape, (2, 5))
+    for r, key in enumerate(seeds):
+      alone, alone_metrics = federation.run(
+          fed, fed.init(key), problems.DATA, rows, key, every=2)
+      chex.assert_trees_all_close(
+          jax.tree.map(lambda a: a[r], state), alone, atol=1e-5)
+      np.testing.assert_allclose(
+          metrics['train_loss'][r], alone_metrics['train_loss'], atol=1e-5)
+
+  def test_float32_against_float64(self):
+    rows = problems.schedule(self.ROWS)
+    fed = problems.make()
+    start = jax.tree.map(np.asarray, fed.init(KEY))
+    single, _ = federation.run(
+        fed, jax.tree.map(jnp.asarray, start), problems.DATA, rows, KEY)
+    with enable_x64(True):
+      wide = jax.tree.map(
+          lambda a: jnp.asarray(a, jnp.float64 if a.dtype == np.float32 else None),
+          start)
+      double, _ = federation.run(
+          problems.make(), wide, problems.make_data(), rows, KEY)
+    self.assertEqual(jax.tree.leaves(double.variables)[0].dtype, np.float64)
+    chex.assert_trees_all_close(
+        jax.tree.map(np.asarray, single.variables.params),
+        jax.tree.map(lambda a: np.asarray(a, np.float32),
+                     double.variables.params), atol=1e-5)
+
+  @parameterized.parameters(
+      ([[0, 5]], None),  # 5 is padding for 5 clients
+      ([[0, 6]], 'client 6 in round 0 .* 0 to 4'),
+      ([[0, 1], [3, 3]], 'client 3 is twice in round 1'),
+      ([0, 1], r'\[rounds, cohort\]'))
+  def test_schedule_errors(self, ids, message):
+    ids = np.array(ids)
+    rows = base.Cohort(ids, True, base.NO_LIMIT)
+    if message is None:
+      checked = federation.check_schedule(rows, 5)
+      np.testing.assert_array_equal(checked.arrived, [[True, False]])
+    else:
+      with self.assertRaisesRegex(ValueError, message):
+        federation.check_schedule(rows, 5)
+
+  def test_schedule_rows_are_sorted(self):
+    rows = base.Cohort(np.array([[3, 1]]), np.array([[False, True]]),
+                       np.array([[7, 8]]))
+    checked = federation.check_schedule(rows, 5)
+    np.testing.assert_array_equal(checked.client_id, [[1, 3]])
+    np.testing.assert_array_equal(checked.arrived, [[True, False]])
+    np.testing.assert_array_equal(checked.num_steps, [[8, 7]])
+
+  @parameterized.parameters(
+      (dict(weighting='size'), 'weighting'),
+      (dict(client_chunk=-1), 'client_chunk'),
+      (dict(sizes=()), 'num_clients'))
+  def test_factory_errors(self, kwargs, name):
+    with self.assertRaisesRegex(ValueError, name):
+      problems.make(**kwargs)
+
+
+class ServerOptimizerTest(absltest.TestCase):
+
+  def test_sgd_of_rate_one_is_the_mean(self):
+    plain = problems.make()
+    sgd = problems.make(method=base.chain(fed_avg.fed_avg(optax.sgd(1.))))
+    cohort = problems.row([0, 1, 4])
+    a, _ = jax.jit(plain.round)(plain.init(KEY), problems.DATA, cohort, KEY)
+    b, _ = jax.jit(sgd.round)(sgd.init(KEY), problems.DATA, cohort, KEY)
+    chex.assert_trees_all_close(a.variables, b.variables, atol=1e-6)
+
+  def test_momentum_by_hand(self):
+    """FedAvgM: v <- 0.9 v + d, w <- w - v, with d = w - mean."""
+    fed = problems.make(method=base.chain(
+        fed_avg.fed_avg(optax.sgd(1., momentum=.9))))
+    step = jax.jit(fed.round)
+    state, velocity = fed.init(KEY), None
+    for ids in ([0, 1], [2, 4]):
+      new, info = step(state, problems.DATA, problems.row(ids), KEY)
+      change = jax.tree.map(
+          jnp.subtract, state.variables.params, info.models['average'].params)
+      velocity = change if velocity is None else jax.tree.map(
+          lambda v, d: .9 * v + d, velocity, change)
+      want = jax.tree.map(jnp.subtract, state.variables.params, velocity)
+      chex.assert_trees_all_close(new.variables.params, want, atol=1e-6)
+      state = new
+
+  def test_statistics_take_the_plain_mean(self):
+    model = problems.make_model('batch')
+    step = lambda method: jax.jit(problems.make(model, method).round)(
+        problems.make(model, method).init(KEY), problems.DATA,
+        problems.row([1, 4]), KEY)[0].variables
+    adam = step(base.chain(fed_avg.fed_avg(optax.adam(.1))))
+    plain = step(base.chain(fed_avg.fed_avg()))
+    chex.assert_trees_all_close(adam.stats, plain.stats, atol=1e-6)
+
+
+class TreesTest(absltest.TestCase):
+
+  def test_scatter_drops_and_gather_clips(self):
+    table = {'a': jnp.arange(6.).reshape(3, 2)}
+    rows = trees.gather(table, jnp.array([2, 3]))
+    np.testing.assert_array_equal(rows['a'], [[4, 5], [4, 5]])
+    new = trees.scatter(table, jnp.array([0, 3]), {'a': jnp.full((2, 2), 9.)})
+    np.testing.assert_array_equal(new['a'], [[9, 9], [2, 3], [4, 5]])
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -3,10 +3,11 @@
 import io
 import os
 from typing import Any, NamedTuple
-import zipfile
 
 import numpy as np
 from PIL import Image
+
+from fedftg_jax.data import arrays as arrays_lib
 
 NAMES = ('mnist5k', 'npz:PATH')
 _NPZ_ARRAYS = ('train_x', 'train_y', 'test_x', 'test_y')
@@ -112,16 +113,13 @@ def _digest(images: np.ndarray) -> np.ndarray:
 
 
 def _read_npz(path: str) -> dict[str, np.ndarray]:
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      missing = [name for name in _NPZ_ARRAYS if name not in file.files]
-      if missing:
-        raise ValueError(
-            f'{path}: lacks the array(s) {", ".join(missing)}; it has '
-            f'{", ".join(file.files) or "none"}')
-      arrays = {name: file[name] for name in _NPZ_ARRAYS}
-  except (OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-    raise ValueError(f'{path}: not a readable .npz file ({error})') from error
+  file = arrays_lib.read(path)
+  missing = [name for name in _NPZ_ARRAYS if name not in file]
+  if missing:
+    raise ValueError(
+        f'{path}: lacks the array(s) {", ".join(missing)}; it has '
+        f'{", ".join(file) or "none"}')
+  arrays = {name: file[name] for name in _NPZ_ARRAYS}
   for split in ('train', 'test'):
     x, y = arrays[split + '_x'], arrays[split + '_y']
     if x.ndim != 4 or x.dtype not in (np.uint8, np.float32):

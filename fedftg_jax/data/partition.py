@@ -6,9 +6,9 @@ per CLIENT, client sizes and class totals are exact, and every example is used
 once.
 """
 
-import zipfile
-
 import numpy as np
+
+from fedftg_jax.data import arrays
 
 MAX_REDRAWS = 10_000
 
@@ -161,12 +161,7 @@ def load(path: str, num_examples: int) -> list[np.ndarray]:
     ValueError: for an unreadable file, or an index that is out of range or
       given to two clients.
   """
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      parts = [file[name] for name in sorted(file.files)]
-  except (OSError, EOFError, ValueError, zipfile.BadZipFile,
-          AttributeError) as error:
-    raise ValueError(f'{path}: not a readable .npz file ({error})') from error
+  parts = [part for _, part in sorted(arrays.read(path).items())]
   if not parts or any(
       p.ndim != 1 or not np.issubdtype(p.dtype, np.integer) for p in parts):
     raise ValueError(f'{path}: must hold one 1-D integer array per client')

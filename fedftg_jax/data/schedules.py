@@ -4,11 +4,10 @@ A schedule is a `Cohort` with a leading axis [T]. The rows of a schedule do not
 depend on how many follow: more rounds from the same seed prolong it.
 """
 
-import zipfile
-
 import numpy as np
 
 from fedftg_jax.base import Cohort, NO_LIMIT
+from fedftg_jax.data import arrays
 
 
 def exact(num_rounds: int, num_clients: int, cohort: int, seed: int) -> Cohort:
@@ -55,13 +54,10 @@ def load(path: str, num_rounds: int, num_clients: int) -> Cohort:
   Raises:
     ValueError: for an unreadable file, a wrong shape, or too few rounds.
   """
-  try:
-    file = np.load(path, allow_pickle=False)
-    ids = file['ids'] if hasattr(file, 'files') else file
-  except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-    raise ValueError(
-        f'{path}: not a readable .npy, or .npz with the array ids ({error})'
-    ) from error
+  file = arrays.read(path, single='ids')
+  if 'ids' not in file:
+    raise ValueError(f'{path}: lacks the array ids; it has {", ".join(file)}')
+  ids = file['ids']
   if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
     raise ValueError(
         f'{path}: client ids must be integers [rounds, cohort], got '

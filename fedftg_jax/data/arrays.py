@@ -1,0 +1,32 @@
+"""Arrays from files, without pickle, with errors that name the file."""
+
+import zipfile
+
+import numpy as np
+
+
+def read(path: str, single: str | None = None) -> dict[str, np.ndarray]:
+  """All arrays of an .npz by name.
+
+  Args:
+    path: the file.
+    single: if given, a .npy file is read too, as the one array of this name.
+
+  Raises:
+    ValueError: if the file cannot be read, is of another kind, or holds
+      Python objects.
+  """
+  kinds = '.npz file' if single is None else f'.npz (with {single}) or .npy file'
+  try:
+    file = np.load(path, allow_pickle=False)
+    if isinstance(file, np.ndarray):
+      if single is not None:
+        return {single: file}
+      raise ValueError('it is a single array')
+    with file:
+      return {name: file[name] for name in file.files}
+  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    reason = ' '.join(str(error).split())
+    if 'allow_pickle' in reason:
+      reason = 'no NumPy file, or it holds Python objects'
+    raise ValueError(f'{path}: not a readable {kinds} ({reason})') from error

@@ -1,0 +1,128 @@
+"""Chains, recipes, evaluation."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedftg_jax import base, evaluation, losses, recipes
+from tests import problems
+
+KEY = jax.random.key(0)
+
+
+def part(number):
+  """A method whose every hook leaves a trace of `number`."""
+  return base.Method(
+      init=lambda key, variables: (number, -number),
+      broadcast=lambda shared: shared * 10,
+      start=lambda variables, shared, own, slot, key: variables * 10 + shared,
+      penalty=lambda variables, output, batch, view, key: view.shared + view.own,
+      decay=lambda view: view.own * 2.,
+      upload=lambda view, local, objective, key: (view.own - 1, view.shared),
+      update=lambda variables, shared, received, key: (
+          variables * 10 + received.message, shared + 1,
+          base.Info({f'seen{number}': received.message},
+                    {f'model{number}': variables})))
+
+
+class ChainTest(absltest.TestCase):
+
+  def test_slots_are_tuples_and_order_is_kept(self):
+    method = base.chain(part(1), part(2))
+    shared, own = method.init(KEY, 0)
+    self.assertEqual((shared, own), ((1, 2), (-1, -2)))
+    self.assertEqual(method.broadcast(shared), (10, 20))
+    self.assertEqual(method.start(7, shared, own, 0, KEY), 712)
+    view = base.View(0, (10, 20), own, None, 0, 1., 0, 0)
+    self.assertEqual(method.penalty(0, None, None, view, KEY), 10 - 1 + 20 - 2)
+    self.assertEqual(method.decay(view), -6.)
+    self.assertEqual(
+        method.upload(view, None, None, KEY), ((-2, -3), (10, 20)))
+    received = base.Received(*[None] * 9)._replace(message=(3, 4))
+    variables, shared, info = method.update(1, shared, received, KEY)
+    self.assertEqual((variables, shared), (134, (2, 3)))
+    self.assertEqual(info.metrics, {'seen1': 3, 'seen2': 4})
+    self.assertEqual(info.models, {'model1': 1, 'model2': 13})
+
+  def test_parts_get_different_keys(self):
+    drawn = []
+    spy = base.Method(init=lambda key, v: (drawn.append(
+        jax.random.uniform(key)), ()))
+    base.chain(spy, spy).init(KEY, 0)
+    self.assertNotEqual(float(drawn[0]), float(drawn[1]))
+
+  def test_defaults_do_nothing(self):
+    method = base.Method()
+    view = base.View(0, (), 'own', None, 0, 1., 0, 0)
+    self.assertEqual(method.upload(view, None, None, KEY), ('own', ()))
+    self.assertEqual(method.update('w', 's', None, KEY), ('w', 's', base.Info()))
+    self.assertEqual(method.penalty(0, None, None, view, KEY), 0)
+
+  def test_empty(self):
+    with self.assertRaisesRegex(ValueError, 'at least one'):
+      base.chain()
+
+
+class RecipesTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ('fed_avg', ['fed_avg']), ('fed_ftg', ['fed_avg', 'fed_ftg']),
+      ('fed_ftg+fed_avg', ['fed_avg', 'fed_ftg']))
+  def test_order(self, name, want):
+    self.assertEqual(recipes.parse(name), want)
+
+  @parameterized.parameters(
+      ('fedavg', "no method 'fedavg': must be one of fed_avg, fed_ftg"),
+      ('fed_avg+fed_avg', 'fed_avg is named twice'), ('', 'no method'))
+  def test_errors(self, name, message):
+    with self.assertRaisesRegex(ValueError, message):
+      recipes.parse(name)
+
+  def test_two_aggregators(self):
+    recipe = recipes.RECIPES['fed_avg']
+    with absltest.mock.patch.dict(recipes.RECIPES, other=recipe):
+      with self.assertRaisesRegex(ValueError, 'fed_avg and other'):
+        recipes.parse('fed_avg+other')
+
+  def test_server_optimizer(self):
+    self.assertIsNone(recipes.server_optimizer('sgd', 1.))
+    for name in recipes.SERVER_OPTIMIZERS:
+      self.assertIsInstance(
+          recipes.server_optimizer(name, .5), optax.GradientTransformation)
+    with self.assertRaisesRegex(ValueError, "got 'lion'"):
+      recipes.server_optimizer('lion', 1.)
+
+
+class EvaluationTest(parameterized.TestCase):
+
+  @parameterized.parameters(1, 7, 40, 100)
+  def test_batches(self, batch_size):
+    variables = problems.LINEAR.init(KEY)
+    x, y = problems.DATA.x, problems.DATA.y
+    got = evaluation.evaluate(problems.LINEAR, variables, x, y, batch_size)
+    logits = problems.LINEAR.apply(variables, x).logits
+    np.testing.assert_allclose(
+        got['loss'], losses.cross_entropy(logits, y), rtol=1e-5)
+    np.testing.assert_allclose(
+        got['accuracy'], np.mean(np.argmax(logits, -1) == y), rtol=1e-6)
+
+
+class LossesTest(absltest.TestCase):
+
+  def test_masked_mean(self):
+    values = jnp.array([1., 2., 9.])
+    mask = jnp.array([True, True, False])
+    self.assertEqual(losses.masked_mean(values, mask), 1.5)
+    self.assertEqual(losses.masked_mean(values, mask & False), 0)
+
+  def test_kl_of_equal_predictions_is_zero(self):
+    logits = jax.random.normal(KEY, (4, 3))
+    np.testing.assert_allclose(
+        losses.kl_divergence(logits, logits + 5.), 0, atol=1e-6)
+
+
+if __name__ == '__main__':
+  absltest.main()

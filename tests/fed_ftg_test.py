@@ -1,0 +1,356 @@
+"""FedFTG: identities, masks, options, label sampling."""
+
+import functools
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import hypothesis
+from hypothesis import strategies as st
+import jax
+from jax import enable_x64
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedftg_jax import base, federation, losses, models
+from fedftg_jax.methods import fed_avg, fed_ftg
+from tests import problems
+
+KEY = jax.random.key(3)
+GENERATOR = models.image_generator(
+    problems.IMAGE_SHAPE, problems.NUM_CLASSES, noise_dim=4, width=2,
+    bias_before_norm=False)
+SMALL = dict(iterations=2, student_steps=2, batch_size=6)
+COUNTS = jnp.array([[4, 0, 2], [1, 3, 0], [2, 2, 0]])
+
+
+def teachers(model=problems.LINEAR, num=3):
+  return jax.vmap(model.init)(jax.random.split(KEY, num))
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'options'))
+def fine_tune(student, made, taught, counts, arrived, z, labels,
+              model=problems.LINEAR, options=fed_ftg.Options()):
+  return fed_ftg.fine_tune(
+      model, GENERATOR, student, made, taught, counts, z, labels,
+      arrived=arrived, options=options)
+
+
+def inputs(options, model=problems.LINEAR, num=3):
+  z, labels = fed_ftg.draw(KEY, COUNTS[:num].sum(0), 4, options)
+  return dict(
+      student=model.init(jax.random.key(1)), made=GENERATOR.init(KEY),
+      taught=teachers(model, num), counts=COUNTS[:num],
+      arrived=jnp.ones(num, bool), z=z, labels=labels, model=model,
+      options=options)
+
+
+class FineTuneTest(parameterized.TestCase):
+
+  @parameterized.parameters('sequential', 'joint')
+  def test_absent_teacher_is_as_if_not_there(self, gen_step):
+    options = fed_ftg.Options(**SMALL, gen_step=gen_step)
+    three = inputs(options)
+    two = {**three, 'taught': jax.tree.map(lambda a: a[::2], three['taught']),
+           'counts': COUNTS[::2], 'arrived': jnp.ones(2, bool)}
+    masked = fine_tune(**{**three, 'arrived': jnp.array([True, False, True])})
+    removed = fine_tune(**two)
+    chex.assert_trees_all_close(masked[:2], removed[:2], atol=1e-5)
+    np.testing.assert_allclose(
+        masked[2]['student'], removed[2]['student'], atol=1e-5)
+
+  def test_one_teacher_joint_equals_sequential(self):
+    results = []
+    for gen_step in ('sequential', 'joint'):
+      options = fed_ftg.Options(**SMALL, gen_step=gen_step)
+      results.append(fine_tune(**inputs(options, num=1)))
+    chex.assert_trees_all_close(*results, atol=1e-5)
+
+  def test_joint_step_by_hand(self):
+    """One SGD step of the generator on the sum over teachers."""
+    options = fed_ftg.Options(
+        iterations=1, student_steps=0, batch_size=6, gen_step='joint',
+        generator_optimizer=optax.sgd)
+    given = inputs(options)
+    model, z, labels = given['model'], given['z'][0, 0], given['labels'][0]
+    alpha = fed_ftg.ensemble_weights(COUNTS, jnp.ones(3, bool))
+
+    def loss(params):
+      x, _ = GENERATOR.apply(
+          given['made']._replace(params=params), z, labels, train=True)
+      student = model.apply(given['student'], x).logits
+      total = losses.diversity(z, x)
+      for k in range(3):
+        teacher = model.apply(
+            jax.tree.map(lambda a: a[k], given['taught']), x).logits
+        weight = alpha[k, labels]
+        gap = jnp.abs(student - jax.lax.stop_gradient(teacher)).mean(-1)
+        cross_entropy = -jax.nn.log_softmax(teacher)[jnp.arange(6), labels]
+        total += cross_entropy.mean() * weight.mean() - (gap * weight).mean()
+      return total
+
+    grads = jax.grad(loss)(given['made'].params)
+    want = jax.tree.map(lambda p, g: p - .01 * g, given['made'].params, grads)
+    _, made, _ = fine_tune(**given)
+    chex.assert_trees_all_close(made.params, want, atol=1e-6)
+
+  def test_student_statistics(self):
+    model = problems.make_model('batch')
+    for student_bn, same in (('keep', True), ('overwrite', False)):
+      options = fed_ftg.Options(**SMALL, student_bn=student_bn)
+      given = inputs(options, model)
+      student, _, _ = fine_tune(**given)
+      before = jax.tree.leaves(given['student'].stats)
+      equal = [np.array_equal(a, b) for a, b in zip(
+          before, jax.tree.leaves(student.stats))]
+      self.assertEqual(all(equal), same)
+      self.assertFalse(np.array_equal(
+          jax.tree.leaves(student.params)[0],
+          jax.tree.leaves(given['student'].params)[0]))
+
+  def test_teachers_are_evaluated_with_their_own_statistics(self):
+    model = problems.make_model('batch')
+    options = fed_ftg.Options(**SMALL)
+    given = inputs(options, model)
+    other = given['taught']._replace(stats=jax.tree.map(
+        lambda a: a + 1., given['taught'].stats))
+    first, second = fine_tune(**given), fine_tune(**{**given, 'taught': other})
+    self.assertGreater(
+        np.abs(first[2]['cls'] - second[2]['cls']).max(), 1e-4)
+
+  def test_float32_against_float64(self):
+    """With SGD for the generator: Adam blows up the rounding of float32."""
+    options = fed_ftg.Options(**SMALL, generator_optimizer=optax.sgd)
+    given = inputs(options)
+    single = jax.tree.map(np.asarray, fine_tune(**given)[:2])
+    given = {k: jax.tree.map(np.asarray, v) if k not in ('model', 'options')
+             else v for k, v in given.items()}
+    with enable_x64(True):
+      wide = {k: jax.tree.map(
+          lambda a: jnp.asarray(a, float if a.dtype == np.float32 else None), v)
+              if k not in ('model', 'options') else v for k, v in given.items()}
+      double = jax.tree.map(np.asarray, fine_tune(**wide)[:2])
+    self.assertEqual(jax.tree.leaves(double)[0].dtype, np.float64)
+    chex.assert_trees_all_close(
+        single, jax.tree.map(lambda a: a.astype(np.float32), double), atol=1e-5)
+
+  def test_batch_of_one(self):
+    options = fed_ftg.Options(iterations=2, student_steps=1, batch_size=1)
+    chex.assert_tree_all_finite(fine_tune(**inputs(options)))
+
+  @parameterized.parameters(
+      dict(hard_samples=False), dict(generator_steps=2), dict(noise='fresh'),
+      dict(md='kl', gen_step='joint', ensemble='logit', lambda_cls=.5,
+           lambda_dis=0., student_reduction='batchmean', labels='iid',
+           kl_direction='reverse', cls_weight='per_sample'))
+  def test_other_options_give_other_finite_results(self, **change):
+    base_options = fed_ftg.Options(**SMALL)
+    options = base_options._replace(**change)
+    plain, changed = (fine_tune(**inputs(o)) for o in (base_options, options))
+    chex.assert_tree_all_finite(changed)
+    for a, b in zip(plain[:2], changed[:2]):
+      self.assertGreater(optax.tree.norm(optax.tree.sub(
+          a.params, b.params)), 1e-5)
+
+
+class PiecesTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      dict(md='kl'), dict(md='kl', kl_direction='reverse'),
+      dict(cls_weight='per_sample'))
+  def test_terms_differ(self, **change):
+    rng = np.random.RandomState(3)
+    student, teacher = map(jnp.asarray, rng.randn(2, 5, 3))
+    given = student, teacher, jnp.asarray(rng.rand(5)), jnp.arange(5) % 3
+    plain = fed_ftg.teacher_terms(*given)
+    changed = fed_ftg.teacher_terms(*given, fed_ftg.Options(**change))
+    self.assertNotAlmostEqual(
+        float(sum(plain)), float(sum(changed)), places=3)
+
+  @parameterized.parameters('labels', 'label_sampling')
+  def test_labels_differ(self, name):
+    plain, changed = (
+        fed_ftg.draw(KEY, COUNTS.sum(0), 4, fed_ftg.Options(
+            **SMALL, **{name: choice}))[1] for choice in fed_ftg.CHOICES[name])
+    self.assertFalse(np.array_equal(np.sort(plain.ravel()),
+                                    np.sort(changed.ravel())))
+
+  def test_kl_terms_against_plain_sums(self):
+    rng = np.random.RandomState(0)
+    student, teacher = rng.randn(2, 5, 3)
+    labels, alpha = rng.randint(3, size=5), rng.rand(5)
+    p, q = (np.exp(v) / np.exp(v).sum(-1, keepdims=True)
+            for v in (student, teacher))
+    with enable_x64(True):
+      for direction, want in (
+          ('forward', (q * np.log(q / p)).sum(-1)),
+          ('reverse', (p * np.log(p / q)).sum(-1))):
+        md, _ = fed_ftg.teacher_terms(
+            jnp.asarray(student), jnp.asarray(teacher), jnp.asarray(alpha),
+            jnp.asarray(labels), fed_ftg.Options(
+                md='kl', kl_direction=direction))
+        np.testing.assert_allclose(md, -(want * alpha).mean(), rtol=1e-10)
+
+  def test_student_gradient_is_that_of_the_weighted_kl_over_c(self):
+    """The spec's reading of the official loss: (1 / C) sum_k alpha_k KL_k."""
+    with enable_x64(True):
+      rng = np.random.RandomState(1)
+      student, teacher = jnp.asarray(rng.randn(5, 3)), jnp.asarray(
+          rng.randn(2, 5, 3))
+      alpha = jnp.asarray(rng.dirichlet([1, 1], size=5).T)
+      target = fed_ftg.ensemble_target(teacher, alpha)
+
+      def weighted_kl(s):
+        kl = jax.vmap(lambda t: losses.kl_divergence(t, s))(teacher)
+        return jnp.mean(jnp.sum(alpha * kl, 0)) / 3
+
+      np.testing.assert_allclose(
+          jax.grad(fed_ftg.student_loss)(student, target),
+          jax.grad(weighted_kl)(student), atol=1e-12)
+      batchmean = fed_ftg.Options(student_reduction='batchmean')
+      np.testing.assert_allclose(
+          fed_ftg.student_loss(student, target, batchmean),
+          3 * fed_ftg.student_loss(student, target), rtol=1e-12)
+
+  def test_reverse_student_loss_to_the_logit_ensemble(self):
+    """sum_k alpha_k KL(p || p_k) = KL(p || logit ensemble) + constant in p."""
+    with enable_x64(True):
+      rng = np.random.RandomState(2)
+      teacher = jnp.asarray(rng.randn(2, 5, 3))
+      alpha = jnp.asarray(rng.dirichlet([1, 1], size=5).T)
+      options = fed_ftg.Options(
+          ensemble='logit', kl_direction='reverse',
+          student_reduction='batchmean')
+      target = fed_ftg.ensemble_target(teacher, alpha, options)
+
+      def weighted_kl(s):
+        kl = jax.vmap(lambda t: losses.kl_divergence(s, t))(teacher)
+        return jnp.mean(jnp.sum(alpha * kl, 0))
+
+      student = jnp.asarray(rng.randn(5, 3))
+      np.testing.assert_allclose(
+          jax.grad(lambda s: fed_ftg.student_loss(s, target, options))(student),
+          jax.grad(weighted_kl)(student), atol=1e-8)
+
+  def test_ensemble_weights(self):
+    all_here = jnp.ones(3, bool)
+    alpha = fed_ftg.ensemble_weights(COUNTS, all_here)
+    np.testing.assert_allclose(alpha.sum(0), 1, atol=1e-5)
+    np.testing.assert_allclose(alpha[:, 0], [4 / 7, 1 / 7, 2 / 7], atol=1e-6)
+    alpha = fed_ftg.ensemble_weights(COUNTS, jnp.array([False, True, True]))
+    np.testing.assert_allclose(alpha[:, 2], 0)  # nobody left holds class 2
+    np.testing.assert_allclose(alpha[0], 0)
+    uniform = fed_ftg.ensemble_weights(
+        COUNTS, jnp.array([True, False, True]),
+        fed_ftg.Options(teacher_weight='uniform'))
+    np.testing.assert_allclose(uniform, [[.5] * 3, [0] * 3, [.5] * 3])
+
+  @hypothesis.settings(deadline=None, max_examples=30)
+  @hypothesis.given(
+      st.lists(st.integers(0, 10**5), min_size=4, max_size=4),
+      st.integers(0, 2**31 - 1))
+  def test_quota_labels(self, counts, seed):
+    """Counts are exact, and no class that nobody has is drawn."""
+    hypothesis.assume(sum(counts))
+    num = 500
+    labels = fed_ftg.quota_labels(
+        jax.random.key(seed), jnp.array(counts, jnp.int32), num)
+    ends = [num * int(c) // sum(counts) for c in np.cumsum(counts)]
+    np.testing.assert_array_equal(
+        np.bincount(labels, minlength=4), np.diff([0, *ends]))
+
+  def test_iid_labels(self):
+    labels = fed_ftg.iid_labels(KEY, jnp.array([1, 0, 3]), 8000)
+    np.testing.assert_allclose(
+        np.bincount(labels, minlength=3) / 8000, [.25, 0, .75], atol=.02)
+
+  def test_fresh_noise(self):
+    z, labels = fed_ftg.draw(
+        KEY, COUNTS.sum(0), 4, fed_ftg.Options(**SMALL, noise='fresh'))
+    self.assertEqual(z.shape, (2, 2, 6, 4))
+    self.assertEqual(labels.shape, (2, 6))
+    self.assertGreater(np.abs(z[:, 0] - z[:, 1]).max(), .1)
+
+  def test_presets(self):
+    self.assertEqual(fed_ftg.preset('official'), fed_ftg.Options())
+    self.assertEqual(
+        fed_ftg.preset('intended', md='kl').student_bn, 'keep')
+    for bad, message in (
+        (dict(md='l2'), r"md must be one of \('l1', 'kl'\), got 'l2'"),
+        (dict(iterations=-1), 'iterations must be at least 0, got -1')):
+      with self.assertRaisesRegex(ValueError, message):
+        fed_ftg.preset('official', **bad)
+    with self.assertRaisesRegex(ValueError, "intended.*got 'best'"):
+      fed_ftg.preset('best')
+
+
+class InARoundTest(parameterized.TestCase):
+
+  def part(self, **options):
+    return fed_ftg.fed_ftg(
+        problems.LINEAR, GENERATOR, problems.NUM_CLASSES,
+        fed_ftg.Options(**{**SMALL, **options}))
+
+  def test_no_iterations_equals_fed_avg_bitwise(self):
+    with_ftg = problems.make(
+        method=base.chain(fed_avg.fed_avg(), self.part(iterations=0)))
+    without = problems.make()
+    rows = problems.schedule([[0, 1, 4], [2, 3, -1]])
+    results = []
+    for fed in (with_ftg, without):
+      state = fed.init(KEY)._replace(variables=without.init(KEY).variables)
+      results.append(federation.run(fed, state, problems.DATA, rows, KEY)[0])
+    chex.assert_trees_all_equal(results[0].variables, results[1].variables)
+
+  def test_variants_and_metrics(self):
+    fed = problems.make(method=base.chain(fed_avg.fed_avg(), self.part()))
+    state, info = jax.jit(fed.round)(
+        fed.init(KEY), problems.DATA, problems.row([0, 1, 4, -1]), KEY)
+    chex.assert_trees_all_equal(info.models['fine_tuned'], state.variables)
+    gap = optax.tree.norm(optax.tree.sub(
+        info.models['average'].params, state.variables.params))
+    self.assertGreater(gap, 1e-4)
+    for name in ('md', 'cls', 'dis', 'student'):
+      self.assertTrue(np.isfinite(info.metrics[f'fed_ftg/{name}']))
+    self.assertEqual(
+        fed.traffic(state, problems.DATA)[1] - fed.traffic(
+            state, problems.DATA)[0], 4 * problems.NUM_CLASSES)
+
+  def test_nobody_arrives(self):
+    fed = problems.make(method=base.chain(fed_avg.fed_avg(), self.part()))
+    state = fed.init(KEY)
+    after, info = jax.jit(fed.round)(
+        state, problems.DATA, problems.row([0, 1], [False, False]), KEY)
+    chex.assert_trees_all_equal(after._replace(round=state.round), state)
+    chex.assert_trees_all_equal(info.models['fine_tuned'], state.variables)
+
+  def test_scan_equals_loop_and_one_trace(self):
+    fed = problems.make(method=base.chain(fed_avg.fed_avg(), self.part()))
+    rows = problems.schedule([[0, 1, 4], [2, 3, -1], [0, 2, 3]])
+    before = federation._scan_rounds._cache_size()  # pylint: disable=protected-access
+    runs = [federation.run(fed, fed.init(KEY), problems.DATA, rows, KEY,
+                           every=every)[0] for every in (1, 1)]
+    self.assertEqual(
+        federation._scan_rounds._cache_size(), before + 1)  # pylint: disable=protected-access
+    whole, _ = federation.run(fed, fed.init(KEY), problems.DATA, rows, KEY)
+    chex.assert_trees_all_equal(*runs)
+    chex.assert_trees_all_equal(runs[0], whole)
+
+  def test_too_many_labels(self):
+    part = self.part(iterations=2**30)
+    fed = problems.make(method=base.chain(fed_avg.fed_avg(), part))
+    with self.assertRaisesRegex(ValueError, r'below 2\*\*32'):
+      jax.eval_shape(fed.round, jax.eval_shape(fed.init, KEY), problems.DATA,
+                     problems.row([0, 1]), KEY)
+
+  def test_pictures(self):
+    method = base.chain(fed_avg.fed_avg(), self.part())
+    shared, _ = method.init(KEY, problems.LINEAR.init(KEY))
+    images = method.synthesise(shared, jnp.arange(3), KEY)
+    self.assertEqual(images.shape, (3, *problems.IMAGE_SHAPE))
+    self.assertIsNone(base.chain(fed_avg.fed_avg()).synthesise)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -28,7 +28,6 @@ from rich import table as rich_table
 
 from experiments import flags
 
-flags.define()
 absl_flags.DEFINE_list(
     'methods', ['fed_avg', 'fed_ftg'], 'Methods to compare, with commas between '
     'them; each may carry flags after colons (fed_ftg:ftg_preset=paper).')
@@ -134,13 +133,21 @@ def report(results, folder, base) -> None:
         name: [[(row['round'], row['test_accuracy']) for row in run['rows']]
                for run in runs] for name, runs in results.items()},
                  'test accuracy', 'broadcast model')
-  screen = rich_table.Table(*header)
+  show(header, rows)
+  print(f'pictures: {folder}/curves.png, {folder}/*/seed*/*.png')
+
+
+def show(header: list[str], rows: list[list[str]]) -> None:
+  """Prints a table, as wide as it needs to be where nobody's screen wraps it."""
+  console = rich_console.Console()
+  if not console.is_terminal:
+    console = rich_console.Console(width=200)
+  screen = rich_table.Table()
+  for title in header:
+    screen.add_column(title, overflow='fold')
   for row in rows:
     screen.add_row(*row)
-  console = rich_console.Console()
   console.print(screen)
-  console.print(f'pictures: {folder}/curves.png, {folder}/*/seed*/*.png',
-                soft_wrap=True)
 
 
 def summarise(runs: list[dict[str, Any]], target: float) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class UsageError(Exception):
     super().__init__(f'--{flag}={value}: {right}')
 
 
-def define() -> None:
+def _define() -> None:
   """Defines the flags that every program has."""
   # Data
   flags.DEFINE_string(
@@ -145,20 +145,24 @@ def _define_ftg() -> None:
 
 def run(main: Callable[[], None]) -> None:
   """Runs a program: parses the flags in our manner, then calls `main`."""
-  def guarded(_):
-    if not flags.FLAGS['verbosity'].present:
-      logging.set_verbosity(logging.WARNING)
-    try:
-      main()
-    except UsageError as error:
-      _fail(error)
-    except KeyboardInterrupt:
-      print('interrupted; the same command starts again', file=sys.stderr)
-      sys.exit(130)
-  app.run(guarded, flags_parser=_parse)
+  app.run(lambda _: guarded(main), flags_parser=parse)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def guarded(main: Callable[[], None]) -> None:
+  """Calls `main`; a wrong flag or Ctrl-C ends it with one line."""
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)
+  try:
+    main()
+  except UsageError as error:
+    _fail(error)
+  except KeyboardInterrupt:
+    print('interrupted; the same command starts again', file=sys.stderr)
+    sys.exit(130)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses the command line; exits with status 2 and a line if it is wrong."""
   try:
     rest = flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
@@ -180,9 +184,13 @@ def _plain(error: Exception) -> str:
   if not match or match[1] not in flags.FLAGS:
     return message
   name, value, why = match.groups()
-  right = flags.FLAGS[name].parser.syntactic_help
-  return f'--{name}={value}: must be {right}' if right else (
-      f'--{name}={value}: {why}')
+  return str(UsageError(name, value, _right(name, why)))
+
+
+def _right(name: str, otherwise: str) -> str:
+  """What flag `name` takes, as its parser describes it."""
+  text = flags.FLAGS[name].parser.syntactic_help
+  return f'must be {text}' if text else otherwise
 
 
 def _fail(error: Exception | str) -> None:
@@ -213,7 +221,7 @@ def config(**changes) -> dict[str, Any]:
 
 
 def _ours() -> list[flags.Flag]:
-  """Flags that `define` defined."""
+  """The flags of this module."""
   return [f for f in flags.FLAGS.flags_by_module_dict()[__name__]]
 
 
@@ -224,7 +232,7 @@ def parse_value(name: str, text: str) -> Any:
   try:
     return flags.FLAGS[name].parser.parse(text)
   except (ValueError, TypeError) as error:
-    raise UsageError(name, text, str(error)) from error
+    raise UsageError(name, text, _right(name, str(error))) from error
 
 
 def _check(values: dict[str, Any]) -> None:
@@ -256,3 +264,6 @@ def _check_by(flag, values, function):
     function(values[flag])
   except ValueError as error:
     raise UsageError(flag, values[flag], str(error)) from error
+
+
+_define()

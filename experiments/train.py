@@ -16,7 +16,6 @@ from absl import flags as absl_flags
 
 from experiments import flags
 
-flags.define()
 FLAGS = absl_flags.FLAGS
 
 

@@ -1,5 +1,13 @@
-"""absltest's temporary folders need parsed flags, also under pytest."""
+"""What all tests share."""
+
+import tempfile
 
 from absl import flags
+import jax
 
+# absltest's temporary folders need parsed flags, also under pytest.
 flags.FLAGS.mark_as_parsed()
+
+# Many tests build the same program anew; it is compiled once.
+jax.config.update('jax_compilation_cache_dir', tempfile.mkdtemp())
+jax.config.update('jax_persistent_cache_min_compile_time_secs', .2)

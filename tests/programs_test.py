@@ -1,0 +1,362 @@
+"""The programs as a user meets them: files, repeats, resumption, errors."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+from absl import flags as absl_flags
+from absl.testing import absltest
+from absl.testing import flagsaver
+from absl.testing import parameterized
+import numpy as np
+from PIL import Image
+
+from experiments import compare
+from experiments import flags
+from experiments import plots
+from experiments import runner
+from experiments import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def write_data(folder):
+  """Small images of three classes as a user's own arrays."""
+  rng = np.random.RandomState(0)
+  arrays = {}
+  for split, num in (('train', 60), ('test', 30)):
+    y = np.arange(num) % 3
+    x = rng.randint(0, 120, (num, 8, 8, 1))
+    for i, label in enumerate(y):
+      x[i, label * 2:label * 2 + 2] += 100
+    arrays |= {split + '_x': x.astype(np.uint8), split + '_y': y}
+  path = os.path.join(folder, 'own.npz')
+  np.savez(path, **arrays)
+  return path
+
+
+def small(data):
+  return [f'--dataset=npz:{data}', '--num_clients=4', '--cohort=2', '--model=mlp',
+          '--rounds=3', '--local_epochs=1', '--batch_size=10', '--eval_every=2',
+          '--ftg_iterations=1', '--ftg_generator_width=2', '--ftg_noise_dim=4',
+          '--dirichlet_alpha=1']
+
+
+def call(program, *argv):
+  """Runs a program in this process; (exit status, stdout, stderr)."""
+  out, err = io.StringIO(), io.StringIO()
+  with flagsaver.flagsaver(), contextlib.redirect_stdout(
+      out), contextlib.redirect_stderr(err):
+    try:
+      flags.parse(['program', *argv])
+      flags.guarded(program.main)
+      status = 0
+    except SystemExit as stop:
+      status = stop.code
+  return status, out.getvalue(), err.getvalue()
+
+
+class TrainTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    absl_flags.FLAGS.mark_as_parsed()
+
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    self.args = small(write_data(self.folder))
+
+  def train(self, name, *changes):
+    return call(train, *self.args, *changes, f'--workdir={self.folder / name}')
+
+  def test_files_and_repeats(self):
+    status, out, err = self.train('a')
+    self.assertEqual(status, 0, err)
+    self.assertIn('round 3/3', out)
+    run = self.folder / 'a'
+    self.assertCountEqual([p.name for p in run.iterdir()], [
+        'config.json', 'curves.png', 'generated.png', 'metrics.jsonl',
+        'params.npz', 'partition.npz', 'summary.json', 'timings.jsonl'])
+    rows = [json.loads(r) for r in (run / 'metrics.jsonl').read_text().split(
+        '\n') if r]
+    self.assertEqual([r['round'] for r in rows], [2, 3])
+    for row in rows:
+      self.assertContainsSubset(
+          ['round', 'train_loss', 'test_loss', 'test_accuracy', 'accuracy',
+           'bytes_up', 'bytes_down'], row)
+      self.assertCountEqual(
+          row['accuracy'], ['average', 'broadcast', 'fine_tuned'])
+      self.assertEqual(row['test_accuracy'], row['accuracy']['broadcast'])
+    # Bytes by hand: an MLP 64-200-200-3 in float32, and three counts.
+    model = 4 * (64 * 200 + 200 + 200 * 200 + 200 + 200 * 3 + 3)
+    self.assertEqual(rows[-1]['bytes_down'], 3 * 2 * model)
+    self.assertEqual(rows[-1]['bytes_up'], 3 * 2 * (model + 4 * 3))
+    timing = json.loads((run / 'timings.jsonl').read_text().split('\n')[0])
+    self.assertGreater(timing['compile_seconds'], 0)
+    self.assertGreater(timing['rounds_per_second'], 0)
+    config = json.loads((run / 'config.json').read_text())['config']
+    self.assertEqual(config['ftg_md'], 'l1')  # the preset, spelled out
+    params = np.load(run / 'params.npz')
+    self.assertIn('params/dense0/linear/kernel', params.files)
+    for name in ('curves.png', 'generated.png'):
+      self.assertGreater(Image.open(run / name).size[0], 300)
+    # The same run elsewhere: the same bytes.
+    self.train('b')
+    for name in ('metrics.jsonl', 'params.npz', 'partition.npz'):
+      self.assertEqual((run / name).read_bytes(),
+                       (self.folder / 'b' / name).read_bytes(), name)
+    # Finished: left alone, and said so.
+    before = (run / 'metrics.jsonl').stat().st_mtime_ns
+    status, out, _ = self.train('a')
+    self.assertEqual(status, 0)
+    self.assertIn('already finished', out)
+    self.assertEqual((run / 'metrics.jsonl').stat().st_mtime_ns, before)
+    # More rounds are no other configuration; the first rows stay the same.
+    status, out, _ = self.train('a', '--rounds=4')
+    self.assertEqual(status, 0)
+    longer = (run / 'metrics.jsonl').read_text().split('\n')
+    self.assertEqual(json.loads(longer[0]), rows[0])
+    self.assertEqual(json.loads(longer[1])['round'], 4)
+    # Another learning rate is.
+    status, out, err = self.train('a', '--learning_rate=0.2')
+    self.assertEqual(status, 2)
+    self.assertRegex(
+        err, r'^error: --workdir=.*another configuration \(--learning_rate=0.1, '
+        r'not 0.2\); choose another folder\n$')
+    # The saved partition is replayed; a changed file is noticed.
+    partition = run / 'partition.npz'
+    self.train('c', f'--partition=file:{partition}')
+    self.assertEqual((self.folder / 'c' / 'metrics.jsonl').read_bytes(),
+                     (self.folder / 'b' / 'metrics.jsonl').read_bytes())
+    np.savez(partition, a=np.arange(10), b=np.arange(10, 60))
+    status, _, err = self.train('c', f'--partition=file:{partition}')
+    self.assertEqual(status, 2)
+    self.assertIn('--partition=file:', err)
+
+  def test_unfinished_run_is_started_again(self):
+    self.train('whole')
+    run = self.folder / 'cut'
+    stopped = Exception('power cut')
+    with absltest.mock.patch.object(
+        runner.Run, 'finish', side_effect=stopped):
+      with self.assertRaises(Exception):
+        self.train('cut')
+    self.assertFalse((run / 'summary.json').exists())
+    (run / 'metrics.jsonl').write_text('{"round": 2, "half a li')
+    status, _, _ = self.train('cut')
+    self.assertEqual(status, 0)
+    self.assertEqual((run / 'metrics.jsonl').read_bytes(),
+                     (self.folder / 'whole' / 'metrics.jsonl').read_bytes())
+    # A config.json that cannot be read is not overwritten.
+    (run / 'config.json').write_text('{')
+    status, _, err = self.train('cut')
+    self.assertEqual(status, 2)
+    self.assertIn('config.json cannot be read', err)
+
+  def test_compare(self):
+    work = self.folder / 'c'
+    args = [*self.args, '--seeds=2', f'--workdir={work}',
+            '--methods=fed_avg,fed_ftg:ftg_md=kl:ftg_gen_step=joint']
+    status, out, err = call(compare, *args)
+    self.assertEqual(status, 0, err)
+    self.assertIn('final accuracy', ' '.join(out.split()))
+    summary = json.loads((work / 'summary.json').read_text())
+    self.assertCountEqual(summary['methods'], [
+        'fed_avg', 'fed_ftg:ftg_md=kl:ftg_gen_step=joint'])
+    figures = summary['methods']['fed_avg']['final_accuracy']
+    per_seed = [json.loads((work / f'fed_avg/seed{s}/summary.json').read_text())[
+        'final_accuracy'] for s in (0, 1)]
+    self.assertEqual(figures['per_seed'], per_seed)
+    self.assertAlmostEqual(figures['mean'], np.mean(per_seed))
+    self.assertAlmostEqual(figures['std'], np.std(per_seed, ddof=1))
+    self.assertLen((work / 'table.md').read_text().splitlines(), 4)
+    config = json.loads((
+        work / 'fed_ftg_ftg_md=kl_ftg_gen_step=joint/seed0/config.json'
+    ).read_text())['config']
+    self.assertEqual(config['ftg_md'], 'kl')
+    # Finished runs are skipped, a missing one is made.
+    kept = work / 'fed_avg/seed0/metrics.jsonl'
+    gone = work / 'fed_avg/seed1'
+    before, content = kept.stat().st_mtime_ns, (
+        gone / 'metrics.jsonl').read_bytes()
+    (gone / 'summary.json').unlink()
+    status, out, _ = call(compare, *args)
+    self.assertEqual(status, 0)
+    self.assertEqual(kept.stat().st_mtime_ns, before)
+    self.assertEqual((gone / 'metrics.jsonl').read_bytes(), content)
+    self.assertNotIn('seed 0', out)
+    # train's own run of that seed is the same run.
+    self.train('alone', '--method=fed_avg', '--seed=1')
+    self.assertEqual((self.folder / 'alone/metrics.jsonl').read_bytes(), content)
+
+  def test_seeds_at_once(self):
+    work = self.folder / 's'
+    args = [*self.args, '--seeds=2', '--methods=fed_avg']
+    call(compare, *args, f'--workdir={work}')
+    status, _, err = call(compare, *args, '--seeds_at_once=2',
+                          f'--workdir={work}2')
+    self.assertEqual(status, 0, err)
+    for seed in (0, 1):
+      one, both = (np.load(f'{w}/fed_avg/seed{seed}/params.npz')
+                   for w in (work, f'{work}2'))
+      for name in one.files:
+        np.testing.assert_allclose(one[name], both[name], atol=1e-5)
+
+  def test_vary_partition(self):
+    work = self.folder / 'v'
+    call(compare, *self.args, '--seeds=2', '--methods=fed_avg',
+         '--vary_partition', f'--workdir={work}')
+    configs = [json.loads((work / f'fed_avg/seed{s}/config.json').read_text())[
+        'config'] for s in (0, 1)]
+    self.assertEqual([c['partition_seed'] for c in configs], [0, 1])
+    self.assertEqual([c['schedule_seed'] for c in configs], [0, 1])
+    parts = [(work / f'fed_avg/seed{s}/partition.npz').read_bytes()
+             for s in (0, 1)]
+    self.assertNotEqual(*parts)
+
+
+class ErrorsTest(parameterized.TestCase):
+  """Each wrong value: one line that names flag, value and what is right."""
+
+  @parameterized.parameters(
+      ('--rounds=abc', '--rounds=abc: must be a positive integer'),
+      ('--rounds=0', '--rounds=0: must be a positive integer'),
+      ('--cohort=21', '--cohort=21: must be at most --num_clients=20'),
+      ('--dirichlet_alpha=0', '--dirichlet_alpha=0.0: must be above 0'),
+      ('--dirichlet_alpha=nan', '--dirichlet_alpha=nan: must be a finite number'),
+      ('--learning_rate=-1', '--learning_rate=-1: must be a non-negative number'),
+      ('--lr_decay=2', r'--lr_decay=2: must be a number in the range \[0, 1\]'),
+      ('--model=resnet', '--model=resnet: .*mlp.*lenet.*fedavg_cnn'),
+      ('--method=fedavg', "--method=fedavg: no method 'fedavg': must be one of"),
+      ('--method=fed_avg+fed_avg', 'fed_avg is named twice'),
+      ('--dataset=cifar9', '--dataset=cifar9: must be one of mnist5k, npz:PATH'),
+      ('--dataset=npz:/no/x.npz', '--dataset=npz:/no/x.npz: no such file'),
+      ('--partition=dirichelt', '--partition=dirichelt: must be one of'),
+      ('--partition=file:/no', '--partition=file:/no: no such file'),
+      ('--schedule=file:/no', '--schedule=file:/no: no such file'),
+      ('--schedule=poisson', '--schedule=poisson: must be one of'),
+      ('--ftg_preset=best', '--ftg_preset=best: .*official.*paper.*intended'),
+      ('--ftg_md=l2', '--ftg_md=l2: .*l1.*kl'),
+      ('--server_optimizer=lion', '--server_optimizer=lion: .*adam'),
+      ('--vary_partition=7', '--vary_partition=7: '),
+      ('--round=3', '--round=3: no such flag; did you mean --rounds'),
+      ('--xyzzy', '--xyzzy: no such flag; --help lists all'),
+      ('stray', 'stray: not understood; values are given as --flag=value'),
+      ('--workdir=/dev/null', '--workdir=/dev/null: is a file'))
+  def test_one_line_and_status_2(self, argument, message):
+    with absltest.mock.patch.object(runner, 'build', side_effect=AssertionError):
+      status, _, err = call(train, argument)
+    self.assertEqual(status, 2)
+    self.assertRegex(err, '^error: .*' + message)
+    self.assertEqual(err.count('\n'), 1)
+
+  @parameterized.parameters(
+      ('--methods=', '--methods=: must name at least one'),
+      ('--methods=fed_avg,fed_avg', 'fed_avg is named twice'),
+      ('--methods=fed_avg,nix', '--methods=nix: --method=nix: no method'),
+      ('--methods=fed_avg:ronds=3', '--ronds=3: no such flag'),
+      ('--methods=fed_avg:rounds=x', '--rounds=x: .*integer'),
+      ('--methods=fed_ftg:ftg_md=l2', '--ftg_md=l2: .*l1'),
+      ('--seeds=0', '--seeds=0: must be a positive integer'))
+  def test_compare(self, argument, message):
+    with absltest.mock.patch.object(runner, 'build', side_effect=AssertionError):
+      status, _, err = call(compare, argument)
+    self.assertEqual(status, 2)
+    self.assertRegex(err, '^error: .*' + message)
+    self.assertEqual(err.count('\n'), 1)
+
+  def test_files_that_do_not_fit(self):
+    folder = self.create_tempdir().full_path
+    broken = os.path.join(folder, 'broken.npz')
+    pathlib.Path(broken).write_text('nothing')
+    own = write_data(folder)
+    odd = os.path.join(folder, 'odd.npz')
+    np.savez(odd, train_x=np.zeros((9, 6, 6, 1), np.uint8),
+             train_y=np.arange(9) % 3, test_x=np.zeros((3, 6, 6, 1), np.uint8),
+             test_y=np.arange(3))
+    ids = os.path.join(folder, 'ids.npy')
+    np.save(ids, [[0, 0]] * 3)
+    for changes, message in (
+        ([f'--dataset=npz:{broken}'], '--dataset=npz:.*not a readable .npz'),
+        ([f'--dataset=npz:{odd}'], 'divisible by 4.*6, 6, 1'),
+        ([f'--partition=file:{broken}'], '--partition=file:.*not a readable'),
+        ([f'--schedule=file:{ids}'], 'client 0 is twice in round 0'),
+        ([f'--schedule=file:{ids}', '--rounds=9'], 'has 3 rounds, 9 are asked'),
+        (['--num_clients=61'], '--num_clients=61: .*number of examples')):
+      status, _, err = call(
+          train, *small(own), *changes, f'--workdir={folder}/w')
+      self.assertEqual(status, 2, changes)
+      self.assertRegex(err, '^error: .*' + message)
+      self.assertEqual(err.count('\n'), 1)
+      self.assertFalse(os.path.exists(f'{folder}/w'))
+
+  def test_as_a_process(self):
+    """Status and line are what a shell sees; help is there."""
+    command = [sys.executable, '-m', 'experiments.train']
+    wrong = subprocess.run([*command, '--rounds=-3'], cwd=ROOT, text=True,
+                           capture_output=True, check=False)
+    self.assertEqual(wrong.returncode, 2)
+    self.assertEqual(
+        wrong.stderr, 'error: --rounds=-3: must be a positive integer\n')
+    self.assertEqual(wrong.stdout, '')
+    help_ = subprocess.run([*command, '--help'], cwd=ROOT, text=True,
+                           capture_output=True, check=False)
+    self.assertIn('--dirichlet_alpha', help_.stdout)
+
+  def test_interruption(self):
+    """Ctrl-C ends with one line and status 130; the same command completes."""
+    folder = self.create_tempdir().full_path
+    args = small(write_data(folder))
+    command = [sys.executable, '-m', 'experiments.train', *args,
+               '--method=fed_avg', '--eval_every=1', f'--workdir={folder}/w']
+    process = subprocess.Popen(
+        [*command, '--rounds=100000'], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    metrics = pathlib.Path(folder, 'w', 'metrics.jsonl')
+    deadline = time.time() + 120
+    while not metrics.exists() and time.time() < deadline:
+      time.sleep(.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    self.assertEqual(process.returncode, 130, err)
+    self.assertEqual(err, 'interrupted; the same command starts again\n')
+    rows = metrics.read_text().splitlines()
+    self.assertEqual(json.loads(rows[-1])['round'], len(rows))
+    again = subprocess.run(command, cwd=ROOT, check=False)
+    self.assertEqual(again.returncode, 0)
+    self.assertEqual(metrics.read_text().splitlines()[0], rows[0])
+
+
+class ReportTest(absltest.TestCase):
+
+  def test_figures(self):
+    rows = [{'round': t, 'test_accuracy': a}
+            for t, a in ((2, .3), (4, .6), (6, .55), (14, .7))]
+    self.assertEqual(compare.rounds_to(rows, .6), 4)
+    self.assertIsNone(compare.rounds_to(rows, .8))
+    # The last ten rounds are 5 to 14.
+    self.assertAlmostEqual(
+        runner.final(rows, lambda r: r['test_accuracy']), .625)
+    runs = [{'best_accuracy': .71}, {'best_accuracy': .64}]
+    self.assertEqual(compare.common_target({'a': runs}), .6)
+    self.assertEqual(
+        compare.spread([1., 3.]), {'mean': 2., 'std': 2**.5, 'per_seed': [1., 3.]})
+
+  def test_curves_with_bands(self):
+    path = os.path.join(self.create_tempdir().full_path, 'c.png')
+    plots.curves(path, {'a': [[(1, .1), (2, .5)], [(1, .2), (2, .4)]],
+                        'b': [[(1, .3), (2, .6)]]}, 'accuracy')
+    pixels = np.asarray(Image.open(path).convert('RGB'))
+    self.assertGreater(len(np.unique(pixels.reshape(-1, 3), axis=0)), 50)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -217,7 +217,10 @@ def config(**changes) -> dict[str, Any]:
       values[FTG + name] = getattr(preset, name)
   values[FTG + 'batch_size'] = values[FTG + 'batch_size'] or values['batch_size']
   _check(values)
-  return {k: v for k, v in values.items() if k not in _PRESENTATION}
+  unused = _PRESENTATION
+  if 'fed_ftg' not in recipes.parse(values['method']):
+    unused += tuple(k for k in values if k.startswith(FTG))
+  return {k: v for k, v in values.items() if k not in unused}
 
 
 def _ours() -> list[flags.Flag]:

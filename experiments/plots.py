@@ -44,23 +44,24 @@ def curves(
 def generated(
     path: Any, synthesise: Callable, shared: Any, num_classes: int) -> None:
   """Draws what the generator makes of each class, one labelled row each."""
-  rows = min(num_classes, 20)
-  labels = jnp.repeat(jnp.arange(rows), _PER_CLASS)
+  labels = jnp.repeat(jnp.arange(num_classes), _PER_CLASS)
   images = np.asarray(synthesise(shared, labels, jax.random.key(0)))
-  low, high = images.min((1, 2, 3), keepdims=True), images.max(
-      (1, 2, 3), keepdims=True)
+  low = images.min((1, 2, 3), keepdims=True)
+  high = images.max((1, 2, 3), keepdims=True)
   images = (images - low) / np.maximum(high - low, 1e-6)
-  if images.shape[-1] not in (1, 3):
-    images = images.mean(-1, keepdims=True)
-  figure, grid = plt.subplots(
-      rows, _PER_CLASS, figsize=(_PER_CLASS * .8, rows * .8), squeeze=False,
-      layout='constrained')
-  for axes, image, label in zip(grid.flat, images, np.asarray(labels)):
-    axes.imshow(image.squeeze(), cmap='gray')
-    axes.set(xticks=[], yticks=[])
-    if axes.get_subplotspec().is_first_col():
-      axes.set_ylabel(str(label), rotation=0, ha='right', va='center')
-  figure.suptitle('generated images by class (each scaled to its own range)',
-                  fontsize=9)
-  figure.savefig(path, dpi=110)
+  if images.shape[-1] != 3:
+    images = np.repeat(images.mean(-1, keepdims=True), 3, axis=-1)
+  images = np.pad(images, ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=1)
+  _, height, width, _ = images.shape
+  mosaic = images.reshape(num_classes, _PER_CLASS, height, width, 3).transpose(
+      0, 2, 1, 3, 4).reshape(num_classes * height, _PER_CLASS * width, 3)
+  figure, axes = plt.subplots(
+      figsize=(_PER_CLASS * .7, num_classes * .7 + .4), layout='constrained')
+  axes.imshow(mosaic)
+  axes.set(xticks=[], ylabel='class', yticks=(np.arange(num_classes) + .5) * height)
+  axes.set_yticklabels(range(num_classes))
+  axes.tick_params(length=0)
+  axes.spines[:].set_visible(False)
+  axes.set_title('generated images, each scaled to its own range', fontsize=9)
+  figure.savefig(path, dpi=100, bbox_inches='tight')
   plt.close(figure)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pathlib
-import time
 from typing import Any, NamedTuple, Sequence
 
 import jax
@@ -55,18 +54,17 @@ def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
       config['model'], dataset.image_shape, dataset.num_classes,
       mean=dataset.mean, std=dataset.std, norm=config['norm'],
       conv=config['conv'])
-  generator = None
-  if fed_ftg_part(config['method']):
-    generator = _checked(
-        'dataset', config, models.image_generator, dataset.image_shape,
-        dataset.num_classes, noise_dim=config['ftg_noise_dim'],
-        width=config['ftg_generator_width'], conv=config['conv'],
-        bias_before_norm=config['ftg_gen_bn_bias'] == 'keep')
-  method = recipes.build(config['method'], recipes.Settings(
-      model, dataset.num_classes,
-      recipes.server_optimizer(
-          config['server_optimizer'], config['server_learning_rate']),
-      generator, _ftg_options(config)))
+  settings = recipes.Settings(
+      model, dataset.num_classes, recipes.server_optimizer(
+          config['server_optimizer'], config['server_learning_rate']))
+  if 'fed_ftg' in recipes.parse(config['method']):
+    settings = settings._replace(
+        ftg=_ftg_options(config), generator=_checked(
+            'dataset', config, models.image_generator, dataset.image_shape,
+            dataset.num_classes, noise_dim=config['ftg_noise_dim'],
+            width=config['ftg_generator_width'], conv=config['conv'],
+            bias_before_norm=config['ftg_gen_bn_bias'] == 'keep'))
+  method = recipes.build(config['method'], settings)
   steps = config['local_steps'] or None
   solver = solvers.local_sgd(
       _decayed(config['learning_rate'], config),
@@ -79,10 +77,6 @@ def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
       client_chunk=config['client_chunk'])
   data = clients.from_partition(dataset.train_x, dataset.train_y, parts)
   return Experiment(config, dataset, parts, data, schedule, model, method, fed)
-
-
-def fed_ftg_part(method: str) -> bool:
-  return 'fed_ftg' in recipes.parse(method)
 
 
 def _checked(flag, config, function, *args, **kwargs):
@@ -142,18 +136,21 @@ def with_seeds(experiment: Experiment, config: dict[str, Any]) -> Experiment:
 # Folders of runs
 
 
-def identity(config: dict[str, Any]) -> dict[str, Any]:
-  """What tells configurations apart: all but the number of rounds.
-
-  Files that the configuration names count by their content.
-  """
-  named = {k: v for k, v in config.items() if k != 'rounds'}
+def contents(config: dict[str, Any]) -> dict[str, str]:
+  """Fingerprints of the files that the configuration names."""
+  named = {}
   for flag in ('dataset', 'partition', 'schedule'):
-    kind, _, path = config[flag].partition(':')
+    _, _, path = config[flag].partition(':')
     if path:
       digest = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-      named[flag] = f'{kind}:{digest[:16]}'
+      named[f'{flag} file'] = digest[:16]
   return named
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+  """What tells runs apart: all but the number of rounds."""
+  return {k: v for k, v in {**config, **contents(config)}.items()
+          if k != 'rounds'}
 
 
 def default_folder(config: dict[str, Any], *words: str) -> pathlib.Path:
@@ -177,16 +174,17 @@ def is_finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
   if not path.exists():
     return False
   try:
-    there = json.loads(path.read_text())['identity']
+    saved = json.loads(path.read_text())
+    there = {**saved['config'], **saved['contents']}
   except (ValueError, KeyError, TypeError) as error:
     raise flags.UsageError(
         'workdir', folder, 'its config.json cannot be read; remove the folder or '
         'choose another') from error
   ours = identity(config)
-  for name in sorted(ours.keys() | there.keys()):
+  for name in sorted((ours.keys() | there.keys()) - {'rounds'}):
     if there.get(name) != ours.get(name):
       raise flags.UsageError(
-          'workdir', folder, f'holds another configuration (--{name}='
+          'workdir', folder, f'holds another configuration ({name}: '
           f'{there.get(name)}, not {ours.get(name)}); choose another folder')
   summary = folder / 'summary.json'
   return summary.exists() and (
@@ -268,7 +266,7 @@ class Run:
     config = {**experiment.config, 'seed': seed}
     (folder / 'summary.json').unlink(missing_ok=True)
     files.write_json(folder / 'config.json', {
-        'config': config, 'identity': identity(config),
+        'config': config, 'contents': contents(config),
         'versions': progress.versions()})
     with files.replacing(folder / 'partition.npz') as temporary:
       partition.save(temporary, experiment.parts)

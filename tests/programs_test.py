@@ -129,7 +129,7 @@ class TrainTest(parameterized.TestCase):
     status, out, err = self.train('a', '--learning_rate=0.2')
     self.assertEqual(status, 2)
     self.assertRegex(
-        err, r'^error: --workdir=.*another configuration \(--learning_rate=0.1, '
+        err, r'^error: --workdir=.*another configuration \(learning_rate: 0.1, '
         r'not 0.2\); choose another folder\n$')
     # The saved partition is replayed; a changed file is noticed.
     partition = run / 'partition.npz'

@@ -1,0 +1,55 @@
+"""The Python examples of the documents run, and their files exist."""
+
+import pathlib
+import re
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+
+from fedftg_jax import base
+from fedftg_jax.methods import fed_avg
+from tests import problems
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def examples(name):
+  return re.findall(r'```python\n(.*?)```', (ROOT / name).read_text(), re.S)
+
+
+class DocsTest(parameterized.TestCase):
+
+  def test_readme(self):
+    code, = examples('README.md')
+    scope = {}
+    exec(code, scope)  # pylint: disable=exec-used
+    self.assertLen(scope['metrics']['train_loss'], 3)
+
+  def test_the_method_of_build_md(self):
+    code, = examples('BUILD.md')
+    scope = {}
+    exec(code, scope)  # pylint: disable=exec-used
+    key, cohort = jax.random.key(0), problems.row([0, 4])
+
+    def after(*parts):
+      fed = problems.make(method=base.chain(fed_avg.fed_avg(), *parts))
+      state, _ = jax.jit(fed.round)(
+          fed.init(key), problems.DATA, cohort, key)
+      return jax.tree.leaves(state.variables)
+
+    plain, zero, strong = (
+        after(), after(scope['fed_prox'](0.)), after(scope['fed_prox'](5.)))
+    for a, b in zip(plain, zero):
+      self.assertLess(abs(a - b).max(), 1e-6)
+    self.assertGreater(abs(plain[0] - strong[0]).max(), 1e-3)
+
+  @parameterized.parameters('README.md', 'BUILD.md')
+  def test_links_and_pictures_exist(self, name):
+    text = (ROOT / name).read_text()
+    for target in re.findall(r'\]\(([^)#]+)', text):
+      self.assertTrue((ROOT / target).exists(), target)
+
+
+if __name__ == '__main__':
+  absltest.main()

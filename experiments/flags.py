@@ -255,6 +255,9 @@ def _check(values: dict[str, Any]) -> None:
       require(flag, os.path.isfile(value[len('file:'):]), 'no such file')
     else:
       require(flag, value in allowed, 'must be one of ' + ', '.join(allowed))
+  folder = values['data_dir']
+  require('data_dir', folder is None or not os.path.exists(folder)
+          or os.path.isdir(folder), 'must be a folder')
   require('dirichlet_alpha', values['dirichlet_alpha'] > 0, 'must be above 0')
   if not values['schedule'].startswith('file:') and (
       not values['partition'].startswith('file:')):

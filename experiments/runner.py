@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pathlib
 from typing import Any, NamedTuple, Sequence
 
@@ -169,8 +170,11 @@ def is_finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
     flags.UsageError: if it holds another configuration.
   """
   path = folder / 'config.json'
-  if folder.exists() and not folder.is_dir():
-    raise flags.UsageError('workdir', folder, 'is a file, must be a folder')
+  nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+  if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+    raise flags.UsageError(
+        'workdir', folder, f'cannot be written: {nearest} must be a folder that '
+        'one may write to')
   if not path.exists():
     return False
   try:

@@ -62,6 +62,7 @@ class Data(NamedTuple):
   y: jax.Array      # [M] int32
   index: jax.Array  # [N, cap] int32 rows of x; one client: [cap]
   count: jax.Array  # [N] int32 valid entries of `index`; one client: []
+  public: PyTree = ()  # unlabelled images that the server holds; () on clients
 
 
 class Cohort(NamedTuple):
@@ -73,7 +74,8 @@ class Cohort(NamedTuple):
 
 class View(NamedTuple):
   """What one client sees in one round (no client axis)."""
-  variables: Variables  # the model it starts from
+  variables: Variables  # the model it begins from, see `Method.start`
+  received: Variables   # the model that the server broadcast
   shared: PyTree        # what the server broadcasts of its slot
   own: PyTree           # the method's slot kept on this client
   data: Data            # its row of the index table, over the flat arrays
@@ -106,15 +108,15 @@ class Local(NamedTuple):
 class Received(NamedTuple):
   """What the server gets; leading axis [S] unless said otherwise."""
   start: Variables      # model each client began from
-  delta: Variables      # its change, as it came through the uplink
-  message: PyTree       # the method's own upload
+  delta: Variables      # its change through the uplink; 0 if it did not arrive
+  message: PyTree       # the method's own upload; 0 if it did not arrive
   weight: jax.Array     # [S] sums to 1 over the arrived, 0 for the rest
-  share: jax.Array      # [S] s_k = N n_k / sum_j n_j
+  share: jax.Array      # [S] s_k = N n_k / sum_j n_j, 0 for the rest
   arrived: jax.Array    # [S] bool
   num_steps: jax.Array  # [S] int32, steps actually taken
   round: jax.Array      # [] int32
   num_clients: int      # N
-  public: PyTree = ()   # unlabelled data of the server, if any
+  public: PyTree        # unlabelled images of the server, if any
 
   @property
   def models(self) -> Variables:
@@ -151,8 +153,9 @@ class Method(NamedTuple):
     init: (key, variables) -> (shared, own): the server's slot, and ONE client's.
     broadcast: (shared) -> tree: what of the server slot clients see and are
       billed for.
-    start: (variables, shared, own, slot, key) -> variables: the model that the
-      client in place `slot` of the cohort begins from.
+    start: (view, shared, slot, key) -> variables: the model that the client in
+      place `slot` of the cohort begins from. `shared` is the whole server slot;
+      `view.variables` what the parts before made of the received model.
     penalty: (variables, output, batch, view, key) -> scalar: added to the local
       objective at each step, inside the gradient clip.
     decay: (view) -> scalar: added to the weight decay, outside the clip.
@@ -165,7 +168,7 @@ class Method(NamedTuple):
   """
   init: Callable = lambda key, variables: ((), ())
   broadcast: Callable = lambda shared: ()
-  start: Callable = lambda variables, shared, own, slot, key: variables
+  start: Callable = lambda view, shared, slot, key: view.variables
   penalty: Callable = lambda variables, output, batch, view, key: 0.
   decay: Callable = lambda view: 0.
   upload: Callable = lambda view, local, objective, key: (view.own, ())
@@ -207,9 +210,10 @@ def chain(*parts: Method) -> Method:
   def broadcast(shared):
     return tuple(p.broadcast(s) for p, s in zip(parts, shared))
 
-  def start(variables, shared, own, slot, key):
-    for p, s, o, k in zip(parts, shared, own, split(key)):
-      variables = p.start(variables, s, o, slot, k)
+  def start(view, shared, slot, key):
+    variables = view.variables
+    for p, v, s, k in zip(parts, views(view), shared, split(key)):
+      variables = p.start(v._replace(variables=variables), s, slot, k)
     return variables
 
   def penalty(variables, output, batch, view, key):

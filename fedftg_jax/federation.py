@@ -4,16 +4,17 @@ Rules kept here once, for every method:
 - Clients of a round are stacked and trained in parallel. What the server sends
   is closed over, never copied along the client axis.
 - A client that was not selected, or did not arrive, keeps its slot and its
-  uplink state bitwise. Padding slots carry client id N and are dropped.
+  uplink state bitwise, and what it would have sent is zeroed. Padding slots
+  carry client id N and are dropped. A client without examples never arrives.
 - A round in which nobody arrives leaves the model and the server slot as they
   were.
-- A schedule row that selects nobody at all (only padding) is no round: it costs
-  nothing and changes nothing. Chunks are padded with such rows to equal length,
-  so that a whole run is traced once.
+- A row that selects nobody (only padding) is no round: it costs nothing and
+  changes nothing. Chunks are padded with such rows to equal length, so that a
+  whole run is traced once; users' schedules may not have any.
 """
 
 import functools
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ import optax
 from fedftg_jax import keys, losses, trees
 from fedftg_jax.base import (
     Cohort, Data, Federation, Info, LossAux, Method, Model, NO_LIMIT, Objective,
-    Received, State, View)
+    PyTree, Received, State, Variables, View)
 
 WEIGHTINGS = ('examples', 'uniform')
 
@@ -37,7 +38,6 @@ def federation(
     weighting: str = 'examples',
     uplink: optax.GradientTransformation = optax.identity(),
     client_chunk: int = 0,
-    public=(),
 ) -> Federation:
   """Builds the simulation of `method` with `solver` on `num_clients` clients.
 
@@ -51,7 +51,6 @@ def federation(
     uplink: codes the parameters' change on its way up (state kept per client;
       gets a `key` if it takes one).
     client_chunk: how many clients are stacked at once; 0 for all.
-    public: unlabelled data that the server holds, passed to `update`.
 
   Returns:
     The pair of `init` and `round`, and `traffic`.
@@ -68,6 +67,7 @@ def federation(
         f'client_chunk must be 0 (all at once) or more, got {client_chunk}.')
   uplink = optax.with_extra_args_support(uplink)
 
+  @jax.jit
   def init(key):
     key_model, key_method = jax.random.split(key)
     variables = model.init(key_model)
@@ -76,13 +76,16 @@ def federation(
     return State(
         variables, shared, trees.stack(slots, num_clients), jnp.int32(0))
 
-  def run_client(state, flat, base_key, shared, row):
+  def run_client(server, shared, flat, base_key, row):
+    variables, server_slot, round_ = server
     client, (own, uplink_state), index, count, share, slot = row
-    key = keys.client_keys(base_key, state.round, client.client_id)
-    start = method.start(state.variables, state.shared, own, slot, key.start)
+    key = keys.client_keys(base_key, round_, client.client_id)
     view = View(
-        start, shared, own, Data(*flat, index, count), client.client_id,
-        share, state.round, jnp.where(client.arrived, client.num_steps, 0))
+        variables, variables, shared, own, Data(*flat, index, count),
+        client.client_id, share, round_,
+        jnp.where(client.arrived, client.num_steps, 0))
+    start = method.start(view, server_slot, slot, key.start)
+    view = view._replace(variables=start)
     objective = Objective(
         functools.partial(_local_loss, model, method, view),
         method.decay(view))
@@ -91,68 +94,84 @@ def federation(
     delta = jax.tree.map(jnp.subtract, local.variables, start)
     coded, uplink_state = uplink.update(
         delta.params, uplink_state, start.params, key=key.encode)
-    return ((own, uplink_state), start, delta._replace(params=coded), message,
-            local.num_steps, local.metrics)
+    sent = delta._replace(params=coded), message
+    sent = trees.where(
+        client.arrived, sent, jax.tree.map(jnp.zeros_like, sent))
+    return _Trained((own, uplink_state), start, *sent, local.num_steps,
+                    local.metrics)
 
   def train_cohort(state, data, cohort, base_key):
-    """Runs the cohort's clients; everything returned has leading axis [S]."""
+    """Trains the cohort; all of it, and what is returned, has axis [S]."""
     count = data.count.astype(jnp.result_type(float))
     share = num_clients * count / jnp.maximum(jnp.sum(count), 1)
     slots, index, count, share = trees.gather(
         (state.clients, data.index, data.count, share), cohort.client_id)
     count = jnp.where(cohort.client_id < num_clients, count, 0)
+    cohort = cohort._replace(arrived=cohort.arrived & (count > 0))
     one = functools.partial(
-        run_client, state, (data.x, data.y), base_key,
-        method.broadcast(state.shared))
-    num_slots = cohort.client_id.shape[0]
+        run_client, (state.variables, state.shared, state.round),
+        method.broadcast(state.shared), (data.x, data.y), base_key)
+    num_slots = len(cohort.client_id)
     rows = cohort, slots, index, count, share, jnp.arange(num_slots)
     if 0 < client_chunk < num_slots:
-      outputs = jax.lax.map(one, rows, batch_size=client_chunk)
+      pad = -num_slots % client_chunk  # copies of the last row, dropped below
+      rows = trees.gather(rows, jnp.arange(num_slots + pad))
+      trained = jax.lax.map(one, rows, batch_size=client_chunk)
+      trained = jax.tree.map(lambda a: a[:num_slots], trained)
     else:
-      outputs = jax.vmap(one)(rows)
-    return outputs, count, share
+      trained = jax.vmap(one)(rows)
+    return trained, cohort.arrived, count, share
 
+  @jax.jit
   def round_(state, data, cohort, key):
-    (slots, start, delta, message, num_steps, local_metrics), count, share = (
-        train_cohort(state, data, cohort, key))
-    mass = cohort.arrived * (count if weighting == 'examples' else 1.)
+    trained, arrived, count, share = train_cohort(state, data, cohort, key)
+    mass = arrived * (count if weighting == 'examples' else 1.)
     weight = mass / jnp.maximum(jnp.sum(mass), 1)
     received = Received(
-        start, delta, message, weight, share, cohort.arrived, num_steps,
-        state.round, num_clients, public)
+        trained.start, trained.delta, trained.message, weight, share * arrived,
+        arrived, trained.num_steps, state.round, num_clients, data.public)
     average = plain_average(state.variables, received)
     variables, shared, info = method.update(
         state.variables, state.shared, received,
         keys.server_key(key, state.round))
-    anybody = jnp.any(cohort.arrived)
+    anybody = jnp.any(arrived)
     variables, shared = trees.where(
         anybody, (variables, shared), (state.variables, state.shared))
-    written = jnp.where(cohort.arrived, cohort.client_id, num_clients)
-    metrics = {
-        **info.metrics,
-        **{name: jnp.where(anybody, jnp.sum(weight * value), jnp.nan)
-           for name, value in local_metrics.items()},
-        'num_selected': jnp.sum(cohort.client_id < num_clients),
-        'num_arrived': jnp.sum(cohort.arrived),
-    }
-    models = {'average': average, **{
-        name: trees.where(anybody, m, state.variables)
-        for name, m in info.models.items()}}
-    return State(variables, shared, trees.scatter(state.clients, written, slots),
-                 state.round + 1), Info(metrics, models)
+    written = jnp.where(arrived, cohort.client_id, num_clients)
+    worked = weight * (trained.num_steps > 0)
+    metrics = {name: jnp.sum(worked * value) / jnp.sum(worked)
+               for name, value in trained.metrics.items()}
+    metrics |= {name: jnp.where(anybody, value, jnp.nan)
+                for name, value in info.metrics.items()}
+    metrics |= {'num_selected': jnp.sum(cohort.client_id < num_clients),
+                'num_arrived': jnp.sum(arrived)}
+    models = {name: trees.where(anybody, value, state.variables)
+              for name, value in info.models.items()}
+    clients = trees.scatter(state.clients, written, trained.slots)
+    return (State(variables, shared, clients, state.round + 1),
+            Info(metrics, {'average': average, **models}))
 
   def traffic(state, data):
     """Bytes that one selected client gets, and one that arrives sends."""
-    row = jax.tree.map(lambda a: a[:1], Cohort(*jnp.zeros((3, 1), jnp.int32)))
-    message = jax.eval_shape(
-        lambda s, d: train_cohort(
-            s, d, row._replace(arrived=row.arrived > 0), jax.random.key(0))[0],
-        state, data)[3]
+    row = Cohort(jnp.zeros(1, jnp.int32), jnp.ones(1, bool),
+                 jnp.ones(1, jnp.int32))
+    trained, *_ = jax.eval_shape(
+        train_cohort, state, data, row, jax.random.key(0))
     model_bytes = trees.num_bytes(state.variables)
     down = trees.num_bytes(jax.eval_shape(method.broadcast, state.shared))
-    return model_bytes + down, model_bytes + trees.num_bytes(message)
+    return model_bytes + down, model_bytes + trees.num_bytes(trained.message)
 
   return Federation(init, round_, traffic)
+
+
+class _Trained(NamedTuple):
+  """What one client gives back; stacked, every leaf has axis [S]."""
+  slots: PyTree       # (own, uplink) slots
+  start: Variables    # as in `Received`, and so on
+  delta: Variables
+  message: PyTree
+  num_steps: jax.Array
+  metrics: PyTree     # of the solver
 
 
 def _local_loss(model, method, view, variables, batch, key):
@@ -176,8 +195,8 @@ def over_seeds(fed: Federation) -> Federation:
   shared.
   """
   return Federation(
-      jax.vmap(fed.init), jax.vmap(fed.round, in_axes=(0, None, None, 0)),
-      fed.traffic)
+      jax.vmap(fed.init),
+      jax.jit(jax.vmap(fed.round, in_axes=(0, None, None, 0))), fed.traffic)
 
 
 def run(
@@ -210,7 +229,8 @@ def run(
     ValueError: for an invalid schedule, or `every` below 1.
   """
   num_rounds = len(schedule.client_id)
-  every = every or max(num_rounds, 1)
+  if every is None:
+    every = max(num_rounds, 1)
   if every < 1:
     raise ValueError(f'every must be at least 1, got {every}.')
   num_clients = data.count.shape[0]
@@ -220,7 +240,7 @@ def run(
     rows = jax.tree.map(lambda a: a[first:first + every], schedule)
     length = len(rows.client_id)
     rows = _pad_rounds(rows, every - length, num_clients)
-    state, info = _scan_rounds(fed, state, data, rows, key, num_clients)
+    state, info = _scan_rounds(fed, state, data, rows, key)
     metrics = {name: np.moveaxis(np.asarray(value), 0, -1)[..., :length]
                for name, value in info.metrics.items()}
     history.append(metrics)
@@ -230,9 +250,11 @@ def run(
                  for name in (history[0] if history else {})}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=(1,))
-def _scan_rounds(fed, state, data, rows, key, num_clients):
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _scan_rounds(fed, state, data, rows, key):
   """Scan of rounds; metrics [T, ...], models of the last round."""
+  num_clients = data.count.shape[0]
+  # `fed.round` is jitted: this trace and the one in the scan are the same.
   blank = jax.tree.map(
       lambda a: jnp.zeros(a.shape, a.dtype),
       jax.eval_shape(fed.round, state, data,
@@ -269,8 +291,8 @@ def check_schedule(schedule: Cohort, num_clients: int) -> Cohort:
     The same as NumPy arrays of the right types; padding never arrives.
 
   Raises:
-    ValueError: for a wrong shape, an id out of range or a client that is twice
-      in one round, with the round.
+    ValueError: for a wrong shape, an id or a number of steps out of range, a
+      client that is twice in one round, or a round without any, with the round.
   """
   ids = np.asarray(schedule.client_id)
   if ids.ndim != 2:
@@ -285,6 +307,11 @@ def check_schedule(schedule: Cohort, num_clients: int) -> Cohort:
         f'client {ids[t, s]} in round {t} of the schedule: ids are 0 to '
         f'{num_clients - 1} ({num_clients} is padding).')
   order = np.argsort(ids, axis=1, kind='stable')
+  if num_steps.min(initial=0) < 0:
+    raise ValueError('num_steps must be at least 0 in a schedule.')
+  empty = (ids == num_clients).all(axis=1)
+  if empty.any():
+    raise ValueError(f'round {np.argmax(empty)} of the schedule selects nobody.')
   ids, arrived, num_steps = (
       np.take_along_axis(a, order, 1) for a in (ids, arrived, num_steps))
   twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < num_clients)

@@ -39,6 +39,7 @@ class Recipe(NamedTuple):
   kind: str        # one of KINDS
   build: Callable  # (Settings) -> Method
   help: str
+  weighting: str = 'examples'  # how it wants clients to count in means
 
 
 RECIPES = {
@@ -52,12 +53,13 @@ RECIPES = {
         'data-free fine-tuning of the mean on the server'),
 }
 
+# With default learning rates, which suit the size of each one's steps.
 SERVER_OPTIMIZERS = {
-    'sgd': optax.sgd,
-    'momentum': lambda rate: optax.sgd(rate, momentum=.9),
-    'adam': lambda rate: optax.adam(rate, eps=1e-3),
-    'yogi': optax.yogi,
-    'adagrad': optax.adagrad,
+    'sgd': (optax.sgd, 1.),
+    'momentum': (lambda rate: optax.sgd(rate, momentum=.9), 1.),
+    'adam': (lambda rate: optax.adam(rate, eps=1e-3), .01),
+    'yogi': (optax.yogi, .01),
+    'adagrad': (optax.adagrad, .1),
 }
 
 
@@ -89,8 +91,15 @@ def build(name: str, settings: Settings) -> Method:
   return chain(*(RECIPES[part].build(settings) for part in parse(name)))
 
 
+def weighting(name: str) -> str:
+  """How the method called `name` wants clients to count in means."""
+  wanted = [RECIPES[part].weighting for part in parse(name)]
+  return 'uniform' if 'uniform' in wanted else 'examples'
+
+
 def server_optimizer(
-    name: str, learning_rate: float) -> optax.GradientTransformation | None:
+    name: str, learning_rate: float | None = None
+) -> optax.GradientTransformation | None:
   """A server optimiser by name; None (the plain mean) for SGD of rate 1.
 
   Raises:
@@ -100,6 +109,6 @@ def server_optimizer(
     raise ValueError(
         f'server optimiser must be one of {sorted(SERVER_OPTIMIZERS)}, got '
         f'{name!r}.')
-  if (name, learning_rate) == ('sgd', 1.):
-    return None
-  return SERVER_OPTIMIZERS[name](learning_rate)
+  make, default = SERVER_OPTIMIZERS[name]
+  rate = default if learning_rate is None else learning_rate
+  return None if (name, rate) == ('sgd', 1.) else make(rate)

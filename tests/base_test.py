@@ -18,7 +18,7 @@ def part(number):
   return base.Method(
       init=lambda key, variables: (number, -number),
       broadcast=lambda shared: shared * 10,
-      start=lambda variables, shared, own, slot, key: variables * 10 + shared,
+      start=lambda view, shared, slot, key: view.variables * 10 + shared,
       penalty=lambda variables, output, batch, view, key: view.shared + view.own,
       decay=lambda view: view.own * 2.,
       upload=lambda view, local, objective, key: (view.own - 1, view.shared),
@@ -35,13 +35,13 @@ class ChainTest(absltest.TestCase):
     shared, own = method.init(KEY, 0)
     self.assertEqual((shared, own), ((1, 2), (-1, -2)))
     self.assertEqual(method.broadcast(shared), (10, 20))
-    self.assertEqual(method.start(7, shared, own, 0, KEY), 712)
-    view = base.View(0, (10, 20), own, None, 0, 1., 0, 0)
+    view = base.View(7, 7, (10, 20), own, None, 0, 1., 0, 0)
+    self.assertEqual(method.start(view, shared, 0, KEY), 712)
     self.assertEqual(method.penalty(0, None, None, view, KEY), 10 - 1 + 20 - 2)
     self.assertEqual(method.decay(view), -6.)
     self.assertEqual(
         method.upload(view, None, None, KEY), ((-2, -3), (10, 20)))
-    received = base.Received(*[None] * 9)._replace(message=(3, 4))
+    received = base.Received(*[None] * 10)._replace(message=(3, 4))
     variables, shared, info = method.update(1, shared, received, KEY)
     self.assertEqual((variables, shared), (134, (2, 3)))
     self.assertEqual(info.metrics, {'seen1': 3, 'seen2': 4})
@@ -56,7 +56,7 @@ class ChainTest(absltest.TestCase):
 
   def test_defaults_do_nothing(self):
     method = base.Method()
-    view = base.View(0, (), 'own', None, 0, 1., 0, 0)
+    view = base.View(0, 0, (), 'own', None, 0, 1., 0, 0)
     self.assertEqual(method.upload(view, None, None, KEY), ('own', ()))
     self.assertEqual(method.update('w', 's', None, KEY), ('w', 's', base.Info()))
     self.assertEqual(method.penalty(0, None, None, view, KEY), 0)
@@ -92,8 +92,15 @@ class RecipesTest(parameterized.TestCase):
     for name in recipes.SERVER_OPTIMIZERS:
       self.assertIsInstance(
           recipes.server_optimizer(name, .5), optax.GradientTransformation)
+    self.assertIsNone(recipes.server_optimizer('sgd'))
     with self.assertRaisesRegex(ValueError, "got 'lion'"):
       recipes.server_optimizer('lion', 1.)
+
+  def test_weighting(self):
+    self.assertEqual(recipes.weighting('fed_ftg'), 'examples')
+    uniform = recipes.RECIPES['fed_avg']._replace(weighting='uniform')
+    with absltest.mock.patch.dict(recipes.RECIPES, fed_avg=uniform):
+      self.assertEqual(recipes.weighting('fed_ftg'), 'uniform')
 
 
 class EvaluationTest(parameterized.TestCase):

@@ -27,34 +27,42 @@ def counter():
           variables, shared + 1, base.Info()))
 
 
-def sequential_round(model, variables, data, ids, key, round_, settings):
-  """FedAvg as a plain Python loop over clients and steps, batches unpadded."""
-  total = sum(int(data.count[k]) for k in ids)
+def sequential_round(model, variables, data, limits, key, round_, settings):
+  """FedAvg as a plain Python loop over clients and steps, batches unpadded.
+
+  `limits` are the most steps that each client of the cohort takes.
+  """
+  total = sum(int(data.count[k]) for k in limits)
   mean = jax.tree.map(jnp.zeros_like, variables)
-  for k in ids:
+  rate = settings['lr'] * settings['lr_decay']**round_
+
+  @jax.jit
+  def gradient(variables, x, y):
+    def loss(params):
+      output = model.apply(variables._replace(params=params), x, train=True)
+      return losses.cross_entropy(output.logits, y), output.stats
+    return jax.grad(loss, has_aux=True)(variables.params)
+
+  for k, limit in limits.items():
     count = int(data.count[k])
     rows = np.asarray(data.index[k])[:count]
     solve_key = keys.client_keys(key, round_, k).solve
     key_order, _ = jax.random.split(solve_key)
-    local = variables
+    local, taken = variables, 0
     for epoch in range(settings['epochs']):
       draws = jax.random.uniform(
           jax.random.fold_in(key_order, epoch), (data.index.shape[1],),
           jnp.float32)
       order = np.argsort(np.asarray(draws)[:count])
       for first in range(0, count, problems.BATCH):
+        if taken == limit:
+          break
+        taken += 1
         batch = rows[order[first:first + problems.BATCH]]
-
-        def loss(params, stats):
-          output = model.apply(
-              base.Variables(params, stats), data.x[batch], train=True)
-          return losses.cross_entropy(output.logits, data.y[batch]), output.stats
-
-        grads, stats = jax.grad(loss, has_aux=True)(local.params, local.stats)
-        norm = optax.global_norm(grads)
-        scale = jnp.minimum(1., settings['clip'] / norm)
+        grads, stats = gradient(local, data.x[batch], data.y[batch])
+        scale = min(1., settings['clip'] / float(optax.global_norm(grads)))
         params = jax.tree.map(
-            lambda p, g: p - settings['lr'] * (scale * g + settings['decay'] * p),
+            lambda p, g: p - rate * (scale * g + settings['decay'] * p),
             local.params, grads)
         local = base.Variables(params, stats)
     mean = jax.tree.map(lambda m, p: m + count / total * p, mean, local)
@@ -65,50 +73,76 @@ class RoundTest(parameterized.TestCase):
 
   @parameterized.parameters('none', 'batch')
   def test_stacked_equals_sequential(self, norm):
-    """Unequal clients, partial batches and padding slots change nothing."""
-    settings = dict(epochs=2, clip=.5, decay=1e-2, lr=.1)
+    """Two rounds; unequal clients, partial batches, a straggler, padding."""
+    settings = dict(epochs=2, clip=.5, decay=1e-2, lr=.1, lr_decay=.9)
     with enable_x64(True):
       model = problems.make_model(norm)
       data = problems.make_data()
       fed = problems.make(model, solve=problems.solver(
           epochs=2, clip_norm=.5, weight_decay=1e-2))
       state = fed.init(KEY)
-      ids = [0, 2, 3, 4]
-      got, info = jax.jit(fed.round)(
-          state, data, problems.row([*ids, -1, -1]), KEY)
-      want = sequential_round(
-          model, state.variables, data, ids, KEY, 0, settings)
-      chex.assert_trees_all_close(got.variables, want, atol=1e-9)
-      chex.assert_trees_all_close(info.models['average'], want, atol=1e-9)
-      self.assertEqual(int(info.metrics['num_selected']), 4)
+      want = state.variables
+      for leaf in jax.tree.leaves(want):
+        self.assertEqual(leaf.dtype, np.float64)
+      for round_, limits in enumerate(
+          ({0: 99, 2: 99, 3: 99, 4: 2}, {1: 99, 4: 99})):
+        pad = [-1] * (6 - len(limits))
+        cohort = problems.row([*limits, *pad])
+        cohort = cohort._replace(num_steps=jnp.array(
+            [*limits.values(), *[0] * len(pad)], jnp.int32))
+        state, info = fed.round(state, data, cohort, KEY)
+        want = sequential_round(
+            model, want, data, limits, KEY, round_, settings)
+        chex.assert_trees_all_close(state.variables, want, atol=1e-10)
+        chex.assert_trees_all_close(info.models['average'], want, atol=1e-10)
+        self.assertEqual(int(info.metrics['num_selected']), len(limits))
 
   @parameterized.parameters(1, 2, 4, 5, 7)
   def test_client_chunk(self, chunk):
     data, cohort = problems.DATA, problems.row([0, 1, 2, 3, 4])
-    rounds = [jax.jit(problems.make(client_chunk=c).round) for c in (0, chunk)]
+    rounds = [problems.make(client_chunk=c).round for c in (0, chunk)]
     state = problems.make().init(KEY)
     (a, _), (b, _) = [r(state, data, cohort, KEY) for r in rounds]
     chex.assert_trees_all_close(a, b, atol=1e-6)
 
   def test_absent_clients_keep_their_slots(self):
+    """Bitwise, after a round that all took part in."""
     fed = problems.make(
-        method=base.chain(fed_avg.fed_avg(), counter()),
-        uplink=optax.trace(.5))
-    state = fed.init(KEY)
+        method=base.chain(fed_avg.fed_avg(), counter()), uplink=optax.trace(.5))
+    before, _ = fed.round(
+        fed.init(KEY), problems.DATA, problems.row(range(5)), KEY)
     cohort = problems.row([0, 1, 3, -1], arrived=[True, False, True, False])
-    new, _ = jax.jit(fed.round)(state, problems.DATA, cohort, KEY)
-    (_, counts), uplink = new.clients
-    np.testing.assert_array_equal(counts[0][:, 0] if isinstance(counts, tuple)
-                                  else counts[:, 0], [1, 0, 0, 1, 0])
-    for leaf in jax.tree.leaves(uplink):
-      for k in (1, 2, 4):
-        np.testing.assert_array_equal(leaf[k], 0.)
-      self.assertTrue(np.any(np.asarray(leaf[0]) != 0))
+    after, _ = fed.round(before, problems.DATA, cohort, KEY)
+    (_, counts), trace = after.clients
+    np.testing.assert_array_equal(counts[:, 0], [2, 1, 1, 2, 1])
+    for new, old in zip(jax.tree.leaves(trace),
+                        jax.tree.leaves(before.clients[1])):
+      for k in range(5):
+        self.assertEqual(np.array_equal(new[k], old[k]), k not in (0, 3))
+
+  def test_what_the_absent_would_send_is_zero(self):
+    """Also where it would be no number: a message of 1 / steps."""
+    method = base.Method(
+        upload=lambda view, local, objective, key: (
+            view.own, 1. / local.num_steps),
+        update=lambda variables, shared, received, key: (
+            variables, shared, base.Info({
+                'message': jnp.sum(received.message),
+                'share': jnp.sum(received.share),
+                'delta': optax.tree.norm(jax.tree.map(
+                    lambda a: a[1:], received.delta))})))
+    fed = problems.make(method=base.chain(method))
+    cohort = problems.row([0, 3, -1, -1], arrived=[True, False] + [False] * 2)
+    _, info = fed.round(fed.init(KEY), problems.DATA, cohort, KEY)
+    steps = 2 * 2  # epochs times batches of client 0
+    self.assertAlmostEqual(float(info.metrics['message']), 1 / steps)
+    self.assertAlmostEqual(float(info.metrics['share']), 5 * 7 / 40, places=5)
+    self.assertEqual(float(info.metrics['delta']), 0.)
 
   def test_dropout_is_like_not_being_selected(self):
     fed = problems.make()
     state = fed.init(KEY)
-    step = jax.jit(fed.round)
+    step = fed.round
     dropped, _ = step(state, problems.DATA, problems.row(
         [0, 1, 3], arrived=[True, False, True]), KEY)
     padded, _ = step(state, problems.DATA, problems.row([0, 3, -1]), KEY)
@@ -117,7 +151,7 @@ class RoundTest(parameterized.TestCase):
   def test_round_in_which_nobody_arrives(self):
     fed = problems.make(method=base.chain(
         fed_avg.fed_avg(optax.sgd(1., momentum=.9)), counter()))
-    step = jax.jit(fed.round)
+    step = fed.round
     state, _ = step(fed.init(KEY), problems.DATA, problems.row([0, 1]), KEY)
     after, info = step(
         state, problems.DATA, problems.row([0, 1], arrived=[False, False]), KEY)
@@ -132,10 +166,28 @@ class RoundTest(parameterized.TestCase):
     fed = problems.make(sizes=sizes)
     state = fed.init(KEY)
     cohort = problems.row([0, 1, 2], num_steps=[0, 9, 0], num_clients=3)
-    new, _ = jax.jit(fed.round)(
+    new, _ = fed.round(
         state, problems.make_data(sizes), cohort, KEY)
     chex.assert_tree_all_finite(new.variables)
     chex.assert_trees_all_close(new.variables, state.variables, atol=1e-7)
+
+  def test_client_without_examples_never_arrives(self):
+    sizes = (6, 0, 4)
+    data = problems.make_data(sizes)
+    fed = problems.make(sizes=sizes)
+    state = fed.init(KEY)
+    alone, info = fed.round(
+        state, data, problems.row([1], num_clients=3), KEY)
+    chex.assert_trees_all_equal(alone.variables, state.variables)
+    self.assertEqual(int(info.metrics['num_arrived']), 0)
+    for weighting in federation.WEIGHTINGS:
+      fed = problems.make(sizes=sizes, weighting=weighting)
+      with_it, _ = fed.round(
+          state, data, problems.row([0, 1, 2], num_clients=3), KEY)
+      without, _ = fed.round(
+          state, data, problems.row([0, -1, 2], num_clients=3), KEY)
+      chex.assert_trees_all_close(
+          with_it.variables, without.variables, atol=1e-6)
 
   def test_one_client(self):
     fed = problems.make(sizes=(6,))
@@ -149,7 +201,7 @@ class RoundTest(parameterized.TestCase):
     """The mean of equal weights of what each client alone would give."""
     fed = problems.make(weighting='uniform')
     state = fed.init(KEY)
-    step = jax.jit(fed.round)
+    step = fed.round
     both, _ = step(state, problems.DATA, problems.row([1, 2]), KEY)
     one, two = [step(state, problems.DATA, problems.row([k, -1]), KEY)[0]
                 for k in (1, 2)]
@@ -162,9 +214,9 @@ class RoundTest(parameterized.TestCase):
     parts = [np.asarray(whole.index[k][:whole.count[k]]) for k in range(4)]
     fewer = clients.from_partition(whole.x, whole.y, parts)
     state = problems.make().init(KEY)
-    a, _ = jax.jit(problems.make().round)(
+    a, _ = problems.make().round(
         state, whole, problems.row([0, 1, 3]), KEY)
-    b, _ = jax.jit(problems.make(sizes=problems.SIZES[:4]).round)(
+    b, _ = problems.make(sizes=problems.SIZES[:4]).round(
         state, fewer, problems.row([0, 1, 3], num_clients=4), KEY)
     chex.assert_trees_all_close(a.variables, b.variables, atol=1e-6)
 
@@ -204,16 +256,32 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(int(whole.round), 5)
     self.assertEqual(metrics['train_loss'].shape, (5,))
 
-  def test_one_trace(self):
+  @parameterized.parameters(0, 2)
+  def test_one_trace(self, client_chunk):
     """Chunks, a last partial chunk and a second run share one trace."""
     model = problems.LINEAR
-    traced = chex.assert_max_traces(n=2)(model.apply)  # shape pass, real pass
-    fed = problems.make(model._replace(apply=traced))
+    chex.clear_trace_counter()
+    traced = chex.assert_max_traces(n=1)(model.apply)
+    fed = problems.make(
+        model._replace(apply=traced), client_chunk=client_chunk)
     state = problems.make().init(KEY)
     for _ in range(2):
       state, _ = federation.run(
           fed, state, problems.DATA, problems.schedule(self.ROWS), KEY, every=2)
     self.assertEqual(int(state.round), 10)
+
+  def test_slots_that_hold_the_model(self):
+    """A slot may be the very arrays of the model; the state is donated."""
+    method = base.Method(init=lambda key, v: (v.params, v.params))
+    fed = problems.make(method=base.chain(fed_avg.fed_avg(), method))
+    federation.run(fed, fed.init(KEY), problems.DATA,
+                   problems.schedule(self.ROWS), KEY)
+
+  def test_every_is_checked(self):
+    fed = problems.make()
+    with self.assertRaisesRegex(ValueError, 'every must be at least 1, got 0'):
+      federation.run(fed, fed.init(KEY), problems.DATA,
+                     problems.schedule(self.ROWS), KEY, every=0)
 
   def test_callback_sees_every_chunk(self):
     fed = problems.make()
@@ -262,6 +330,7 @@ class RunTest(parameterized.TestCase):
       ([[0, 5]], None),  # 5 is padding for 5 clients
       ([[0, 6]], 'client 6 in round 0 .* 0 to 4'),
       ([[0, 1], [3, 3]], 'client 3 is twice in round 1'),
+      ([[0, 1], [5, 5]], 'round 1 of the schedule selects nobody'),
       ([0, 1], r'\[rounds, cohort\]'))
   def test_schedule_errors(self, ids, message):
     ids = np.array(ids)
@@ -296,15 +365,15 @@ class ServerOptimizerTest(absltest.TestCase):
     plain = problems.make()
     sgd = problems.make(method=base.chain(fed_avg.fed_avg(optax.sgd(1.))))
     cohort = problems.row([0, 1, 4])
-    a, _ = jax.jit(plain.round)(plain.init(KEY), problems.DATA, cohort, KEY)
-    b, _ = jax.jit(sgd.round)(sgd.init(KEY), problems.DATA, cohort, KEY)
+    a, _ = plain.round(plain.init(KEY), problems.DATA, cohort, KEY)
+    b, _ = sgd.round(sgd.init(KEY), problems.DATA, cohort, KEY)
     chex.assert_trees_all_close(a.variables, b.variables, atol=1e-6)
 
   def test_momentum_by_hand(self):
     """FedAvgM: v <- 0.9 v + d, w <- w - v, with d = w - mean."""
     fed = problems.make(method=base.chain(
         fed_avg.fed_avg(optax.sgd(1., momentum=.9))))
-    step = jax.jit(fed.round)
+    step = fed.round
     state, velocity = fed.init(KEY), None
     for ids in ([0, 1], [2, 4]):
       new, info = step(state, problems.DATA, problems.row(ids), KEY)
@@ -318,7 +387,7 @@ class ServerOptimizerTest(absltest.TestCase):
 
   def test_statistics_take_the_plain_mean(self):
     model = problems.make_model('batch')
-    step = lambda method: jax.jit(problems.make(model, method).round)(
+    step = lambda method: problems.make(model, method).round(
         problems.make(model, method).init(KEY), problems.DATA,
         problems.row([1, 4]), KEY)[0].variables
     adam = step(base.chain(fed_avg.fed_avg(optax.adam(.1))))

@@ -250,7 +250,8 @@ class ErrorsTest(parameterized.TestCase):
       ('--round=3', '--round=3: no such flag; did you mean --rounds'),
       ('--xyzzy', '--xyzzy: no such flag; --help lists all'),
       ('stray', 'stray: not understood; values are given as --flag=value'),
-      ('--workdir=/dev/null', '--workdir=/dev/null: is a file'))
+      ('--data_dir=/dev/null', '--data_dir=/dev/null: must be a folder'),
+      ('--workdir=/dev/null/w', '--workdir=/dev/null/w: cannot be written'))
   def test_one_line_and_status_2(self, argument, message):
     with absltest.mock.patch.object(runner, 'build', side_effect=AssertionError):
       status, _, err = call(train, argument)

@@ -1,6 +1,7 @@
 """Arrays from files, without pickle, with errors that name the file."""
 
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -25,7 +26,8 @@ def read(path: str, single: str | None = None) -> dict[str, np.ndarray]:
       raise ValueError('it is a single array')
     with file:
       return {name: file[name] for name in file.files}
-  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+  except (OSError, EOFError, ValueError, zipfile.BadZipFile,
+          zlib.error, NotImplementedError, RuntimeError) as error:
     reason = ' '.join(str(error).split())
     if 'allow_pickle' in reason:
       reason = 'no NumPy file, or it holds Python objects'

@@ -155,13 +155,13 @@ def save(path: str, parts: list[np.ndarray]) -> None:
 
 
 def load(path: str, num_examples: int) -> list[np.ndarray]:
-  """Reads a partition: one index array per client, in the order of names.
+  """Reads a partition: one index array per client, in the file's order.
 
   Raises:
     ValueError: for an unreadable file, or an index that is out of range or
       given to two clients.
   """
-  parts = [part for _, part in sorted(arrays.read(path).items())]
+  parts = list(arrays.read(path).values())
   if not parts or any(
       p.ndim != 1 or not np.issubdtype(p.dtype, np.integer) for p in parts):
     raise ValueError(f'{path}: must hold one 1-D integer array per client')

@@ -1,7 +1,8 @@
 """Who takes part in which round, made before anything is trained.
 
 A schedule is a `Cohort` with a leading axis [T]. The rows of a schedule do not
-depend on how many follow: more rounds from the same seed prolong it.
+depend on how many follow: more rounds from the same seed prolong it (and may
+widen a Bernoulli schedule's padding).
 """
 
 import numpy as np
@@ -43,7 +44,19 @@ def bernoulli(
 
 
 def from_ids(ids: np.ndarray, num_clients: int) -> Cohort:
-  """A schedule in which all selected arrive; ids [T, S], padding -1 or N."""
+  """A schedule in which all selected arrive.
+
+  Args:
+    ids: [T, S] client ids; -1 (or N) for padding.
+    num_clients: N.
+
+  Raises:
+    ValueError: for an id out of range.
+  """
+  if ids.size and not (-1 <= ids.min() and ids.max() <= num_clients):
+    raise ValueError(
+        f'client ids must lie between 0 and {num_clients - 1} (-1 for padding), '
+        f'got {ids.min()} to {ids.max()}')
   ids = np.sort(np.where(ids < 0, num_clients, ids), axis=1).astype(np.int32)
   return Cohort(ids, ids < num_clients, np.full(ids.shape, NO_LIMIT, np.int32))
 

@@ -12,7 +12,9 @@ distilled on them. Each of I outer iterations draws z and y, then
 1e6347c of ZhangLin-PKU/FedFTG) differ; `PRESETS` are three choices of them:
   official  the released code, number by number;
   paper     the published equations as far as they are known: the text could not
-            be checked, so this preset is a reading of it, not a reference;
+            be checked, so this preset is a reading of it, not a reference (the
+            diversity term keeps the code's distances, mean square and mean
+            absolute; with md='kl' gradients pass through the teachers too);
   intended  the official code with its defects mended: fidelity weighted per
             sample, student loss not divided by C, aggregated BatchNorm
             statistics kept, no bias in front of a BatchNorm.
@@ -28,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedftg_jax import losses
+from fedftg_jax import losses, models
 from fedftg_jax.base import Generator, Info, Method, Model, Variables
 from fedftg_jax.data import clients
 
@@ -66,7 +68,7 @@ class Options(NamedTuple):
       BatchNorm statistics become those of generated images (code), or 'keep',
       it normalises by the aggregated statistics and keeps them.
     gen_bn_bias: 'keep' biases in front of the generator's BatchNorms (code) or
-      'drop' them. Read by whoever builds the generator.
+      'drop' them; see `make_generator`.
     hard_samples: False takes the discrepancy out of the generator's loss
       (ablation of hard sample mining).
     label_sampling: 'customised', classes as frequent as the cohort has them, or
@@ -145,6 +147,15 @@ def check(options: Options) -> Options:
   return options
 
 
+def make_generator(
+    options: Options, image_shape: tuple[int, int, int], num_classes: int,
+    **settings) -> Generator:
+  """`models.image_generator` with `settings`, as `options` wants it."""
+  return models.image_generator(
+      image_shape, num_classes,
+      bias_before_norm=options.gen_bn_bias == 'keep', **settings)
+
+
 def fed_ftg(
     model: Model,
     generator: Generator,
@@ -155,7 +166,8 @@ def fed_ftg(
 
   Args:
     model: the classifier.
-    generator: of images in the space of `model`'s float inputs.
+    generator: of images in the space of `model`'s float inputs, such as
+      `make_generator`'s.
     num_classes: C.
     options: see `Options`.
 
@@ -185,7 +197,7 @@ def fed_ftg(
   def update(variables, shared, received, key):
     if not options.iterations:
       return variables, shared, Info(models={'fine_tuned': variables})
-    counts = received.message * received.arrived[:, None]
+    counts = received.message  # [K, C], zero for the absent
     z, labels = draw(key, counts.sum(0), generator.noise_dim, options)
     rate = lambda lr: lr(received.round) if callable(lr) else lr
     tuned, shared, terms = fine_tune(

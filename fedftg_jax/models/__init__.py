@@ -41,10 +41,14 @@ def build(
     The model.
 
   Raises:
-    ValueError: for an unknown name.
+    ValueError: for an unknown name, or images too small to be pooled.
   """
   if name not in CLASSIFIERS:
     raise ValueError(f'model must be one of {sorted(CLASSIFIERS)}, got {name!r}.')
+  if name != 'mlp' and min(image_shape[:2]) < 4:
+    raise ValueError(
+        f'{name} needs images of at least 4 x 4, got {image_shape[0]} x '
+        f'{image_shape[1]}.')
   module = CLASSIFIERS[name](num_classes, norm=norm, conv=conv)
   return from_flax(module, image_shape, mean, std)
 

@@ -16,8 +16,9 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 def bias_init(fan_in: int) -> Callable:
   """PyTorch's default bias initialisation, U(-1, 1) / sqrt(fan_in)."""
-  def init(key, shape, dtype=jnp.float32):
+  def init(key, shape, dtype=None):
     bound = fan_in ** -.5
+    dtype = dtype or jnp.result_type(float)
     return jax.random.uniform(key, shape, dtype, -bound, bound)
   return init
 
@@ -117,8 +118,9 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    return nn.Dense(self.features, kernel_init=kernel_init,
-                    bias_init=bias_init(x.shape[-1]), name='linear')(x)
+    return nn.Dense(
+        self.features, param_dtype=jnp.result_type(float), name='linear',
+        kernel_init=kernel_init, bias_init=bias_init(x.shape[-1]))(x)
 
 
 class BatchNorm(nn.Module):
@@ -182,7 +184,8 @@ class Norm(nn.Module):
     if self.kind == 'batch':
       return BatchNorm(name='batch')(x, mask, train)
     if self.kind == 'group':
-      return nn.GroupNorm(self.num_groups, epsilon=1e-5, name='group')(x)
+      return nn.GroupNorm(self.num_groups, epsilon=1e-5, name='group',
+                          param_dtype=jnp.result_type(float))(x)
     return x
 
 

@@ -44,22 +44,40 @@ absl_flags.DEFINE_float(
 FLAGS = absl_flags.FLAGS
 
 
+# What every method of a comparison shares.
+_SHARED = ('seed', 'rounds', 'eval_every', 'dataset', 'data_dir', 'workdir',
+           'partition', 'dirichlet_alpha', 'size_sigma', 'partition_seed',
+           'num_clients', 'cohort', 'schedule', 'schedule_seed')
+
+
 def main() -> None:
   base = flags.config()
-  configs = parse_methods(FLAGS.methods, base)
+  configs = parse_methods(FLAGS.methods)
   from experiments import runner  # after the check of the flags: it is slow
   folder = pathlib.Path(
       FLAGS.workdir or runner.default_folder(base, 'compare', *configs))
+  shared = {'program': 'compare', **{
+      k: v for k, v in base.items() if k in _SHARED and k != 'seed'}}
+  runner.check_folder(folder, {**shared, **runner.contents(shared)})
   seeds = range(base['seed'], base['seed'] + FLAGS.seeds)
-  for name, config in configs.items():
-    run_method(runner, name, config, seeds, folder / folder_name(name))
-  results = {name: [read_run(folder / folder_name(name) / f'seed{seed}')
-                    for seed in seeds] for name in configs}
-  report(results, folder, base)
+  places = {name: [folder / runner.folder_name(name) / f'seed{seed}'
+                   for seed in seeds] for name in configs}
+  # Everything is checked and built before anything is trained.
+  left = {name: [(seed, place) for seed, place in zip(seeds, places[name])
+                 if not runner.is_finished(place, of_seed(config, seed))]
+          for name, config in configs.items()}
+  experiments = {
+      name: runner.build(of_seed(configs[name], todo[0][0]), FLAGS.data_dir)
+      for name, todo in left.items() if todo}
+  runner.claim_folder(folder, shared)
+  for name, experiment in experiments.items():
+    run_method(runner, name, configs[name], experiment, left[name])
+  results = {name: [read_run(runner, place, base['rounds']) for place in found]
+             for name, found in places.items()}
+  report(results, folder, shared)
 
 
-def parse_methods(
-    names: list[str], base: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def parse_methods(names: list[str]) -> dict[str, dict[str, Any]]:
   """Configurations by display name.
 
   Raises:
@@ -67,15 +85,16 @@ def parse_methods(
   """
   configs = {}
   for name in names:
-    method, *changes = name.split(':')
+    method, *changes = re.split(r':(?=\w+=)', name)
     values = {'method': method}
     for change in changes:
       flag, _, text = change.partition('=')
+      if flag in _SHARED:
+        raise flags.UsageError(
+            'methods', name, f'{flag} must be the same for all methods')
       values[flag] = flags.parse_value(flag, text)
     if name in configs:
       raise flags.UsageError('methods', ','.join(names), f'{name} is named twice')
-    if method not in base and not method:
-      raise flags.UsageError('methods', ','.join(names), 'a name is empty')
     try:
       configs[name] = flags.config(**values)
     except flags.UsageError as error:
@@ -85,45 +104,43 @@ def parse_methods(
   return configs
 
 
-def folder_name(name: str) -> str:
-  return re.sub(r'[^\w+=.,-]', '_', name)
+def of_seed(config: dict[str, Any], seed: int) -> dict[str, Any]:
+  """The configuration of one seed's run."""
+  shift = seed if FLAGS.vary_partition else 0
+  return {**config, 'seed': seed, **{
+      k: config[k] + shift for k in ('partition_seed', 'schedule_seed')
+      if k in config}}
 
 
-def run_method(runner, name, config, seeds, folder) -> None:
-  """Runs the seeds that are not finished yet."""
-  def of_seed(seed):
-    shift = seed if FLAGS.vary_partition else 0
-    return {**config, 'seed': seed, **{
-        k: config[k] + shift for k in ('partition_seed', 'schedule_seed')}}
-
-  left = [s for s in seeds
-          if not runner.is_finished(folder / f'seed{s}', of_seed(s))]
+def run_method(runner, name, config, experiment, left) -> None:
+  """Trains the seeds that are not finished yet, some at once."""
   at_once = 1 if FLAGS.vary_partition else FLAGS.seeds_at_once
-  experiment = None
   for first in range(0, len(left), at_once):
-    group = left[first:first + at_once]
-    if experiment is None:
-      experiment = runner.build(of_seed(group[0]), FLAGS.data_dir)
-    elif FLAGS.vary_partition:
-      experiment = runner.with_seeds(experiment, of_seed(group[0]))
-    runner.train(experiment, group, [folder / f'seed{s}' for s in group],
-                 f'{name} seed {",".join(map(str, group))}')
+    seeds, places = zip(*left[first:first + at_once])
+    if FLAGS.vary_partition and first:
+      experiment = runner.with_seeds(experiment, of_seed(config, seeds[0]))
+    runner.train(experiment, seeds, places,
+                 f'{name} seed {",".join(map(str, seeds))}')
 
 
-def read_run(folder: pathlib.Path) -> dict[str, Any]:
+def read_run(runner, folder: pathlib.Path, rounds: int) -> dict[str, Any]:
+  """A finished run's rows and figures, up to `rounds`."""
   from experiments import files  # imports jax
-  return {**json.loads((folder / 'summary.json').read_text()),
-          'rows': files.read_jsonl(folder / 'metrics.jsonl')}
+  rows, timings = (
+      [row for row in files.read_jsonl(folder / name) if row['round'] <= rounds]
+      for name in ('metrics.jsonl', 'timings.jsonl'))
+  seconds = sum(row['train_seconds'] for row in timings)
+  return {**runner.summarise(rows), 'train_seconds': seconds, 'rows': rows}
 
 
-def report(results, folder, base) -> None:
+def report(results, folder, shared) -> None:
   """Writes and prints what the runs came to."""
   from experiments import files
   from experiments import plots
   target = FLAGS.target_accuracy or common_target(results)
   summary = {name: summarise(runs, target) for name, runs in results.items()}
   files.write_json(folder / 'summary.json', {
-      'methods': summary, 'target_accuracy': target, 'config': base})
+      'methods': summary, 'target_accuracy': target, 'config': shared})
   header, rows = table(summary, target)
   files.write_text(folder / 'table.md', '\n'.join(
       '| ' + ' | '.join(row) + ' |'

@@ -27,6 +27,10 @@ FTG = 'ftg_'
 _PRESENTATION = ('workdir', 'data_dir')
 
 
+class RunError(Exception):
+  """What went wrong after all flags were right, such as a diverged run."""
+
+
 class UsageError(Exception):
   """A flag that is wrong: which, its value, and what would be right."""
 
@@ -73,13 +77,15 @@ def _define() -> None:
   known = '; '.join(f'{k}: {r.help}' for k, r in recipes.RECIPES.items())
   flags.DEFINE_string('method', 'fed_ftg', 'A method, or several joined with +. '
                       + known)
-  flags.DEFINE_enum('weighting', 'examples', federation.WEIGHTINGS,
-                    'How clients count in the mean.')
+  flags.DEFINE_enum('weighting', None, federation.WEIGHTINGS,
+                    'How clients count in the mean; default: the method\'s own.')
   flags.DEFINE_enum('server_optimizer', 'sgd', list(recipes.SERVER_OPTIMIZERS),
                     'Optimiser on the mean of the clients\' changes; sgd with rate '
                     '1 is FedAvg, adam FedAdam, momentum (0.9) FedAvgM.')
-  flags.DEFINE_float('server_learning_rate', 1., 'Of the server optimiser.',
-                     lower_bound=0)
+  rates = ', '.join(
+      f'{k} {rate:g}' for k, (_, rate) in recipes.SERVER_OPTIMIZERS.items())
+  flags.DEFINE_float('server_learning_rate', None, 'Of the server optimiser; '
+                     f'default: {rates}.')
   # Local training
   flags.DEFINE_enum('model', 'lenet', list(models.CLASSIFIERS), 'Classifier.')
   flags.DEFINE_enum('norm', 'none', layers.NORMS,
@@ -135,10 +141,11 @@ def _define_ftg() -> None:
     flags.DEFINE_float(FTG + name, getattr(official, name), text + '.',
                        lower_bound=0)
   help_of = dict(re.findall(
-      r'^ {4}(\w+): (.*?)(?=^ {4}\w|\Z)', fed_ftg.Options.__doc__, re.M | re.S))
+      r'^ {4}(\w+): (.*?)(?=^ {4}\w|\Z)', fed_ftg.Options.__doc__ or '',
+      re.M | re.S))
   for name, allowed in fed_ftg.CHOICES.items():
     flags.DEFINE_enum(FTG + name, None, allowed, ' '.join(
-        help_of[name].split()) + ' Default: the preset\'s.')
+        help_of.get(name, '').split()) + ' Default: the preset\'s.')
   flags.DEFINE_bool(FTG + 'hard_samples', True, 'Whether the generator looks for '
                     'hard samples (ablation).')
 
@@ -149,13 +156,15 @@ def run(main: Callable[[], None]) -> None:
 
 
 def guarded(main: Callable[[], None]) -> None:
-  """Calls `main`; a wrong flag or Ctrl-C ends it with one line."""
+  """Calls `main`; a wrong flag, a failure or Ctrl-C ends it with one line."""
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)
   try:
     main()
   except UsageError as error:
     _fail(error)
+  except (RunError, OSError) as error:
+    _fail(error, status=1)
   except KeyboardInterrupt:
     print('interrupted; the same command starts again', file=sys.stderr)
     sys.exit(130)
@@ -170,6 +179,9 @@ def parse(argv: list[str]) -> list[str]:
     guess = re.search(r'Did you mean: (.*?) ?\?', str(error))
     hint = f'did you mean --{guess[1].split(",")[0].strip()}? ' if guess else ''
     _fail(f'--{error.flagname}{value}: no such flag; {hint}--help lists all')
+  except flags.CantOpenFlagFileError as error:
+    _fail(f'--flagfile: {str(error).removeprefix("ERROR:: ")}; must name a file '
+          'with one --flag=value in each line')
   except flags.Error as error:
     _fail(_plain(error))
   if len(rest) > 1:
@@ -193,9 +205,9 @@ def _right(name: str, otherwise: str) -> str:
   return f'must be {text}' if text else otherwise
 
 
-def _fail(error: Exception | str) -> None:
-  print(f'error: {error}', file=sys.stderr)
-  sys.exit(2)
+def _fail(error: Exception | str, status: int = 2) -> None:
+  print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
+  sys.exit(status)
 
 
 def config(**changes) -> dict[str, Any]:
@@ -217,10 +229,27 @@ def config(**changes) -> dict[str, Any]:
       values[FTG + name] = getattr(preset, name)
   values[FTG + 'batch_size'] = values[FTG + 'batch_size'] or values['batch_size']
   _check(values)
-  unused = _PRESENTATION
-  if 'fed_ftg' not in recipes.parse(values['method']):
-    unused += tuple(k for k in values if k.startswith(FTG))
+  if values['weighting'] is None:
+    values['weighting'] = recipes.weighting(values['method'])
+  if values['server_learning_rate'] is None:
+    _, values['server_learning_rate'] = recipes.SERVER_OPTIMIZERS[
+        values['server_optimizer']]
+  unused = _unused(values)
   return {k: v for k, v in values.items() if k not in unused}
+
+
+def _unused(values: dict[str, Any]) -> set[str]:
+  """Flags that nothing depends on, given the others."""
+  unused = set(_PRESENTATION)
+  if 'fed_ftg' not in recipes.parse(values['method']):
+    unused |= {k for k in values if k.startswith(FTG)}
+  if values['partition'] != 'dirichlet':
+    unused.add('dirichlet_alpha')
+  if values['partition'].startswith('file:'):
+    unused |= {'size_sigma', 'partition_seed', 'num_clients'}
+  if values['schedule'].startswith('file:'):
+    unused |= {'cohort', 'schedule_seed'}
+  return unused
 
 
 def _ours() -> list[flags.Flag]:
@@ -258,6 +287,10 @@ def _check(values: dict[str, Any]) -> None:
   folder = values['data_dir']
   require('data_dir', folder is None or not os.path.exists(folder)
           or os.path.isdir(folder), 'must be a folder')
+  rate = values['server_learning_rate']
+  require('server_learning_rate', rate is None or rate > 0, 'must be above 0')
+  require('norm', values['norm'] == 'none' or values['model'] != 'mlp',
+          'must be none for --model=mlp, which has no convolutions')
   require('dirichlet_alpha', values['dirichlet_alpha'] > 0, 'must be above 0')
   if not values['schedule'].startswith('file:') and (
       not values['partition'].startswith('file:')):

@@ -26,8 +26,9 @@ def curves(
   """
   figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
   for i, (name, seeds) in enumerate(series.items()):
-    rounds = [t for t, _ in seeds[0]]
-    values = np.array([[v for _, v in seed] for seed in seeds])
+    seeds = [dict(seed) for seed in seeds]
+    rounds = sorted(set.intersection(*map(set, seeds)))
+    values = np.array([[seed[t] for t in rounds] for seed in seeds])
     mean, spread = values.mean(0), values.std(0, ddof=1 if len(values) > 1 else 0)
     style = '-' if i % 2 == 0 else '--'  # curves may lie on each other
     line, = axes.plot(rounds, mean, style, label=name)

@@ -47,28 +47,33 @@ class Progress(contextlib.AbstractContextManager):
             flush=True)
 
 
+_compiling = [0.]  # seconds of compilation, of the whole process
+
+
+def _listen(event: str, seconds: float, **_) -> None:
+  if event.startswith(_COMPILE_EVENT):
+    _compiling[0] += seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
 class Clock:
   """Seconds of training, evaluation and compilation, each by itself."""
 
   def __init__(self):
-    self._compiling = 0.
-    jax.monitoring.register_event_duration_secs_listener(self._listen)
     self._seconds = {'train': 0., 'evaluate': 0., 'compile': 0.}
     self._previous = 0
     self._last = dict(self._seconds)
-    self._start = time.perf_counter()
-
-  def _listen(self, event: str, seconds: float, **_) -> None:
-    if event.startswith(_COMPILE_EVENT):
-      self._compiling += seconds
+    self._start, self._compiled = time.perf_counter(), _compiling[0]
 
   def lap(self, name: str) -> None:
     """Books the time since the last lap under `name`, compilation apart."""
-    now = time.perf_counter()
-    compiling = min(self._compiling, now - self._start)
+    now, compiled = time.perf_counter(), _compiling[0]
+    compiling = min(compiled - self._compiled, now - self._start)
     self._seconds['compile'] += compiling
     self._seconds[name] += now - self._start - compiling
-    self._start, self._compiling = now, 0.
+    self._start, self._compiled = now, compiled
 
   def rate(self, done: int) -> float:
     """Rounds per second of training so far."""

@@ -1,9 +1,11 @@
 """From a configuration to a finished run: build, train, evaluate, write."""
 
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 from typing import Any, NamedTuple, Sequence
 
 import jax
@@ -47,24 +49,22 @@ def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
   Raises:
     flags.UsageError: where data and configuration do not fit.
   """
-  dataset = _checked('dataset', config, datasets.load, config['dataset'],
-                     data_dir)
+  dataset = _checked('dataset', config, _load, config['dataset'], data_dir)
   parts = _partition(config, dataset)
   schedule = _schedule(config, len(parts))
-  model = models.build(
-      config['model'], dataset.image_shape, dataset.num_classes,
-      mean=dataset.mean, std=dataset.std, norm=config['norm'],
-      conv=config['conv'])
+  model = _checked(
+      'model', config, models.build, config['model'], dataset.image_shape,
+      dataset.num_classes, mean=dataset.mean, std=dataset.std,
+      norm=config['norm'], conv=config['conv'])
   settings = recipes.Settings(
       model, dataset.num_classes, recipes.server_optimizer(
           config['server_optimizer'], config['server_learning_rate']))
   if 'fed_ftg' in recipes.parse(config['method']):
-    settings = settings._replace(
-        ftg=_ftg_options(config), generator=_checked(
-            'dataset', config, models.image_generator, dataset.image_shape,
-            dataset.num_classes, noise_dim=config['ftg_noise_dim'],
-            width=config['ftg_generator_width'], conv=config['conv'],
-            bias_before_norm=config['ftg_gen_bn_bias'] == 'keep'))
+    options = _ftg_options(config, len(dataset.train_y))
+    settings = settings._replace(ftg=options, generator=_checked(
+        'dataset', config, fed_ftg.make_generator, options, dataset.image_shape,
+        dataset.num_classes, noise_dim=config['ftg_noise_dim'],
+        width=config['ftg_generator_width'], conv=config['conv']))
   method = recipes.build(config['method'], settings)
   steps = config['local_steps'] or None
   solver = solvers.local_sgd(
@@ -80,6 +80,9 @@ def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
   return Experiment(config, dataset, parts, data, schedule, model, method, fed)
 
 
+_load = functools.lru_cache(maxsize=1)(datasets.load)
+
+
 def _checked(flag, config, function, *args, **kwargs):
   try:
     return function(*args, **kwargs)
@@ -91,7 +94,12 @@ def _decayed(rate, config):
   return lambda round_: rate * config['lr_decay'] ** round_
 
 
-def _ftg_options(config) -> fed_ftg.Options:
+def _ftg_options(config, num_examples) -> fed_ftg.Options:
+  most = (2**32 - 1) // (num_examples * config['ftg_batch_size'])
+  if config['ftg_iterations'] > most:
+    raise flags.UsageError(
+        'ftg_iterations', config['ftg_iterations'], f'must be at most {most} with '
+        f'{num_examples} examples and batches of {config["ftg_batch_size"]}')
   values = {k[len(flags.FTG):]: v for k, v in config.items()
             if k.startswith(flags.FTG)}
   chosen = {k: v for k, v in values.items() if k in fed_ftg.Options._fields}
@@ -141,7 +149,7 @@ def contents(config: dict[str, Any]) -> dict[str, str]:
   """Fingerprints of the files that the configuration names."""
   named = {}
   for flag in ('dataset', 'partition', 'schedule'):
-    _, _, path = config[flag].partition(':')
+    _, _, path = config.get(flag, '').partition(':')
     if path:
       digest = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
       named[f'{flag} file'] = digest[:16]
@@ -154,29 +162,55 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
           if k != 'rounds'}
 
 
+def folder_name(text: str) -> str:
+  """`text` as the name of a folder; a long one is cut and made unique."""
+  name = re.sub(r'[^\w+=.,-]', '_', text)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+  return name if len(name) <= 80 else f'{name[:70]}-{digest}'
+
+
 def default_folder(config: dict[str, Any], *words: str) -> pathlib.Path:
   """A folder in runs/ named after the configuration."""
   digest = hashlib.sha256(
       json.dumps([identity(config), words], sort_keys=True).encode()).hexdigest()
   words = words or (config['method'], config['dataset'].split(':')[0],
                     f'seed{config["seed"]}')
-  return pathlib.Path('runs') / '-'.join((*words, digest[:8]))
+  return pathlib.Path('runs') / f'{folder_name("-".join(words))}-{digest[:8]}'
 
 
 def is_finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
   """Whether `folder` holds this run with at least so many rounds, finished.
 
   Raises:
-    flags.UsageError: if it holds another configuration.
+    flags.UsageError: if it holds anything else.
   """
-  path = folder / 'config.json'
+  check_folder(folder, identity(config))
+  summary = folder / 'summary.json'
+  return summary.exists() and (
+      json.loads(summary.read_text())['rounds'] >= config['rounds'])
+
+
+def check_folder(folder: pathlib.Path, ours: dict[str, Any]) -> None:
+  """Refuses a folder that one cannot write to, or that holds something else.
+
+  Args:
+    folder: where to write.
+    ours: what is going to be written there, as in its config.json.
+
+  Raises:
+    flags.UsageError: with what it holds.
+  """
   nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
   if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
     raise flags.UsageError(
         'workdir', folder, f'cannot be written: {nearest} must be a folder that '
         'one may write to')
+  path = folder / 'config.json'
   if not path.exists():
-    return False
+    if folder.exists() and any(p.name[0] != '.' for p in folder.iterdir()):
+      raise flags.UsageError(
+          'workdir', folder, 'holds other files; choose an empty or a new folder')
+    return
   try:
     saved = json.loads(path.read_text())
     there = {**saved['config'], **saved['contents']}
@@ -184,15 +218,22 @@ def is_finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
     raise flags.UsageError(
         'workdir', folder, 'its config.json cannot be read; remove the folder or '
         'choose another') from error
-  ours = identity(config)
+  if there.get('program') != ours.get('program'):
+    raise flags.UsageError(
+        'workdir', folder, 'holds a comparison; choose another folder'
+        if 'program' in there else 'holds a single run; choose another folder')
   for name in sorted((ours.keys() | there.keys()) - {'rounds'}):
     if there.get(name) != ours.get(name):
       raise flags.UsageError(
           'workdir', folder, f'holds another configuration ({name}: '
           f'{there.get(name)}, not {ours.get(name)}); choose another folder')
-  summary = folder / 'summary.json'
-  return summary.exists() and (
-      json.loads(summary.read_text())['rounds'] >= config['rounds'])
+
+
+def claim_folder(folder: pathlib.Path, config: dict[str, Any]) -> None:
+  """Writes config.json, by which `check_folder` knows the folder again."""
+  files.write_json(folder / 'config.json', {
+      'config': config, 'contents': contents(config),
+      'versions': progress.versions()})
 
 
 # Training
@@ -218,11 +259,11 @@ def train(
   key = jnp.stack([jax.random.key(s) for s in seeds]) if several else (
       jax.random.key(seeds[0]))
   key_init, key_run = jnp.moveaxis(_split(key), -1, 0) if several else _split(key)
-  runs = [Run(experiment, folder, seed) for folder, seed in zip(folders, seeds)]
   clock = progress.Clock()
   state = jax.jit(fed.init)(key_init)
   traffic = experiment.federation.traffic(
       _one_seed(state, 0, several), experiment.data)
+  runs = [Run(experiment, folder, seed) for folder, seed in zip(folders, seeds)]
   test = jnp.asarray(experiment.dataset.test_x), jnp.asarray(
       experiment.dataset.test_y)
   num_rounds = experiment.config['rounds']
@@ -268,10 +309,8 @@ class Run:
     self._rows, self._timings = [], []
     self._down = self._up = 0
     config = {**experiment.config, 'seed': seed}
+    claim_folder(folder, config)
     (folder / 'summary.json').unlink(missing_ok=True)
-    files.write_json(folder / 'config.json', {
-        'config': config, 'contents': contents(config),
-        'versions': progress.versions()})
     with files.replacing(folder / 'partition.npz') as temporary:
       partition.save(temporary, experiment.parts)
 
@@ -279,11 +318,20 @@ class Run:
   def accuracy(self) -> float:
     return self._rows[-1]['test_accuracy']
 
+  @property
+  def rounds(self) -> int:
+    return self._rows[-1]['round'] if self._rows else 0
+
   def add(self, done, metrics, scores, traffic) -> None:
     """Adds the evaluation after `done` rounds and rewrites metrics.jsonl.
 
     `metrics` are those of the rounds since the last evaluation.
     """
+    if not np.isfinite(scores['broadcast']['loss']):
+      raise flags.RunError(
+          f'{self._folder}: the model is no longer finite after a round between '
+          f'{self.rounds + 1} and {done}; the rows up to round {self.rounds} are '
+          'kept. A smaller --learning_rate or --clip_norm may help')
     self._down += int(metrics.pop('num_selected').sum()) * traffic[0]
     self._up += int(metrics.pop('num_arrived').sum()) * traffic[1]
     losses = {k: _number(np.nanmean(v) if np.isfinite(v).any() else np.nan)
@@ -315,21 +363,21 @@ class Run:
           for name in self._rows[-1]['accuracy']}, 'test accuracy')
     files.write_json(folder / 'summary.json', {
         'method': experiment.config['method'], 'seed': self._seed,
-        'rounds': self._rows[-1]['round'],
-        'final_accuracy': final(self._rows, lambda row: row['test_accuracy']),
-        'best_accuracy': max(row['test_accuracy'] for row in self._rows),
-        'final_accuracy_of': {
-            name: final(self._rows, lambda row, n=name: row['accuracy'][n])
-            for name in self._rows[-1]['accuracy']},
-        'bytes_up': self._up, 'bytes_down': self._down,
-        **clock.total()})
+        **summarise(self._rows), **clock.total()})
 
 
-def final(rows, value) -> float:
-  """Mean of `value(row)` over the evaluations of the last `FINAL_ROUNDS`."""
-  last = rows[-1]['round']
-  return _number(np.mean([
-      value(row) for row in rows if row['round'] > last - FINAL_ROUNDS]))
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """The figures of a run, from the rows of its metrics.jsonl."""
+  last = rows[-1]
+  tail = [r for r in rows if r['round'] > last['round'] - FINAL_ROUNDS]
+  return {
+      'rounds': last['round'],
+      'final_accuracy': _number(np.mean([r['test_accuracy'] for r in tail])),
+      'best_accuracy': max(r['test_accuracy'] for r in rows),
+      'final_accuracy_of': {
+          name: _number(np.mean([r['accuracy'][name] for r in tail]))
+          for name in last['accuracy']},
+      'bytes_up': last['bytes_up'], 'bytes_down': last['bytes_down']}
 
 
 def _number(value) -> float | None:

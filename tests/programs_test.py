@@ -155,6 +155,12 @@ class TrainTest(parameterized.TestCase):
     self.assertEqual(status, 0)
     self.assertEqual((run / 'metrics.jsonl').read_bytes(),
                      (self.folder / 'whole' / 'metrics.jsonl').read_bytes())
+    # A folder with other things in it is not written to.
+    (self.folder / 'mine').mkdir()
+    (self.folder / 'mine' / 'thesis.tex').write_text('')
+    status, _, err = self.train('mine')
+    self.assertEqual(status, 2)
+    self.assertIn('holds other files', err)
     # A config.json that cannot be read is not overwritten.
     (run / 'config.json').write_text('{')
     status, _, err = self.train('cut')
@@ -193,9 +199,34 @@ class TrainTest(parameterized.TestCase):
     self.assertEqual(kept.stat().st_mtime_ns, before)
     self.assertEqual((gone / 'metrics.jsonl').read_bytes(), content)
     self.assertNotIn('seed 0', out)
+    # Fewer rounds: the table has those alone, of all methods.
+    call(compare, *args, '--rounds=2')
+    shorter = json.loads((work / 'summary.json').read_text())['methods']
+    first = json.loads(content.decode().split('\n')[0])
+    self.assertEqual(first['round'], 2)
+    self.assertEqual(shorter['fed_avg']['final_accuracy']['per_seed'][1],
+                     first['test_accuracy'])
+    # The folder is that of a comparison, and of this one.
+    for changes, message in (
+        (['--dirichlet_alpha=2'], 'another configuration .dirichlet_alpha: 1.0'),
+        (['--methods=fed_avg:batch_size=5', '--batch_size=5'], None)):
+      status, _, err = call(compare, *args, *changes)
+      self.assertEqual(status, 2 if message else 0, err)
+      self.assertRegex(err, message or '^$')
+    status, _, err = self.train('c')
+    self.assertEqual(status, 2)
+    self.assertIn('holds a comparison', err)
     # train's own run of that seed is the same run.
     self.train('alone', '--method=fed_avg', '--seed=1')
     self.assertEqual((self.folder / 'alone/metrics.jsonl').read_bytes(), content)
+
+  def test_diverged_run_stops(self):
+    status, _, err = self.train(
+        'd', '--method=fed_avg', '--learning_rate=1e30', '--clip_norm=0')
+    self.assertEqual(status, 1)
+    self.assertRegex(err, r'^error: .*/d: the model is no longer finite after a '
+                     'round between 1 and 2; ')
+    self.assertEqual(err.count('\n'), 1)
 
   def test_seeds_at_once(self):
     work = self.folder / 's'
@@ -245,6 +276,9 @@ class ErrorsTest(parameterized.TestCase):
       ('--schedule=poisson', '--schedule=poisson: must be one of'),
       ('--ftg_preset=best', '--ftg_preset=best: .*official.*paper.*intended'),
       ('--ftg_md=l2', '--ftg_md=l2: .*l1.*kl'),
+      ('--norm=batch --model=mlp', '--norm=batch: must be none for --model=mlp'),
+      ('--server_learning_rate=0', '--server_learning_rate=0.0: must be above 0'),
+      ('--flagfile=/no/file', '--flagfile: .*/no/file.*must name a file'),
       ('--server_optimizer=lion', '--server_optimizer=lion: .*adam'),
       ('--vary_partition=7', '--vary_partition=7: '),
       ('--round=3', '--round=3: no such flag; did you mean --rounds'),
@@ -254,7 +288,7 @@ class ErrorsTest(parameterized.TestCase):
       ('--workdir=/dev/null/w', '--workdir=/dev/null/w: cannot be written'))
   def test_one_line_and_status_2(self, argument, message):
     with absltest.mock.patch.object(runner, 'build', side_effect=AssertionError):
-      status, _, err = call(train, argument)
+      status, _, err = call(train, *argument.split())
     self.assertEqual(status, 2)
     self.assertRegex(err, '^error: .*' + message)
     self.assertEqual(err.count('\n'), 1)
@@ -264,7 +298,9 @@ class ErrorsTest(parameterized.TestCase):
       ('--methods=fed_avg,fed_avg', 'fed_avg is named twice'),
       ('--methods=fed_avg,nix', '--methods=nix: --method=nix: no method'),
       ('--methods=fed_avg:ronds=3', '--ronds=3: no such flag'),
-      ('--methods=fed_avg:rounds=x', '--rounds=x: .*integer'),
+      ('--methods=fed_avg:batch_size=x', '--batch_size=x: .*integer'),
+      ('--methods=fed_avg:rounds=3', 'rounds must be the same for all methods'),
+      ('--methods=fed_avg:batch_size', "no method 'fed_avg:batch_size'"),
       ('--methods=fed_ftg:ftg_md=l2', '--ftg_md=l2: .*l1'),
       ('--seeds=0', '--seeds=0: must be a positive integer'))
   def test_compare(self, argument, message):
@@ -291,13 +327,19 @@ class ErrorsTest(parameterized.TestCase):
         ([f'--partition=file:{broken}'], '--partition=file:.*not a readable'),
         ([f'--schedule=file:{ids}'], 'client 0 is twice in round 0'),
         ([f'--schedule=file:{ids}', '--rounds=9'], 'has 3 rounds, 9 are asked'),
+        (['--ftg_iterations=99999999'], '--ftg_iterations=99999999: must be at '
+         'most 7158278 with 60 examples'),
+        ([f'--dataset=npz:{odd}', '--model=lenet', '--num_clients=2',
+          '--method=fed_avg', '--norm=group'], None),
         (['--num_clients=61'], '--num_clients=61: .*number of examples')):
       status, _, err = call(
           train, *small(own), *changes, f'--workdir={folder}/w')
+      if message is None:  # 6 x 6 images are fine without a generator
+        self.assertEqual(status, 0, err)
+        continue
       self.assertEqual(status, 2, changes)
       self.assertRegex(err, '^error: .*' + message)
       self.assertEqual(err.count('\n'), 1)
-      self.assertFalse(os.path.exists(f'{folder}/w'))
 
   def test_as_a_process(self):
     """Status and line are what a shell sees; help is there."""

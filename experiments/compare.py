@@ -26,7 +26,10 @@ import numpy as np
 from rich import console as rich_console
 from rich import table as rich_table
 
+from experiments import files
 from experiments import flags
+from experiments import plots
+from experiments import runner
 
 absl_flags.DEFINE_list(
     'methods', ['fed_avg', 'fed_ftg'], 'Methods to compare, with commas between '
@@ -43,7 +46,6 @@ absl_flags.DEFINE_float(
     'multiple of 0.05 that all methods reach.', lower_bound=0, upper_bound=1)
 FLAGS = absl_flags.FLAGS
 
-
 # What every method of a comparison shares.
 _SHARED = ('seed', 'rounds', 'eval_every', 'dataset', 'data_dir', 'workdir',
            'partition', 'dirichlet_alpha', 'size_sigma', 'partition_seed',
@@ -53,7 +55,6 @@ _SHARED = ('seed', 'rounds', 'eval_every', 'dataset', 'data_dir', 'workdir',
 def main() -> None:
   base = flags.config()
   configs = parse_methods(FLAGS.methods)
-  from experiments import runner  # after the check of the flags: it is slow
   folder = pathlib.Path(
       FLAGS.workdir or runner.default_folder(base, 'compare', *configs))
   shared = {'program': 'compare', **{
@@ -71,8 +72,8 @@ def main() -> None:
       for name, todo in left.items() if todo}
   runner.claim_folder(folder, shared)
   for name, experiment in experiments.items():
-    run_method(runner, name, configs[name], experiment, left[name])
-  results = {name: [read_run(runner, place, base['rounds']) for place in found]
+    run_method(name, configs[name], experiment, left[name])
+  results = {name: [read_run(place, base['rounds']) for place in found]
              for name, found in places.items()}
   report(results, folder, shared)
 
@@ -112,7 +113,7 @@ def of_seed(config: dict[str, Any], seed: int) -> dict[str, Any]:
       if k in config}}
 
 
-def run_method(runner, name, config, experiment, left) -> None:
+def run_method(name, config, experiment, left) -> None:
   """Trains the seeds that are not finished yet, some at once."""
   at_once = 1 if FLAGS.vary_partition else FLAGS.seeds_at_once
   for first in range(0, len(left), at_once):
@@ -123,9 +124,8 @@ def run_method(runner, name, config, experiment, left) -> None:
                  f'{name} seed {",".join(map(str, seeds))}')
 
 
-def read_run(runner, folder: pathlib.Path, rounds: int) -> dict[str, Any]:
+def read_run(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
   """A finished run's rows and figures, up to `rounds`."""
-  from experiments import files  # imports jax
   rows, timings = (
       [row for row in files.read_jsonl(folder / name) if row['round'] <= rounds]
       for name in ('metrics.jsonl', 'timings.jsonl'))
@@ -135,8 +135,6 @@ def read_run(runner, folder: pathlib.Path, rounds: int) -> dict[str, Any]:
 
 def report(results, folder, shared) -> None:
   """Writes and prints what the runs came to."""
-  from experiments import files
-  from experiments import plots
   target = FLAGS.target_accuracy or common_target(results)
   summary = {name: summarise(runs, target) for name, runs in results.items()}
   files.write_json(folder / 'summary.json', {

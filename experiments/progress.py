@@ -84,7 +84,7 @@ class Clock:
     new = {k: v - self._last[k] for k, v in self._seconds.items()}
     rounds, self._previous = done - self._previous, done
     self._last = dict(self._seconds)
-    return {**{f'{k}_seconds': round(v, 4) for k, v in new.items()},
+    return {'round': done, **{f'{k}_seconds': round(v, 4) for k, v in new.items()},
             'rounds_per_second': round(rounds / max(new['train'], 1e-9), 4)}
 
   def total(self) -> dict[str, float]:

@@ -255,12 +255,12 @@ def train(
   """
   several = len(seeds) > 1
   fed = experiment.federation
-  fed = federation.over_seeds(fed) if several else fed
+  fed = _over_seeds(fed) if several else fed
   key = jnp.stack([jax.random.key(s) for s in seeds]) if several else (
       jax.random.key(seeds[0]))
   key_init, key_run = jnp.moveaxis(_split(key), -1, 0) if several else _split(key)
   clock = progress.Clock()
-  state = jax.jit(fed.init)(key_init)
+  state = fed.init(key_init)
   traffic = experiment.federation.traffic(
       _one_seed(state, 0, several), experiment.data)
   runs = [Run(experiment, folder, seed) for folder, seed in zip(folders, seeds)]
@@ -281,8 +281,9 @@ def train(
         metrics = {k: v[r] if several else v for k, v in info.metrics.items()}
         run.add(done, metrics, scores, traffic)
       clock.lap('evaluate')
+      timing = clock.row(done)
       for run in runs:
-        run.add_timing(done, clock)
+        run.add_timing(timing)
       bar.update(done, np.mean([run.accuracy for run in runs]), clock.rate(done))
 
     state, _ = federation.run(
@@ -291,6 +292,10 @@ def train(
         callback=evaluate)
   for r, run in enumerate(runs):
     run.finish(_one_seed(state, r, several), clock)
+
+
+# Kept, so that a second group of seeds finds the program compiled.
+_over_seeds = functools.lru_cache(maxsize=8)(federation.over_seeds)
 
 
 def _split(key):
@@ -344,8 +349,8 @@ class Run:
         'bytes_up': self._up, 'bytes_down': self._down, **losses})
     files.write_jsonl(self._folder / 'metrics.jsonl', self._rows)
 
-  def add_timing(self, done, clock) -> None:
-    self._timings.append({'round': done, **clock.row(done)})
+  def add_timing(self, timing) -> None:
+    self._timings.append(timing)
     files.write_jsonl(self._folder / 'timings.jsonl', self._timings)
 
   def finish(self, state, clock) -> None:

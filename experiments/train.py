@@ -15,13 +15,13 @@ import pathlib
 from absl import flags as absl_flags
 
 from experiments import flags
+from experiments import runner
 
 FLAGS = absl_flags.FLAGS
 
 
 def main() -> None:
   config = flags.config()
-  from experiments import runner  # after the check of the flags: it is slow
   folder = pathlib.Path(FLAGS.workdir or runner.default_folder(config))
   if runner.is_finished(folder, config):
     print(f'already finished: {folder}')

@@ -76,30 +76,6 @@ def federation(
     return State(
         variables, shared, trees.stack(slots, num_clients), jnp.int32(0))
 
-  def run_client(server, shared, flat, base_key, row):
-    variables, server_slot, round_ = server
-    client, (own, uplink_state), index, count, share, slot = row
-    key = keys.client_keys(base_key, round_, client.client_id)
-    view = View(
-        variables, variables, shared, own, Data(*flat, index, count),
-        client.client_id, share, round_,
-        jnp.where(client.arrived, client.num_steps, 0))
-    start = method.start(view, server_slot, slot, key.start)
-    view = view._replace(variables=start)
-    objective = Objective(
-        functools.partial(_local_loss, model, method, view),
-        method.decay(view))
-    local = solver(objective, view, key.solve)
-    own, message = method.upload(view, local, objective, key.upload)
-    delta = jax.tree.map(jnp.subtract, local.variables, start)
-    coded, uplink_state = uplink.update(
-        delta.params, uplink_state, start.params, key=key.encode)
-    sent = delta._replace(params=coded), message
-    sent = trees.where(
-        client.arrived, sent, jax.tree.map(jnp.zeros_like, sent))
-    return _Trained((own, uplink_state), start, *sent, local.num_steps,
-                    local.metrics)
-
   def train_cohort(state, data, cohort, base_key):
     """Trains the cohort; all of it, and what is returned, has axis [S]."""
     count = data.count.astype(jnp.result_type(float))
@@ -109,7 +85,8 @@ def federation(
     count = jnp.where(cohort.client_id < num_clients, count, 0)
     cohort = cohort._replace(arrived=cohort.arrived & (count > 0))
     one = functools.partial(
-        run_client, (state.variables, state.shared, state.round),
+        _run_client, model, method, solver, uplink,
+        (state.variables, state.shared, state.round),
         method.broadcast(state.shared), (data.x, data.y), base_key)
     num_slots = len(cohort.client_id)
     rows = cohort, slots, index, count, share, jnp.arange(num_slots)
@@ -138,13 +115,7 @@ def federation(
     variables, shared = trees.where(
         anybody, (variables, shared), (state.variables, state.shared))
     written = jnp.where(arrived, cohort.client_id, num_clients)
-    worked = weight * (trained.num_steps > 0)
-    metrics = {name: jnp.sum(worked * value) / jnp.sum(worked)
-               for name, value in trained.metrics.items()}
-    metrics |= {name: jnp.where(anybody, value, jnp.nan)
-                for name, value in info.metrics.items()}
-    metrics |= {'num_selected': jnp.sum(cohort.client_id < num_clients),
-                'num_arrived': jnp.sum(arrived)}
+    metrics = _metrics(cohort, trained, weight, arrived, info, num_clients)
     models = {name: trees.where(anybody, value, state.variables)
               for name, value in info.models.items()}
     clients = trees.scatter(state.clients, written, trained.slots)
@@ -172,6 +143,45 @@ class _Trained(NamedTuple):
   message: PyTree
   num_steps: jax.Array
   metrics: PyTree     # of the solver
+
+
+def _run_client(model, method, solver, uplink, server, shared, flat, base_key,
+                row) -> _Trained:
+  """One client's round: begin, train, upload, encode (no client axis)."""
+  variables, server_slot, round_ = server
+  client, (own, uplink_state), index, count, share, slot = row
+  key = keys.client_keys(base_key, round_, client.client_id)
+  view = View(
+      variables, variables, shared, own, Data(*flat, index, count),
+      client.client_id, share, round_,
+      jnp.where(client.arrived, client.num_steps, 0))
+  start = method.start(view, server_slot, slot, key.start)
+  view = view._replace(variables=start)
+  objective = Objective(
+      functools.partial(_local_loss, model, method, view),
+      method.decay(view))
+  local = solver(objective, view, key.solve)
+  own, message = method.upload(view, local, objective, key.upload)
+  delta = jax.tree.map(jnp.subtract, local.variables, start)
+  coded, uplink_state = uplink.update(
+      delta.params, uplink_state, start.params, key=key.encode)
+  sent = delta._replace(params=coded), message
+  sent = trees.where(
+      client.arrived, sent, jax.tree.map(jnp.zeros_like, sent))
+  return _Trained((own, uplink_state), start, *sent, local.num_steps,
+                  local.metrics)
+
+
+def _metrics(cohort, trained, weight, arrived, info, num_clients):
+  """The round's scalars; NaN for a mean over nobody."""
+  worked = weight * (trained.num_steps > 0)
+  metrics = {name: jnp.sum(worked * value) / jnp.sum(worked)
+             for name, value in trained.metrics.items()}
+  metrics |= {name: jnp.where(jnp.any(arrived), value, jnp.nan)
+              for name, value in info.metrics.items()}
+  return metrics | {
+      'num_selected': jnp.sum(cohort.client_id < num_clients),
+      'num_arrived': jnp.sum(arrived)}
 
 
 def _local_loss(model, method, view, variables, batch, key):

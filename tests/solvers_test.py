@@ -19,9 +19,10 @@ def view(count=12, num_steps=base.NO_LIMIT, round_=0, cap=12):
   data = base.Data(
       jnp.arange(20.)[:, None], jnp.zeros(20, jnp.int32),
       jnp.arange(cap) % 20, jnp.int32(count))
+  model = base.Variables(jnp.float32(2.), {})
   return base.View(
-      base.Variables(jnp.float32(2.), {}), (), (), data, jnp.int32(0),
-      jnp.float32(1), jnp.int32(round_), jnp.int32(num_steps))
+      model, model, (), (), data, jnp.int32(0), jnp.float32(1),
+      jnp.int32(round_), jnp.int32(num_steps))
 
 
 def objective(gradient, decay=0.):

@@ -37,13 +37,14 @@ absl_flags.DEFINE_list(
 absl_flags.DEFINE_integer('seeds', 1, 'Runs per method.', lower_bound=1)
 absl_flags.DEFINE_integer(
     'seeds_at_once', 1, 'Seeds that are trained together, as a mapped axis of one '
-    'program. Pays on an accelerator with memory for so many.', lower_bound=1)
+    'program; needs memory for so many.', lower_bound=1)
 absl_flags.DEFINE_bool(
     'vary_partition', False, 'Add the seed to the seeds of partition and schedule '
     'as well (seeds are then trained one by one).')
 absl_flags.DEFINE_float(
     'target_accuracy', None, 'For the rounds to a target; default: the highest '
     'multiple of 0.05 that all methods reach.', lower_bound=0, upper_bound=1)
+absl_flags.adopt_module_key_flags(flags)  # for --help
 FLAGS = absl_flags.FLAGS
 
 # What every method of a comparison shares.

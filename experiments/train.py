@@ -17,6 +17,7 @@ from absl import flags as absl_flags
 from experiments import flags
 from experiments import runner
 
+absl_flags.adopt_module_key_flags(flags)  # for --help
 FLAGS = absl_flags.FLAGS
 
 

@@ -353,7 +353,8 @@ class ErrorsTest(parameterized.TestCase):
     self.assertEqual(wrong.stdout, '')
     help_ = subprocess.run([*command, '--help'], cwd=ROOT, text=True,
                            capture_output=True, check=False)
-    self.assertIn('--dirichlet_alpha', help_.stdout)
+    self.assertIn('Concentration of the Dirichlet', help_.stdout)
+    self.assertIn('--ftg_student_bn', help_.stdout)
 
   @pytest.mark.slow
   def test_interruption(self):

@@ -175,10 +175,12 @@ def parse(argv: list[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
-    value = '' if error.flagvalue is None else f'={error.flagvalue}'
+    given = next(  # as it was typed, with its value
+        (arg.lstrip('-') for arg in argv[1:]
+         if arg.lstrip('-').split('=')[0] == error.flagname), error.flagname)
     guess = re.search(r'Did you mean: (.*?) ?\?', str(error))
     hint = f'did you mean --{guess[1].split(",")[0].strip()}? ' if guess else ''
-    _fail(f'--{error.flagname}{value}: no such flag; {hint}--help lists all')
+    _fail(f'--{given}: no such flag; {hint}--help lists all')
   except flags.CantOpenFlagFileError as error:
     _fail(f'--flagfile: {str(error).removeprefix("ERROR:: ")}; must name a file '
           'with one --flag=value in each line')

@@ -53,7 +53,7 @@ RECIPES = {
         'data-free fine-tuning of the mean on the server'),
 }
 
-# With default learning rates, which suit the size of each one's steps.
+# With default learning rates; those of the last three are not tuned.
 SERVER_OPTIMIZERS = {
     'sgd': (optax.sgd, 1.),
     'momentum': (lambda rate: optax.sgd(rate, momentum=.9), 1.),

@@ -364,9 +364,13 @@ class ErrorsTest(parameterized.TestCase):
     args = small(write_data(folder))
     command = [sys.executable, '-m', 'experiments.train', *args,
                '--method=fed_avg', '--eval_every=1', f'--workdir={folder}/w']
+    # A shell starts its background jobs with this signal ignored, and children
+    # inherit that: the program is to begin as from a terminal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*command, '--rounds=100000'], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
     metrics = pathlib.Path(folder, 'w', 'metrics.jsonl')
     deadline = time.time() + 120
     while not metrics.exists() and time.time() < deadline:

@@ -113,7 +113,6 @@ class Received(NamedTuple):
   weight: jax.Array     # [S] sums to 1 over the arrived, 0 for the rest
   share: jax.Array      # [S] s_k = N n_k / sum_j n_j, 0 for the rest
   arrived: jax.Array    # [S] bool
-  num_steps: jax.Array  # [S] int32, steps actually taken
   round: jax.Array      # [] int32
   num_clients: int      # N
   public: PyTree        # unlabelled images of the server, if any
@@ -141,7 +140,7 @@ class Federation(NamedTuple):
   """The outer pair: how a simulation begins, and one round of it."""
   init: Callable     # (key) -> State
   round: Callable    # (state, data, cohort, key) -> (State, Info)
-  traffic: Callable  # (state, data) -> (bytes down, bytes up) of one client
+  traffic: Callable  # (state, data) -> (bits down, bits up) of one client
 
 
 class Method(NamedTuple):

@@ -106,7 +106,7 @@ def federation(
     weight = mass / jnp.maximum(jnp.sum(mass), 1)
     received = Received(
         trained.start, trained.delta, trained.message, weight, share * arrived,
-        arrived, trained.num_steps, state.round, num_clients, data.public)
+        arrived, state.round, num_clients, data.public)
     average = plain_average(state.variables, received)
     variables, shared, info = method.update(
         state.variables, state.shared, received,
@@ -123,14 +123,14 @@ def federation(
             Info(metrics, {'average': average, **models}))
 
   def traffic(state, data):
-    """Bytes that one selected client gets, and one that arrives sends."""
+    """Bits that one selected client gets, and one that arrives sends."""
     row = Cohort(jnp.zeros(1, jnp.int32), jnp.ones(1, bool),
                  jnp.ones(1, jnp.int32))
     trained, *_ = jax.eval_shape(
         train_cohort, state, data, row, jax.random.key(0))
-    model_bytes = trees.num_bytes(state.variables)
-    down = trees.num_bytes(jax.eval_shape(method.broadcast, state.shared))
-    return model_bytes + down, model_bytes + trees.num_bytes(trained.message)
+    model_bits = trees.num_bits(state.variables)
+    down = trees.num_bits(jax.eval_shape(method.broadcast, state.shared))
+    return model_bits + down, model_bits + trees.num_bits(trained.message)
 
   return Federation(init, round_, traffic)
 
@@ -194,7 +194,7 @@ def _local_loss(model, method, view, variables, batch, key):
 
 def plain_average(variables, received: Received):
   """Weighted mean of the received models; `variables` if nobody arrived."""
-  mean = trees.weighted_mean(received.models, received.weight)
+  mean = trees.weighted_sum(received.models, received.weight)
   return trees.where(jnp.any(received.arrived), mean, variables)
 
 

@@ -31,6 +31,19 @@ def kl_divergence(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
   return jnp.sum(jnp.exp(log_target) * difference, axis=-1)
 
 
+def contrast(
+    features: jax.Array, near: jax.Array, far: jax.Array, temperature: float
+) -> jax.Array:
+  """-log softmax([cos(e, near), cos(e, far)] / temperature)[0] per example [B].
+
+  MOON's model-contrastive loss (arXiv:2103.16257, Eq. 3); all arguments [B, F].
+  """
+  chex.assert_equal_shape([features, near, far])
+  similarity = lambda other: optax.losses.cosine_similarity(
+      features, other, epsilon=1e-12)  # of squared norms
+  return jax.nn.softplus((similarity(far) - similarity(near)) / temperature)
+
+
 def diversity(z: jax.Array, images: jax.Array) -> jax.Array:
   """exp(-mean_ij(mean_d (z_i - z_j)^2 * mean_pixels |x_i - x_j|)).
 

@@ -67,7 +67,7 @@ def local_sgd(
     wanted = epochs * batches if steps is None else jnp.where(count, steps, 0)
     num_steps = jnp.minimum(wanted, view.num_steps).astype(jnp.int32)
     key_order, key_loss = jax.random.split(key)
-    orders = _orders(key_order, view.data, steps or epochs, batch_size)
+    order_of = _orders(key_order, view.data, epochs, batch_size)
     decay = weight_decay + objective.decay
     step_size = jnp.asarray(schedule(view.round))
     grad_fn = jax.value_and_grad(
@@ -80,7 +80,7 @@ def local_sgd(
       epoch, batch_in_epoch = i // batches, i % batches
       first = batch_in_epoch * batch_size
       positions = jax.lax.dynamic_slice(
-          orders, (epoch, first), (1, batch_size))[0]
+          order_of(epoch), (first,), (batch_size,))
       batch = clients.batch(
           view.data, positions, first + jnp.arange(batch_size) < count)
       (_, aux), grads = grad_fn(
@@ -105,16 +105,24 @@ def local_sgd(
 
 
 def _orders(key, data, num_epochs, batch_size):
-  """A random order of the client's positions per epoch, valid ones first."""
+  """A function of the epoch: a random order of the client's positions, valid
+  ones first, [cap + pad].
+
+  The orders of `num_epochs` epochs are drawn beforehand; None draws each where
+  it is used, since a small client may go through very many.
+  """
   cap = data.index.shape[0]
-  pad = -cap % batch_size
 
-  def order(key):
-    draw = jax.random.uniform(key, (cap,), jnp.float32)
-    return jnp.argsort(jnp.where(jnp.arange(cap) < data.count, draw, 2.))
+  def order(epoch):
+    draw = jax.random.uniform(
+        jax.random.fold_in(key, epoch), (cap,), jnp.float32)
+    positions = jnp.argsort(jnp.where(jnp.arange(cap) < data.count, draw, 2.))
+    return jnp.pad(positions, (0, -cap % batch_size))
 
-  keys = jax.vmap(lambda e: jax.random.fold_in(key, e))(jnp.arange(num_epochs))
-  return jnp.pad(jax.vmap(order)(keys), ((0, 0), (0, pad)))  # [E, cap + pad]
+  if num_epochs is None:
+    return order
+  table = jax.vmap(order)(jnp.arange(num_epochs))
+  return lambda epoch: table[epoch]
 
 
 def frozen(objective, view, key) -> Local:

@@ -13,7 +13,7 @@ def stack(tree, n: int):
       lambda a: jnp.broadcast_to(a, (n,) + jnp.shape(a)), tree)
 
 
-def weighted_mean(tree, weight: jax.Array):
+def weighted_sum(tree, weight: jax.Array):
   """sum_k weight_k leaf_k over the leading axis; `weight` [S]."""
   return jax.tree.map(
       lambda a: jnp.tensordot(weight.astype(a.dtype), a, 1), tree)
@@ -35,6 +35,6 @@ def where(condition: jax.Array, new, old):
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def num_bytes(tree) -> int:
-  """Bytes of all leaves (arrays or ShapeDtypeStructs)."""
-  return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+def num_bits(tree) -> int:
+  """Bits of all leaves (arrays or ShapeDtypeStructs)."""
+  return sum(8 * a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))

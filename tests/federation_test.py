@@ -229,9 +229,9 @@ class RoundTest(parameterized.TestCase):
             upload=lambda view, local, objective, key: (
                 view.own, jnp.zeros(2, jnp.int32)))))
     state = fed.init(KEY)
-    model_bytes = 4 * (64 * problems.NUM_CLASSES + problems.NUM_CLASSES)
+    model_bits = 32 * (64 * problems.NUM_CLASSES + problems.NUM_CLASSES)
     self.assertEqual(fed.traffic(state, problems.DATA),
-                     (model_bytes + 12, model_bytes + 8))
+                     (model_bits + 3 * 32, model_bits + 2 * 32))
 
 
 class RunTest(parameterized.TestCase):

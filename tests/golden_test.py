@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedftg_jax import base, federation, losses, models, solvers
+from fedftg_jax import base, distillation, federation, losses, models, solvers
 from fedftg_jax.data import clients, partition, schedules
 from fedftg_jax.methods import fed_avg, fed_ftg
 
@@ -155,13 +155,13 @@ class LossesTest(parameterized.TestCase):
   def test_label_quotas(self):
     g = golden('c')
     for counts, prefix in ((g['counts'].sum(0), 'gl'), (g['gl2_cls_num'], 'gl2')):
-      labels = fed_ftg.quota_labels(
+      labels = distillation.quota_labels(
           jax.random.key(0), jnp.asarray(counts, jnp.int32),
           int(g[prefix + '_number']))
       np.testing.assert_array_equal(
           np.bincount(labels, minlength=4), g[prefix + '_counts_per_class'])
     self.assertCountEqual(
-        fed_ftg.quota_labels(
+        distillation.quota_labels(
             jax.random.key(1), jnp.asarray(g['counts'].sum(0), jnp.int32),
             int(g['gl_number'])).tolist(), g['gl_labels_seed3'].tolist())
 
@@ -170,8 +170,8 @@ class LossesTest(parameterized.TestCase):
       g = golden('d')
       counts = jnp.asarray(g['counts'])
       alpha = fed_ftg.ensemble_weights(counts, jnp.ones(len(counts), bool))
-      target = fed_ftg.ensemble_target(
-          jnp.asarray(g['t_logits'], float), alpha[:, g['labels']])
+      target = distillation.ensemble(
+          jnp.asarray(g['t_logits'], float), alpha[:, g['labels']], 'prob')
       np.testing.assert_allclose(target, g['t_merge'], atol=1e-10)
       loss, grad = jax.value_and_grad(fed_ftg.student_loss)(
           jnp.asarray(g['s_logit'], float), target)

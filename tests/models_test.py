@@ -11,8 +11,29 @@ import numpy as np
 
 from fedftg_jax import models
 from fedftg_jax.models import layers
+from fedftg_jax.models import resnet
 
 KEY = jax.random.key(0)
+DEEP = ('resnet18', 'resnet18_cifar', 'resnet20', 'vgg11')
+
+
+def _size(params):
+  return sum(a.size for a in jax.tree.leaves(params))
+
+
+def _random_variables(model, seed=0):
+  """Positive scales and variances, the rest of either sign; no compiling."""
+  random = np.random.RandomState(seed)
+
+  def fill(path, leaf):
+    name = path[-1].key
+    if name in ('scale', 'var'):
+      return random.uniform(.5, 1.5, leaf.shape)
+    bound = np.prod(leaf.shape[:-1])**-.5 if name == 'kernel' else .1
+    return random.uniform(-bound, bound, leaf.shape)
+
+  variables = jax.tree.map_with_path(fill, jax.eval_shape(model.init, KEY))
+  return jax.tree.map(jnp.asarray, variables)
 
 
 class ClassifiersTest(parameterized.TestCase):
@@ -28,8 +49,7 @@ class ClassifiersTest(parameterized.TestCase):
   def test_sizes(self, name, image_shape, num_params, num_features):
     model = models.build(name, image_shape, 10)
     variables = model.init(KEY)
-    self.assertEqual(
-        sum(a.size for a in jax.tree.leaves(variables.params)), num_params)
+    self.assertEqual(_size(variables.params), num_params)
     out = model.apply(variables, jnp.zeros((2, *image_shape)))
     self.assertEqual(out.logits.shape, (2, 10))
     self.assertEqual(out.features.shape, (2, num_features))
@@ -59,6 +79,229 @@ class ClassifiersTest(parameterized.TestCase):
   def test_unknown_model(self):
     with self.assertRaisesRegex(ValueError, "lenet.*got 'vgg'"):
       models.build('vgg', (8, 8, 1), 3)
+
+  @parameterized.parameters(
+      (dict(norm='layer'), "norm must be one of.*'group'.*got 'layer'"),
+      (dict(conv='fft'), "conv must be one of.*'im2col'.*got 'fft'"),
+      (dict(projection_dim=-1), 'projection_dim must be >= 0, got -1'),
+      (dict(image_shape=(8, 3, 1)), 'at least 4 x 4, got 8 x 3'),
+      (dict(name='vgg11', image_shape=(0, 8, 1)), 'at least 1 x 1, got 0 x 8'))
+  def test_bad_arguments(self, change, message):
+    arguments = dict(name='lenet', image_shape=(8, 8, 1), num_classes=3)
+    with self.assertRaisesRegex(ValueError, message):
+      models.build(**{**arguments, **change})
+
+  @parameterized.parameters(
+      ('mlp', {'dense0/linear', 'dense1/linear', 'head/linear'}),
+      ('lenet', {'conv0', 'conv1', 'mlp/dense0/linear', 'mlp/head/linear'}),
+      ('fedavg_cnn', {'conv0', 'conv1', 'mlp/dense0/linear',
+                      'mlp/dense1/linear', 'mlp/head/linear'}))
+  def test_names_of_parameters(self, name, want):
+    """Saved models depend on them."""
+    params = jax.eval_shape(models.build(name, (8, 8, 1), 3).init, KEY).params
+    paths = [jax.tree_util.keystr(path, simple=True, separator='/')
+             for path, _ in jax.tree.leaves_with_path(params)]
+    self.assertCountEqual(
+        paths, [f'{p}/{kind}' for p in want for kind in ('kernel', 'bias')])
+
+  @parameterized.parameters(*models.CLASSIFIERS)
+  def test_projection_head(self, name):
+    plain, model = (models.build(name, (8, 8, 3), 5, projection_dim=p)
+                    for p in (0, 7))
+    before, variables = (jax.eval_shape(m.init, KEY) for m in (plain, model))
+    x = jnp.zeros((2, 8, 8, 3))
+    width = jax.eval_shape(plain.apply, before, x).features.shape[-1]
+    out = jax.eval_shape(model.apply, variables, x)
+    self.assertEqual(out.logits.shape, (2, 5))
+    self.assertEqual(out.features.shape, (2, 7))
+    self.assertEqual(  # two more layers, and a narrower output layer
+        _size(variables.params) - _size(before.params),
+        width * width + width + width * 7 + 7 - (width - 7) * 5)
+
+  def test_projection_by_hand(self):
+    model = models.build('mlp', (2, 2, 1), 3, projection_dim=4)
+    variables = _random_variables(model)
+    x = jax.random.normal(KEY, (5, 2, 2, 1))
+    linear = {k: (v['linear']['kernel'], v['linear']['bias'])
+              for k, v in variables.params.items()}
+    value = x.reshape(5, 4)
+    for name in ('dense0', 'dense1', 'projection0', 'projection1', 'head'):
+      weight, bias = linear[name]
+      features, value = value, value @ weight + bias
+      if name in ('dense0', 'dense1', 'projection0'):
+        value = nn.relu(value)
+    out = model.apply(variables, x)
+    np.testing.assert_allclose(out.features, features, atol=1e-5)
+    np.testing.assert_allclose(out.logits, value, atol=1e-5)
+
+
+class DeepClassifiersTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ('resnet18', 10, 11_181_642), ('resnet18', 100, 11_227_812),
+      ('resnet18_cifar', 10, 11_173_962), ('resnet20', 10, 269_722),
+      ('vgg11', 10, 9_231_114))
+  def test_sizes(self, name, num_classes, want):
+    for norm in (None, 'batch', 'group'):
+      model = models.build(name, (32, 32, 3), num_classes, norm=norm)
+      variables = jax.eval_shape(model.init, KEY)
+      self.assertEqual(_size(variables.params), want)
+      self.assertEqual(bool(variables.stats), norm != 'group')
+
+  @parameterized.product(
+      name=DEEP, image_shape=((32, 32, 3), (28, 28, 1), (8, 8, 1), (1, 3, 2)))
+  def test_shapes(self, name, image_shape):
+    model = models.build(name, image_shape, 10)
+    variables = jax.eval_shape(model.init, KEY)
+    out = jax.eval_shape(lambda v, x: model.apply(v, x, train=True),
+                         variables, jnp.zeros((2, *image_shape)))
+    self.assertEqual(out.logits.shape, (2, 10))
+    self.assertEqual(out.features.shape, (2, 64 if name == 'resnet20' else 512))
+    chex.assert_trees_all_equal_shapes(out.stats, variables.stats)
+
+  def test_norms_have_all_the_stats_they_need(self):
+    self.assertEqual(set(models.DEFAULT_NORMS), set(models.CLASSIFIERS))
+    for name, norm in models.DEFAULT_NORMS.items():
+      stats = jax.eval_shape(models.build(name, (8, 8, 3), 3).init, KEY).stats
+      self.assertEqual(bool(stats), norm == 'batch')
+
+  def test_biases(self):
+    for name in DEEP:
+      for norm in layers.NORMS:
+        model = models.build(name, (8, 8, 3), 3, norm=norm)
+        params = jax.eval_shape(model.init, KEY).params
+        convs = [path for path, leaf in jax.tree.leaves_with_path(params)
+                 if path[-2].key == 'conv' and path[-1].key == 'bias']
+        self.assertEqual(bool(convs), name == 'vgg11' or norm == 'none')
+
+  @parameterized.parameters('resnet20', 'vgg11')
+  def test_padding_changes_nothing(self, name):
+    with enable_x64(True):
+      model = models.build(name, (4, 4, 3), 3, conv='rows')
+      variables = _random_variables(model)
+      x = jax.random.normal(KEY, (5, 4, 4, 3))
+      mask = jnp.array([True, False, True, True, False])
+      apply = jax.jit(lambda *a: model.apply(*a, train=True))
+      padded = apply(variables, x.at[1].mul(100.), mask)
+      alone = apply(variables, x[mask], jnp.ones(3, bool))
+      np.testing.assert_allclose(padded.logits[mask], alone.logits, atol=1e-9)
+      chex.assert_trees_all_close(padded.stats, alone.stats, rtol=1e-9)
+
+  def test_vmap_equals_one_by_one(self):
+    with enable_x64(True):
+      model = models.build('resnet20', (4, 4, 3), 3, conv='rows')
+      variables = [_random_variables(model, seed) for seed in (1, 2)]
+      x = jax.random.normal(KEY, (2, 3, 4, 4, 3))
+      apply = lambda v, x: model.apply(v, x, train=True)
+      both = jax.jit(jax.vmap(apply))(
+          jax.tree.map(lambda *a: jnp.stack(a), *variables), x)
+      alone = [jax.jit(apply)(v, a) for v, a in zip(variables, x)]
+      chex.assert_trees_all_close(
+          both, jax.tree.map(lambda *a: jnp.stack(a), *alone), atol=1e-9)
+
+  @parameterized.parameters(*layers.NORMS)
+  def test_gradients_are_finite(self, norm):
+    model = models.build('resnet20', (4, 4, 1), 3, norm=norm, conv='rows')
+    variables = _random_variables(model)
+    x = jax.random.normal(KEY, (2, 4, 4, 1))
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, mask):
+      out = model.apply(variables._replace(params=params), x, mask, True)
+      return jnp.sum(mask[:, None] * out.logits**2)
+
+    for num_valid in (0, 1, 2):
+      grads = gradient(variables.params, jnp.arange(2) < num_valid)
+      chex.assert_tree_all_finite(grads)
+      self.assertEqual(any(jnp.any(g) for g in jax.tree.leaves(grads)),
+                       num_valid > 0)
+
+  def test_running_variance(self):
+    """PyTorch's differs from Flax's by n / (n - 1) in what is added."""
+    added = []
+    for torch_bn in (True, False):
+      model = models.build(
+          'lenet', (8, 8, 1), 3, norm='batch', torch_bn=torch_bn)
+      variables = _random_variables(model)
+      x = jax.random.normal(KEY, (3, 8, 8, 1))
+      old = variables.stats
+      new = model.apply(variables, x, train=True).stats
+      for i in (0, 1):
+        old_var, new_var = (s[f'norm{i}']['batch']['var'] for s in (old, new))
+        keep = 1 - layers.BATCH_NORM_MOMENTUM
+        added.append(np.asarray(new_var - keep * old_var))
+    for n, torch, flax in ((3 * 64, *added[::2]), (3 * 16, *added[1::2])):
+      np.testing.assert_allclose(torch, flax * n / (n - 1), rtol=1e-4)
+
+  def test_all_norms_obey_torch_bn(self):
+    """The first step of a running variance from 0 is momentum times it."""
+    ratio = []
+    for torch_bn in (True, False):
+      model = models.build('resnet20', (4, 4, 3), 3, torch_bn=torch_bn)
+      variables = _random_variables(model)
+      empty = variables._replace(stats=jax.tree.map(
+          jnp.zeros_like, variables.stats))
+      x = jax.random.normal(KEY, (2, 4, 4, 3))
+      ratio.append(jax.jit(lambda v, x: model.apply(v, x, train=True))(
+          empty, x).stats)
+    for i, pixels in enumerate((16, 4, 1)):  # of the three stages
+      n = 2 * pixels
+      for j in range(3):
+        for k in (0, 1):
+          torch, flax = (s[f'block{i}_{j}'][f'conv{k}']['norm']['batch']['var']
+                         for s in ratio)
+          np.testing.assert_allclose(torch, flax * n / (n - 1), rtol=1e-4)
+
+
+class BasicBlockTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      (4, 1, True), (6, 2, True), (6, 1, True), (6, 2, False))
+  def test_equals_plain_formula(self, features, stride, project):
+    with enable_x64(True):
+      block = resnet.BasicBlock(
+          features, stride, project, layers.Options('batch'))
+      x = jax.random.normal(KEY, (3, 5, 6, 4))
+      shapes = jax.eval_shape(block.init, KEY, x)
+      tree = jax.tree.map(
+          lambda a: jnp.asarray(np.random.RandomState(a.size).rand(*a.shape)),
+          shapes)
+
+      def unit(x, name, stride, pad):
+        p, s = tree['params'][name], tree['batch_stats'][name]['norm']['batch']
+        x = jax.lax.conv_general_dilated(
+            x, p['conv']['kernel'], (stride, stride), ((pad, pad),) * 2,
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+        x = (x - s['mean']) / jnp.sqrt(s['var'] + 1e-5)
+        p = p['norm']['batch']
+        return x * p['scale'] + p['bias']
+
+      branch = jnp.maximum(unit(x, 'conv0', stride, 1), 0)
+      branch = unit(branch, 'conv1', 1, 1)
+      shortcut = x
+      if 'shortcut' in tree['params']:
+        shortcut = unit(x, 'shortcut', stride, 0)
+      elif stride == 2:
+        shortcut = jnp.concatenate(
+            [x[:, ::2, ::2], jnp.zeros((3, 3, 3, 2))], axis=-1)
+      np.testing.assert_allclose(
+          block.apply(tree, x), jnp.maximum(branch + shortcut, 0), rtol=1e-12)
+      self.assertEqual('shortcut' in tree['params'], project and features == 6)
+
+  def test_initialisation(self):
+    x = jnp.abs(jax.random.normal(KEY, (2, 4, 4, 64)))
+    for norm in layers.NORMS:
+      block = resnet.BasicBlock(64, 1, True, layers.Options(norm))
+      params = jax.jit(block.init)(KEY, x)['params']
+      np.testing.assert_allclose(
+          params['conv0']['conv']['kernel'].std(), (2 / (9 * 64))**.5, rtol=.02)
+      if norm == 'none':
+        np.testing.assert_array_equal(block.apply({'params': params}, x), x)
+      else:
+        self.assertGreater(params['conv1']['conv']['kernel'].std(), .05)
+        np.testing.assert_array_equal(params['conv1']['norm'][norm]['scale'], 1)
+        np.testing.assert_array_equal(params['conv1']['norm'][norm]['bias'], 0)
 
 
 class ConvolutionTest(parameterized.TestCase):
@@ -92,17 +335,84 @@ class ConvolutionTest(parameterized.TestCase):
             layers.convolve_enlarged(x, kernel, implementation), want,
             atol=1e-12)
 
-  def test_no_grouped_convolution_under_vmap(self):
-    x, kernel = jnp.zeros((2, 3, 6, 6, 2)), jnp.zeros((2, 3, 3, 2, 4))
+  @parameterized.product(size=(1, 3, 5, 7), stride=(1, 2))
+  def test_strides(self, size, stride):
+    """Against PyTorch's padding, for odd and even images, a kernel per client."""
+    with enable_x64(True):
+      x = jax.random.normal(KEY, (2, 2, 7, 6, 3))
+      kernel = jax.random.normal(KEY, (2, size, size, 3, 4))
+
+      def plain(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), ((size // 2, size // 2),) * 2,
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+      def run(compute):
+        @jax.jit
+        def both(x, kernel):
+          out, pull = jax.vjp(jax.vmap(compute), x, kernel)
+          return out, pull(jnp.sin(out))
+        return both(x, kernel)
+
+      want = run(plain)
+      self.assertEqual(want[0].shape, (2, 2, -(-7 // stride), -(-6 // stride), 4))
+      for implementation in layers.CONV_IMPLEMENTATIONS:
+        out = run(lambda x, k: layers.convolve(x, k, implementation, stride))
+        chex.assert_trees_all_close(out, want, atol=1e-11)
+
+  def test_enlarged_has_no_stride(self):
+    with self.assertRaisesRegex(ValueError, 'stride 1, got 2'):
+      layers.Conv(2, 3, enlarge=True, stride=2).init(KEY, jnp.zeros((1, 4, 4, 2)))
+
+  @parameterized.parameters((3, 1), (3, 2), (1, 2))
+  def test_no_grouped_convolution_under_vmap(self, size, stride):
+    x, kernel = jnp.zeros((2, 3, 6, 6, 2)), jnp.zeros((2, size, size, 2, 4))
     for implementation in layers.CONV_IMPLEMENTATIONS[:-1]:
       text = jax.jit(jax.vmap(lambda x, k: layers.convolve(
-          x, k, implementation))).lower(x, kernel).as_text()
+          x, k, implementation, stride))).lower(x, kernel).as_text()
       self.assertNotIn('convolution', text)
+      if size == 1:
+        self.assertEqual(text.count('dot_general'), 1)
 
-  def test_max_pool(self):
+
+class MaxPoolTest(parameterized.TestCase):
+
+  def test_two_by_two(self):
     x = jax.random.normal(KEY, (2, 5, 4, 3))
     np.testing.assert_array_equal(
         layers.max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
+
+  @parameterized.product(
+      window=((3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 1, 0), (3, 3, 0)),
+      shape=((2, 8, 7, 3), (1, 3, 4, 1)))
+  def test_equals_reduce_window(self, window, shape):
+    size, stride, padding = window
+    x = jax.random.normal(KEY, shape) - 3.
+
+    def plain(x):
+      pad = padding, padding
+      return jax.lax.reduce_window(
+          x, -jnp.inf, jax.lax.max, (1, size, size, 1), (1, stride, stride, 1),
+          ((0, 0), pad, pad, (0, 0)))
+
+    def gradient(pool):
+      return jax.grad(lambda x: jnp.sum(jnp.sin(pool(x))))(x)
+
+    pool = lambda x: layers.max_pool(x, *window)
+    np.testing.assert_array_equal(pool(x), plain(x))
+    np.testing.assert_allclose(gradient(pool), gradient(plain), atol=1e-6)
+
+  def test_one_pixel(self):
+    x = jnp.full((1, 1, 1, 2), -3.)
+    np.testing.assert_array_equal(layers.max_pool(x, 3, 2, 1), x)
+
+  def test_inside_scan_and_vmap(self):
+    x = jax.random.normal(KEY, (2, 1, 5, 5, 2))
+    one = jax.grad(lambda x: jnp.sum(layers.max_pool(x, 3, 2, 1)**2))
+    want = jnp.stack([x[i] - .1 * one(x[i]) for i in (0, 1)])
+    step = lambda x, _: (x - .1 * jax.vmap(one)(x), None)
+    np.testing.assert_allclose(
+        jax.lax.scan(step, x, length=1)[0], want, atol=1e-6)
 
 
 class BatchNormTest(parameterized.TestCase):
@@ -178,7 +488,7 @@ class GeneratorTest(parameterized.TestCase):
     generator = models.image_generator(
         (32, 32, 3), num_classes, noise_dim=noise_dim)
     params = jax.eval_shape(generator.init, KEY).params
-    self.assertEqual(sum(a.size for a in jax.tree.leaves(params)), want)
+    self.assertEqual(_size(params), want)
 
   def test_without_bias_before_norm(self):
     with_bias, without = (

@@ -63,11 +63,15 @@ class LocalSgdTest(parameterized.TestCase):
         local.metrics['train_loss'], np.arange(count).mean(), rtol=1e-6)
 
   def test_epochs_are_shuffled_anew(self):
-    orders = solvers._orders(KEY, view(11).data, 3, 4)  # pylint: disable=protected-access
-    self.assertEqual(orders.shape, (3, 12))
-    for order in np.asarray(orders):
+    """The same orders, whether drawn beforehand or where they are used."""
+    table, lazy = (
+        jnp.stack([solvers._orders(KEY, view(11).data, n, 4)(e)  # pylint: disable=protected-access
+                   for e in range(3)]) for n in (3, None))
+    np.testing.assert_array_equal(table, lazy)
+    self.assertEqual(table.shape, (3, 12))
+    for order in np.asarray(table):
       np.testing.assert_array_equal(np.sort(order[:11]), np.arange(11))
-    self.assertFalse(np.array_equal(orders[0], orders[1]))
+    self.assertFalse(np.array_equal(table[0], table[1]))
 
   def test_clip_then_decay(self):
     """Gradient 10 is clipped to 1; decay .5 * 2 comes on top, unclipped."""

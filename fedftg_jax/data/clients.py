@@ -1,12 +1,12 @@
 """Clients as an index table over flat arrays."""
 
-from typing import Sequence
+from typing import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedftg_jax.base import Batch, Data
+from fedftg_jax.base import Batch, Data, PyTree
 
 
 def from_partition(
@@ -40,6 +40,37 @@ def full_batch(data: Data) -> Batch:
   """All examples of one client, padded to the table's width."""
   cap = jnp.arange(data.index.shape[0])
   return batch(data, cap, cap < data.count)
+
+
+def mean_over_examples(
+    function: Callable[[Batch], PyTree], data: Data, batch_size: int) -> PyTree:
+  """Mean over all examples of one client, taken in batches.
+
+  Args:
+    function: gives a mean over the valid examples of a batch.
+    data: one client's.
+    batch_size: examples at once; the last batch is padded and masked.
+
+  Returns:
+    The mean; zero for a client without examples.
+  """
+  cap = data.index.shape[0]
+
+  def part(first):
+    positions = first + jnp.arange(batch_size)
+    mask = positions < data.count
+    return function(
+        batch(data, jnp.minimum(positions, cap - 1), mask)), jnp.sum(mask)
+
+  def add(total, first):
+    value, num = part(first)
+    share = num / jnp.maximum(data.count, 1)
+    return jax.tree.map(
+        lambda t, v: t + (share * v).astype(t.dtype), total, value), ()
+
+  zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype),
+                      jax.eval_shape(part, jnp.int32(0))[0])
+  return jax.lax.scan(add, zero, jnp.arange(0, cap, batch_size))[0]
 
 
 def label_counts(data: Data, num_classes: int) -> jax.Array:

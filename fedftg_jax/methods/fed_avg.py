@@ -1,12 +1,15 @@
-"""Federated averaging, and server optimisers on top of it.
+"""Federated averaging, and server optimisers on top of any aggregate.
 
 McMahan et al., Communication-Efficient Learning of Deep Networks from
 Decentralized Data, AISTATS 2017, arXiv:1602.05629. With another server
 optimiser than SGD of rate 1 it is FedOpt: Reddi et al., Adaptive Federated
-Optimization, ICLR 2021, arXiv:2003.00295 (Adam: FedAdam; momentum: FedAvgM).
+Optimization, ICLR 2021, arXiv:2003.00295 (optax.adam: FedAdam; yogi: FedYogi;
+adagrad: FedAdagrad; momentum: FedAvgM, Hsu et al., arXiv:1909.06335).
 BatchNorm statistics take the plain weighted mean; server optimisers move
 parameters only.
 """
+
+from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +24,30 @@ def fed_avg(
   """Weighted mean of the clients' models, as an optimiser's step.
 
   Args:
-    server_optimizer: any optax optimiser, fed with the pseudo-gradient "model
-      minus mean of the clients' models". None is SGD of rate 1: the new model
-      is the mean.
+    server_optimizer: see `aggregate`.
 
   Returns:
     The method. It aggregates: a chain has exactly one such part, the first.
+  """
+  def mean(params, received):
+    del params
+    return trees.weighted_sum(received.models.params, received.weight)
+
+  return aggregate(mean, server_optimizer)
+
+
+def aggregate(
+    mean: Callable,
+    server_optimizer: optax.GradientTransformation | None = None) -> Method:
+  """What all aggregating methods share: a new model out of the received ones.
+
+  Args:
+    mean: (params, received) -> params, what the received models come to.
+    server_optimizer: any optax optimiser, fed with the pseudo-gradient "model
+      minus `mean`". None is SGD of rate 1: the new model is the mean.
+
+  Returns:
+    The method; its server slot is the optimiser's state.
   """
 
   def init(key, variables):
@@ -37,14 +58,13 @@ def fed_avg(
 
   def update(variables, shared, received, key):
     del key
-    mean = trees.weighted_mean(received.models, received.weight)
-    if server_optimizer is None:
-      return mean, shared, Info()
-    pseudo_gradient = jax.tree.map(
-        jnp.subtract, variables.params, mean.params)
-    updates, shared = server_optimizer.update(
-        pseudo_gradient, shared, variables.params)
-    params = optax.apply_updates(variables.params, updates)
-    return mean._replace(params=params), shared, Info()
+    params = mean(variables.params, received)
+    stats = trees.weighted_sum(received.models.stats, received.weight)
+    if server_optimizer is not None:
+      pseudo_gradient = jax.tree.map(jnp.subtract, variables.params, params)
+      updates, shared = server_optimizer.update(
+          pseudo_gradient, shared, variables.params)
+      params = optax.apply_updates(variables.params, updates)
+    return variables._replace(params=params, stats=stats), shared, Info()
 
   return Method(init=init, update=update)

@@ -30,9 +30,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedftg_jax import losses, models
+from fedftg_jax import distillation, losses, models
 from fedftg_jax.base import Generator, Info, Method, Model, Variables
-from fedftg_jax.data import clients
 
 
 class Options(NamedTuple):
@@ -180,43 +179,32 @@ def fed_ftg(
     ValueError: for a wrong option.
   """
   check(options)
-  num_labels = options.iterations * options.batch_size
 
   def init(key, variables):
     del variables
     return generator.init(key), ()
-
-  def upload(view, local, objective, key):
-    del local, objective, key
-    if len(view.data.y) * num_labels >= 2**32:
-      raise ValueError(
-          'iterations * batch_size * number of examples must stay below 2**32, '
-          f'got {num_labels} * {len(view.data.y)}.')
-    return view.own, clients.label_counts(view.data, num_classes)
 
   def update(variables, shared, received, key):
     if not options.iterations:
       return variables, shared, Info(models={'fine_tuned': variables})
     counts = received.message  # [K, C], zero for the absent
     z, labels = draw(key, counts.sum(0), generator.noise_dim, options)
-    rate = lambda lr: lr(received.round) if callable(lr) else lr
     tuned, shared, terms = fine_tune(
         model, generator, variables, shared, received.models, counts, z, labels,
         arrived=received.arrived, options=options,
-        student_lr=rate(options.student_lr),
-        generator_lr=rate(options.generator_lr))
-    present = received.arrived / jnp.maximum(jnp.sum(received.arrived), 1)
+        student_lr=distillation.rate_of(options.student_lr, received),
+        generator_lr=distillation.rate_of(options.generator_lr, received))
+    present = distillation.present(received)
     student = terms.pop('student')
     metrics = {f'fed_ftg/{name}': jnp.mean(value @ present)
                for name, value in terms.items()}
     metrics['fed_ftg/student'] = jnp.mean(student)
     return tuned, shared, Info(metrics, {'fine_tuned': tuned})
 
-  def synthesise(shared, labels, key):
-    z = jax.random.normal(key, (len(labels), generator.noise_dim))
-    return generator.apply(shared, z, labels)[0]
-
-  return Method(init=init, upload=upload, update=update, synthesise=synthesise)
+  return Method(
+      init=init, update=update, synthesise=distillation.draw_images(generator),
+      upload=distillation.count_labels(
+          num_classes, options.iterations * options.batch_size))
 
 
 def draw(key, counts, noise_dim, options):
@@ -229,28 +217,11 @@ def draw(key, counts, noise_dim, options):
   shape = options.iterations, num_draws, options.batch_size, noise_dim
   if options.label_sampling == 'uniform':
     counts = jnp.ones_like(counts)
-  sample = quota_labels if options.labels == 'quota' else iid_labels
+  sample = (distillation.quota_labels if options.labels == 'quota'
+            else distillation.iid_labels)
   labels = sample(key_labels, counts, options.iterations * options.batch_size)
   return jax.random.normal(key_noise, shape), labels.reshape(
       options.iterations, options.batch_size)
-
-
-def quota_labels(key: jax.Array, counts: jax.Array, num: int) -> jax.Array:
-  """`num` labels with class shares as in integer `counts` [C], shuffled.
-
-  Class c gets floor(num * cumsum_c / total) less what the classes before it
-  got; computed in integers, so that no share is off by a rounding.
-  """
-  chex.assert_type(counts, int)
-  cumulative = jnp.cumsum(counts).astype(jnp.uint32)
-  ends = cumulative * jnp.uint32(num) // jnp.maximum(cumulative[-1], 1)
-  labels = jnp.searchsorted(ends, jnp.arange(num, dtype=jnp.uint32), 'right')
-  return jax.random.permutation(key, labels.astype(jnp.int32))
-
-
-def iid_labels(key: jax.Array, counts: jax.Array, num: int) -> jax.Array:
-  """`num` independent labels with probabilities `counts` [C] / total."""
-  return jax.random.categorical(key, jnp.log(counts), shape=(num,))
 
 
 def ensemble_weights(
@@ -311,7 +282,12 @@ def fine_tune(
   train_generator = functools.partial(
       _train_generator, model, generator, optimizer, options, teachers, alpha,
       arrived)
-  distil = functools.partial(_distil, model, options, student_lr)
+  distil = functools.partial(
+      distillation.distil, model,
+      optimizer=distillation.sgd(student_lr, options.weight_decay),
+      loss=functools.partial(student_loss, options=options),
+      num_steps=options.student_steps,
+      train=options.student_bn == 'overwrite')
 
   def iteration(carry, draws):
     student, made, opt_state = carry
@@ -320,10 +296,10 @@ def fine_tune(
         lambda c, _: train_generator(student, z[0], labels, c),
         (made, opt_state), length=options.generator_steps)
     images, _ = generator.apply(made, z[-1], labels)
-    target = ensemble_target(
-        jax.vmap(lambda t: model.apply(t, images).logits)(teachers),
-        alpha[:, labels], options)
-    student, loss = distil(student, images, target)
+    target = distillation.ensemble(
+        distillation.teacher_logits(model, teachers, images),
+        alpha[:, labels], options.ensemble)
+    student, loss = distil(student, examples=lambda _: (images, target))
     return (student, made, opt_state), {**terms, 'student': loss}
 
   start = (student, generator_variables,
@@ -342,7 +318,7 @@ def _train_generator(model, generator, optimizer, options, teachers, alpha,
     images, stats = generator.apply(
         Variables(params, stats), z, labels, train=True)
     student_logits = model.apply(student, images).logits
-    teacher_logits = jax.vmap(lambda t: model.apply(t, images).logits)(teachers)
+    teacher_logits = distillation.teacher_logits(model, teachers, images)
     md, cls = jax.vmap(
         lambda t, a: teacher_terms(student_logits, t, a, labels, options))(
             teacher_logits, alpha)
@@ -414,21 +390,6 @@ def teacher_terms(
   return -jnp.mean(gap * alpha), cls
 
 
-def ensemble_target(
-    teacher_logits: jax.Array, alpha: jax.Array, options: Options = Options()
-) -> jax.Array:
-  """[B, C] class-level ensemble of teachers [K, B, C] with weights [K, B].
-
-  Rows sum to sum_k alpha_k: 1 but for rounding, 0 for a class nobody holds.
-  """
-  chex.assert_equal_shape_prefix([teacher_logits, alpha], 2)
-  if options.ensemble == 'prob':
-    return jnp.einsum('kbc,kb->bc', jax.nn.softmax(teacher_logits), alpha)
-  mass = jnp.sum(alpha, axis=0)[:, None]
-  return mass * jax.nn.softmax(
-      jnp.einsum('kbc,kb->bc', teacher_logits, alpha))
-
-
 def student_loss(
     logits: jax.Array, target: jax.Array, options: Options = Options()
 ) -> jax.Array:
@@ -444,27 +405,3 @@ def student_loss(
   if options.student_reduction == 'mean_bc':
     return jnp.mean(per_class)
   return jnp.mean(jnp.sum(per_class, axis=-1))
-
-
-def _distil(model, options, learning_rate, student, images, target):
-  """I_d SGD steps of the student on constant images and targets."""
-  overwrite = options.student_bn == 'overwrite'
-  optimizer = optax.chain(optax.add_decayed_weights(options.weight_decay),
-                          optax.sgd(learning_rate))
-
-  def loss_fn(params, stats):
-    output = model.apply(Variables(params, stats), images, train=overwrite)
-    return student_loss(output.logits, target, options), output.stats
-
-  def step(carry, _):
-    (params, stats), opt_state = carry
-    (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        params, stats)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    return (Variables(params, stats), opt_state), loss
-
-  (student, _), loss = jax.lax.scan(
-      step, (student, optimizer.init(student.params)),
-      length=options.student_steps)
-  return student, loss

@@ -7,13 +7,34 @@ import jax.numpy as jnp
 
 from fedftg_jax import base
 from fedftg_jax.models import classifiers
+from fedftg_jax.models import layers
+from fedftg_jax.models import resnet
+from fedftg_jax.models import vgg
 from fedftg_jax.models.generator import image_generator
 
 CLASSIFIERS = {
     'mlp': classifiers.mlp,
     'lenet': classifiers.lenet,
     'fedavg_cnn': classifiers.fedavg_cnn,
+    'resnet18': resnet.resnet18,
+    'resnet18_cifar': resnet.resnet18_cifar,
+    'resnet20': resnet.resnet20,
+    'vgg11': vgg.vgg11,
 }
+
+# The norm of each classifier where none is asked for.
+DEFAULT_NORMS = {
+    'mlp': 'none',
+    'lenet': 'none',
+    'fedavg_cnn': 'none',
+    'resnet18': 'batch',
+    'resnet18_cifar': 'batch',
+    'resnet20': 'batch',
+    'vgg11': 'batch',
+}
+
+# The others take images of any size.
+_MIN_SIZES = {'lenet': 4, 'fedavg_cnn': 4}
 
 
 def build(
@@ -23,8 +44,10 @@ def build(
     *,
     mean: Sequence[float] = (0.,),
     std: Sequence[float] = (1.,),
-    norm: str = 'none',
+    norm: str | None = None,
     conv: str = 'im2col',
+    projection_dim: int = 0,
+    torch_bn: bool = True,
 ) -> base.Model:
   """A classifier by name.
 
@@ -34,23 +57,40 @@ def build(
     num_classes: C.
     mean: per channel, of pixels scaled to [0, 1]; applied to uint8 images.
     std: likewise.
-    norm: 'none', 'batch' or 'group' (2 groups), where the model has norms.
+    norm: 'none', 'batch' or 'group' (2 groups), where the model has norms; None
+      for the model's own, see `DEFAULT_NORMS`.
     conv: how convolutions are computed, see `layers.convolve`.
+    projection_dim: width of MOON's projection head, 0 for a model without one,
+      see `layers.head`.
+    torch_bn: whether BatchNorm's running variance takes the unbiased estimate,
+      as PyTorch's does, or the biased one, as Flax's.
 
   Returns:
     The model.
 
   Raises:
-    ValueError: for an unknown name, or images too small to be pooled.
+    ValueError: for an unknown name, norm or conv, a negative projection_dim, or
+      images too small to be pooled.
   """
-  if name not in CLASSIFIERS:
-    raise ValueError(f'model must be one of {sorted(CLASSIFIERS)}, got {name!r}.')
-  if name != 'mlp' and min(image_shape[:2]) < 4:
+  _check('model', name, sorted(CLASSIFIERS))
+  norm = DEFAULT_NORMS[name] if norm is None else norm
+  _check('norm', norm, layers.NORMS)
+  _check('conv', conv, layers.CONV_IMPLEMENTATIONS)
+  if projection_dim < 0:
+    raise ValueError(f'projection_dim must be >= 0, got {projection_dim}.')
+  size = _MIN_SIZES.get(name, 1)
+  if min(image_shape[:2]) < size:
     raise ValueError(
-        f'{name} needs images of at least 4 x 4, got {image_shape[0]} x '
-        f'{image_shape[1]}.')
-  module = CLASSIFIERS[name](num_classes, norm=norm, conv=conv)
-  return from_flax(module, image_shape, mean, std)
+        f'{name} needs images of at least {size} x {size}, got '
+        f'{image_shape[0]} x {image_shape[1]}.')
+  options = layers.Options(norm, conv, projection_dim, torch_bn)
+  return from_flax(
+      CLASSIFIERS[name](num_classes, options), image_shape, mean, std)
+
+
+def _check(what, value, choices):
+  if value not in choices:
+    raise ValueError(f'{what} must be one of {list(choices)}, got {value!r}.')
 
 
 def from_flax(

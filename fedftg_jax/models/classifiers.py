@@ -1,7 +1,8 @@
 """Small classifiers, each giving logits and the input of its last layer.
 
-`fedavg_cnn` is the CIFAR network of FedDyn's code and TensorFlow's tutorial that
-FedAvg (McMahan et al., AISTATS 2017, arXiv:1602.05629) used, with SAME padding.
+`fedavg_cnn` is the CIFAR network of FedDyn's code and TensorFlow's tutorial
+that FedAvg (McMahan et al., AISTATS 2017, arXiv:1602.05629) used, with SAME
+padding.
 """
 
 from typing import Sequence
@@ -15,13 +16,14 @@ class MLP(nn.Module):
   """Fully connected layers with ReLU."""
   num_classes: int
   widths: Sequence[int] = (200, 200)
+  projection_dim: int = 0
 
   @nn.compact
   def __call__(self, x, mask=None, train=False):
     x = x.reshape(len(x), -1)
     for i, width in enumerate(self.widths):
       x = nn.relu(layers.Dense(width, name=f'dense{i}')(x))
-    return layers.Dense(self.num_classes, name='head')(x), x
+    return layers.head(x, self.num_classes, self.projection_dim)
 
 
 class CNN(nn.Module):
@@ -33,30 +35,32 @@ class CNN(nn.Module):
   num_classes: int
   conv_widths: Sequence[int]
   dense_widths: Sequence[int]
+  options: layers.Options
   size: int = 5
-  norm: str = 'none'
-  conv: str = 'im2col'
 
   @nn.compact
   def __call__(self, x, mask=None, train=False):
+    options = self.options
     for i, width in enumerate(self.conv_widths):
-      x = layers.Conv(width, self.size, self.norm != 'batch', self.conv,
+      x = layers.Conv(width, self.size, options.norm != 'batch', options.conv,
                       name=f'conv{i}')(x)
-      x = layers.Norm(self.norm, name=f'norm{i}')(x, mask, train)
+      x = layers.Norm(options.norm, unbiased=options.torch_bn,
+                      name=f'norm{i}')(x, mask, train)
       x = nn.relu(layers.max_pool(x))
-    return MLP(self.num_classes, self.dense_widths, name='mlp')(x)
+    return MLP(self.num_classes, self.dense_widths, options.projection_dim,
+               name='mlp')(x)
 
 
-def mlp(num_classes: int, **_) -> nn.Module:
+def mlp(num_classes: int, options=layers.Options()) -> nn.Module:
   """Two hidden layers of 200."""
-  return MLP(num_classes)
+  return MLP(num_classes, projection_dim=options.projection_dim)
 
 
-def lenet(num_classes: int, norm: str = 'none', conv: str = 'im2col'):
+def lenet(num_classes: int, options=layers.Options()) -> nn.Module:
   """conv5x5x32, pool, conv5x5x64, pool, fc128, fc."""
-  return CNN(num_classes, (32, 64), (128,), norm=norm, conv=conv)
+  return CNN(num_classes, (32, 64), (128,), options)
 
 
-def fedavg_cnn(num_classes: int, norm: str = 'none', conv: str = 'im2col'):
+def fedavg_cnn(num_classes: int, options=layers.Options()) -> nn.Module:
   """conv5x5x64, pool, conv5x5x64, pool, fc384, fc192, fc."""
-  return CNN(num_classes, (64, 64), (384, 192), norm=norm, conv=conv)
+  return CNN(num_classes, (64, 64), (384, 192), options)

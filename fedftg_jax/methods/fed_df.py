@@ -1,0 +1,233 @@
+"""FedDF: the mean of the clients' models learns from their ensemble.
+
+Lin, Kong, Stich and Jaggi, Ensemble Distillation for Robust Model Fusion in
+Federated Learning, NeurIPS 2020, arXiv:2006.07242. Two forms, each run after
+the part that aggregates:
+
+`fed_df_public` distils on unlabelled public images that the server holds, as the
+paper does (softmax of the clients' mean logits); nothing but models is sent.
+Deviations: a fixed number of steps, without early stopping on validation data;
+the learning rate is constant within a round.
+
+`fed_df` needs no data; it is the form in the official FedFTG repository, in two
+phases. A generator learns, from fresh noise and labels in each step, to make
+images that the clients recognise (mean cross-entropy over clients) and that
+differ (the diversity term of FedFTG); then the student learns the clients' mean
+probabilities on fresh images. That code sums its loss over one generator pass
+per client and one for the diversity, which move the generator's BatchNorm
+statistics K + 1 times by the same batch; here one pass, then the statistics are
+moved as far. Which images and steps the paper would choose is not known: it has
+a generator of its own only as a variant.
+
+Privacy: `fed_df` tells the server every client's class counts.
+"""
+
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedftg_jax import distillation
+from fedftg_jax import losses
+from fedftg_jax.base import Generator, Info, Method, Model, Variables
+from fedftg_jax.models import layers
+
+
+class Options(NamedTuple):
+  """The settings of both forms; the defaults are the official FedFTG code's.
+
+  Attributes:
+    generator_steps: updates of the generator a round (generated images only).
+    student_steps: updates of the student a round; with no update of either kind
+      the mean stays as it is.
+    batch_size: B, images at once.
+    student_lr: of the student's SGD; a float or a function of the round.
+    generator_lr: of the generator's Adam; likewise.
+    weight_decay: of both.
+    lambda_dis: weight of the diversity term.
+    ensemble: teachers combine as probabilities ('prob', the code's) or 'logit'
+      (the paper's).
+  """
+  generator_steps: int = 50
+  student_steps: int = 20
+  batch_size: int = 50
+  student_lr: float | Callable = .1
+  generator_lr: float | Callable = .01
+  weight_decay: float = 1e-3
+  lambda_dis: float = 1.
+  ensemble: str = 'prob'
+
+
+ENSEMBLES = ('prob', 'logit')
+
+
+def check(options: Options) -> Options:
+  """Returns `options`; ValueError names a wrong one and what would be right."""
+  for name, least in (('generator_steps', 0), ('student_steps', 0),
+                      ('batch_size', 1)):
+    if getattr(options, name) < least:
+      raise ValueError(
+          f'{name} must be at least {least}, got {getattr(options, name)}.')
+  if options.ensemble not in ENSEMBLES:
+    raise ValueError(
+        f'ensemble must be one of {ENSEMBLES}, got {options.ensemble!r}.')
+  return options
+
+
+def fed_df(
+    model: Model,
+    generator: Generator,
+    num_classes: int,
+    options: Options = Options(),
+) -> Method:
+  """FedDF on generated images; refines the mean.
+
+  Args:
+    model: the classifier.
+    generator: of images in the space of `model`'s float inputs.
+    num_classes: C.
+    options: see `Options`.
+
+  Returns:
+    The method. Its server slot is the generator, its message the class counts.
+    Info holds the mean of each loss and the model 'distilled'.
+
+  Raises:
+    ValueError: for a wrong option.
+  """
+  check(options)
+  num_draws = options.generator_steps + options.student_steps
+
+  def init(key, variables):
+    del variables
+    return generator.init(key), ()
+
+  def update(variables, shared, received, key):
+    z, labels = draw(key, received.message.sum(0), generator.noise_dim, options)
+    cut = options.generator_steps
+    shared, terms = train_generator(
+        model, generator, shared, received, z[:cut], labels[:cut], options)
+
+    def examples(i):
+      return generator.apply(shared, z[cut + i], labels[cut + i])[0]
+
+    student, loss = _distil(model, variables, received, examples, options)
+    metrics = {f'fed_df/{name}': jnp.sum(value) / max(cut, 1)
+               for name, value in terms.items()}
+    return student, shared, Info(
+        {**metrics, 'fed_df/student': loss}, {'distilled': student})
+
+  return Method(
+      init=init, update=update, synthesise=distillation.draw_images(generator),
+      upload=distillation.count_labels(
+          num_classes, num_draws * options.batch_size))
+
+
+def fed_df_public(model: Model, options: Options = Options()) -> Method:
+  """FedDF on the public images of `Data.public` [P, H, W, channels].
+
+  Args:
+    model: the classifier.
+    options: see `Options`; those of the generator are not used.
+
+  Returns:
+    The method. It keeps nothing and sends nothing. Info holds the mean loss
+    and the model 'distilled'.
+
+  Raises:
+    ValueError: for a wrong option; in the first round, if there are no public
+      images.
+  """
+  check(options)
+
+  def update(variables, shared, received, key):
+    images = received.public
+    if not hasattr(images, 'shape'):
+      raise ValueError('FedDF on public data needs images in Data.public.')
+
+    def examples(i):
+      rows = jax.random.randint(
+          jax.random.fold_in(key, i), (options.batch_size,), 0, len(images))
+      return images[rows]
+
+    student, loss = _distil(model, variables, received, examples, options)
+    return student, shared, Info(
+        {'fed_df/student': loss}, {'distilled': student})
+
+  return Method(update=update)
+
+
+def draw(key, counts, noise_dim, options):
+  """Noise [steps, B, noise] and labels [steps, B], the generator's steps first.
+  """
+  num = options.generator_steps + options.student_steps
+  key_noise, key_labels = jax.random.split(key)
+  labels = distillation.quota_labels(
+      key_labels, counts, num * options.batch_size)
+  shape = num, options.batch_size
+  return jax.random.normal(key_noise, (*shape, noise_dim)), labels.reshape(shape)
+
+
+def train_generator(model, generator, variables, received, z, labels, options):
+  """The first phase: one Adam step per row of `z` [steps, B, noise].
+
+  Returns:
+    The generator's variables, and the loss terms before each step.
+  """
+  present = distillation.present(received)
+  rate = distillation.rate_of(options.generator_lr, received)
+  optimizer = optax.chain(
+      optax.add_decayed_weights(options.weight_decay), optax.adam(rate))
+  passes = 1 + jnp.sum(received.arrived)
+
+  def loss_fn(params, stats, z, labels):
+    images, new = generator.apply(
+        Variables(params, stats), z, labels, train=True)
+    logits = distillation.teacher_logits(model, received.models, images)
+    cls = jnp.sum(present * jax.vmap(
+        lambda l: losses.cross_entropy(l, labels))(logits))
+    dis = losses.diversity(z, images)
+    return cls + options.lambda_dis * dis, (
+        _repeated(stats, new, passes), {'cls': cls, 'dis': dis})
+
+  def step(carry, draws):
+    (params, stats), opt_state = carry
+    grads, (stats, terms) = jax.grad(loss_fn, has_aux=True)(
+        params, stats, *draws)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return (Variables(params, stats), opt_state), terms
+
+  (variables, _), terms = jax.lax.scan(
+      step, (variables, optimizer.init(variables.params)), (z, labels))
+  return variables, terms
+
+
+def _repeated(old, new, times):
+  """Running statistics after `times` moves like the one from `old` to `new`."""
+  keep = 1 - layers.BATCH_NORM_MOMENTUM
+  factor = (1 - keep**times) / (1 - keep)
+  return jax.tree.map(lambda a, b: a + factor * (b - a), old, new)
+
+
+def _distil(model, student, received, images, options):
+  """The student's steps on `images(i)`; the student and its mean loss."""
+  weight = jnp.broadcast_to(
+      distillation.present(received)[:, None],
+      (len(received.arrived), options.batch_size))
+
+  def examples(i):
+    x = images(i)
+    logits = distillation.teacher_logits(model, received.models, x)
+    return x, distillation.ensemble(logits, weight, options.ensemble)
+
+  def loss(logits, target):
+    return jnp.mean(optax.losses.kl_divergence(
+        jax.nn.log_softmax(logits), target))
+
+  student, values = distillation.distil(
+      model, student, distillation.sgd(
+          distillation.rate_of(options.student_lr, received), options.weight_decay),
+      loss, examples, options.student_steps)
+  return student, jnp.sum(values) / max(options.student_steps, 1)

@@ -1,0 +1,40 @@
+"""FedProx: local models are kept near the one that was received.
+
+Li, Sahu, Zaheer, Sanjabi, Talwalkar and Smith, Federated Optimization in
+Heterogeneous Networks, MLSys 2020, arXiv:1812.06127, Eq. 2: the local objective
+gains mu / 2 ||theta - w||^2.
+
+Deviation on request: the official FedFTG repository's "FedProx" adds mu to the
+weight decay instead and so pulls towards zero (`to_zero`).
+"""
+
+import optax
+
+from fedftg_jax.base import Method
+
+
+def fed_prox(mu: float = 1e-4, to_zero: bool = False) -> Method:
+  """The proximal term, inside the gradient clip.
+
+  Args:
+    mu: its weight.
+    to_zero: as the official FedFTG code: mu is added to the weight decay,
+      outside the clip.
+
+  Returns:
+    The method; it keeps no state.
+
+  Raises:
+    ValueError: for a negative mu.
+  """
+  if mu < 0:
+    raise ValueError(f'mu must be at least 0, got {mu}.')
+  if to_zero:
+    return Method(decay=lambda view: mu)
+
+  def penalty(variables, output, batch, view, key):
+    del output, batch, key
+    distance = optax.tree.sub(variables.params, view.received.params)
+    return mu / 2 * optax.tree.norm(distance, squared=True)
+
+  return Method(penalty=penalty)

@@ -1,0 +1,60 @@
+"""MOON: features are drawn to the received model's, away from the last local's.
+
+Li, He and Song, Model-Contrastive Federated Learning, CVPR 2021,
+arXiv:2103.16257, Eq. 3: the local objective gains
+
+  mu * -log( exp(cos(e, e_glob) / tau)
+             / (exp(cos(e, e_glob) / tau) + exp(cos(e, e_prev) / tau)) )
+
+with e the features of the model in training, e_glob of the received one and
+e_prev of the client's last, both frozen and in eval mode. In its first round a
+client has no last model, and the term is 0 (the official codes' choice).
+Features are the input of the last layer: the projected embedding where the model
+has a projection head (the paper; `models.build(projection_dim=...)`), else the
+pooled features (the official FedFTG code).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedftg_jax import losses
+from fedftg_jax.base import Method, Model
+
+
+def moon(model: Model, mu: float = .5, tau: float = 5.) -> Method:
+  """The model-contrastive term.
+
+  Args:
+    model: the classifier.
+    mu: weight of the term (the official FedFTG scripts' .5; MOON's paper is
+      recalled to use 1 to 10, unverified).
+    tau: temperature (5 in those scripts; .5 recalled of the paper, unverified).
+
+  Returns:
+    The method. A client keeps its last model and whether it has one.
+
+  Raises:
+    ValueError: for a negative mu or a temperature that is not positive.
+  """
+  if mu < 0:
+    raise ValueError(f'mu must be at least 0, got {mu}.')
+  if tau <= 0:
+    raise ValueError(f'tau must be above 0, got {tau}.')
+
+  def init(key, variables):
+    del key
+    return (), (variables, jnp.zeros((), bool))
+
+  def penalty(variables, output, batch, view, key):
+    del variables, key
+    previous, seen = view.own
+    near, far = (jax.lax.stop_gradient(model.apply(v, batch.x).features)
+                 for v in (view.received, previous))
+    contrast = losses.contrast(output.features, near, far, tau)
+    return mu * seen * losses.masked_mean(contrast, batch.mask)
+
+  def upload(view, local, objective, key):
+    del view, objective, key
+    return (local.variables, jnp.ones((), bool)), ()
+
+  return Method(init=init, penalty=penalty, upload=upload)

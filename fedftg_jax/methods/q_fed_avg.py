@@ -1,0 +1,66 @@
+"""q-FedAvg: fair weighting, clients with a larger loss count more.
+
+Li, Sanjabi, Beirami and Smith, Fair Resource Allocation in Federated Learning,
+ICLR 2020, arXiv:1905.10497, Algorithm 2. The objective is
+sum_k p_k F_k^(q + 1) / (q + 1); with F_k the loss of the received model on the
+client's data, d_k = w_k - w and L = 1 / learning rate,
+
+  w <- w + sum_k p_k F_k^q d_k / sum_k p_k (q F_k^(q - 1) L ||d_k||^2 + F_k^q).
+
+Deviation: the paper draws clients with probability p_k and adds them up
+unweighted; here participation is the schedule's, and the federation's weights
+stand for p_k. q = 0 is FedAvg.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedftg_jax import trees
+from fedftg_jax.base import Method
+from fedftg_jax.data import clients
+from fedftg_jax.methods import fed_avg
+
+_SMALLEST_LOSS = 1e-10
+
+
+def q_fed_avg(
+    q: float = 1.,
+    server_optimizer: optax.GradientTransformation | None = None,
+    batch_size: int = 50,
+) -> Method:
+  """The fair mean; it aggregates.
+
+  Args:
+    q: how much a larger loss counts; 0 is FedAvg.
+    server_optimizer: see `fed_avg.aggregate`.
+    batch_size: examples at once when a client's loss is taken.
+
+  Returns:
+    The method. Its message is F_k^q and the client's term of the denominator.
+
+  Raises:
+    ValueError: for a negative q.
+  """
+  if q < 0:
+    raise ValueError(f'q must be at least 0, got {q}.')
+
+  def upload(view, local, objective, key):
+    def loss(batch):
+      return objective.loss(view.received, batch, key)[1].cross_entropy
+
+    loss = clients.mean_over_examples(loss, view.data, batch_size)
+    loss = jnp.maximum(loss, _SMALLEST_LOSS)
+    change = optax.tree.sub(local.variables.params, view.received.params)
+    rate = jnp.where(local.step_size > 0, local.step_size, 1)
+    curvature = optax.tree.norm(change, squared=True) / rate
+    return view.own, (loss**q, q * loss**(q - 1) * curvature + loss**q)
+
+  def mean(params, received):
+    fair, denominator = received.message  # [S] each
+    weight = received.weight * fair / jnp.maximum(
+        jnp.sum(received.weight * denominator), _SMALLEST_LOSS)
+    return jax.tree.map(
+        jnp.add, params, trees.weighted_sum(received.delta.params, weight))
+
+  return fed_avg.aggregate(mean, server_optimizer)._replace(upload=upload)

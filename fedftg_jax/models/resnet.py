@@ -1,0 +1,112 @@
+"""Residual networks for ImageNet (torchvision's) and for CIFAR.
+
+Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun, Deep Residual Learning for
+Image Recognition, CVPR 2016, arXiv:1512.03385. Blocks, projections and
+initialisation follow torchvision.
+
+Deviation: without norms the last convolution of every residual branch starts at
+zero, hence every block as its shortcut. Signals then keep their size through a
+deep net instead of growing with every block, and it trains.
+"""
+
+from typing import Sequence
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from fedftg_jax.models import layers
+
+
+class BasicBlock(nn.Module):
+  """ReLU(shortcut + branch), the branch two 3 x 3 convolutions with norms.
+
+  Attributes:
+    features: output channels.
+    stride: of the first convolution and of the shortcut.
+    project: whether a shortcut that changes shape is a 1 x 1 convolution with a
+      norm, or else `subsample` (options B and A of the paper).
+    options: see `layers.Options`.
+  """
+  features: int
+  stride: int
+  project: bool
+  options: layers.Options
+
+  @nn.compact
+  def __call__(self, x, mask=None, train=False):
+    last_init = (nn.initializers.zeros if self.options.norm == 'none'
+                 else layers.kaiming_init)
+    branch = layers.ConvNorm(
+        self.features, 3, self.options, self.stride, name='conv0')(
+            x, mask, train)
+    branch = layers.ConvNorm(
+        self.features, 3, self.options, kernel_init=last_init, name='conv1')(
+            nn.relu(branch), mask, train)
+    if self.stride == 1 and x.shape[-1] == self.features:
+      shortcut = x
+    elif self.project:
+      shortcut = layers.ConvNorm(
+          self.features, 1, self.options, self.stride, name='shortcut')(
+              x, mask, train)
+    else:
+      shortcut = subsample(x, self.features, self.stride)
+    return nn.relu(shortcut + branch)
+
+
+def subsample(x: jax.Array, num_channels: int, stride: int) -> jax.Array:
+  """Every `stride`-th pixel, with channels of zeros up to `num_channels`."""
+  more = num_channels - x.shape[-1]
+  return jnp.pad(x[:, ::stride, ::stride], ((0, 0),) * 3 + ((0, more),))
+
+
+class ResNet(nn.Module):
+  """A stem, stages of basic blocks, the mean over the image, a linear layer.
+
+  Attributes:
+    num_classes: C.
+    widths: channels of each stage; all but the first begin with a stride of 2.
+    num_blocks: of each stage.
+    imagenet_stem: whether the stem quarters the image's height and width by a
+      strided 7 x 7 convolution and max pooling; else it is a 3 x 3 convolution.
+    project: see `BasicBlock`.
+    options: see `layers.Options`.
+  """
+  num_classes: int
+  widths: Sequence[int]
+  num_blocks: int
+  imagenet_stem: bool
+  project: bool
+  options: layers.Options
+
+  @nn.compact
+  def __call__(self, x, mask=None, train=False):
+    size, stride = (7, 2) if self.imagenet_stem else (3, 1)
+    x = layers.ConvNorm(self.widths[0], size, self.options, stride,
+                        name='stem')(x, mask, train)
+    if self.imagenet_stem:
+      x = layers.max_pool(x, 3, 2, 1)
+    x = nn.relu(x)  # after the pooling: the same, on a quarter of the values
+    for i, width in enumerate(self.widths):
+      for j in range(self.num_blocks):
+        stride = 2 if i and not j else 1
+        x = BasicBlock(width, stride, self.project, self.options,
+                       name=f'block{i}_{j}')(x, mask, train)
+    x = jnp.mean(x, (1, 2))
+    return layers.head(x, self.num_classes, self.options.projection_dim)
+
+
+def resnet18(num_classes: int, options=layers.Options('batch')) -> nn.Module:
+  """torchvision's; the official code of FedFTG has it see 32 x 32 images."""
+  return ResNet(num_classes, (64, 128, 256, 512), 2, True, True, options)
+
+
+def resnet18_cifar(
+    num_classes: int, options=layers.Options('batch')) -> nn.Module:
+  """`resnet18` with a stem that keeps the image size."""
+  return ResNet(num_classes, (64, 128, 256, 512), 2, False, True, options)
+
+
+def resnet20(num_classes: int, options=layers.Options('batch')) -> nn.Module:
+  """The paper's net for CIFAR, with shortcuts that have no parameters."""
+  return ResNet(num_classes, (16, 32, 64), 3, False, False, options)

@@ -1,0 +1,48 @@
+"""VGG with 11 layers, for small images.
+
+Karen Simonyan, Andrew Zisserman, Very Deep Convolutional Networks for
+Large-Scale Image Recognition, ICLR 2015, arXiv:1409.1556, configuration A.
+
+Deviations, those of the usual versions for CIFAR: norms behind the convolutions
+(which keep their biases, as in torchvision's `vgg11_bn`), and one linear layer
+in place of three. Ours: the pooling stops where the image is one pixel high or
+wide, and the mean over what is left goes into the linear layer.
+"""
+
+from typing import Sequence
+
+from flax import linen as nn
+import jax.numpy as jnp
+
+from fedftg_jax.models import layers
+
+
+class VGG(nn.Module):
+  """Stages of 3 x 3 convolutions with norm and ReLU, each ended by max pooling.
+
+  Attributes:
+    num_classes: C.
+    stages: for each stage, the output channels of its convolutions.
+    options: see `layers.Options`.
+  """
+  num_classes: int
+  stages: Sequence[Sequence[int]]
+  options: layers.Options
+
+  @nn.compact
+  def __call__(self, x, mask=None, train=False):
+    for i, widths in enumerate(self.stages):
+      for j, width in enumerate(widths):
+        x = layers.ConvNorm(width, 3, self.options, bias_before_norm=True,
+                            name=f'conv{i}_{j}')(x, mask, train)
+        x = nn.relu(x)
+      if min(x.shape[1:3]) >= 2:
+        x = layers.max_pool(x)
+    x = jnp.mean(x, (1, 2))
+    return layers.head(x, self.num_classes, self.options.projection_dim)
+
+
+def vgg11(num_classes: int, options=layers.Options('batch')) -> nn.Module:
+  """conv 64, pool, 128, pool, 256, 256, pool, 2 x (512, 512, pool), fc."""
+  stages = (64,), (128,), (256, 256), (512, 512), (512, 512)
+  return VGG(num_classes, stages, options)

@@ -49,6 +49,7 @@ FLAGS = absl_flags.FLAGS
 
 # What every method of a comparison shares.
 _SHARED = ('seed', 'rounds', 'eval_every', 'dataset', 'data_dir', 'workdir',
+           'public_data', 'dropout_rate', 'straggler_rate', 'min_availability',
            'partition', 'dirichlet_alpha', 'size_sigma', 'partition_seed',
            'num_clients', 'cohort', 'schedule', 'schedule_seed')
 

@@ -17,12 +17,18 @@ from absl import logging
 
 from fedftg_jax import federation, models, recipes
 from fedftg_jax.data import datasets
-from fedftg_jax.methods import fed_ftg
+from fedftg_jax.methods import batch_norm, fed_df, fed_ftg, scaffold
 from fedftg_jax.models import layers
 
 PARTITIONS = ('dirichlet', 'iid', 'file:PATH')
 SCHEDULES = ('exact', 'bernoulli', 'file:PATH')
 FTG = 'ftg_'
+# The flags of a method, by what their names begin with; the rest of a name is
+# that of the argument, see `runner`.
+PREFIXES = {
+    'fed_prox': 'prox_', 'fed_dyn': 'dyn_', 'scaffold': 'scaffold_',
+    'moon': 'moon_', 'q_fed_avg': 'fair_', 'fed_df': 'df_',
+    'fed_df_public': 'df_', 'fed_ftg': FTG}
 # Where a run writes and how it shows itself is no part of its configuration.
 _PRESENTATION = ('workdir', 'data_dir')
 
@@ -46,6 +52,10 @@ def _define() -> None:
       'with a Python package), or npz:PATH, an .npz with train_x, train_y, '
       'test_x, test_y (images NHWC, uint8 or float32).')
   flags.DEFINE_string(
+      'public_data', '', 'Unlabelled images on the server, for fed_df_public: '
+      'train:NUM (taken from the training set before it is shared out) or '
+      'npz:PATH (an .npz with x, images like the data set\'s).')
+  flags.DEFINE_string(
       'data_dir', None, 'Where prepared data sets are kept; default: that of '
       'TensorFlow Datasets (~/tensorflow_datasets).')
   flags.DEFINE_string(
@@ -67,9 +77,20 @@ def _define() -> None:
   flags.DEFINE_string(
       'schedule', 'exact', 'Participation: exact (always --cohort clients), '
       'bernoulli (each client on its own, never none), or file:PATH (.npy of '
-      'client ids [rounds, cohort], -1 for padding).')
+      'client ids [rounds, cohort], -1 for padding, or the schedule.npz that '
+      'every run writes, with dropouts and stragglers).')
   flags.DEFINE_integer('schedule_seed', 0, 'Seed of the participation.',
                        lower_bound=0, upper_bound=2**31 - 1)
+  flags.DEFINE_float(
+      'dropout_rate', 0., 'Share of the selected clients that do not arrive.',
+      lower_bound=0, upper_bound=1)
+  flags.DEFINE_float(
+      'straggler_rate', 0., 'Share of the selected clients that do only some of '
+      'their local steps, a number drawn anew each time.', lower_bound=0,
+      upper_bound=1)
+  flags.DEFINE_float(
+      'min_availability', 1., 'Each client can be reached with a probability of '
+      'its own, drawn once between this and 1.', lower_bound=0, upper_bound=1)
   flags.DEFINE_integer('rounds', 30, 'Communication rounds.', lower_bound=1)
   flags.DEFINE_integer('client_chunk', 0, 'Clients stacked at once; 0 for all.',
                        lower_bound=0)
@@ -88,8 +109,18 @@ def _define() -> None:
                      f'default: {rates}.')
   # Local training
   flags.DEFINE_enum('model', 'lenet', list(models.CLASSIFIERS), 'Classifier.')
-  flags.DEFINE_enum('norm', 'none', layers.NORMS,
-                    'Normalisation after the convolutions.')
+  flags.DEFINE_enum('norm', None, layers.NORMS, 'Normalisation after the '
+                    'convolutions; default: batch for resnet* and vgg11, else '
+                    'none.')
+  flags.DEFINE_enum('batch_norm', 'aggregate', batch_norm.POLICIES, 'BatchNorm '
+                    'statistics: aggregate (averaged with the model), local '
+                    '(each client keeps its own), or reset (a client estimates '
+                    'them on its data before it trains).')
+  flags.DEFINE_bool('torch_bn', True, 'Running variances are unbiased, as '
+                    'PyTorch\'s.')
+  flags.DEFINE_integer('projection_dim', 0, 'Width of a projection head in front '
+                       'of the last layer (MOON\'s paper: 256); 0 for none.',
+                       lower_bound=0)
   flags.DEFINE_enum('conv', 'im2col', layers.CONV_IMPLEMENTATIONS,
                     'How convolutions are computed; the results agree.')
   flags.DEFINE_integer('local_epochs', 5, 'Epochs per client and round.',
@@ -112,7 +143,51 @@ def _define() -> None:
                        lower_bound=0, upper_bound=2**31 - 1)
   flags.DEFINE_string('workdir', None, 'Where to write; default: a folder in runs/ '
                       'named after the configuration.')
+  _define_methods()
   _define_ftg()
+
+
+def _define_methods() -> None:
+  """The flags of single methods, but for FedFTG's."""
+  flags.DEFINE_float('prox_mu', 1e-4, 'FedProx: weight of the proximal term.',
+                     lower_bound=0)
+  flags.DEFINE_bool('prox_to_zero', False, 'FedProx: pull towards zero, as the '
+                    'official FedFTG code does.')
+  flags.DEFINE_float('dyn_alpha', .01, 'FedDyn: weight of the regulariser.',
+                     lower_bound=0)
+  flags.DEFINE_integer('scaffold_option', 2, 'SCAFFOLD: 1, control variates from '
+                       'a gradient over all data, or 2, from the mean step.',
+                       lower_bound=min(scaffold.OPTIONS),
+                       upper_bound=max(scaffold.OPTIONS))
+  flags.DEFINE_bool('scaffold_lr0', False, 'SCAFFOLD: the first round\'s learning '
+                    'rate in the control variates, as the official code has.')
+  flags.DEFINE_bool('scaffold_ref_untuned', False, 'SCAFFOLD: control variates '
+                    'compare with the mean before fine-tuning, as the official '
+                    'code\'s do.')
+  flags.DEFINE_float('moon_mu', .5, 'MOON: weight of the contrast.', lower_bound=0)
+  flags.DEFINE_float('moon_tau', 5., 'MOON: temperature.', lower_bound=0)
+  flags.DEFINE_float('fair_q', 1., 'q-FedAvg: how much a larger loss counts; 0 is '
+                     'FedAvg.', lower_bound=0)
+  options = fed_df.Options()
+  for name, text in (
+      ('generator_steps', 'updates of the generator per round'),
+      ('student_steps', 'updates of the student per round')):
+    flags.DEFINE_integer('df_' + name, getattr(options, name),
+                         f'FedDF: {text}.', lower_bound=0)
+  flags.DEFINE_integer('df_batch_size', 0, 'FedDF: images per step; 0 for '
+                       '--batch_size.', lower_bound=0)
+  for name, text in (
+      ('student_lr', 'learning rate of the student\'s SGD'),
+      ('generator_lr', 'learning rate of the generator\'s Adam'),
+      ('lambda_dis', 'weight of the diversity term')):
+    flags.DEFINE_float('df_' + name, getattr(options, name), f'FedDF: {text}.',
+                       lower_bound=0)
+  flags.DEFINE_enum('df_ensemble', options.ensemble, fed_df.ENSEMBLES,
+                    'FedDF: teachers combine as probabilities or as logits.')
+  flags.DEFINE_integer('generator_width', 16, 'Channels of the generator\'s last '
+                       'block (64 in FedFTG\'s official code).', lower_bound=1)
+  flags.DEFINE_integer('noise_dim', 100, 'Length of the generator\'s noise.',
+                       lower_bound=1)
 
 
 def _define_ftg() -> None:
@@ -121,10 +196,6 @@ def _define_ftg() -> None:
   flags.DEFINE_enum(FTG + 'preset', 'official', list(fed_ftg.PRESETS),
                     'official: the released code; paper: the equations as far as '
                     'known; intended: the code with its defects mended.')
-  flags.DEFINE_integer(FTG + 'generator_width', 16, 'Channels of the generator\'s '
-                       'last block (64 in the official code).', lower_bound=1)
-  flags.DEFINE_integer(FTG + 'noise_dim', 100, 'Length of the noise vector.',
-                       lower_bound=1)
   for name, text in (
       ('iterations', 'Outer iterations per round; 0 switches FedFTG off'),
       ('generator_steps', 'Generator passes per iteration'),
@@ -229,7 +300,10 @@ def config(**changes) -> dict[str, Any]:
   for name in fed_ftg.CHOICES:
     if values[FTG + name] is None:
       values[FTG + name] = getattr(preset, name)
-  values[FTG + 'batch_size'] = values[FTG + 'batch_size'] or values['batch_size']
+  for name in (FTG + 'batch_size', 'df_batch_size'):
+    values[name] = values[name] or values['batch_size']
+  if values['norm'] is None:
+    values['norm'] = models.DEFAULT_NORMS[values['model']]
   _check(values)
   if values['weighting'] is None:
     values['weighting'] = recipes.weighting(values['method'])
@@ -243,14 +317,22 @@ def config(**changes) -> dict[str, Any]:
 def _unused(values: dict[str, Any]) -> set[str]:
   """Flags that nothing depends on, given the others."""
   unused = set(_PRESENTATION)
-  if 'fed_ftg' not in recipes.parse(values['method']):
-    unused |= {k for k in values if k.startswith(FTG)}
+  parts = recipes.parse(values['method'])
+  used = tuple(PREFIXES[part] for part in parts if part in PREFIXES)
+  unused |= {k for k in values if k.startswith(tuple(PREFIXES.values()))
+             and not k.startswith(used)}
+  if not recipes.generates(values['method']):
+    unused |= {'generator_width', 'noise_dim', 'df_lambda_dis',
+               'df_generator_steps', 'df_generator_lr'}
+  if values['norm'] != 'batch':
+    unused |= {'batch_norm', 'torch_bn'}
   if values['partition'] != 'dirichlet':
     unused.add('dirichlet_alpha')
   if values['partition'].startswith('file:'):
     unused |= {'size_sigma', 'partition_seed', 'num_clients'}
   if values['schedule'].startswith('file:'):
-    unused |= {'cohort', 'schedule_seed'}
+    unused |= {'cohort', 'schedule_seed', 'dropout_rate', 'straggler_rate',
+               'min_availability'}
   return unused
 
 
@@ -289,6 +371,10 @@ def _check(values: dict[str, Any]) -> None:
   folder = values['data_dir']
   require('data_dir', folder is None or not os.path.exists(folder)
           or os.path.isdir(folder), 'must be a folder')
+  require('moon_tau', values['moon_tau'] > 0, 'must be above 0')
+  require('scaffold_lr0', not values['scaffold_lr0']
+          or values['learning_rate'] > 0, 'needs a --learning_rate above 0')
+  _check_public(values, require)
   rate = values['server_learning_rate']
   require('server_learning_rate', rate is None or rate > 0, 'must be above 0')
   require('norm', values['norm'] == 'none' or values['model'] != 'mlp',
@@ -298,6 +384,21 @@ def _check(values: dict[str, Any]) -> None:
       not values['partition'].startswith('file:')):
     require('cohort', values['cohort'] <= values['num_clients'],
             f'must be at most --num_clients={values["num_clients"]}')
+
+
+def _check_public(values, require):
+  kind, _, rest = values['public_data'].partition(':')
+  if kind == 'npz':
+    require('public_data', os.path.isfile(rest), 'no such file')
+  elif kind == 'train':
+    require('public_data', rest.isdigit() and int(rest) > 0,
+            'train: must be followed by a number of images')
+  else:
+    require('public_data', not values['public_data'],
+            'must be train:NUM or npz:PATH')
+  if 'fed_df_public' in recipes.parse(values['method']):
+    require('public_data', values['public_data'],
+            'fed_df_public needs images: give train:NUM or npz:PATH')
 
 
 def _check_by(flag, values, function):

@@ -22,11 +22,12 @@ from fedftg_jax import federation
 from fedftg_jax import models
 from fedftg_jax import recipes
 from fedftg_jax import solvers
+from fedftg_jax import trees
 from fedftg_jax.data import clients
 from fedftg_jax.data import datasets
 from fedftg_jax.data import partition
 from fedftg_jax.data import schedules
-from fedftg_jax.methods import fed_ftg
+from fedftg_jax.methods import batch_norm, fed_df, fed_ftg
 
 FINAL_ROUNDS = 10  # the final accuracy is the mean over so many last rounds
 
@@ -34,7 +35,8 @@ FINAL_ROUNDS = 10  # the final accuracy is the mean over so many last rounds
 class Experiment(NamedTuple):
   """All parts of a run, built and checked."""
   config: dict[str, Any]
-  dataset: datasets.Dataset
+  loaded: datasets.Dataset
+  dataset: datasets.Dataset  # without what became public
   parts: list[np.ndarray]  # row indices of each client
   data: base.Data
   schedule: base.Cohort    # leading axis [T]
@@ -50,22 +52,17 @@ def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
     flags.UsageError: where data and configuration do not fit.
   """
   dataset = _checked('dataset', config, _load, config['dataset'], data_dir)
+  loaded = dataset
+  dataset, public = _public(config, loaded)
   parts = _partition(config, dataset)
-  schedule = _schedule(config, len(parts))
+  schedule = _schedule(config, parts)
   model = _checked(
       'model', config, models.build, config['model'], dataset.image_shape,
       dataset.num_classes, mean=dataset.mean, std=dataset.std,
-      norm=config['norm'], conv=config['conv'])
-  settings = recipes.Settings(
-      model, dataset.num_classes, recipes.server_optimizer(
-          config['server_optimizer'], config['server_learning_rate']))
-  if 'fed_ftg' in recipes.parse(config['method']):
-    options = _ftg_options(config, len(dataset.train_y))
-    settings = settings._replace(ftg=options, generator=_checked(
-        'dataset', config, fed_ftg.make_generator, options, dataset.image_shape,
-        dataset.num_classes, noise_dim=config['ftg_noise_dim'],
-        width=config['ftg_generator_width'], conv=config['conv']))
-  method = recipes.build(config['method'], settings)
+      norm=config['norm'], conv=config['conv'],
+      projection_dim=config['projection_dim'],
+      torch_bn=config.get('torch_bn', True))
+  method = _method(config, dataset, model)
   steps = config['local_steps'] or None
   solver = solvers.local_sgd(
       _decayed(config['learning_rate'], config),
@@ -76,8 +73,9 @@ def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
   fed = federation.federation(
       model, method, solver, len(parts), weighting=config['weighting'],
       client_chunk=config['client_chunk'])
-  data = clients.from_partition(dataset.train_x, dataset.train_y, parts)
-  return Experiment(config, dataset, parts, data, schedule, model, method, fed)
+  data = clients.from_partition(
+      dataset.train_x, dataset.train_y, parts, public)
+  return Experiment(config, loaded, dataset, parts, data, schedule, model, method, fed)
 
 
 _load = functools.lru_cache(maxsize=1)(datasets.load)
@@ -94,18 +92,59 @@ def _decayed(rate, config):
   return lambda round_: rate * config['lr_decay'] ** round_
 
 
-def _ftg_options(config, num_examples) -> fed_ftg.Options:
-  most = (2**32 - 1) // (num_examples * config['ftg_batch_size'])
-  if config['ftg_iterations'] > most:
-    raise flags.UsageError(
-        'ftg_iterations', config['ftg_iterations'], f'must be at most {most} with '
-        f'{num_examples} examples and batches of {config["ftg_batch_size"]}')
-  values = {k[len(flags.FTG):]: v for k, v in config.items()
-            if k.startswith(flags.FTG)}
-  chosen = {k: v for k, v in values.items() if k in fed_ftg.Options._fields}
-  for name in ('student_lr', 'generator_lr'):
+def _method(config, dataset, model) -> base.Method:
+  """The method, with the policy for BatchNorm statistics at its end."""
+  options = {part: _options(part, config)
+             for part in recipes.parse(config['method'])}
+  generator = None
+  if recipes.generates(config['method']):
+    _check_num_labels(config, len(dataset.train_y))
+    generator = _checked(
+        'dataset', config, models.image_generator, dataset.image_shape,
+        dataset.num_classes, noise_dim=config['noise_dim'],
+        width=config['generator_width'], conv=config['conv'],
+        bias_before_norm=config.get('ftg_gen_bn_bias') != 'drop')
+  settings = recipes.Settings(
+      model, dataset.num_classes, recipes.server_optimizer(
+          config['server_optimizer'], config['server_learning_rate']),
+      generator, options)
+  return batch_norm.with_policy(
+      config.get('batch_norm', 'aggregate'),
+      recipes.build(config['method'], settings), model, config['batch_size'])
+
+
+def _options(part, config) -> dict[str, Any]:
+  """The arguments of a method's function, from its flags."""
+  prefix = flags.PREFIXES.get(part)
+  values = {k[len(prefix):]: v for k, v in config.items()
+            if prefix and k.startswith(prefix)}
+  if part == 'scaffold':
+    return {
+        'option': values['option'], 'batch_size': config['batch_size'],
+        'untuned_reference': values['ref_untuned'],
+        'learning_rate': config['learning_rate'] if values['lr0'] else None}
+  if part == 'q_fed_avg':
+    return {**values, 'batch_size': config['batch_size']}
+  kind = {'fed_ftg': fed_ftg.Options, 'fed_df': fed_df.Options,
+          'fed_df_public': fed_df.Options}.get(part)
+  if kind is None:
+    return values
+  chosen = {k: v for k, v in values.items() if k in kind._fields}
+  for name in {'student_lr', 'generator_lr'} & chosen.keys():
     chosen[name] = _decayed(chosen[name], config)
-  return fed_ftg.Options(**chosen, weight_decay=config['weight_decay'])
+  return {'options': kind(**chosen, weight_decay=config['weight_decay'])}
+
+
+def _check_num_labels(config, num_examples) -> None:
+  for flag, batch in (('ftg_iterations', 'ftg_batch_size'),
+                      ('df_generator_steps', 'df_batch_size'),
+                      ('df_student_steps', 'df_batch_size')):
+    if flag in config:
+      most = (2**31 - 1) // (num_examples * config[batch])
+      if config[flag] > most:
+        raise flags.UsageError(
+            flag, config[flag], f'must be at most {most} with {num_examples} '
+            f'examples and batches of {config[batch]}')
 
 
 def _partition(config, dataset) -> list[np.ndarray]:
@@ -121,25 +160,57 @@ def _partition(config, dataset) -> list[np.ndarray]:
                   config['num_clients'], config['dirichlet_alpha'], **shared)
 
 
-def _schedule(config, num_clients) -> base.Cohort:
-  kind, num_rounds = config['schedule'], config['rounds']
+def _public(config, dataset):
+  """The data set without the images that become public, and those."""
+  kind, _, rest = config.get('public_data', '').partition(':')
+  if kind == 'npz':
+    return dataset, _checked(
+        'public_data', config, datasets.read_images, rest, dataset)
+  if not kind:
+    return dataset, ()
+  num, total = int(rest), len(dataset.train_y)
+  if num >= total:
+    raise flags.UsageError(
+        'public_data', config['public_data'],
+        f'must leave some of the {total} training images to the clients')
+  order = np.random.RandomState([config.get('partition_seed', 0), 1]).permutation(
+      total)
+  kept = np.sort(order[num:])
+  return dataset._replace(
+      train_x=dataset.train_x[kept], train_y=dataset.train_y[kept]
+      ), dataset.train_x[order[:num]]
+
+
+def _schedule(config, parts) -> base.Cohort:
+  kind, num_rounds, num_clients = (
+      config['schedule'], config['rounds'], len(parts))
   if kind.startswith('file:'):
     schedule = _checked('schedule', config, schedules.load, kind[len('file:'):],
                         num_rounds, num_clients)
     return _checked('schedule', config, federation.check_schedule, schedule,
                     num_clients)
   make = schedules.exact if kind == 'exact' else schedules.bernoulli
-  return _checked('cohort', config, make, num_rounds, num_clients,
-                  config['cohort'], config['schedule_seed'])
+  seed = config['schedule_seed']
+  available = schedules.availability(
+      num_clients, config['min_availability'], seed)
+  schedule = _checked('cohort', config, make, num_rounds, num_clients,
+                      config['cohort'], seed, available)
+  schedule = schedules.with_dropouts(schedule, config['dropout_rate'], seed)
+  batches = -(-np.array([len(part) for part in parts]) // config['batch_size'])
+  steps = config['local_steps'] or config['local_epochs'] * batches
+  return schedules.with_stragglers(
+      schedule, np.broadcast_to(steps, num_clients), config['straggler_rate'],
+      seed)
 
 
 def with_seeds(experiment: Experiment, config: dict[str, Any]) -> Experiment:
   """The same compiled parts with the partition and schedule of `config`."""
-  dataset = experiment.dataset
+  dataset, public = _public(config, experiment.loaded)
   parts = _partition(config, dataset)
   return experiment._replace(
-      config=config, parts=parts, schedule=_schedule(config, len(parts)),
-      data=clients.from_partition(dataset.train_x, dataset.train_y, parts))
+      config=config, dataset=dataset, parts=parts,
+      schedule=_schedule(config, parts), data=clients.from_partition(
+          dataset.train_x, dataset.train_y, parts, public))
 
 
 # Folders of runs
@@ -148,9 +219,9 @@ def with_seeds(experiment: Experiment, config: dict[str, Any]) -> Experiment:
 def contents(config: dict[str, Any]) -> dict[str, str]:
   """Fingerprints of the files that the configuration names."""
   named = {}
-  for flag in ('dataset', 'partition', 'schedule'):
+  for flag in ('dataset', 'partition', 'schedule', 'public_data'):
     _, _, path = config.get(flag, '').partition(':')
-    if path:
+    if path and not config[flag].startswith('train:'):
       digest = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
       named[f'{flag} file'] = digest[:16]
   return named
@@ -267,6 +338,12 @@ def train(
   test = jnp.asarray(experiment.dataset.test_x), jnp.asarray(
       experiment.dataset.test_y)
   num_rounds = experiment.config['rounds']
+  # The mean of statistics that clients keep to themselves says nothing.
+  local = experiment.config.get('batch_norm') == 'local'
+  client_test = local and clients.from_partition(
+      experiment.dataset.test_x, experiment.dataset.test_y, partition.like(
+          experiment.dataset.test_y, experiment.dataset.train_y,
+          experiment.parts))
 
   with progress.Progress(label, num_rounds) as bar:
     def evaluate(done, state, info):
@@ -276,8 +353,11 @@ def train(
         variants = {'broadcast': state.variables, **info.models}
         scores = {
             name: jax.tree.map(float, evaluation.evaluate(
-                experiment.model, _one_seed(v, r, several), *test))
+                experiment.model, _one_seed(v, r, several), *test, 500, local))
             for name, v in variants.items()}
+        if local:
+          scores['own_statistics'] = _with_own_statistics(
+              experiment, _one_seed(state, r, several), client_test)
         metrics = {k: v[r] if several else v for k, v in info.metrics.items()}
         run.add(done, metrics, scores, traffic)
       clock.lap('evaluate')
@@ -292,6 +372,20 @@ def train(
         callback=evaluate)
   for r, run in enumerate(runs):
     run.finish(_one_seed(state, r, several), clock)
+
+
+def _with_own_statistics(experiment, state, client_test):
+  """Mean scores of the broadcast model over clients, each with its own
+  statistics on a test split like its training data."""
+  (stats, seen), _ = state.clients[0]
+  received = trees.stack(state.variables.stats, len(seen))
+  stats = jax.tree.map(
+      lambda own, new: jnp.where(
+          seen.reshape((-1,) + (1,) * (own.ndim - 1)), own, new),
+      stats, received)
+  scores = evaluation.evaluate_clients(
+      experiment.model, state.variables.params, stats, client_test)
+  return {name: float(jnp.nanmean(value)) for name, value in scores.items()}
 
 
 # Kept, so that a second group of seeds finds the program compiled.
@@ -318,6 +412,8 @@ class Run:
     (folder / 'summary.json').unlink(missing_ok=True)
     with files.replacing(folder / 'partition.npz') as temporary:
       partition.save(temporary, experiment.parts)
+    with files.replacing(folder / 'schedule.npz') as temporary:
+      schedules.save(temporary, experiment.schedule, len(experiment.parts))
 
   @property
   def accuracy(self) -> float:
@@ -337,8 +433,8 @@ class Run:
           f'{self._folder}: the model is no longer finite after a round between '
           f'{self.rounds + 1} and {done}; the rows up to round {self.rounds} are '
           'kept. A smaller --learning_rate or --clip_norm may help')
-    self._down += int(metrics.pop('num_selected').sum()) * traffic[0]
-    self._up += int(metrics.pop('num_arrived').sum()) * traffic[1]
+    self._down += int(metrics.pop('num_selected').sum()) * traffic[0] // 8
+    self._up += int(metrics.pop('num_arrived').sum()) * traffic[1] // 8
     losses = {k: _number(np.nanmean(v) if np.isfinite(v).any() else np.nan)
               for k, v in metrics.items()}
     self._rows.append({

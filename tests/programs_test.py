@@ -45,7 +45,7 @@ def write_data(folder):
 def small(data):
   return [f'--dataset=npz:{data}', '--num_clients=4', '--cohort=2', '--model=mlp',
           '--rounds=3', '--local_epochs=1', '--batch_size=10', '--eval_every=2',
-          '--ftg_iterations=1', '--ftg_generator_width=2', '--ftg_noise_dim=4',
+          '--ftg_iterations=1', '--generator_width=2', '--noise_dim=4',
           '--dirichlet_alpha=1']
 
 

@@ -10,13 +10,15 @@ from fedftg_jax.base import Batch, Data, PyTree
 
 
 def from_partition(
-    x: np.ndarray, y: np.ndarray, parts: Sequence[np.ndarray]) -> Data:
+    x: np.ndarray, y: np.ndarray, parts: Sequence[np.ndarray],
+    public: np.ndarray | tuple[()] = ()) -> Data:
   """Puts the examples on the device, once, with a table of who holds which.
 
   Args:
     x: [M, H, W, channels] images, uint8 or float.
     y: [M] labels.
     parts: one array of rows of `x` per client, of unequal lengths.
+    public: [P, H, W, channels] unlabelled images of the server, if any.
 
   Returns:
     The data; padding costs 4 bytes a slot, never a copy of an image.
@@ -27,7 +29,8 @@ def from_partition(
     row[:len(part)] = part
   count = np.array([len(p) for p in parts], np.int32)
   return Data(jnp.asarray(x), jnp.asarray(y, jnp.int32),
-              jnp.asarray(index), jnp.asarray(count))
+              jnp.asarray(index), jnp.asarray(count),
+              jax.tree.map(jnp.asarray, public))
 
 
 def batch(data: Data, positions: jax.Array, mask: jax.Array) -> Batch:

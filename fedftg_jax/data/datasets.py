@@ -141,3 +141,20 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
         f'{list(train.shape[1:])} {train.dtype}, '
         f'{list(test.shape[1:])} {test.dtype}')
   return arrays
+
+
+def read_images(path: str, like: Dataset) -> np.ndarray:
+  """Unlabelled images, the array `x` of an .npz, in the form of a data set's.
+
+  Raises:
+    ValueError: for an unreadable file, or images of another shape or type.
+  """
+  file = arrays_lib.read(path)
+  if 'x' not in file:
+    raise ValueError(f'{path}: lacks the array x; it has {", ".join(file)}')
+  x, want = file['x'], like.train_x
+  if x.shape[1:] != want.shape[1:] or x.dtype != want.dtype or not len(x):
+    raise ValueError(
+        f'{path}: x must be [images, {", ".join(map(str, want.shape[1:]))}] of '
+        f'{want.dtype}, got {list(x.shape)} of {x.dtype}')
+  return x

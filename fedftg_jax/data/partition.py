@@ -172,3 +172,35 @@ def load(path: str, num_examples: int) -> list[np.ndarray]:
   if len(np.unique(used)) < len(used):
     raise ValueError(f'{path}: an example is given to more than one client')
   return parts
+
+
+def like(
+    labels: np.ndarray, train_labels: np.ndarray, parts: list[np.ndarray]
+) -> list[np.ndarray]:
+  """Shares out other examples so that classes fall to clients as in `parts`.
+
+  Client k gets floor(m_y n_k^y / n^y) of the m_y examples of class y, and the
+  remainder goes to the largest fractions: every example of a class that some
+  client has is shared out once.
+
+  Args:
+    labels: [m] of the examples to share out, such as a test set.
+    train_labels: [M] of those that `parts` points into.
+    parts: rows of each client.
+
+  Returns:
+    Rows into `labels` for each client; some may be empty.
+  """
+  shares = [[] for _ in parts]
+  for label in np.unique(labels):
+    rows = np.flatnonzero(labels == label)
+    held = np.array([np.sum(train_labels[p] == label) for p in parts])
+    if not held.sum():
+      continue
+    exact = len(rows) * held / held.sum()
+    sizes = np.floor(exact).astype(int)
+    largest = np.argsort(sizes - exact, kind='stable')
+    sizes[largest[:len(rows) - sizes.sum()]] += 1
+    for share, some in zip(shares, np.split(rows, np.cumsum(sizes)[:-1])):
+      share.append(some)
+  return [np.concatenate(s) if s else np.zeros(0, int) for s in shares]

@@ -11,28 +11,48 @@ from fedftg_jax.base import Cohort, NO_LIMIT
 from fedftg_jax.data import arrays
 
 
-def exact(num_rounds: int, num_clients: int, cohort: int, seed: int) -> Cohort:
-  """`cohort` different clients in every round, uniformly at random."""
+def exact(
+    num_rounds: int, num_clients: int, cohort: int, seed: int,
+    available: np.ndarray | None = None) -> Cohort:
+  """`cohort` different clients in every round, uniformly at random.
+
+  Args:
+    num_rounds: T.
+    num_clients: N.
+    cohort: S; where fewer can be reached in a round, those take part.
+    seed: of the draws.
+    available: [N] probability that a client can be reached in a round; None
+      for always. A round in which nobody can be reached is drawn again.
+
+  Returns:
+    The schedule.
+  """
   _check(num_clients, cohort)
-  rows = [np.random.RandomState([seed, t]).permutation(num_clients)[:cohort]
-          for t in range(num_rounds)]
-  return from_ids(np.array(rows).reshape(num_rounds, cohort), num_clients)
+  ids = np.full((num_rounds, cohort), num_clients)
+  for t, row in enumerate(ids):
+    order = np.random.RandomState([seed, t]).permutation(num_clients)
+    chosen = order[_reachable(available, seed, t, num_clients)[order]][:cohort]
+    row[:len(chosen)] = chosen
+  return from_ids(ids, num_clients)
 
 
 def bernoulli(
-    num_rounds: int, num_clients: int, cohort: int, seed: int) -> Cohort:
+    num_rounds: int, num_clients: int, cohort: int, seed: int,
+    available: np.ndarray | None = None) -> Cohort:
   """Every client takes part with probability cohort / num_clients.
 
   The official code's draws: client k is in if the k-th uniform of
   `RandomState(seed + t + i)` is at most that probability, where i counts the
-  rounds (so far, this one's retries included) that came out empty.
+  rounds (so far, this one's retries included) that came out empty. Arguments as
+  in `exact`.
   """
   _check(num_clients, cohort)
   rows, empty = [], 0
   for t in range(num_rounds):
+    reachable = _reachable(available, seed, t, num_clients)
     while True:
       draws = np.random.RandomState(seed + t + empty).uniform(size=num_clients)
-      chosen = np.flatnonzero(draws <= cohort / num_clients)
+      chosen = np.flatnonzero((draws <= cohort / num_clients) & reachable)
       if len(chosen):
         break
       empty += 1
@@ -41,6 +61,77 @@ def bernoulli(
   for row, chosen in zip(ids, rows):
     row[:len(chosen)] = chosen
   return from_ids(ids, num_clients)
+
+
+def availability(num_clients: int, lowest: float, seed: int) -> np.ndarray | None:
+  """[N] each client's probability to be reached, uniform in [lowest, 1].
+
+  None (always) where `lowest` is 1.
+  """
+  _check_rate('lowest', lowest)
+  if lowest == 1:
+    return None
+  return np.random.RandomState([seed, 2**31]).uniform(lowest, 1, num_clients)
+
+
+def with_dropouts(schedule: Cohort, rate: float, seed: int) -> Cohort:
+  """The schedule where a selected client does not arrive, with probability
+  `rate`, independently for each client and round."""
+  _check_rate('rate', rate)
+  if not rate:
+    return schedule
+  stays = _draws(schedule, seed, 1) >= rate
+  return schedule._replace(arrived=schedule.arrived & stays)
+
+
+def with_stragglers(
+    schedule: Cohort, full_steps: np.ndarray, rate: float, seed: int) -> Cohort:
+  """The schedule where some clients do only some of their local steps.
+
+  As in FedProx (Li et al., MLSys 2020), a straggler's work is uniform: 1 to as
+  many steps as it would have done, drawn for each client and round.
+
+  Args:
+    schedule: leading axis [T].
+    full_steps: [N] steps that each client does otherwise.
+    rate: probability of being a straggler, for each client and round.
+    seed: of the draws.
+
+  Returns:
+    The schedule.
+  """
+  _check_rate('rate', rate)
+  if not rate:
+    return schedule
+  slow = _draws(schedule, seed, 2) < rate
+  full = np.append(full_steps, 1)[schedule.client_id]
+  some = 1 + np.floor(_draws(schedule, seed, 3) * full).astype(np.int32)
+  return schedule._replace(
+      num_steps=np.where(slow, some, schedule.num_steps).astype(np.int32))
+
+
+def _draws(schedule, seed, purpose):
+  """Uniform draws [T, S] of each client in each round, whoever else is in."""
+  width = int(schedule.client_id.max(initial=0)) + 1
+  return np.array([
+      np.random.RandomState([seed, t, purpose]).uniform(size=width)[ids]
+      for t, ids in enumerate(schedule.client_id)])
+
+
+def _reachable(available, seed, t, num_clients):
+  """[N] who can be reached in round t; never nobody."""
+  if available is None:
+    return np.ones(num_clients, bool)
+  rng = np.random.RandomState([seed, t, 0])
+  while True:
+    reachable = rng.uniform(size=num_clients) < available
+    if reachable.any():
+      return reachable
+
+
+def _check_rate(name, rate):
+  if not 0 <= rate <= 1:
+    raise ValueError(f'{name} must be between 0 and 1, got {rate}.')
 
 
 def from_ids(ids: np.ndarray, num_clients: int) -> Cohort:
@@ -61,8 +152,15 @@ def from_ids(ids: np.ndarray, num_clients: int) -> Cohort:
   return Cohort(ids, ids < num_clients, np.full(ids.shape, NO_LIMIT, np.int32))
 
 
+def save(path: str, schedule: Cohort, num_clients: int) -> None:
+  """Writes a schedule as ids (-1 for padding), arrived and num_steps [T, S]."""
+  ids = schedule.client_id
+  np.savez_compressed(
+      path, ids=np.where(ids == num_clients, -1, ids), arrived=schedule.arrived, num_steps=schedule.num_steps)
+
+
 def load(path: str, num_rounds: int, num_clients: int) -> Cohort:
-  """Reads ids [T, S] from a .npy file, or the array `ids` of an .npz.
+  """Reads what `save` wrote, or a .npy with ids [T, S] alone.
 
   Raises:
     ValueError: for an unreadable file, a wrong shape, or too few rounds.
@@ -70,14 +168,28 @@ def load(path: str, num_rounds: int, num_clients: int) -> Cohort:
   file = arrays.read(path, single='ids')
   if 'ids' not in file:
     raise ValueError(f'{path}: lacks the array ids; it has {", ".join(file)}')
+  for name, what, kind in (
+      ('ids', 'client ids', 'integer'), ('arrived', 'arrived', 'bool'),
+      ('num_steps', 'num_steps', 'integer')):
+    array = file.get(name)
+    if array is not None and (
+        array.ndim != 2 or array.shape != file['ids'].shape
+        or not np.issubdtype(array.dtype, {'integer': np.integer, 'bool': np.bool_}[kind])):
+      raise ValueError(
+          f'{path}: {what} must be {kind}s [rounds, cohort], got '
+          f'{list(array.shape)} of {array.dtype}')
   ids = file['ids']
-  if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-    raise ValueError(
-        f'{path}: client ids must be integers [rounds, cohort], got '
-        f'{list(ids.shape)} of {ids.dtype}')
   if len(ids) < num_rounds:
     raise ValueError(f'{path}: has {len(ids)} rounds, {num_rounds} are asked for')
-  return from_ids(ids[:num_rounds], num_clients)
+  ids = ids[:num_rounds]
+  order = np.argsort(np.where(ids < 0, num_clients, ids), axis=1, kind='stable')
+  schedule = from_ids(ids, num_clients)
+  for name in ('arrived', 'num_steps'):
+    if name in file:
+      column = np.take_along_axis(file[name][:num_rounds], order, 1)
+      schedule = schedule._replace(**{name: (
+          column & schedule.arrived if name == 'arrived' else column)})
+  return schedule
 
 
 def _check(num_clients, cohort):

@@ -197,8 +197,8 @@ class BatchNorm(nn.Module):
       batch_mean, batch_var = mean.value, var.value
     x -= batch_mean
     if train and mask is not None:
-      # Where few examples are valid the variance can be 0, and padding would
-      # grow by 1 / sqrt(epsilon) with every norm, up to 0 * inf in the gradient.
+      # Where one example or none is valid the variance may be 0, and padding
+      # grow by 1 / sqrt(epsilon) in each norm, up to 0 * inf in the gradient.
       x = jnp.where(_along(mask, x), x, 0)
     x *= jax.lax.rsqrt(batch_var + self.epsilon)
     if self.affine:

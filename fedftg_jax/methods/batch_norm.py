@@ -1,0 +1,98 @@
+"""What becomes of BatchNorm's running statistics: three policies.
+
+aggregate  they are averaged with the model (the official codes of this field).
+           Nothing to add: every aggregating method does it.
+local      each client keeps its own and begins with them. FedBN (Li et al., ICLR
+           2021, arXiv:2102.07623) keeps the layers' scale and bias at home as
+           well, SiloBN (Andreux et al., DART 2020) only the statistics, as here.
+           Deviation: statistics still travel up with the model, since teachers
+           on the server run with their own; a client in its first round begins
+           with the received ones.
+reset      a client estimates them on its own data with the received parameters
+           before it trains: per batch, then the mean over the batches.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedftg_jax import trees
+from fedftg_jax.base import Method, Model, chain
+from fedftg_jax.data import clients
+from fedftg_jax.models import layers
+
+POLICIES = ('aggregate', 'local', 'reset')
+
+
+def with_policy(
+    policy: str, method: Method, model: Model, batch_size: int = 50) -> Method:
+  """`method` under a policy for statistics.
+
+  Args:
+    policy: one of `POLICIES`.
+    method: any.
+    model: the classifier.
+    batch_size: examples at once in 'reset'.
+
+  Returns:
+    `method` itself, or its chain with `local_stats` or `reset_stats`, in front.
+
+  Raises:
+    ValueError: for an unknown policy.
+  """
+  if policy not in POLICIES:
+    raise ValueError(f'policy must be one of {POLICIES}, got {policy!r}.')
+  if policy == 'aggregate':
+    return method
+  part = local_stats() if policy == 'local' else reset_stats(model, batch_size)
+  return chain(part, method)
+
+
+def local_stats() -> Method:
+  """Clients keep their statistics; the slot is (statistics, has any)."""
+
+  def init(key, variables):
+    del key
+    return (), (variables.stats, jnp.zeros((), bool))
+
+  def start(view, shared, slot, key):
+    del shared, slot, key
+    own, seen = view.own
+    stats = trees.where(seen, own, view.variables.stats)
+    return view.variables._replace(stats=stats)
+
+  def upload(view, local, objective, key):
+    del view, objective, key
+    return (local.variables.stats, jnp.ones((), bool)), ()
+
+  return Method(init=init, start=start, upload=upload)
+
+
+def reset_stats(
+    model: Model, batch_size: int = 50,
+    momentum: float = layers.BATCH_NORM_MOMENTUM) -> Method:
+  """Clients begin with statistics of their own data.
+
+  Args:
+    model: the classifier.
+    batch_size: examples at once.
+    momentum: of the model's BatchNorm; one pass moves the statistics by so much
+      of the way to the batch's, which are read off from that.
+
+  Returns:
+    The method; it keeps nothing.
+  """
+
+  def start(view, shared, slot, key):
+    del shared, slot, key
+    old = view.variables.stats
+
+    def of_batch(batch):
+      new = model.apply(
+          view.variables, batch.x, mask=batch.mask, train=True).stats
+      return jax.tree.map(lambda a, b: a + (b - a) / momentum, old, new)
+
+    stats = clients.mean_over_examples(of_batch, view.data, batch_size)
+    stats = trees.where(view.data.count > 0, stats, old)
+    return view.variables._replace(stats=stats)
+
+  return Method(start=start)

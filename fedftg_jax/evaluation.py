@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedftg_jax import trees
 from fedftg_jax.base import Data, Method, Model, PyTree, Variables
 from fedftg_jax.data import clients
 
@@ -81,6 +82,15 @@ def last_models() -> Method:
       upload=lambda view, local, objective, key: (local.variables, ()))
 
 
-def mean_of_last_models(own: Variables) -> Variables:
-  """The mean over the slots of `last_models`, every leaf [N, ...]."""
-  return jax.tree.map(lambda a: jnp.mean(a, axis=0), own)
+def mean_of_last_models(own: Variables, weight: jax.Array) -> Variables:
+  """The mean over the slots of `last_models`.
+
+  Args:
+    own: the slots, every leaf [N, ...].
+    weight: [N] how clients count, such as their numbers of examples (the
+      official FedAvg) or ones (FedDyn, SCAFFOLD).
+
+  Returns:
+    One model.
+  """
+  return trees.weighted_sum(own, weight / jnp.sum(weight))

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedftg_jax import base, distillation, federation, losses, models, solvers
+from fedftg_jax import base, distillation, evaluation, federation, losses
+from fedftg_jax import models, solvers
 from fedftg_jax.data import clients, partition, schedules
-from fedftg_jax.methods import fed_avg, fed_ftg
+from fedftg_jax.methods import fed_avg, fed_dyn, fed_ftg, fed_prox, moon
+from fedftg_jax.methods import scaffold
 
 _FILE = np.load(pathlib.Path(__file__).parent / 'golden' / 'fedftg.npz')
 
@@ -211,25 +213,99 @@ def local_problem():
   return data, linear(g['W_start'], g['b_start'])
 
 
-class LocalTrainingTest(absltest.TestCase):
+def flat(vector):
+  """[W.ravel(), b] as parameters of the linear problem."""
+  return {'W': jnp.asarray(vector[:15], float).reshape(3, 5),
+          'b': jnp.asarray(vector[15:], float)}
 
-  def test_fed_avg_local(self):
+
+def start_at(variables):
+  """A part that puts the clients' start elsewhere than what they received."""
+  return base.Method(start=lambda view, shared, slot, key: variables)
+
+
+class LocalTrainingTest(parameterized.TestCase):
+  """One client trains from a given start, with given slots."""
+
+  def check(self, settings, steps, want, part=base.Method(), received=None,
+            shared=(), own=()):
+    data, start = local_problem()
+    part = part._replace(update=base.Method().update)  # local training alone
+    fed = federation.federation(
+        linear_model(), base.chain(start_at(start), fed_avg.fed_avg(), part),
+        solvers.local_sgd(
+            float(settings['lr']), batch_size=50, steps=int(steps),
+            weight_decay=float(settings['weight_decay']), clip_norm=10.), 1)
+    own = jax.tree.map(lambda a: a[None], own)
+    state = base.State(received or start, ((), (), shared), (((), (), own), ()),
+                       jnp.int32(0))
+    state, _ = federation.run(
+        fed, state, data, schedules.from_ids(np.zeros((1, 1), int), 1),
+        jax.random.key(0))
+    chex.assert_trees_all_close(state.variables, linear(*want), atol=1e-9)
+
+  def test_fed_avg(self):
     with enable_x64(True):
       g = golden('avg')
-      data, start = local_problem()
-      fed = federation.federation(
-          linear_model(), base.chain(fed_avg.fed_avg()),
-          solvers.local_sgd(
-              float(g['lr']), batch_size=50, steps=int(g['steps']),
-              weight_decay=float(g['weight_decay']), clip_norm=10.), 1)
-      state = base.State(start, ((),), (((),), ()), jnp.int32(0))
-      state, _ = federation.run(
-          fed, state, data, schedules.from_ids(np.zeros((1, 1), int), 1),
-          jax.random.key(0))
-      chex.assert_trees_all_close(
-          state.variables, linear(g['W_end'], g['b_end']), atol=1e-9)
+      self.check(g, g['steps'], (g['W_end'], g['b_end']))
 
-  def test_fed_avg_rounds(self):
+  @parameterized.parameters(('prox', False), ('ftg', True))
+  def test_fed_prox(self, prefix, to_zero):
+    with enable_x64(True):
+      g = golden('j')
+      self.check(g, g['steps'], (g[prefix + '_W_end'], g[prefix + '_b_end']),
+                 fed_prox.fed_prox(float(g['mu']), to_zero),
+                 linear(g['W_ref'], g['b_ref']))
+
+  def test_fed_dyn(self):
+    with enable_x64(True):
+      g = golden('g')
+      zero = jax.tree.map(jnp.zeros_like, flat(g['hist']))
+      self.check(g, g['steps'], (g['W_end'], g['b_end']),
+                 fed_dyn.fed_dyn(float(g['alpha'])),
+                 linear(g['W_ref'], g['b_ref']), zero, flat(g['hist']))
+
+  @parameterized.parameters('h', 'h_clip')
+  def test_scaffold(self, prefix):
+    with enable_x64(True):
+      g = golden(prefix)
+      server = flat(g['c_minus_ci'])
+      zero = jax.tree.map(jnp.zeros_like, server)
+      self.check(g, g['n_minibatch'], (g['W_end'], g['b_end']),
+                 scaffold.scaffold(), shared=(server, ()), own=zero)
+
+  def test_moon_loss(self):
+    with enable_x64(True):
+      g = {k: jnp.asarray(v) for k, v in golden('i').items()}
+      features, near, far, logits = (
+          g[k].astype(float) for k in (
+              'embed_cur', 'embed_glb', 'embed_old', 'logits'))
+
+      def loss(features, logits, seen=True):
+        model = base.Model(None, lambda v, x: base.Output(None, v, ()))
+        part = moon.moon(model, float(g['mu']), float(g['tau']))
+        view = base.View(*[None] * 9)._replace(
+            received=near, own=(far, jnp.bool_(seen)))
+        batch = base.Batch(None, g['labels'], jnp.ones(len(logits), bool))
+        con = part.penalty(None, base.Output(None, features, ()), batch, view,
+                           None)
+        return losses.cross_entropy(logits, g['labels']) + con, con
+
+      (total, con), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+          features, logits)
+      np.testing.assert_allclose(con, g['loss_con_with_mu'], rtol=1e-9)
+      np.testing.assert_allclose(total - con, g['loss_ce'], rtol=1e-9)
+      np.testing.assert_allclose(grads[0], g['grad_embed_cur'], atol=1e-9)
+      np.testing.assert_allclose(grads[1], g['grad_logits'], atol=1e-9)
+      first = jax.grad(lambda f: loss(f, logits, seen=False)[0])(features)
+      np.testing.assert_array_equal(first, g['grad_embed_cur_no_old'])
+
+
+class RoundsTest(parameterized.TestCase):
+  """Three rounds of the official outer loops, unequal clients."""
+
+  def models_after(self, method, weighting, steps=None, model=linear_model()):
+    """Broadcast, average and all clients' last models after each round."""
     g = golden('w')
     num_clients = 4
     x = [g[f'x{k}'] for k in range(num_clients)]
@@ -246,25 +322,72 @@ class LocalTrainingTest(absltest.TestCase):
       chosen[t, ids[ids < num_clients]] = True
     np.testing.assert_array_equal(chosen, g['selected'])
     lr, decay = float(g['hp_lr']), float(g['hp_lr_decay'])
+    start = jax.tree.map(
+        lambda a: a.astype(jnp.float32), linear(g['W0'], g['b0']))
     fed = federation.federation(
-        linear_model(), base.chain(fed_avg.fed_avg()),
+        model._replace(init=lambda key: start),
+        base.chain(method, evaluation.last_models()),
         solvers.local_sgd(
             lambda t: lr * decay**t, batch_size=int(g['hp_batch']),
-            epochs=int(g['hp_epochs']),
+            epochs=None if steps else int(g['hp_epochs']), steps=steps,
             weight_decay=float(g['hp_weight_decay']), clip_norm=10.),
-        num_clients)
-    state = base.State(
-        jax.tree.map(lambda a: a.astype(jnp.float32), linear(g['W0'], g['b0'])),
-        ((),), (((),), ()), jnp.int32(0))
-    models_after = []
+        num_clients, weighting=weighting)
+    count = data.count if weighting == 'examples' else jnp.ones(num_clients)
+    after = []
     federation.run(
-        fed, state, data, rounds, jax.random.key(0), every=1,
-        callback=lambda _, state, info: models_after.append(
-            jax.tree.map(np.array, (state.variables, info.models['average']))))
-    for t, (broadcast, average) in enumerate(models_after):
-      want = linear(g['fedavg_sel_W'][t], g['fedavg_sel_b'][t])
-      chex.assert_trees_all_close(broadcast, want, atol=1e-5)
-      chex.assert_trees_all_close(average, want, atol=1e-5)
+        fed, fed.init(jax.random.key(0)), data, rounds, jax.random.key(0),
+        every=1, callback=lambda _, state, info: after.append(jax.tree.map(
+            np.array, {
+                'cld': state.variables, 'sel': info.models['average'],
+                'all': evaluation.mean_of_last_models(
+                    state.clients[0][-1], count)})))
+    return after
+
+  def check(self, after, prefix, **names):
+    g = golden('w')
+    for t, models_ in enumerate(after):
+      for ours, theirs in names.items():
+        want = linear(g[f'{prefix}_{theirs}_W'][t], g[f'{prefix}_{theirs}_b'][t])
+        chex.assert_trees_all_close(models_[ours], want, atol=1e-5)
+
+  def test_fed_avg(self):
+    after = self.models_after(fed_avg.fed_avg(), 'examples')
+    self.check(after, 'fedavg', cld='sel', sel='sel', all='all')
+
+  def test_fed_dyn(self):
+    alpha = float(golden('w')['hp_alpha_dyn'])
+    after = self.models_after(
+        base.chain(fed_avg.fed_avg(), fed_dyn.fed_dyn(alpha)), 'uniform')
+    self.check(after, 'feddyn', cld='cld', sel='sel', all='all')
+
+  def test_scaffold(self):
+    g = golden('w')
+    part = scaffold.scaffold(learning_rate=float(g['hp_lr']))
+    after = self.models_after(
+        base.chain(fed_avg.fed_avg(), part), 'uniform',
+        int(g['hp_n_minibatch']))
+    self.check(after, 'scaffold', cld='sel', sel='sel')
+
+  def test_scaffold_takes_the_rate_of_the_round(self):
+    """By default it differs from the official code once the rate decays."""
+    g = golden('w')
+    after = self.models_after(
+        base.chain(fed_avg.fed_avg(), scaffold.scaffold()), 'uniform',
+        int(g['hp_n_minibatch']))
+    self.check(after[:2], 'scaffold', cld='sel')
+    gap = np.abs(after[2]['cld'].params['W'] - g['scaffold_sel_W'][2]).max()
+    self.assertGreater(gap, 1e-4)
+
+  def test_moon(self):
+    g = golden('w')
+    plain = linear_model()
+    embed = lambda v, x, **kwargs: plain.apply(v, x, **kwargs)._replace(
+        features=x * v.params['W'].sum(0))
+    model = plain._replace(apply=embed)
+    part = moon.moon(model, float(g['hp_mu_moon']), float(g['hp_tau_moon']))
+    after = self.models_after(
+        base.chain(fed_avg.fed_avg(), part), 'examples', model=model)
+    self.check(after, 'moon', cld='sel', sel='sel')
 
 
 class PartitionTest(absltest.TestCase):

@@ -165,7 +165,7 @@ class DeepClassifiersTest(parameterized.TestCase):
     self.assertEqual(out.features.shape, (2, 64 if name == 'resnet20' else 512))
     chex.assert_trees_all_equal_shapes(out.stats, variables.stats)
 
-  def test_norms_have_all_the_stats_they_need(self):
+  def test_default_norms(self):
     self.assertEqual(set(models.DEFAULT_NORMS), set(models.CLASSIFIERS))
     for name, norm in models.DEFAULT_NORMS.items():
       stats = jax.eval_shape(models.build(name, (8, 8, 3), 3).init, KEY).stats

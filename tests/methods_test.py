@@ -1,0 +1,475 @@
+"""The contract that every method and combination keeps, one row each.
+
+A new method is tested by adding a row to `ROWS`. Everything a row checks runs
+through one compiled program, except the plain loop it is compared with.
+"""
+
+from typing import NamedTuple
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedftg_jax import base, evaluation, federation, keys, losses, models
+from fedftg_jax import recipes, trees
+from fedftg_jax.methods import batch_norm, fed_df, fed_ftg
+from tests import problems
+
+KEY = jax.random.key(5)
+EVERY = 4  # rounds in the compiled chunk; shorter ones are padded to it
+GENERATOR = models.image_generator(
+    problems.IMAGE_SHAPE, problems.NUM_CLASSES, noise_dim=4, width=2,
+    bias_before_norm=False)
+# SGD for the generator: Adam blows rounding up, and rows are compared in
+# float32 with a loop that adds up in another order.
+FTG = fed_ftg.Options(iterations=1, student_steps=2, batch_size=6,
+                      generator_optimizer=optax.sgd)
+DF = fed_df.Options(generator_steps=2, student_steps=2, batch_size=6,
+                    student_lr=1., generator_lr=1e-4)
+PUBLIC = problems.make_data((9,), seed=4).x
+WORDS = 64 * problems.NUM_CLASSES + problems.NUM_CLASSES  # of the linear model
+CLASSES = problems.NUM_CLASSES
+
+
+class Row(NamedTuple):
+  """One combination, and what it sends beside the model, in 32-bit words."""
+  method: str
+  down: int = 0
+  up: int = 0
+  options: dict = {}
+  server: optax.GradientTransformation | None = None
+  policy: str = 'aggregate'  # others on a model with BatchNorm
+  atol: float = 1e-5
+
+
+PLAIN = {
+    'fed_avg': Row('fed_avg'),
+    'fed_adam': Row('fed_avg', server=optax.adam(.01, eps=1e-3)),
+    'fed_yogi': Row('fed_avg', server=optax.yogi(.01)),
+    'fed_adagrad': Row('fed_avg', server=optax.adagrad(.1)),
+    'fed_avg_m': Row('fed_avg', server=optax.sgd(1., momentum=.9)),
+    'fed_nova': Row('fed_nova', up=1),
+    'q_fed_avg': Row('q_fed_avg', up=2),
+    'fed_prox': Row('fed_prox', options={'fed_prox': dict(mu=.5)}),
+    'fed_prox_to_zero': Row(
+        'fed_prox', options={'fed_prox': dict(mu=.5, to_zero=True)}),
+    'fed_dyn': Row('fed_dyn', options={'fed_dyn': dict(alpha=.1)}),
+    'scaffold': Row('scaffold', WORDS, WORDS),
+    'scaffold_option_1': Row(
+        'scaffold', WORDS, WORDS, {'scaffold': dict(option=1, batch_size=4)}),
+    'scaffold_untuned': Row(
+        'scaffold', 2 * WORDS, WORDS,
+        {'scaffold': dict(untuned_reference=True, learning_rate=.1)}),
+    'moon': Row('moon', options={'moon': dict(mu=1., tau=.5)}),
+}
+WITH_FTG = {
+    name + '+fed_ftg': row._replace(
+        method=row.method + '+fed_ftg', up=row.up + CLASSES)
+    for name, row in PLAIN.items()
+    if name not in ('fed_yogi', 'fed_adagrad', 'fed_prox_to_zero')}
+ROWS = {
+    **PLAIN,
+    'fed_df': Row('fed_df', up=CLASSES),
+    'fed_df_public': Row('fed_df_public', options={
+        'fed_df_public': dict(options=DF._replace(ensemble='logit'))}),
+    'scaffold+fed_df': Row('scaffold+fed_df', WORDS, WORDS + CLASSES),
+    'fed_dyn+fed_nova+fed_prox': Row('fed_dyn+fed_nova+fed_prox', up=1),
+    **WITH_FTG,
+    'local': Row('fed_avg', policy='local'),
+    'reset': Row('fed_avg', policy='reset'),
+    'local+fed_ftg': Row('fed_ftg', up=CLASSES, policy='local'),
+    'reset+scaffold': Row('scaffold', policy='reset'),
+}
+
+
+def build(row):
+  """Model, method and federation of a row."""
+  model = problems.LINEAR
+  if row.policy != 'aggregate':
+    model = problems.make_model('batch')
+  options = {
+      'fed_ftg': dict(options=FTG), 'fed_df': dict(options=DF),
+      'fed_df_public': dict(options=DF), 'q_fed_avg': dict(batch_size=4),
+      **row.options}
+  method = batch_norm.with_policy(row.policy, recipes.build(
+      row.method, recipes.Settings(
+          model, CLASSES, row.server, GENERATOR, options)), model, 4)
+  fed = problems.make(
+      model, method, weighting=recipes.weighting(row.method))
+  return model, method, fed
+
+
+def sequential_round(model, method, weighting, state, data, cohort, key):
+  """A round as Python loops over clients and steps, with unpadded batches."""
+  shared = method.broadcast(state.shared)
+  num_clients, total = len(data.count), int(data.count.sum())
+  ids = [int(k) for k, here in zip(cohort.client_id, cohort.arrived) if here]
+  mass = np.array([int(data.count[k]) if weighting == 'examples' else 1
+                   for k in ids])
+  starts, deltas, messages, clients = [], [], [], state.clients[0]
+  for slot, k in enumerate(ids):
+    count = int(data.count[k])
+    rows = data.index[k][:count]
+    client_keys = keys.client_keys(key, state.round, k)
+    own = jax.tree.map(lambda a, k=k: a[k], state.clients[0])
+    view = base.View(
+        state.variables, state.variables, shared, own,
+        data._replace(index=rows, count=jnp.int32(count)), jnp.int32(k),
+        jnp.float32(num_clients * count / total), state.round,
+        jnp.int32(base.NO_LIMIT))
+    start = method.start(view, state.shared, slot, client_keys.start)
+    view = view._replace(variables=start)
+
+    def loss(variables, batch, key, view=view):
+      output = model.apply(variables, batch.x, mask=batch.mask, train=True)
+      ce = losses.cross_entropy(output.logits, batch.y)
+      penalty = method.penalty(variables, output, batch, view, key)
+      return ce + penalty, base.LossAux(output.stats, ce)
+
+    @jax.jit
+    def gradient(variables, batch, key, loss=loss):
+      return jax.grad(lambda p: loss(
+          variables._replace(params=p), batch, key), has_aux=True)(
+              variables.params)
+
+    local, steps = start, 0
+    key_order, key_loss = jax.random.split(client_keys.solve)
+    for epoch in range(2):
+      draws = jax.random.uniform(
+          jax.random.fold_in(key_order, epoch), (data.index.shape[1],),
+          jnp.float32)
+      order = np.argsort(np.asarray(draws)[:count])
+      for first in range(0, count, problems.BATCH):
+        some = rows[order[first:first + problems.BATCH]]
+        grads, aux = gradient(
+            local, base.Batch(data.x[some], data.y[some], jnp.ones(
+                len(some), bool)), jax.random.fold_in(key_loss, steps))
+        scale = min(1., 10. / float(optax.tree.norm(grads)))
+        decay = 1e-3 + method.decay(view)
+        local = base.Variables(jax.tree.map(
+            lambda p, g: p - .1 * .9**int(state.round) * (scale * g + decay * p),
+            local.params, grads), aux.stats)
+        steps += 1
+    own, message = method.upload(
+        view, base.Local(local, jnp.int32(steps), jnp.float32(
+            .1 * .9**int(state.round)), {}), base.Objective(loss, 0.),
+        client_keys.upload)
+    clients = jax.tree.map(lambda a, b, k=k: a.at[k].set(b), clients, own)
+    starts.append(start)
+    deltas.append(optax.tree.sub(local, start))
+    messages.append(message)
+  stack = lambda trees_: jax.tree.map(lambda *a: jnp.stack(a), *trees_)
+  received = base.Received(
+      stack(starts), stack(deltas), stack(messages), jnp.asarray(
+          mass / mass.sum(), jnp.float32),
+      jnp.array([num_clients * int(data.count[k]) / total for k in ids],
+                jnp.float32),
+      jnp.ones(len(ids), bool), state.round, num_clients, data.public)
+  variables, shared, _ = jax.jit(
+      lambda v, s, r, k: method.update(
+          v, s, r._replace(num_clients=num_clients), k))(
+              state.variables, state.shared, received,
+              keys.server_key(key, state.round))
+  return variables, shared, clients
+
+
+class ContractTest(parameterized.TestCase):
+
+  DATA = problems.DATA._replace(public=PUBLIC)
+  IDS = [[0, 1, 4, -1], [1, 2, 3, 4], [0, 2, -1, -1]]
+
+  @parameterized.named_parameters((name, row) for name, row in ROWS.items())
+  def test_row(self, row):
+    model, method, fed = build(row)
+    rows = problems.schedule(self.IDS)
+    programs = federation._scan_rounds._cache_size()  # pylint: disable=protected-access
+
+    def run(state, rows):
+      state = jax.tree.map(jnp.copy, state)  # it is donated
+      return federation.run(fed, state, self.DATA, rows, KEY, every=EVERY)[0]
+
+    def part(first, last):
+      return jax.tree.map(lambda a: a[first:last], rows)
+
+    start = fed.init(KEY)
+    whole = run(start, rows)
+    with self.subTest('scan, loop and resume agree bitwise'):
+      state, states = start, []
+      for t in range(3):
+        state = run(state, part(t, t + 1))
+        states.append(state)
+      chex.assert_trees_all_equal(state, whole)
+    with self.subTest('finite, and of the same shapes'):
+      chex.assert_tree_all_finite(whole)
+      chex.assert_trees_all_equal_shapes_and_dtypes(whole, start)
+    with self.subTest('who does not take part keeps its slot'):
+      absent = lambda s: jax.tree.map(lambda a: a[jnp.array([1, 3, 4])], s.clients)
+      chex.assert_trees_all_equal(absent(states[2]), absent(states[1]))
+    with self.subTest('a round in which nobody arrives changes nothing'):
+      nobody = part(1, 2)._replace(arrived=np.zeros((1, 4), bool))
+      chex.assert_trees_all_equal(
+          run(whole, nobody)._replace(round=whole.round), whole)
+    with self.subTest('a straggler without a step'):
+      lazy = part(1, 2)._replace(num_steps=np.array([[0, 9, 0, 9]], np.int32))
+      chex.assert_tree_all_finite(run(whole, lazy))
+      chex.assert_tree_all_finite(run(whole, lazy._replace(
+          num_steps=np.zeros((1, 4), np.int32))))
+    with self.subTest('one trace'):
+      self.assertEqual(
+          federation._scan_rounds._cache_size(), programs + 1)  # pylint: disable=protected-access
+    with self.subTest('a plain loop gives the same'):
+      cohort = jax.tree.map(lambda a: a[1], rows)
+      variables, shared, clients = sequential_round(
+          model, method, recipes.weighting(row.method), states[0], self.DATA,
+          cohort, KEY)
+      chex.assert_trees_all_close(states[1].variables, variables, atol=row.atol)
+      chex.assert_trees_all_close(states[1].shared, shared, atol=row.atol)
+      chex.assert_trees_all_close(states[1].clients[0], clients, atol=row.atol)
+    with self.subTest('bits down and up'):
+      size = trees.num_bits(start.variables)
+      down, up = row.down, row.up
+      if row.policy != 'aggregate' and 'scaffold' in row.method:
+        down = up = trees.num_bits(start.variables.params) // 32
+      else:
+        self.assertEqual(down % WORDS, 0)
+      self.assertEqual(fed.traffic(start, self.DATA),
+                       (size + 32 * down, size + 32 * up))
+
+
+class NeutralTest(parameterized.TestCase):
+  """Settings that switch a method off give FedAvg."""
+
+  def after(self, name, weighting='examples', steps=None, **options):
+    settings = recipes.Settings(
+        problems.LINEAR, CLASSES, generator=GENERATOR,
+        options={name: options} if options else {})
+    fed = problems.make(
+        method=recipes.build(name, settings), weighting=weighting)
+    rows = problems.schedule([[0, 1, 4], [2, 3, -1], [0, 2, 3]])
+    if steps:
+      rows = rows._replace(num_steps=np.full((3, 3), steps, np.int32))
+    data = problems.DATA._replace(public=PUBLIC)
+    return federation.run(
+        fed, fed.init(KEY), data, rows, KEY, every=EVERY)[0].variables
+
+  @parameterized.parameters(
+      ('fed_prox', dict(mu=0.)), ('fed_prox', dict(mu=0., to_zero=True)),
+      ('fed_dyn', dict(alpha=0.)), ('moon', dict(mu=0.)),
+      ('q_fed_avg', dict(q=0., batch_size=4)),
+      ('fed_df', dict(options=DF._replace(student_steps=0))),
+      ('fed_df_public', dict(options=DF._replace(student_steps=0))))
+  def test_switched_off(self, name, options):
+    chex.assert_trees_all_close(
+        self.after(name, **options), self.after('fed_avg'), atol=1e-6)
+
+  def test_fed_nova_with_equal_steps(self):
+    chex.assert_trees_all_close(
+        self.after('fed_nova', steps=1), self.after('fed_avg', steps=1),
+        atol=1e-6)
+
+  @parameterized.parameters(
+      ('fed_prox', dict(mu=2.)), ('fed_dyn', dict(alpha=.1)),
+      ('moon', dict(mu=5., tau=.2)), ('q_fed_avg', dict(q=5.)),
+      ('scaffold', {}), ('fed_nova', {}), ('fed_df', dict(options=DF)),
+      ('fed_df_public', dict(options=DF)))
+  def test_switched_on(self, name, options):
+    gap = optax.tree.sub(
+        self.after(name, **options).params, self.after('fed_avg').params)
+    self.assertGreater(optax.tree.norm(gap), 1e-3)
+
+
+class ErrorsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ('fed_prox', dict(mu=-1.), 'mu must be at least 0, got -1'),
+      ('fed_dyn', dict(alpha=-1.), 'alpha must be at least 0, got -1'),
+      ('scaffold', dict(option=3), r'option must be one of \(1, 2\), got 3'),
+      ('scaffold', dict(learning_rate=0.), 'learning_rate must be above 0'),
+      ('moon', dict(mu=-1.), 'mu must be at least 0'),
+      ('moon', dict(tau=0.), 'tau must be above 0, got 0'),
+      ('q_fed_avg', dict(q=-.5), 'q must be at least 0, got -0.5'),
+      ('fed_df', dict(options=DF._replace(batch_size=0)), 'batch_size'),
+      ('fed_df', dict(options=DF._replace(ensemble='vote')), "got 'vote'"))
+  def test_options(self, name, options, message):
+    settings = recipes.Settings(
+        problems.LINEAR, CLASSES, generator=GENERATOR, options={name: options})
+    with self.assertRaisesRegex(ValueError, message):
+      recipes.build(name, settings)
+
+  def test_public_images_are_missing(self):
+    fed = problems.make(method=recipes.build(
+        'fed_df_public', recipes.Settings(problems.LINEAR, CLASSES)))
+    with self.assertRaisesRegex(ValueError, 'images in Data.public'):
+      jax.eval_shape(fed.round, jax.eval_shape(fed.init, KEY), problems.DATA,
+                     problems.row([0, 1]), KEY)
+
+  def test_policy(self):
+    with self.assertRaisesRegex(ValueError, "got 'global'"):
+      batch_norm.with_policy('global', base.Method(), problems.LINEAR)
+
+
+class ByHandTest(absltest.TestCase):
+  """What two clients send, put together on paper."""
+
+  def ends(self, state, ids, num_steps=None):
+    """Each client's model after its local training, by itself."""
+    fed = problems.make(weighting='uniform')
+    rounds = [fed.round(state, problems.DATA, problems.row(
+        [k, -1], num_steps=None if num_steps is None else [num_steps[k], 0]),
+                        KEY)[0].variables.params for k in ids]
+    return rounds
+
+  def step(self, method, ids, num_steps=None):
+    fed = problems.make(method=base.chain(method))
+    plain = problems.make().init(KEY)
+    state = fed.init(KEY)._replace(variables=plain.variables)
+    cohort = problems.row(
+        ids, num_steps=None if num_steps is None else [num_steps[k] for k in ids])
+    after, _ = fed.round(state, problems.DATA, cohort, KEY)
+    return plain, after.variables.params
+
+  def test_fed_nova(self):
+    """Clients 1 (12 examples) and 3 (5) take 4 and 2 steps."""
+    from fedftg_jax.methods import fed_nova  # pylint: disable=g-import-not-at-top
+    steps = {1: 4, 3: 2}
+    plain, got = self.step(fed_nova.fed_nova(), [1, 3], steps)
+    w = plain.variables.params
+    a, b = self.ends(plain, [1, 3], steps)
+    effective = 12 / 17 * 4 + 5 / 17 * 2
+    want = jax.tree.map(
+        lambda w, a, b: w + effective * (
+            12 / 17 * (a - w) / 4 + 5 / 17 * (b - w) / 2), w, a, b)
+    chex.assert_trees_all_close(got, want, atol=1e-6)
+
+  def test_q_fed_avg(self):
+    """Algorithm 2 with q = 2 and weights by examples."""
+    from fedftg_jax.methods import q_fed_avg  # pylint: disable=g-import-not-at-top
+    q, lipschitz = 2., 1 / .1
+    plain, got = self.step(q_fed_avg.q_fed_avg(q, batch_size=5), [1, 3])
+    w = plain.variables.params
+    top, bottom = jax.tree.map(jnp.zeros_like, w), 0.
+    for k, share, end in zip((1, 3), (12 / 17, 5 / 17), self.ends(
+        plain, [1, 3])):
+      rows = problems.DATA.index[k][:problems.DATA.count[k]]
+      loss = float(losses.cross_entropy(
+          problems.LINEAR.apply(plain.variables, problems.DATA.x[rows]).logits,
+          problems.DATA.y[rows]))
+      change = jax.tree.map(lambda w, e: lipschitz * (w - e), w, end)
+      top = jax.tree.map(
+          lambda t, c, f=loss, p=share: t + p * f**q * c, top, change)
+      norm = float(optax.tree.norm(change))
+      bottom += share * (q * loss**(q - 1) * norm**2 + lipschitz * loss**q)
+    want = jax.tree.map(lambda w, t: w - t / bottom, w, top)
+    chex.assert_trees_all_close(got, want, atol=1e-6)
+
+
+class BatchNormPolicyTest(absltest.TestCase):
+  """What each policy does with the running statistics."""
+
+  MODEL = problems.make_model('batch')
+
+  def rounds(self, policy, ids):
+    method = batch_norm.with_policy(
+        policy, recipes.build('fed_avg', recipes.Settings(self.MODEL, CLASSES)),
+        self.MODEL, 4)
+    fed = problems.make(self.MODEL, method)
+    states = [fed.init(KEY)]
+    for row in ids:
+      states.append(fed.round(
+          states[-1], problems.DATA, problems.row(row), KEY)[0])
+    return states
+
+  def test_local_begins_with_its_own(self):
+    """A client that comes back begins where it stopped, not at the mean."""
+    part = batch_norm.local_stats()
+    _, own = part.init(KEY, base.Variables((), jnp.zeros(2)))
+    view = base.View(*[None] * 9)._replace(
+        variables=base.Variables((), jnp.full(2, 5.)), own=own)
+    first = part.start(view, (), 0, KEY)
+    np.testing.assert_array_equal(first.stats, [5., 5.])  # nothing of its own yet
+    local = base.Local(base.Variables((), jnp.full(2, 7.)), 1, 1., {})
+    own, message = part.upload(view, local, None, KEY)
+    self.assertEqual(message, ())
+    second = part.start(view._replace(own=own), (), 0, KEY)
+    np.testing.assert_array_equal(second.stats, [7., 7.])
+
+  def test_local_in_rounds(self):
+    """Slots differ between clients and last while others train."""
+    _, one, two = self.rounds('local', [[1, 4], [1, 3]])
+    (stats, seen), _ = one.clients[0]
+    (later, _), _ = two.clients[0]
+    np.testing.assert_array_equal(seen, [False, True, False, False, True])
+    for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(later)):
+      self.assertFalse(np.array_equal(a[1], a[4]))
+      self.assertFalse(np.array_equal(a[1], b[1]))
+      np.testing.assert_array_equal(a[4], b[4])
+
+  def test_aggregate_is_the_weighted_mean(self):
+    """Clients 1 (12 examples) and 3 (5), each alone and together."""
+    both = self.rounds('aggregate', [[1, 3]])[1].variables.stats
+    one, three = (self.rounds('aggregate', [[k, -1]])[1].variables.stats
+                  for k in (1, 3))
+    want = jax.tree.map(lambda a, b: (12 * a + 5 * b) / 17, one, three)
+    chex.assert_trees_all_close(both, want, atol=1e-6)
+
+  def test_reset_estimates_from_the_client_s_data(self):
+    """Batches of 4 of client 1's 12 images; mean over batches."""
+    part = batch_norm.reset_stats(self.MODEL, 4)
+    variables = self.MODEL.init(KEY)
+    rows = problems.DATA.index[1]
+    view = base.View(*[None] * 9)._replace(
+        variables=variables._replace(stats=jax.tree.map(
+            lambda a: a + 3., variables.stats)),  # must not matter
+        data=problems.DATA._replace(index=rows, count=jnp.int32(12)))
+    got = part.start(view, (), 0, KEY).stats
+    moved = [self.MODEL.apply(
+        variables, problems.DATA.x[rows[i:i + 4]], train=True).stats
+             for i in (0, 4, 8)]
+    want = jax.tree.map(
+        lambda old, *new: old + sum(n - old for n in new) / 3 / .1,
+        variables.stats, *moved)
+    chex.assert_trees_all_close(got, want, atol=1e-4)
+
+  def test_reset_ignores_padding(self):
+    """A partial last batch, and a client without examples."""
+    part = batch_norm.reset_stats(self.MODEL, 5)
+    variables = self.MODEL.init(KEY)
+    view = base.View(*[None] * 9)._replace(
+        variables=variables, data=problems.DATA._replace(
+            index=problems.DATA.index[0], count=jnp.int32(7)))
+    short = view._replace(data=view.data._replace(index=view.data.index[:7]))
+    chex.assert_trees_all_close(
+        part.start(view, (), 0, KEY), part.start(short, (), 0, KEY), atol=1e-5)
+    nobody = view._replace(data=view.data._replace(count=jnp.int32(0)))
+    chex.assert_trees_all_equal(part.start(nobody, (), 0, KEY), variables)
+
+  def test_evaluation_with_each_client_s_statistics(self):
+    _, state = self.rounds('local', [[0, 1, 2, 3, 4]])
+    (stats, _), _ = state.clients[0]
+    got = evaluation.evaluate_clients(
+        self.MODEL, state.variables.params, stats, problems.DATA)
+    for k in range(5):
+      rows = problems.DATA.index[k][:problems.DATA.count[k]]
+      variables = state.variables._replace(
+          stats=jax.tree.map(lambda a, k=k: a[k], stats))
+      logits = self.MODEL.apply(variables, problems.DATA.x[rows]).logits
+      np.testing.assert_allclose(got['accuracy'][k], np.mean(
+          np.argmax(logits, -1) == problems.DATA.y[rows]), rtol=1e-6)
+
+  def test_evaluation_with_batch_statistics(self):
+    """The running statistics do not matter."""
+    variables = self.MODEL.init(KEY)
+    other = variables._replace(
+        stats=jax.tree.map(lambda a: a + 9., variables.stats))
+    x, y = problems.DATA.x, problems.DATA.y
+    a, b = (evaluation.evaluate(self.MODEL, v, x, y, 16, True)
+            for v in (variables, other))
+    chex.assert_trees_all_close(a, b, rtol=1e-6)
+
+
+if __name__ == '__main__':
+  absltest.main()

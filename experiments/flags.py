@@ -139,6 +139,9 @@ def _define() -> None:
   # Run
   flags.DEFINE_integer('eval_every', 2, 'Rounds between evaluations.',
                        lower_bound=1)
+  flags.DEFINE_bool('evaluate_all', False, 'Also evaluate the mean over ALL '
+                    'clients\' last models, as official plots do; needs memory '
+                    'for one model per client.')
   flags.DEFINE_integer('seed', 0, 'Seed of models, batches and generated images.',
                        lower_bound=0, upper_bound=2**31 - 1)
   flags.DEFINE_string('workdir', None, 'Where to write; default: a folder in runs/ '
@@ -324,6 +327,8 @@ def _unused(values: dict[str, Any]) -> set[str]:
   if not recipes.generates(values['method']):
     unused |= {'generator_width', 'noise_dim', 'df_lambda_dis',
                'df_generator_steps', 'df_generator_lr'}
+  if not values['evaluate_all']:
+    unused.add('evaluate_all')
   if values['norm'] != 'batch':
     unused |= {'batch_norm', 'torch_bn'}
   if values['partition'] != 'dirichlet':

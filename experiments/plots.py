@@ -13,32 +13,40 @@ _PER_CLASS = 8
 
 
 def curves(
-    path: Any, series: Mapping[str, Sequence[Sequence[tuple[int, float]]]],
+    path: Any,
+    series: Mapping[str, Sequence[Sequence[tuple[int, float, float]]]],
     ylabel: str, title: str = '') -> None:
-  """Draws each name's mean over seeds against rounds, with a band of one
-  standard deviation where there are several seeds.
+  """Draws each name's mean over seeds against rounds and against megabytes sent
+  up and down, with a band of one standard deviation over several seeds.
 
   Args:
     path: where to write.
-    series: by name, for each seed, the points (round, value).
+    series: by name, for each seed, the points (round, megabytes, value).
     ylabel: what the values are.
     title: of the picture.
   """
-  figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
+  figure, panels = plt.subplots(
+      1, 2, figsize=(11, 4.2), sharey=True, layout='constrained')
   for i, (name, seeds) in enumerate(series.items()):
-    seeds = [dict(seed) for seed in seeds]
+    seeds = [{point[0]: point for point in seed} for seed in seeds]
     rounds = sorted(set.intersection(*map(set, seeds)))
-    values = np.array([[seed[t] for t in rounds] for seed in seeds])
-    mean, spread = values.mean(0), values.std(0, ddof=1 if len(values) > 1 else 0)
-    style = '-' if i % 2 == 0 else '--'  # curves may lie on each other
-    line, = axes.plot(rounds, mean, style, label=name)
-    if len(values) > 1:
-      axes.fill_between(rounds, mean - spread, mean + spread, alpha=.2,
-                        color=line.get_color(), linewidth=0)
-  axes.set(xlabel='round', ylabel=ylabel, title=title)
-  axes.grid(alpha=.3)
-  axes.legend()
-  figure.savefig(path, dpi=130)
+    points = np.array([[seed[t] for t in rounds] for seed in seeds])
+    mean, spread = points.mean(0), points.std(0, ddof=1 if len(seeds) > 1 else 0)
+    style = ('-', '--', ':')[i // 10 % 3] if len(series) > 4 else (
+        '-' if i % 2 == 0 else '--')  # curves may lie on each other
+    for column, axes in enumerate(panels):
+      line, = axes.plot(mean[:, column], mean[:, 2], style, label=name)
+      if len(seeds) > 1:
+        axes.fill_between(
+            mean[:, column], mean[:, 2] - spread[:, 2], mean[:, 2] + spread[:, 2],
+            alpha=.15, color=line.get_color(), linewidth=0)
+  panels[0].set(xlabel='round', ylabel=ylabel, title=title)
+  panels[1].set(xlabel='megabytes, up and down', xscale='log')
+  for axes in panels:
+    axes.grid(alpha=.3)
+  panels[1].legend(
+      fontsize=8, loc='center left', bbox_to_anchor=(1.01, .5), frameon=False)
+  figure.savefig(path, dpi=110)
   plt.close(figure)
 
 

@@ -108,9 +108,12 @@ def _method(config, dataset, model) -> base.Method:
       model, dataset.num_classes, recipes.server_optimizer(
           config['server_optimizer'], config['server_learning_rate']),
       generator, options)
-  return batch_norm.with_policy(
+  method = batch_norm.with_policy(
       config.get('batch_norm', 'aggregate'),
       recipes.build(config['method'], settings), model, config['batch_size'])
+  if config.get('evaluate_all'):
+    method = base.chain(method, evaluation.last_models())
+  return method
 
 
 def _options(part, config) -> dict[str, Any]:
@@ -351,6 +354,8 @@ def train(
       clock.lap('train')
       for r, run in enumerate(runs):
         variants = {'broadcast': state.variables, **info.models}
+        if experiment.config.get('evaluate_all'):
+          variants['all'] = _mean_of_all(experiment, state, several)
         scores = {
             name: jax.tree.map(float, evaluation.evaluate(
                 experiment.model, _one_seed(v, r, several), *test, 500, local))
@@ -374,10 +379,24 @@ def train(
     run.finish(_one_seed(state, r, several), clock)
 
 
+def _mean_of_all(experiment, state, several):
+  """The mean over all clients' last models, as the federation weighs them."""
+  count = experiment.data.count
+  if experiment.config['weighting'] == 'uniform':
+    count = jnp.ones_like(count)
+  mean = functools.partial(
+      evaluation.mean_of_last_models, weight=count.astype(float))
+  (_, last), _ = state.clients
+  return jax.vmap(mean)(last) if several else mean(last)
+
+
 def _with_own_statistics(experiment, state, client_test):
   """Mean scores of the broadcast model over clients, each with its own
   statistics on a test split like its training data."""
-  (stats, seen), _ = state.clients[0]
+  slots, _ = state.clients
+  if experiment.config.get('evaluate_all'):
+    slots, _ = slots
+  (stats, seen), _ = slots
   received = trees.stack(state.variables.stats, len(seen))
   stats = jax.tree.map(
       lambda own, new: jnp.where(
@@ -460,7 +479,8 @@ class Run:
             experiment.dataset.num_classes)
     with files.replacing(folder / 'curves.png') as temporary:
       plots.curves(temporary, {
-          name: [[(row['round'], row['accuracy'][name]) for row in self._rows]]
+          name: [[(row['round'], megabytes(row), row['accuracy'][name])
+                  for row in self._rows]]
           for name in self._rows[-1]['accuracy']}, 'test accuracy')
     files.write_json(folder / 'summary.json', {
         'method': experiment.config['method'], 'seed': self._seed,
@@ -479,6 +499,11 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
           name: _number(np.mean([r['accuracy'][name] for r in tail]))
           for name in last['accuracy']},
       'bytes_up': last['bytes_up'], 'bytes_down': last['bytes_down']}
+
+
+def megabytes(row: dict[str, Any]) -> float:
+  """What has been sent, up and down, by a row of metrics.jsonl."""
+  return (row['bytes_up'] + row['bytes_down']) / 1e6
 
 
 def _number(value) -> float | None:

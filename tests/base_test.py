@@ -41,7 +41,7 @@ class ChainTest(absltest.TestCase):
     self.assertEqual(method.decay(view), -6.)
     self.assertEqual(
         method.upload(view, None, None, KEY), ((-2, -3), (10, 20)))
-    received = base.Received(*[None] * 10)._replace(message=(3, 4))
+    received = base.Received(*[None] * 9)._replace(message=(3, 4))
     variables, shared, info = method.update(1, shared, received, KEY)
     self.assertEqual((variables, shared), (134, (2, 3)))
     self.assertEqual(info.metrics, {'seen1': 3, 'seen2': 4})
@@ -70,22 +70,27 @@ class RecipesTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ('fed_avg', ['fed_avg']), ('fed_ftg', ['fed_avg', 'fed_ftg']),
-      ('fed_ftg+fed_avg', ['fed_avg', 'fed_ftg']))
+      ('fed_ftg+fed_avg', ['fed_avg', 'fed_ftg']),
+      ('fed_ftg+fed_nova', ['fed_nova', 'fed_ftg']),
+      ('fed_ftg+scaffold+moon', ['moon', 'fed_avg', 'scaffold', 'fed_ftg']))
   def test_order(self, name, want):
     self.assertEqual(recipes.parse(name), want)
 
   @parameterized.parameters(
-      ('fedavg', "no method 'fedavg': must be one of fed_avg, fed_ftg"),
+      ('fedavg', "no method 'fedavg': must be one of fed_avg, fed_df, fed_df_pub"),
       ('fed_avg+fed_avg', 'fed_avg is named twice'), ('', 'no method'))
   def test_errors(self, name, message):
     with self.assertRaisesRegex(ValueError, message):
       recipes.parse(name)
 
   def test_two_aggregators(self):
-    recipe = recipes.RECIPES['fed_avg']
-    with absltest.mock.patch.dict(recipes.RECIPES, other=recipe):
-      with self.assertRaisesRegex(ValueError, 'fed_avg and other'):
-        recipes.parse('fed_avg+other')
+    with self.assertRaisesRegex(
+        ValueError, 'only one part can aggregate, got fed_avg and fed_nova'):
+      recipes.parse('fed_avg+fed_nova')
+
+  def test_generates(self):
+    self.assertTrue(recipes.generates('moon+fed_df'))
+    self.assertFalse(recipes.generates('fed_df_public'))
 
   def test_server_optimizer(self):
     self.assertIsNone(recipes.server_optimizer('sgd', 1.))
@@ -98,9 +103,8 @@ class RecipesTest(parameterized.TestCase):
 
   def test_weighting(self):
     self.assertEqual(recipes.weighting('fed_ftg'), 'examples')
-    uniform = recipes.RECIPES['fed_avg']._replace(weighting='uniform')
-    with absltest.mock.patch.dict(recipes.RECIPES, fed_avg=uniform):
-      self.assertEqual(recipes.weighting('fed_ftg'), 'uniform')
+    self.assertEqual(recipes.weighting('moon+fed_ftg'), 'examples')
+    self.assertEqual(recipes.weighting('scaffold+fed_ftg'), 'uniform')
 
 
 class EvaluationTest(parameterized.TestCase):

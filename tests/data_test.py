@@ -158,6 +158,19 @@ class PartitionTest(parameterized.TestCase):
         np.sort(np.concatenate(parts)), np.arange(103))
     self.assertLessEqual(max(map(len, parts)) - min(map(len, parts)), 3)
 
+  def test_like_another_partition(self):
+    """Every test example once; classes go where the training classes are."""
+    train = np.repeat(np.arange(4), 30)
+    test = np.repeat(np.arange(5), 7)  # nobody trains on class 4
+    parts = partition.dirichlet(train, 6, .3)
+    shares = partition.like(test, train, parts)
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate(shares)), np.flatnonzero(test < 4))
+    for part, share in zip(parts, shares):
+      held = np.bincount(train[part], minlength=4) / 30 * 7
+      got = np.bincount(test[share], minlength=4)
+      self.assertLess(np.abs(got - held).max(), 1)
+
   def test_saved_partition_is_replayed(self):
     path = os.path.join(self.create_tempdir().full_path, 'p.npz')
     parts = partition.dirichlet(np.arange(50) % 5, 12, .1)
@@ -221,6 +234,83 @@ class SchedulesTest(parameterized.TestCase):
     np.save(path, np.zeros(4))
     with self.assertRaisesRegex(ValueError, 'integers .rounds, cohort'):
       schedules.load(path, 2, 5)
+
+  def test_dropouts(self):
+    rows = schedules.exact(400, 10, 4, 0)
+    fewer = schedules.with_dropouts(rows, .3, 1)
+    np.testing.assert_array_equal(fewer.client_id, rows.client_id)
+    self.assertAlmostEqual(fewer.arrived.mean(), .7, delta=.04)
+    again = schedules.with_dropouts(schedules.exact(5, 10, 4, 0), .3, 1)
+    np.testing.assert_array_equal(again.arrived, fewer.arrived[:5])
+    self.assertIs(schedules.with_dropouts(rows, 0., 1), rows)
+
+  def test_draws_do_not_depend_on_who_else_is_in(self):
+    """Client 3 in round 1 meets the same fate in a smaller cohort."""
+    large = schedules.from_ids(np.tile(np.arange(8), (50, 1)), 10)
+    small = schedules.from_ids(np.full((50, 2), [3, -1]), 10)
+    full = np.full(10, 9)
+    for change in (lambda s: schedules.with_dropouts(s, .5, 2).arrived,
+                   lambda s: schedules.with_stragglers(
+                       s, full, .5, 2).num_steps):
+      np.testing.assert_array_equal(change(large)[:, 3], change(small)[:, 0])
+
+  def test_stragglers(self):
+    rows = schedules.exact(400, 10, 4, 0)
+    full = np.arange(1, 11)  # steps of each client
+    slow = schedules.with_stragglers(rows, full, .6, 1)
+    straggles = slow.num_steps < NO_LIMIT
+    self.assertAlmostEqual(straggles.mean(), .6, delta=.05)
+    limit = np.broadcast_to(full[rows.client_id], slow.num_steps.shape)
+    self.assertTrue((slow.num_steps[straggles] >= 1).all())
+    self.assertTrue((slow.num_steps <= limit)[straggles].all())
+    for steps in (1, 5, 10):  # every number of steps occurs for client 9
+      self.assertIn(steps, slow.num_steps[(rows.client_id == 9) & straggles])
+
+  @parameterized.parameters(schedules.exact, schedules.bernoulli)
+  def test_availability_differs_between_clients(self, make):
+    available = np.array([1., 1., 1., .1, .1])
+    rows = make(600, 5, 2, 0, available)
+    counts = np.bincount(rows.client_id.ravel(), minlength=6)[:5] / 600
+    self.assertGreater(counts[:3].min(), 3 * counts[3:].max())
+    self.assertTrue(rows.arrived.any(1).all())
+    short = make(10, 5, 2, 0, available)
+    for a, b in zip(short.client_id, rows.client_id):
+      np.testing.assert_array_equal(a[a < 5], b[b < 5])
+
+  def test_availability(self):
+    self.assertIsNone(schedules.availability(5, 1., 0))
+    drawn = schedules.availability(1000, .4, 0)
+    self.assertGreaterEqual(drawn.min(), .4)
+    self.assertAlmostEqual(drawn.mean(), .7, delta=.02)
+    rare = schedules.exact(20, 3, 3, 0, np.full(3, .2))  # never nobody
+    self.assertTrue(rare.arrived.any(1).all())
+    self.assertFalse(rare.arrived.all())
+
+  def test_saved_schedule_is_replayed(self):
+    path = os.path.join(self.create_tempdir().full_path, 's.npz')
+    rows = schedules.with_stragglers(
+        schedules.with_dropouts(schedules.bernoulli(30, 10, 3, 0), .3, 0),
+        np.full(10, 7), .5, 0)
+    schedules.save(path, rows, 10)
+    for a, b in zip(rows, schedules.load(path, 30, 10)):
+      np.testing.assert_array_equal(a, b)
+
+  @parameterized.parameters(
+      (dict(arrived=np.ones((2, 2))), 'arrived must be bools'),
+      (dict(num_steps=np.ones((3, 2), int)), 'num_steps must be integers'))
+  def test_unfit_schedule_files(self, arrays, message):
+    path = os.path.join(self.create_tempdir().full_path, 's.npz')
+    np.savez(path, ids=np.array([[0, 1], [1, 2]]), **arrays)
+    with self.assertRaisesRegex(ValueError, message):
+      schedules.load(path, 2, 5)
+
+  def test_rates_are_checked(self):
+    rows = schedules.exact(2, 3, 2, 0)
+    for wrong in (lambda: schedules.with_dropouts(rows, 1.5, 0),
+                  lambda: schedules.with_stragglers(rows, np.ones(3), -1., 0),
+                  lambda: schedules.availability(3, 2., 0)):
+      with self.assertRaisesRegex(ValueError, 'between 0 and 1'):
+        wrong()
 
   def test_cohort_error(self):
     with self.assertRaisesRegex(ValueError, r'clients \(3\), got 4'):

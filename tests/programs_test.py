@@ -78,6 +78,48 @@ class TrainTest(parameterized.TestCase):
   def train(self, name, *changes):
     return call(train, *self.args, *changes, f'--workdir={self.folder / name}')
 
+  def test_dropouts_and_stragglers_are_replayed_from_the_file(self):
+    realism = ['--method=fed_nova', '--dropout_rate=0.3',
+               '--straggler_rate=0.5', '--min_availability=0.5']
+    status, _, err = self.train('a', *realism)
+    self.assertEqual(status, 0, err)
+    saved = self.folder / 'a' / 'schedule.npz'
+    status, _, err = self.train(
+        'b', '--method=fed_nova', f'--schedule=file:{saved}')
+    self.assertEqual(status, 0, err)
+    plain = self.train('c', '--method=fed_nova')
+    a, b, c = ((self.folder / name / 'metrics.jsonl').read_text()
+               for name in 'abc')
+    self.assertEqual(plain[0], 0)
+    self.assertEqual(a, b)
+    self.assertNotEqual(a, c)
+
+  @parameterized.parameters('aggregate', 'local', 'reset')
+  def test_batch_norm_policies(self, policy):
+    status, _, err = self.train(
+        'a', '--method=fed_avg', '--model=lenet', '--norm=batch',
+        '--evaluate_all', f'--batch_norm={policy}')
+    self.assertEqual(status, 0, err)
+    config = json.loads((self.folder / 'a' / 'config.json').read_text())
+    self.assertEqual(config['config']['batch_norm'], policy)
+    row = json.loads((self.folder / 'a' / 'metrics.jsonl').read_text().split(
+        '\n')[0])
+    own = ['own_statistics'] if policy == 'local' else []
+    self.assertCountEqual(
+        row['accuracy'], ['average', 'broadcast', 'all', *own])
+
+  def test_public_data(self):
+    np.savez(self.folder / 'public.npz', x=np.zeros((5, 8, 8, 1), np.uint8))
+    for public, train_rows in (('train:20', 40),
+                               (f'npz:{self.folder}/public.npz', 60)):
+      name = public[:5]
+      status, _, err = self.train(
+          name, '--method=fed_df_public', '--df_student_steps=2',
+          f'--public_data={public}')
+      self.assertEqual(status, 0, err)
+      with np.load(self.folder / name / 'partition.npz') as parts:
+        self.assertEqual(sum(len(parts[k]) for k in parts.files), train_rows)
+
   def test_files_and_repeats(self):
     status, out, err = self.train('a')
     self.assertEqual(status, 0, err)
@@ -85,7 +127,8 @@ class TrainTest(parameterized.TestCase):
     run = self.folder / 'a'
     self.assertCountEqual([p.name for p in run.iterdir()], [
         'config.json', 'curves.png', 'generated.png', 'metrics.jsonl',
-        'params.npz', 'partition.npz', 'summary.json', 'timings.jsonl'])
+        'params.npz', 'partition.npz', 'schedule.npz', 'summary.json',
+        'timings.jsonl'])
     rows = [json.loads(r) for r in (run / 'metrics.jsonl').read_text().split(
         '\n') if r]
     self.assertEqual([r['round'] for r in rows], [2, 3])
@@ -262,6 +305,11 @@ class ErrorsTest(parameterized.TestCase):
       ('--rounds=abc', '--rounds=abc: must be a positive integer'),
       ('--rounds=0', '--rounds=0: must be a positive integer'),
       ('--cohort=21', '--cohort=21: must be at most --num_clients=20'),
+      ('--moon_tau=0', '--moon_tau=0.0: must be above 0'),
+      ('--scaffold_option=3', '--scaffold_option=3'),
+      ('--dropout_rate=1.5', '--dropout_rate=1.5'),
+      ('--public_data=20', '--public_data=20: must be train:NUM or npz:PATH'),
+      ('--method=fed_df_public', '--public_data=: fed_df_public needs images'),
       ('--dirichlet_alpha=0', '--dirichlet_alpha=0.0: must be above 0'),
       ('--dirichlet_alpha=nan', '--dirichlet_alpha=nan: must be a finite number'),
       ('--learning_rate=-1', '--learning_rate=-1: must be a non-negative number'),
@@ -406,8 +454,9 @@ class ReportTest(absltest.TestCase):
 
   def test_curves_with_bands(self):
     path = os.path.join(self.create_tempdir().full_path, 'c.png')
-    plots.curves(path, {'a': [[(1, .1), (2, .5)], [(1, .2), (2, .4)]],
-                        'b': [[(1, .3), (2, .6)]]}, 'accuracy')
+    plots.curves(path, {'a': [[(1, 3., .1), (2, 6., .5)],
+                              [(1, 3., .2), (2, 6., .4)]],
+                        'b': [[(1, 3., .3), (2, 6., .6)]]}, 'accuracy')
     pixels = np.asarray(Image.open(path).convert('RGB'))
     self.assertGreater(len(np.unique(pixels.reshape(-1, 3), axis=0)), 50)
 

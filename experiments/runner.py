@@ -139,11 +139,13 @@ def _options(part, config) -> dict[str, Any]:
 
 
 def _check_num_labels(config, num_examples) -> None:
-  for flag, batch in (('ftg_iterations', 'ftg_batch_size'),
-                      ('df_generator_steps', 'df_batch_size'),
-                      ('df_student_steps', 'df_batch_size')):
+  """Refuses more steps than labels can be counted for, see `distillation`."""
+  for flag, batch, of_all in (
+      ('ftg_iterations', 'ftg_batch_size', 1),
+      ('df_generator_steps', 'df_batch_size', 2),
+      ('df_student_steps', 'df_batch_size', 2)):
     if flag in config:
-      most = (2**31 - 1) // (num_examples * config[batch])
+      most = (2**32 - 1) // (of_all * num_examples * config[batch])
       if config[flag] > most:
         raise flags.UsageError(
             flag, config[flag], f'must be at most {most} with {num_examples} '
@@ -426,6 +428,7 @@ class Run:
     self._experiment, self._folder, self._seed = experiment, folder, seed
     self._rows, self._timings = [], []
     self._down = self._up = 0
+    self._traffic = None
     config = {**experiment.config, 'seed': seed}
     claim_folder(folder, config)
     (folder / 'summary.json').unlink(missing_ok=True)
@@ -452,6 +455,7 @@ class Run:
           f'{self._folder}: the model is no longer finite after a round between '
           f'{self.rounds + 1} and {done}; the rows up to round {self.rounds} are '
           'kept. A smaller --learning_rate or --clip_norm may help')
+    self._traffic = traffic
     self._down += int(metrics.pop('num_selected').sum()) * traffic[0] // 8
     self._up += int(metrics.pop('num_arrived').sum()) * traffic[1] // 8
     losses = {k: _number(np.nanmean(v) if np.isfinite(v).any() else np.nan)
@@ -484,7 +488,9 @@ class Run:
           for name in self._rows[-1]['accuracy']}, 'test accuracy')
     files.write_json(folder / 'summary.json', {
         'method': experiment.config['method'], 'seed': self._seed,
-        **summarise(self._rows), **clock.total()})
+        **summarise(self._rows),
+        'bits_down_per_client': self._traffic[0],
+        'bits_up_per_client': self._traffic[1], **clock.total()})
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -27,21 +27,26 @@ def curves(
   """
   figure, panels = plt.subplots(
       1, 2, figsize=(11, 4.2), sharey=True, layout='constrained')
+  # A combination has the colour of its first part, dashed; else every second
+  # curve is dashed, since curves may lie on each other.
+  combined = any('+' in name for name in series)
+  first_parts = list(dict.fromkeys(name.split('+')[0] for name in series))
   for i, (name, seeds) in enumerate(series.items()):
     seeds = [{point[0]: point for point in seed} for seed in seeds]
     rounds = sorted(set.intersection(*map(set, seeds)))
     points = np.array([[seed[t] for t in rounds] for seed in seeds])
     mean, spread = points.mean(0), points.std(0, ddof=1 if len(seeds) > 1 else 0)
-    style = ('-', '--', ':')[i // 10 % 3] if len(series) > 4 else (
-        '-' if i % 2 == 0 else '--')  # curves may lie on each other
+    dashed = '+' in name if combined else i % 2
+    color = f'C{first_parts.index(name.split("+")[0]) % 10}'
     for column, axes in enumerate(panels):
-      line, = axes.plot(mean[:, column], mean[:, 2], style, label=name)
+      axes.plot(mean[:, column], mean[:, 2], '--' if dashed else '-',
+                color=color, label=name)
       if len(seeds) > 1:
         axes.fill_between(
             mean[:, column], mean[:, 2] - spread[:, 2], mean[:, 2] + spread[:, 2],
-            alpha=.15, color=line.get_color(), linewidth=0)
+            alpha=.1, color=color, linewidth=0)
   panels[0].set(xlabel='round', ylabel=ylabel, title=title)
-  panels[1].set(xlabel='megabytes, up and down', xscale='log')
+  panels[1].set(xlabel='megabytes, up and down')
   for axes in panels:
     axes.grid(alpha=.3)
   panels[1].legend(

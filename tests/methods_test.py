@@ -18,8 +18,8 @@ import pytest
 
 from fedftg_jax import base, evaluation, federation, keys, losses, models
 from fedftg_jax import recipes, trees
-from fedftg_jax.methods import batch_norm, fed_df, fed_ftg, fed_nova
-from fedftg_jax.methods import q_fed_avg
+from fedftg_jax.methods import batch_norm, fed_avg, fed_df, fed_ftg, fed_nova
+from fedftg_jax.methods import q_fed_avg, scaffold
 from fedftg_jax.models import classifiers
 from tests import problems
 
@@ -388,6 +388,114 @@ class ByHandTest(absltest.TestCase):
       bottom += share * (q * loss**(q - 1) * norm**2 + lipschitz * loss**q)
     want = jax.tree.map(lambda w, t: w - t / bottom, w, top)
     chex.assert_trees_all_close(got, want, atol=1e-6)
+
+
+  def test_scaffold_option_1(self):
+    """c_k becomes the gradient of the cross-entropy over all of client 1."""
+    fed = problems.make(MODEL, base.chain(
+        fed_avg.fed_avg(), scaffold.scaffold(option=1, batch_size=5)))
+    state = fed.init(KEY)
+    after, _ = fed.round(state, problems.DATA, problems.row([1, -1]), KEY)
+    rows = problems.DATA.index[1][:12]
+    want = jax.grad(lambda p: losses.cross_entropy(MODEL.apply(
+        state.variables._replace(params=p), problems.DATA.x[rows]).logits,
+                                                   problems.DATA.y[rows]))(
+                                                       state.variables.params)
+    (_, own), _ = after.clients
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda a: a[1], own), want, atol=1e-6)
+    _, (server, _) = after.shared  # share 12 * 5 / 40, N = 5
+    chex.assert_trees_all_close(
+        server, jax.tree.map(lambda a: a * 12 / 40, want), atol=1e-6)
+
+  def test_scaffold_compares_with_the_untuned_mean_on_request(self):
+    """The reference moves to the aggregate, before anything refines it."""
+    shift = base.Method(update=lambda v, shared, received, key: (
+        jax.tree.map(lambda a: a + 1., v), shared, base.Info()))
+    fed = problems.make(MODEL, base.chain(
+        fed_avg.fed_avg(), scaffold.scaffold(untuned_reference=True), shift))
+    after, info = fed.round(
+        fed.init(KEY), problems.DATA, problems.row([1, 3]), KEY)
+    chex.assert_trees_all_close(
+        after.shared[1][1], info.models['average'].params, atol=1e-6)
+
+
+class FedDfTest(parameterized.TestCase):
+  """The server step against plain loops, written from the spec."""
+
+  def received(self):
+    teachers = jax.vmap(MODEL.init)(jax.random.split(KEY, 3))
+    arrived = jnp.array([True, False, True])
+    counts = jnp.array([[4, 0, 2], [0, 0, 0], [2, 2, 0]])
+    return base.Received(
+        jax.tree.map(jnp.zeros_like, teachers), teachers, counts,
+        jnp.array([.5, 0, .5]), jnp.ones(3), arrived, jnp.int32(0), 5,
+        jnp.asarray(PUBLIC))
+
+  def student_steps(self, student, teachers, images, combine):
+    for x in images:
+      target = combine([MODEL.apply(t, x).logits for t in teachers])
+      grads = jax.grad(lambda p, x=x, target=target: jnp.mean(jnp.sum(
+          target * (jnp.log(target) - jax.nn.log_softmax(MODEL.apply(
+              base.Variables(p, {}), x).logits)), -1)))(student.params)
+      student = base.Variables(jax.tree.map(
+          lambda p, g: p - DF.student_lr * (g + 1e-3 * p), student.params,
+          grads), {})
+    return student
+
+  def test_generated_images(self):
+    with enable_x64(True):
+      received = self.received()
+      student, made = MODEL.init(KEY), GENERATOR.init(KEY)
+      method = fed_df.fed_df(MODEL, GENERATOR, CLASSES, DF)
+      got, got_made, _ = jax.jit(lambda v, s: method.update(
+          v, s, received, KEY))(student, made)
+      z, labels = fed_df.draw(KEY, received.message.sum(0), 4, DF)
+      self.assertEqual(z.shape, (4, 6, 4))
+      teachers = [jax.tree.map(lambda a, k=k: a[k], received.delta)
+                  for k in (0, 2)]
+      adam = optax.adam(DF.generator_lr)
+      opt_state = adam.init(made.params)
+
+      @jax.jit
+      def gradient(made, z, y):
+        def loss(params):
+          stats, total = made.stats, 0.
+          for teacher in teachers:
+            x, stats = GENERATOR.apply(
+                base.Variables(params, stats), z, y, train=True)
+            log = jax.nn.log_softmax(MODEL.apply(teacher, x).logits)
+            total += -log[jnp.arange(len(y)), y].mean() / 2
+          x, stats = GENERATOR.apply(
+              base.Variables(params, stats), z, y, train=True)
+          return total + losses.diversity(z, x), stats
+        return jax.grad(loss, has_aux=True)(made.params)
+
+      for i in range(2):
+        grads, stats = gradient(made, z[i], labels[i])
+        grads = jax.tree.map(lambda g, p: g + 1e-3 * p, grads, made.params)
+        updates, opt_state = adam.update(grads, opt_state)
+        made = base.Variables(optax.apply_updates(made.params, updates), stats)
+      chex.assert_trees_all_close(got_made, made, atol=1e-8)
+      images = [GENERATOR.apply(made, z[i], labels[i])[0] for i in (2, 3)]
+      want = self.student_steps(
+          student, teachers, images,
+          lambda logits: sum(map(jax.nn.softmax, logits)) / 2)
+      chex.assert_trees_all_close(got, want, atol=1e-8)
+
+  def test_public_images(self):
+    with enable_x64(True):
+      received, student = self.received(), MODEL.init(KEY)
+      method = fed_df.fed_df_public(MODEL, DF._replace(ensemble='logit'))
+      got, _, _ = jax.jit(lambda v: method.update(v, (), received, KEY))(student)
+      teachers = [jax.tree.map(lambda a, k=k: a[k], received.delta)
+                  for k in (0, 2)]
+      images = [received.public[jax.random.randint(
+          jax.random.fold_in(KEY, i), (6,), 0, 9)] for i in range(2)]
+      want = self.student_steps(
+          student, teachers, images,
+          lambda logits: jax.nn.softmax(sum(logits) / 2))
+      chex.assert_trees_all_close(got, want, atol=1e-8)
 
 
 class BatchNormPolicyTest(absltest.TestCase):

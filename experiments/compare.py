@@ -148,7 +148,8 @@ def report(results, folder, shared) -> None:
   with files.replacing(folder / 'curves.png') as temporary:
     plots.curves(temporary, {
         name: [[(row['round'], runner.megabytes(row), row['test_accuracy'])
-                for row in run['rows']] for run in runs] for name, runs in results.items()},
+                for row in run['rows']] for run in runs]
+        for name, runs in results.items()},
                  'test accuracy', 'broadcast model')
   show(header, rows)
   print(f'pictures: {folder}/curves.png, {folder}/*/seed*/*.png')

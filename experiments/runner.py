@@ -51,8 +51,7 @@ def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
   Raises:
     flags.UsageError: where data and configuration do not fit.
   """
-  dataset = _checked('dataset', config, _load, config['dataset'], data_dir)
-  loaded = dataset
+  loaded = _checked('dataset', config, _load, config['dataset'], data_dir)
   dataset, public = _public(config, loaded)
   parts = _partition(config, dataset)
   schedule = _schedule(config, parts)
@@ -75,7 +74,8 @@ def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
       client_chunk=config['client_chunk'])
   data = clients.from_partition(
       dataset.train_x, dataset.train_y, parts, public)
-  return Experiment(config, loaded, dataset, parts, data, schedule, model, method, fed)
+  return Experiment(
+      config, loaded, dataset, parts, data, schedule, model, method, fed)
 
 
 _load = functools.lru_cache(maxsize=1)(datasets.load)
@@ -93,7 +93,7 @@ def _decayed(rate, config):
 
 
 def _method(config, dataset, model) -> base.Method:
-  """The method, with the policy for BatchNorm statistics at its end."""
+  """The method under the policy for BatchNorm statistics."""
   options = {part: _options(part, config)
              for part in recipes.parse(config['method'])}
   generator = None

@@ -156,7 +156,8 @@ def save(path: str, schedule: Cohort, num_clients: int) -> None:
   """Writes a schedule as ids (-1 for padding), arrived and num_steps [T, S]."""
   ids = schedule.client_id
   np.savez_compressed(
-      path, ids=np.where(ids == num_clients, -1, ids), arrived=schedule.arrived, num_steps=schedule.num_steps)
+      path, ids=np.where(ids == num_clients, -1, ids),
+      arrived=schedule.arrived, num_steps=schedule.num_steps)
 
 
 def load(path: str, num_rounds: int, num_clients: int) -> Cohort:
@@ -168,15 +169,16 @@ def load(path: str, num_rounds: int, num_clients: int) -> Cohort:
   file = arrays.read(path, single='ids')
   if 'ids' not in file:
     raise ValueError(f'{path}: lacks the array ids; it has {", ".join(file)}')
-  for name, what, kind in (
-      ('ids', 'client ids', 'integer'), ('arrived', 'arrived', 'bool'),
-      ('num_steps', 'num_steps', 'integer')):
+  for name, what, kind, dtype in (
+      ('ids', 'client ids', 'integers', np.integer),
+      ('arrived', 'arrived', 'bools', np.bool_),
+      ('num_steps', 'num_steps', 'integers', np.integer)):
     array = file.get(name)
     if array is not None and (
         array.ndim != 2 or array.shape != file['ids'].shape
-        or not np.issubdtype(array.dtype, {'integer': np.integer, 'bool': np.bool_}[kind])):
+        or not np.issubdtype(array.dtype, dtype)):
       raise ValueError(
-          f'{path}: {what} must be {kind}s [rounds, cohort], got '
+          f'{path}: {what} must be {kind} [rounds, cohort], got '
           f'{list(array.shape)} of {array.dtype}')
   ids = file['ids']
   if len(ids) < num_rounds:

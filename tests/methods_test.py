@@ -191,21 +191,10 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
   return variables, shared, clients
 
 
-class ContractTest(parameterized.TestCase):
+class Contract(parameterized.TestCase):
+  """What is checked of one row."""
 
   IDS = [[0, 1, 4, -1], [1, 2, 3, 4], [0, 2, -1, -1]]
-
-  @parameterized.named_parameters(
-      (name, row) for name, row in ROWS.items() if name not in SLOW)
-  def test_row(self, row):
-    with enable_x64(True):
-      self.check(row)
-
-  @pytest.mark.slow
-  @parameterized.named_parameters((name, ROWS[name]) for name in SLOW)
-  def test_further_row(self, row):
-    with enable_x64(True):
-      self.check(row)
 
   def check(self, row):
     model, method, fed = build(row)
@@ -255,6 +244,15 @@ class ContractTest(parameterized.TestCase):
       chex.assert_trees_all_close(states[1].shared, shared, atol=1e-9)
       chex.assert_trees_all_close(states[1].clients[0], clients, atol=1e-9)
 
+
+class ContractTest(Contract):
+
+  @parameterized.named_parameters(
+      (name, row) for name, row in ROWS.items() if name not in SLOW)
+  def test_row(self, row):
+    with enable_x64(True):
+      self.check(row)
+
   @parameterized.named_parameters((name, row) for name, row in ROWS.items())
   def test_bits_down_and_up(self, row):
     _, _, fed = build(row)
@@ -263,6 +261,15 @@ class ContractTest(parameterized.TestCase):
     data = problems.DATA._replace(public=PUBLIC)
     self.assertEqual(
         fed.traffic(state, data), (size + 32 * row.down, size + 32 * row.up))
+
+
+@pytest.mark.slow
+class FurtherContractTest(Contract):
+
+  @parameterized.named_parameters((name, ROWS[name]) for name in SLOW)
+  def test_row(self, row):
+    with enable_x64(True):
+      self.check(row)
 
 
 class NeutralTest(parameterized.TestCase):

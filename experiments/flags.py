@@ -121,7 +121,7 @@ def _define() -> None:
   flags.DEFINE_integer('projection_dim', 0, 'Width of a projection head in front '
                        'of the last layer (MOON\'s paper: 256); 0 for none.',
                        lower_bound=0)
-  flags.DEFINE_enum('conv', 'im2col', layers.CONV_IMPLEMENTATIONS,
+  flags.DEFINE_enum('conv', 'matmul', layers.CONV_IMPLEMENTATIONS,
                     'How convolutions are computed; the results agree.')
   flags.DEFINE_integer('local_epochs', 5, 'Epochs per client and round.',
                        lower_bound=1)

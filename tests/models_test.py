@@ -88,7 +88,7 @@ class ClassifiersTest(parameterized.TestCase):
 
   @parameterized.parameters(
       (dict(norm='layer'), "norm must be one of.*'group'.*got 'layer'"),
-      (dict(conv='fft'), "conv must be one of.*'im2col'.*got 'fft'"),
+      (dict(conv='fft'), "conv must be one of.*'matmul'.*got 'fft'"),
       (dict(projection_dim=-1), 'projection_dim must be >= 0, got -1'),
       (dict(image_shape=(8, 3, 1)), 'at least 4 x 4, got 8 x 3'),
       (dict(name='vgg11', image_shape=(0, 8, 1)), 'at least 1 x 1, got 0 x 8'))
@@ -183,7 +183,7 @@ class DeepClassifiersTest(parameterized.TestCase):
   @parameterized.parameters('resnet20', 'vgg11')
   def test_padding_changes_nothing(self, name):
     with enable_x64(True):
-      model = models.build(name, (4, 4, 3), 3, conv='rows')
+      model = models.build(name, (4, 4, 3), 3)
       variables = _random_variables(model)
       x = jax.random.normal(KEY, (5, 4, 4, 3))
       mask = jnp.array([True, False, True, True, False])
@@ -195,7 +195,7 @@ class DeepClassifiersTest(parameterized.TestCase):
 
   def test_vmap_equals_one_by_one(self):
     with enable_x64(True):
-      model = models.build('resnet20', (4, 4, 3), 3, conv='rows')
+      model = models.build('resnet20', (4, 4, 3), 3)
       variables = [_random_variables(model, seed) for seed in (1, 2)]
       x = jax.random.normal(KEY, (2, 3, 4, 4, 3))
       apply = lambda v, x: model.apply(v, x, train=True)
@@ -230,8 +230,7 @@ class DeepClassifiersTest(parameterized.TestCase):
     """From 0, PyTorch's is n / (n - 1) of Flax's after a step, in all norms."""
     stats = []
     for torch_bn in (True, False):
-      model = models.build(name, (4, 4, 2), 3, norm='batch', torch_bn=torch_bn,
-                           conv='rows')
+      model = models.build(name, (4, 4, 2), 3, norm='batch', torch_bn=torch_bn)
       variables = _random_variables(model)
       variables = variables._replace(
           stats=jax.tree.map(jnp.zeros_like, variables.stats))
@@ -302,13 +301,14 @@ class BasicBlockTest(parameterized.TestCase):
 
 class ConvolutionTest(parameterized.TestCase):
 
-  @parameterized.product(size=(1, 3, 4, 5, 7), stride=(1, 2))
-  def test_implementations_agree(self, size, stride):
+  @parameterized.product(
+      size=(1, 3, 4, 5, 7), stride=(1, 2), num_out=(2, 4))
+  def test_implementations_agree(self, size, stride, num_out):
     """In value and gradient; odd and even images, one kernel per client."""
     with enable_x64(True):
       random = np.random.RandomState(0)
       x = jnp.asarray(random.randn(2, 2, 7, 6, 3))
-      kernel = jnp.asarray(random.randn(2, size, size, 3, 4))
+      kernel = jnp.asarray(random.randn(2, size, size, 3, num_out))
 
       def plain(x, kernel):
         pad = (size - 1) // 2, size // 2
@@ -324,7 +324,7 @@ class ConvolutionTest(parameterized.TestCase):
 
       want = run(plain)
       height, width = -(-7 // stride), -(-6 // stride)
-      self.assertEqual(want[0].shape, (2, 2, height, width, 4))
+      self.assertEqual(want[0].shape, (2, 2, height, width, num_out))
       for implementation in layers.CONV_IMPLEMENTATIONS:
         out = run(lambda x, k: layers.convolve(x, k, implementation, stride))
         chex.assert_trees_all_close(out, want, atol=1e-11)
@@ -345,9 +345,10 @@ class ConvolutionTest(parameterized.TestCase):
       layers.Conv(2, 3, enlarge=True, stride=2).init(
           KEY, jnp.zeros((1, 4, 4, 2)))
 
-  @parameterized.parameters((3, 1), (3, 2), (1, 2))
-  def test_no_grouped_convolution_under_vmap(self, size, stride):
-    x, kernel = jnp.zeros((2, 3, 6, 6, 2)), jnp.zeros((2, size, size, 2, 4))
+  @parameterized.parameters((3, 1, 4), (3, 1, 1), (3, 2, 4), (1, 2, 4))
+  def test_no_grouped_convolution_under_vmap(self, size, stride, num_out):
+    x, kernel = jnp.zeros((2, 3, 6, 6, 2)), jnp.zeros(
+        (2, size, size, 2, num_out))
     for implementation in layers.CONV_IMPLEMENTATIONS[:-1]:
       text = jax.jit(jax.vmap(lambda x, k: layers.convolve(
           x, k, implementation, stride))).lower(x, kernel).as_text()

@@ -45,7 +45,7 @@ def build(
     mean: Sequence[float] = (0.,),
     std: Sequence[float] = (1.,),
     norm: str | None = None,
-    conv: str = 'im2col',
+    conv: str = 'matmul',
     projection_dim: int = 0,
     torch_bn: bool = True,
 ) -> base.Model:

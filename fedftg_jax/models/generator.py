@@ -29,7 +29,7 @@ class ImageGenerator(nn.Module):
   num_classes: int
   width: int = 64
   bias_before_norm: bool = True
-  conv: str = 'im2col'
+  conv: str = 'matmul'
 
   @nn.compact
   def __call__(self, z, labels, train=False):
@@ -57,7 +57,7 @@ def image_generator(
     noise_dim: int = 100,
     width: int = 64,
     bias_before_norm: bool = True,
-    conv: str = 'im2col',
+    conv: str = 'matmul',
 ) -> base.Generator:
   """The generator as a pair of functions, see `ImageGenerator`.
 

@@ -7,7 +7,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-CONV_IMPLEMENTATIONS = ('im2col', 'rows', 'slices', 'lax')
+CONV_IMPLEMENTATIONS = ('matmul', 'im2col', 'slices', 'lax')
 NORMS = ('none', 'batch', 'group')
 BATCH_NORM_MOMENTUM = .1  # PyTorch's: weight of the new moments
 
@@ -22,7 +22,7 @@ kaiming_init = nn.initializers.variance_scaling(2., 'fan_out', 'normal')
 class Options(NamedTuple):
   """What is chosen for a classifier as a whole."""
   norm: str = 'none'       # one of `NORMS`, see `Norm`
-  conv: str = 'im2col'     # one of `CONV_IMPLEMENTATIONS`, see `convolve`
+  conv: str = 'matmul'     # one of `CONV_IMPLEMENTATIONS`, see `convolve`
   projection_dim: int = 0  # width of the projection, 0 for none, see `head`
   torch_bn: bool = True    # see `BatchNorm.unbiased`
 
@@ -52,10 +52,12 @@ def convolve(
   Args:
     x: [B, H, W, I] images.
     kernel: [h, w, I, O].
-    implementation: 'im2col' gathers the h * w shifted images and multiplies
-      once; 'rows' gathers the w images shifted sideways, multiplies once for
-      each row of the kernel, and adds; 'slices' multiplies each shifted image
-      and adds; 'lax' is `jax.lax.conv_general_dilated`.
+    implementation: 'matmul' gathers the h * w shifted images and multiplies
+      once, or, where outputs are fewer than inputs, multiplies once and adds the
+      h * w shifted products, so that what is shifted has h * w * min(I, O)
+      channels; 'im2col' gathers always and leaves the gradient to JAX, so that
+      there is a forward-mode derivative too; 'slices' multiplies each shifted
+      image and adds; 'lax' is `jax.lax.conv_general_dilated`.
     stride: in both directions.
 
   Returns:
@@ -63,26 +65,70 @@ def convolve(
   """
   (h, w, num_in, num_out), (height, width) = kernel.shape, x.shape[1:3]
   if h == w == 1:
-    return x[:, ::stride, ::stride] @ kernel[0, 0]
+    return _matmul(x[:, ::stride, ::stride], kernel[0, 0])
   padding = ((h - 1) // 2, h // 2), ((w - 1) // 2, w // 2)
   if implementation == 'lax':
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding,
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   if implementation == 'slices':
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     return sum(
         padded[:, i:i + height:stride, j:j + width:stride] @ kernel[i, j]
         for i in range(h) for j in range(w))
-  if implementation == 'rows':
-    sideways = jnp.concatenate(
-        [padded[:, :, j:j + width:stride] for j in range(w)], axis=-1)
-    kernel = kernel.reshape(h, w * num_in, num_out)
-    return sum(sideways[:, i:i + height:stride] @ kernel[i] for i in range(h))
-  patches = jnp.concatenate(
-      [padded[:, i:i + height:stride, j:j + width:stride]
-       for i in range(h) for j in range(w)], axis=-1)
-  return patches @ kernel.reshape(-1, num_out)
+  if implementation == 'im2col':
+    return _patches(x, (h, w), padding, stride) @ kernel.reshape(-1, num_out)
+  if num_in <= num_out or stride > 1:
+    return _matmul(
+        _patches(x, (h, w), padding, stride), kernel.reshape(-1, num_out))
+  # Seen from an output, its input lies on the other side.
+  before, after = zip(*padding)
+  gather = functools.partial(
+      _patches, size=(h, w), padding=tuple(zip(after, before)))
+  scatter = jax.linear_transpose(
+      gather, jax.ShapeDtypeStruct((*x.shape[:3], num_out), x.dtype))
+  flipped = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(num_in, -1)
+  return scatter(_matmul(x, flipped))[0]
+
+
+def _patches(x, size, padding, stride=1):
+  """[B, H', W', h * w * I] the h x w pixels around each pixel of `x`.
+
+  Gathered sideways first: the second copy moves w * I channels at a time.
+  """
+  (h, w), (height, width) = size, x.shape[1:3]
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  x = jnp.concatenate(
+      [x[:, :, j:j + width:stride] for j in range(w)], axis=-1)
+  return jnp.concatenate(
+      [x[:, i:i + height:stride] for i in range(h)], axis=-1)
+
+
+@jax.custom_vjp
+def _matmul(x, kernel):
+  """x [..., I] @ kernel [I, O] with a gradient that is fast on the CPU.
+
+  The gradient of the kernel contracts the long axes of both factors. Its cost
+  depends on which comes first: fastest is a result with longer rows than
+  columns, transposed afterwards.
+  """
+  return x @ kernel
+
+
+def _matmul_forward(x, kernel):
+  return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(residuals, cotangent):
+  x, kernel = residuals
+  rows = x.reshape(-1, x.shape[-1])
+  outs = cotangent.reshape(-1, cotangent.shape[-1])
+  grad = (outs.T @ rows).T if kernel.shape[0] > kernel.shape[1] else (
+      rows.T @ outs)
+  return cotangent @ kernel.T, grad
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def convolve_enlarged(
@@ -128,7 +174,7 @@ class Conv(nn.Module):
   features: int
   size: int
   use_bias: bool = True
-  implementation: str = 'im2col'
+  implementation: str = 'matmul'
   enlarge: bool = False
   stride: int = 1
   kernel_init: Callable = kernel_init

@@ -46,7 +46,24 @@ class UsageError(Exception):
 
 def _define() -> None:
   """Defines the flags that every program has."""
-  # Data
+  _define_data()
+  _define_federation()
+  _define_training()
+  _define_methods()
+  _define_ftg()
+  flags.DEFINE_integer('eval_every', 2, 'Rounds between evaluations.',
+                       lower_bound=1)
+  flags.DEFINE_bool('evaluate_all', False, 'Also evaluate the mean over ALL '
+                    'clients\' last models, as official plots do; needs memory '
+                    'for one model per client.')
+  flags.DEFINE_integer('seed', 0, 'Seed of models, batches and generated images.',
+                       lower_bound=0, upper_bound=2**31 - 1)
+  flags.DEFINE_string('workdir', None, 'Where to write; default: a folder in runs/ '
+                      'named after the configuration.')
+
+
+def _define_data() -> None:
+  """What is learned from, and who holds it."""
   flags.DEFINE_string(
       'dataset', 'mnist5k', 'Data set: mnist5k (5,000 real MNIST images that come '
       'with a Python package), or npz:PATH, an .npz with train_x, train_y, '
@@ -70,7 +87,10 @@ def _define() -> None:
       lower_bound=0)
   flags.DEFINE_integer('partition_seed', 0, 'Seed of the partition.',
                        lower_bound=0, upper_bound=2**31 - 1)
-  # Federation
+
+
+def _define_federation() -> None:
+  """Who takes part, and what the server does."""
   flags.DEFINE_integer('num_clients', 20, 'Number of clients.', lower_bound=1)
   flags.DEFINE_integer('cohort', 5, 'Clients per round (on average, with '
                        '--schedule=bernoulli).', lower_bound=1)
@@ -94,7 +114,6 @@ def _define() -> None:
   flags.DEFINE_integer('rounds', 30, 'Communication rounds.', lower_bound=1)
   flags.DEFINE_integer('client_chunk', 0, 'Clients stacked at once; 0 for all.',
                        lower_bound=0)
-  # Method
   known = '; '.join(f'{k}: {r.help}' for k, r in recipes.RECIPES.items())
   flags.DEFINE_string('method', 'fed_ftg', 'A method, or several joined with +. '
                       + known)
@@ -107,7 +126,10 @@ def _define() -> None:
       f'{k} {rate:g}' for k, (_, rate) in recipes.SERVER_OPTIMIZERS.items())
   flags.DEFINE_float('server_learning_rate', None, 'Of the server optimiser; '
                      f'default: {rates}.')
-  # Local training
+
+
+def _define_training() -> None:
+  """The model and the clients' local training."""
   flags.DEFINE_enum('model', 'lenet', list(models.CLASSIFIERS), 'Classifier.')
   flags.DEFINE_enum('norm', None, layers.NORMS, 'Normalisation after the '
                     'convolutions; default: batch for resnet* and vgg11, else '
@@ -136,18 +158,6 @@ def _define() -> None:
                      'student.', lower_bound=0)
   flags.DEFINE_float('clip_norm', 10., 'Largest norm of a local gradient, before '
                      'weight decay; 0 for no clip.', lower_bound=0)
-  # Run
-  flags.DEFINE_integer('eval_every', 2, 'Rounds between evaluations.',
-                       lower_bound=1)
-  flags.DEFINE_bool('evaluate_all', False, 'Also evaluate the mean over ALL '
-                    'clients\' last models, as official plots do; needs memory '
-                    'for one model per client.')
-  flags.DEFINE_integer('seed', 0, 'Seed of models, batches and generated images.',
-                       lower_bound=0, upper_bound=2**31 - 1)
-  flags.DEFINE_string('workdir', None, 'Where to write; default: a folder in runs/ '
-                      'named after the configuration.')
-  _define_methods()
-  _define_ftg()
 
 
 def _define_methods() -> None:
@@ -185,7 +195,7 @@ def _define_methods() -> None:
       ('lambda_dis', 'weight of the diversity term')):
     flags.DEFINE_float('df_' + name, getattr(options, name), f'FedDF: {text}.',
                        lower_bound=0)
-  flags.DEFINE_enum('df_ensemble', options.ensemble, fed_df.ENSEMBLES,
+  flags.DEFINE_enum('df_ensemble', options.ensemble, fed_df.CHOICES['ensemble'],
                     'FedDF: teachers combine as probabilities or as logits.')
   flags.DEFINE_integer('generator_width', 16, 'Channels of the generator\'s last '
                        'block (64 in FedFTG\'s official code).', lower_bound=1)
@@ -325,8 +335,9 @@ def _unused(values: dict[str, Any]) -> set[str]:
   unused |= {k for k in values if k.startswith(tuple(PREFIXES.values()))
              and not k.startswith(used)}
   if not recipes.generates(values['method']):
-    unused |= {'generator_width', 'noise_dim', 'df_lambda_dis',
-               'df_generator_steps', 'df_generator_lr'}
+    unused |= {'generator_width', 'noise_dim'}
+  if 'fed_df' not in parts:
+    unused |= {'df_lambda_dis', 'df_generator_steps', 'df_generator_lr'}
   if not values['evaluate_all']:
     unused.add('evaluate_all')
   if values['norm'] != 'batch':

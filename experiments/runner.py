@@ -99,11 +99,11 @@ def _method(config, dataset, model) -> base.Method:
   generator = None
   if recipes.generates(config['method']):
     _check_num_labels(config, len(dataset.train_y))
+    ftg = options.get('fed_ftg', {'options': fed_ftg.Options()})['options']
     generator = _checked(
-        'dataset', config, models.image_generator, dataset.image_shape,
+        'dataset', config, fed_ftg.make_generator, ftg, dataset.image_shape,
         dataset.num_classes, noise_dim=config['noise_dim'],
-        width=config['generator_width'], conv=config['conv'],
-        bias_before_norm=config.get('ftg_gen_bn_bias') != 'drop')
+        width=config['generator_width'], conv=config['conv'])
   settings = recipes.Settings(
       model, dataset.num_classes, recipes.server_optimizer(
           config['server_optimizer'], config['server_learning_rate']),
@@ -339,7 +339,8 @@ def train(
   state = fed.init(key_init)
   traffic = experiment.federation.traffic(
       _one_seed(state, 0, several), experiment.data)
-  runs = [Run(experiment, folder, seed) for folder, seed in zip(folders, seeds)]
+  runs = [Run(experiment, folder, seed, traffic)
+          for folder, seed in zip(folders, seeds)]
   test = jnp.asarray(experiment.dataset.test_x), jnp.asarray(
       experiment.dataset.test_y)
   num_rounds = experiment.config['rounds']
@@ -354,10 +355,10 @@ def train(
     def evaluate(done, state, info):
       jax.block_until_ready(state)
       clock.lap('train')
+      variants = {'broadcast': state.variables, **info.models}
+      if experiment.config.get('evaluate_all'):
+        variants['all'] = _mean_of_all(experiment, state, several)
       for r, run in enumerate(runs):
-        variants = {'broadcast': state.variables, **info.models}
-        if experiment.config.get('evaluate_all'):
-          variants['all'] = _mean_of_all(experiment, state, several)
         scores = {
             name: jax.tree.map(float, evaluation.evaluate(
                 experiment.model, _one_seed(v, r, several), *test, 500, local))
@@ -366,7 +367,7 @@ def train(
           scores['own_statistics'] = _with_own_statistics(
               experiment, _one_seed(state, r, several), client_test)
         metrics = {k: v[r] if several else v for k, v in info.metrics.items()}
-        run.add(done, metrics, scores, traffic)
+        run.add(done, metrics, scores)
       clock.lap('evaluate')
       timing = clock.row(done)
       for run in runs:
@@ -399,11 +400,8 @@ def _with_own_statistics(experiment, state, client_test):
   if experiment.config.get('evaluate_all'):
     slots, _ = slots
   (stats, seen), _ = slots
-  received = trees.stack(state.variables.stats, len(seen))
-  stats = jax.tree.map(
-      lambda own, new: jnp.where(
-          seen.reshape((-1,) + (1,) * (own.ndim - 1)), own, new),
-      stats, received)
+  stats = jax.vmap(trees.where, (0, 0, None))(
+      seen, stats, state.variables.stats)
   scores = evaluation.evaluate_clients(
       experiment.model, state.variables.params, stats, client_test)
   return {name: float(jnp.nanmean(value)) for name, value in scores.items()}
@@ -424,11 +422,13 @@ def _one_seed(tree, r, several):
 class Run:
   """What one seed's run writes into its folder."""
 
-  def __init__(self, experiment: Experiment, folder: pathlib.Path, seed: int):
+  def __init__(self, experiment: Experiment, folder: pathlib.Path, seed: int,
+               traffic: tuple[int, int]):
+    """`traffic`: bits down and up for one client and round."""
     self._experiment, self._folder, self._seed = experiment, folder, seed
+    self._bits_down, self._bits_up = traffic
     self._rows, self._timings = [], []
-    self._down = self._up = 0
-    self._traffic = None
+    self._down = self._up = 0  # bytes so far
     config = {**experiment.config, 'seed': seed}
     claim_folder(folder, config)
     (folder / 'summary.json').unlink(missing_ok=True)
@@ -445,7 +445,7 @@ class Run:
   def rounds(self) -> int:
     return self._rows[-1]['round'] if self._rows else 0
 
-  def add(self, done, metrics, scores, traffic) -> None:
+  def add(self, done, metrics, scores) -> None:
     """Adds the evaluation after `done` rounds and rewrites metrics.jsonl.
 
     `metrics` are those of the rounds since the last evaluation.
@@ -455,9 +455,8 @@ class Run:
           f'{self._folder}: the model is no longer finite after a round between '
           f'{self.rounds + 1} and {done}; the rows up to round {self.rounds} are '
           'kept. A smaller --learning_rate or --clip_norm may help')
-    self._traffic = traffic
-    self._down += int(metrics.pop('num_selected').sum()) * traffic[0] // 8
-    self._up += int(metrics.pop('num_arrived').sum()) * traffic[1] // 8
+    self._down += int(metrics.pop('num_selected').sum()) * self._bits_down // 8
+    self._up += int(metrics.pop('num_arrived').sum()) * self._bits_up // 8
     losses = {k: _number(np.nanmean(v) if np.isfinite(v).any() else np.nan)
               for k, v in metrics.items()}
     self._rows.append({
@@ -489,8 +488,8 @@ class Run:
     files.write_json(folder / 'summary.json', {
         'method': experiment.config['method'], 'seed': self._seed,
         **summarise(self._rows),
-        'bits_down_per_client': self._traffic[0],
-        'bits_up_per_client': self._traffic[1], **clock.total()})
+        'bits_down_per_client': self._bits_down,
+        'bits_up_per_client': self._bits_up, **clock.total()})
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Labels for generated images, what teachers say together, and the student's
 training. Teachers are variables with a leading axis [K].
 """
 
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import chex
 import jax
@@ -13,6 +13,29 @@ import optax
 
 from fedftg_jax.base import Generator, Model, Received, Variables
 from fedftg_jax.data import clients
+
+
+def check_options(
+    options: NamedTuple, choices: dict[str, tuple[str, ...]],
+    least: dict[str, int]) -> None:
+  """Checks the options of a method.
+
+  Args:
+    options: of the method.
+    choices: what the named options may be.
+    least: what the named options must be at least.
+
+  Raises:
+    ValueError: names a wrong option and what would be right.
+  """
+  for name, allowed in choices.items():
+    if getattr(options, name) not in allowed:
+      raise ValueError(
+          f'{name} must be one of {allowed}, got {getattr(options, name)!r}.')
+  for name, bound in least.items():
+    if getattr(options, name) < bound:
+      raise ValueError(
+          f'{name} must be at least {bound}, got {getattr(options, name)}.')
 
 
 def count_labels(num_classes: int, num_labels: int) -> Callable:

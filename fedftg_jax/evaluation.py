@@ -36,10 +36,10 @@ def evaluate(
       min(batch_size, num))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def evaluate_clients(
-    model: Model, params: PyTree, stats: PyTree, data: Data
-) -> dict[str, jax.Array]:
+    model: Model, params: PyTree, stats: PyTree, data: Data,
+    batch_size: int = 500) -> dict[str, jax.Array]:
   """One model on each client's examples, with each client's statistics.
 
   Args:
@@ -47,6 +47,7 @@ def evaluate_clients(
     params: of the model.
     stats: running statistics, every leaf [N, ...].
     data: examples and who holds which.
+    batch_size: examples at once; the last batch is padded and masked.
 
   Returns:
     {'loss', 'accuracy'}: [N], NaN for clients without examples.
@@ -55,7 +56,8 @@ def evaluate_clients(
     stats, index, count = client
     scores = clients.mean_over_examples(
         functools.partial(_scores, model, Variables(params, stats), False),
-        data._replace(index=index, count=count), len(index))
+        data._replace(index=index, count=count),
+        min(batch_size, len(index)))
     return jax.tree.map(lambda a: jnp.where(count > 0, a, jnp.nan), scores)
 
   return jax.lax.map(one, (stats, data.index, data.count))

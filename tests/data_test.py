@@ -1,6 +1,7 @@
 """Data sets, partitions (by properties), schedules, and what goes wrong."""
 
 import os
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -59,6 +60,22 @@ class DatasetsTest(parameterized.TestCase):
             file.truncate(1000)
     with self.assertRaisesRegex(ValueError, 'mnist5k.*test split.*delete'):
       datasets.load('mnist5k', folder)
+
+  def test_two_prepare_at_once(self):
+    """Here one starts and ends while the other is in the middle."""
+    from fedftg_jax.data import mnist5k  # pylint: disable=g-import-not-at-top
+    folder, read = self.create_tempdir().full_path, []
+    original = mnist5k.mnist_data
+
+    def interrupted():
+      if not read:
+        read.append(None)
+        read.append(datasets.load('mnist5k', folder))
+      return original()
+
+    with mock.patch.object(mnist5k, 'mnist_data', interrupted):
+      data = datasets.load('mnist5k', folder)
+    np.testing.assert_array_equal(data.train_x, read[1].train_x)
 
   def test_own_arrays(self):
     folder = self.create_tempdir().full_path
@@ -277,6 +294,11 @@ class SchedulesTest(parameterized.TestCase):
     for a, b in zip(short.client_id, rows.client_id):
       np.testing.assert_array_equal(a[a < 5], b[b < 5])
 
+  @parameterized.parameters(schedules.exact, schedules.bernoulli)
+  def test_nobody_is_ever_available(self, make):
+    with self.assertRaisesRegex(ValueError, 'at least 1e-4 .*, is at most 0'):
+      make(1, 3, 2, 0, np.zeros(3))
+
   def test_availability(self):
     self.assertIsNone(schedules.availability(5, 1., 0))
     drawn = schedules.availability(1000, .4, 0)
@@ -326,7 +348,7 @@ class ClientsTest(absltest.TestCase):
     self.assertEqual(data.index.shape, (3, 3))
     for k, part in enumerate(parts):
       one = data._replace(index=data.index[k], count=data.count[k])
-      batch = clients.full_batch(one)
+      batch = clients.batch(one, np.arange(3), np.arange(3) < len(part))
       np.testing.assert_array_equal(batch.x[batch.mask][:, 0], part)
       np.testing.assert_array_equal(
           clients.label_counts(one, 3), np.bincount(y[part], minlength=3))

@@ -120,6 +120,20 @@ class TrainTest(parameterized.TestCase):
       with np.load(self.folder / name / 'partition.npz') as parts:
         self.assertEqual(sum(len(parts[k]) for k in parts.files), train_rows)
 
+  @parameterized.parameters(
+      ('fed_avg', ''), ('fed_df', 'generator_steps lambda_dis ensemble'),
+      ('fed_df_public+fed_ftg', 'student_lr ensemble'))
+  def test_a_flag_that_does_nothing_is_no_part_of_the_run(self, method, used):
+    with flagsaver.flagsaver():
+      config = flags.config(method=method, public_data='train:9')
+    df = {name for name in config if name.startswith('df_')}
+    self.assertContainsSubset({'df_' + name for name in used.split()}, df)
+    if not used:
+      self.assertEmpty(df)
+    if 'generator_steps' not in used:
+      self.assertNoCommonElements(
+          df, {'df_generator_steps', 'df_generator_lr', 'df_lambda_dis'})
+
   def test_files_and_repeats(self):
     status, out, err = self.train('a')
     self.assertEqual(status, 0, err)

@@ -39,12 +39,6 @@ def batch(data: Data, positions: jax.Array, mask: jax.Array) -> Batch:
   return Batch(data.x[rows], data.y[rows], mask)
 
 
-def full_batch(data: Data) -> Batch:
-  """All examples of one client, padded to the table's width."""
-  cap = jnp.arange(data.index.shape[0])
-  return batch(data, cap, cap < data.count)
-
-
 def mean_over_examples(
     function: Callable[[Batch], PyTree], data: Data, batch_size: int) -> PyTree:
   """Mean over all examples of one client, taken in batches.

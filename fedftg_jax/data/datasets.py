@@ -1,5 +1,6 @@
 """Image data sets as NumPy arrays, by name."""
 
+import functools
 import io
 import os
 from typing import Any, NamedTuple
@@ -82,8 +83,15 @@ def _read_mnist5k(data_dir: str | None) -> dict[str, Any]:
   from fedftg_jax.data import mnist5k
   # pylint: enable=g-import-not-at-top
   tfds.disable_progress_bar()
-  builder = mnist5k.Mnist5k(data_dir=data_dir, file_format='array_record')
-  builder.download_and_prepare()
+  make = functools.partial(
+      mnist5k.Mnist5k, data_dir=data_dir, file_format='array_record')
+  builder = make()
+  try:
+    builder.download_and_prepare()
+  except OSError:
+    builder = make()  # another process may have been first to put it there
+    if not builder.is_prepared():
+      raise
   arrays = {}
   for split in ('train', 'test'):
     try:

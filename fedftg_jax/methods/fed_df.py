@@ -59,19 +59,13 @@ class Options(NamedTuple):
   ensemble: str = 'prob'
 
 
-ENSEMBLES = ('prob', 'logit')
+CHOICES = {'ensemble': ('prob', 'logit')}
+LEAST = {'generator_steps': 0, 'student_steps': 0, 'batch_size': 1}
 
 
 def check(options: Options) -> Options:
   """Returns `options`; ValueError names a wrong one and what would be right."""
-  for name, least in (('generator_steps', 0), ('student_steps', 0),
-                      ('batch_size', 1)):
-    if getattr(options, name) < least:
-      raise ValueError(
-          f'{name} must be at least {least}, got {getattr(options, name)}.')
-  if options.ensemble not in ENSEMBLES:
-    raise ValueError(
-        f'ensemble must be one of {ENSEMBLES}, got {options.ensemble!r}.')
+  distillation.check_options(options, CHOICES, LEAST)
   return options
 
 

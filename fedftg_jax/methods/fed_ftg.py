@@ -115,6 +115,8 @@ CHOICES = {
     'label_sampling': ('customised', 'uniform'),
     'teacher_weight': ('class', 'uniform'),
 }
+LEAST = {'iterations': 0, 'generator_steps': 0, 'student_steps': 0,
+         'batch_size': 1}
 
 PRESETS = {
     'official': {},
@@ -134,15 +136,7 @@ def preset(name: str, **changes) -> Options:
 
 def check(options: Options) -> Options:
   """Returns `options`; ValueError names a wrong one and what would be right."""
-  for name, allowed in CHOICES.items():
-    if getattr(options, name) not in allowed:
-      raise ValueError(
-          f'{name} must be one of {allowed}, got {getattr(options, name)!r}.')
-  for name, least in (('iterations', 0), ('generator_steps', 0),
-                      ('student_steps', 0), ('batch_size', 1)):
-    if getattr(options, name) < least:
-      raise ValueError(
-          f'{name} must be at least {least}, got {getattr(options, name)}.')
+  distillation.check_options(options, CHOICES, LEAST)
   return options
 
 

@@ -46,11 +46,11 @@ def q_fed_avg(
     raise ValueError(f'q must be at least 0, got {q}.')
 
   def upload(view, local, objective, key):
-    def loss(batch):
+    def cross_entropy(batch):
       return objective.loss(view.received, batch, key)[1].cross_entropy
 
-    loss = clients.mean_over_examples(loss, view.data, batch_size)
-    loss = jnp.maximum(loss, _SMALLEST_LOSS)
+    loss = jnp.maximum(_SMALLEST_LOSS, clients.mean_over_examples(
+        cross_entropy, view.data, batch_size))
     change = optax.tree.sub(local.variables.params, view.received.params)
     rate = jnp.where(local.step_size > 0, local.step_size, 1)
     curvature = optax.tree.norm(change, squared=True) / rate

@@ -329,16 +329,25 @@ class ConvolutionTest(parameterized.TestCase):
         out = run(lambda x, k: layers.convolve(x, k, implementation, stride))
         chex.assert_trees_all_close(out, want, atol=1e-11)
 
-  def test_enlarged(self):
-    with enable_x64(True):
-      x = jax.random.normal(KEY, (2, 4, 3, 5))
-      kernel = jax.random.normal(KEY, (3, 3, 5, 2))
+  @parameterized.parameters((4, 3, 5, 2), (1, 2, 2, 3))
+  def test_enlarged(self, height, width, num_in, num_out):
+    """In value and gradient, as the convolution of the enlarged image."""
+    def plain(x, kernel):
       large = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
-      want = layers.convolve(large, kernel, 'lax')
+      return layers.convolve(large, kernel, 'lax')
+
+    def run(compute, x, kernel):
+      out, pull = jax.vjp(compute, x, kernel)
+      return out, pull(jnp.sin(out))
+
+    with enable_x64(True):
+      x = jax.random.normal(KEY, (2, height, width, num_in))
+      kernel = jax.random.normal(KEY, (3, 3, num_in, num_out))
+      want = run(plain, x, kernel)
       for implementation in layers.CONV_IMPLEMENTATIONS:
-        np.testing.assert_allclose(
-            layers.convolve_enlarged(x, kernel, implementation), want,
-            atol=1e-12)
+        out = run(functools.partial(
+            layers.convolve_enlarged, implementation=implementation), x, kernel)
+        chex.assert_trees_all_close(out, want, atol=1e-11)
 
   def test_enlarged_has_no_stride(self):
     with self.assertRaisesRegex(ValueError, 'stride 1, got 2'):

@@ -301,9 +301,9 @@ class BasicBlockTest(parameterized.TestCase):
 
 class ConvolutionTest(parameterized.TestCase):
 
-  @parameterized.product(
-      size=(1, 3, 4, 5, 7), stride=(1, 2), num_out=(2, 4))
-  def test_implementations_agree(self, size, stride, num_out):
+  @parameterized.product(size=(1, 3, 4, 5, 6), stride=(1, 2), num_out=(2, 4),
+                         valid=(False, True))
+  def test_implementations_agree(self, size, stride, num_out, valid):
     """In value and gradient; odd and even images, one kernel per client."""
     with enable_x64(True):
       random = np.random.RandomState(0)
@@ -311,7 +311,7 @@ class ConvolutionTest(parameterized.TestCase):
       kernel = jnp.asarray(random.randn(2, size, size, 3, num_out))
 
       def plain(x, kernel):
-        pad = (size - 1) // 2, size // 2
+        pad = (0, 0) if valid else ((size - 1) // 2, size // 2)
         return jax.lax.conv_general_dilated(
             x, kernel, (stride, stride), (pad, pad),
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
@@ -323,10 +323,12 @@ class ConvolutionTest(parameterized.TestCase):
         return _jit(both)(x, kernel)
 
       want = run(plain)
-      height, width = -(-7 // stride), -(-6 // stride)
+      lost = size - 1 if valid else 0
+      height, width = -(-(7 - lost) // stride), -(-(6 - lost) // stride)
       self.assertEqual(want[0].shape, (2, 2, height, width, num_out))
       for implementation in layers.CONV_IMPLEMENTATIONS:
-        out = run(lambda x, k: layers.convolve(x, k, implementation, stride))
+        out = run(lambda x, k: layers.convolve(
+            x, k, implementation, stride, valid))
         chex.assert_trees_all_close(out, want, atol=1e-11)
 
   @parameterized.parameters((4, 3, 5, 2), (1, 2, 2, 3))
@@ -350,7 +352,7 @@ class ConvolutionTest(parameterized.TestCase):
         chex.assert_trees_all_close(out, want, atol=1e-11)
 
   def test_enlarged_has_no_stride(self):
-    with self.assertRaisesRegex(ValueError, 'stride 1, got 2'):
+    with self.assertRaisesRegex(ValueError, 'stride 1 .*got stride=2'):
       layers.Conv(2, 3, enlarge=True, stride=2).init(
           KEY, jnp.zeros((1, 4, 4, 2)))
 

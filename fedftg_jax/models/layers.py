@@ -38,7 +38,7 @@ def bias_init(fan_in: int) -> Callable:
 
 def convolve(
     x: jax.Array, kernel: jax.Array, implementation: str, stride: int = 1,
-) -> jax.Array:
+    valid: bool = False) -> jax.Array:
   """Convolution with zero padding; at stride 1 it keeps the image size.
 
   A convolution with a kernel per client turns into a grouped convolution under
@@ -59,34 +59,37 @@ def convolve(
       there is a forward-mode derivative too; 'slices' multiplies each shifted
       image and adds; 'lax' is `jax.lax.conv_general_dilated`.
     stride: in both directions.
+    valid: no padding; the result is smaller by the kernel less one pixel.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), O] images.
   """
-  (h, w, num_in, num_out), (height, width) = kernel.shape, x.shape[1:3]
+  h, w, num_in, num_out = kernel.shape
   if h == w == 1:
     return _matmul(x[:, ::stride, ::stride], kernel[0, 0])
-  padding = ((h - 1) // 2, h // 2), ((w - 1) // 2, w // 2)
+  padding = ((0, 0), (0, 0)) if valid else (
+      ((h - 1) // 2, h // 2), ((w - 1) // 2, w // 2))
   if implementation == 'lax':
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding,
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
   if implementation == 'slices':
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    return sum(
-        padded[:, i:i + height:stride, j:j + width:stride] @ kernel[i, j]
-        for i in range(h) for j in range(w))
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    return sum(_shifted(_shifted(x, 1, i, h, stride), 2, j, w, stride)
+               @ kernel[i, j] for i in range(h) for j in range(w))
   if implementation == 'im2col':
     return _patches(x, (h, w), padding, stride) @ kernel.reshape(-1, num_out)
   if num_in <= num_out or stride > 1:
     return _matmul(
         _patches(x, (h, w), padding, stride), kernel.reshape(-1, num_out))
-  # Seen from an output, its input lies on the other side.
-  before, after = zip(*padding)
-  gather = functools.partial(
-      _patches, size=(h, w), padding=tuple(zip(after, before)))
+  # Each input gives to the outputs around it: gathering, transposed.
+  around = tuple((size - 1 - before, size - 1 - after)
+                 for size, (before, after) in zip((h, w), padding))
+  shape = (size - k + 1 + sum(pad) for size, k, pad in zip(
+      x.shape[1:3], (h, w), padding))
   scatter = jax.linear_transpose(
-      gather, jax.ShapeDtypeStruct((*x.shape[:3], num_out), x.dtype))
+      functools.partial(_patches, size=(h, w), padding=around),
+      jax.ShapeDtypeStruct((len(x), *shape, num_out), x.dtype))
   flipped = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(num_in, -1)
   return scatter(_matmul(x, flipped))[0]
 
@@ -96,12 +99,18 @@ def _patches(x, size, padding, stride=1):
 
   Gathered sideways first: the second copy moves w * I channels at a time.
   """
-  (h, w), (height, width) = size, x.shape[1:3]
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  x = jnp.concatenate(
-      [x[:, :, j:j + width:stride] for j in range(w)], axis=-1)
-  return jnp.concatenate(
-      [x[:, i:i + height:stride] for i in range(h)], axis=-1)
+  for axis in (2, 1):
+    x = jnp.concatenate(
+        [_shifted(x, axis, i, size[axis - 1], stride)
+         for i in range(size[axis - 1])], axis=-1)
+  return x
+
+
+def _shifted(x, axis, i, size, stride):
+  """Along `axis`, the i-th pixel of each window of `size` pixels."""
+  span = x.shape[axis] - size + 1  # possible first pixels of a window
+  return jax.lax.slice_in_dim(x, i, i + span, stride, axis)
 
 
 @jax.custom_vjp
@@ -194,6 +203,7 @@ class Conv(nn.Module):
     implementation: see `convolve`.
     enlarge: whether the image is first enlarged by 2 (nearest neighbour).
     stride: in both directions, 1 with `enlarge`.
+    valid: see `convolve`; False with `enlarge`.
     kernel_init: initialisation of the kernel.
     bias_init: initialisation of the bias, None for PyTorch's default.
   """
@@ -203,20 +213,22 @@ class Conv(nn.Module):
   implementation: str = 'matmul'
   enlarge: bool = False
   stride: int = 1
+  valid: bool = False
   kernel_init: Callable = kernel_init
   bias_init: Callable | None = None
 
   @nn.compact
   def __call__(self, x):
-    if self.enlarge and self.stride != 1:
-      raise ValueError(f'enlarge needs stride 1, got {self.stride}.')
+    if self.enlarge and (self.stride != 1 or self.valid):
+      raise ValueError('enlarge needs stride 1 and valid=False, got '
+                       f'stride={self.stride}, valid={self.valid}.')
     num_in = x.shape[-1]
     kernel = self.param('kernel', self.kernel_init,
                         (self.size, self.size, num_in, self.features))
     if self.enlarge:
       x = convolve_enlarged(x, kernel, self.implementation)
     else:
-      x = convolve(x, kernel, self.implementation, self.stride)
+      x = convolve(x, kernel, self.implementation, self.stride, self.valid)
     if self.use_bias:
       init = self.bias_init or bias_init(self.size**2 * num_in)
       x += self.param('bias', init, (self.features,))
@@ -393,8 +405,6 @@ def max_pool(
   pad = padding, padding
   x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)), constant_values=-jnp.inf)
   for axis in (1, 2):
-    span = x.shape[axis] - size + 1  # possible first rows of a window
     x = functools.reduce(jnp.maximum, [
-        jax.lax.slice_in_dim(x, i, i + span, stride, axis)
-        for i in range(size)])
+        _shifted(x, axis, i, size, stride) for i in range(size)])
   return x

@@ -15,6 +15,8 @@ from typing import Any, Callable, Mapping, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedftg_jax import trees
+
 PyTree = Any
 NO_LIMIT = 2**31 - 1  # `Cohort.num_steps` of a client that is no straggler.
 
@@ -107,7 +109,7 @@ class Local(NamedTuple):
 
 class Received(NamedTuple):
   """What the server gets; leading axis [S] unless said otherwise."""
-  start: Variables      # model each client began from
+  start: Variables      # model each began from; leaves that all share: [1, ...]
   delta: Variables      # its change through the uplink; 0 if it did not arrive
   message: PyTree       # the method's own upload; 0 if it did not arrive
   weight: jax.Array     # [S] sums to 1 over the arrived, 0 for the rest
@@ -120,6 +122,15 @@ class Received(NamedTuple):
   @property
   def models(self) -> Variables:
     return jax.tree.map(jnp.add, self.start, self.delta)
+
+  @property
+  def average(self) -> Variables:
+    """The weighted mean of `models`, without making them; no axis [S]."""
+    start = jax.tree.map(
+        lambda a: a[0] if len(a) == 1 else jnp.tensordot(
+            self.weight.astype(a.dtype), a, 1), self.start)
+    return jax.tree.map(
+        jnp.add, start, trees.weighted_sum(self.delta, self.weight))
 
 
 class Info(NamedTuple):

@@ -93,11 +93,15 @@ def federation(
     if 0 < client_chunk < num_slots:
       pad = -num_slots % client_chunk  # copies of the last row, dropped below
       rows = trees.gather(rows, jnp.arange(num_slots + pad))
-      trained = jax.lax.map(one, rows, batch_size=client_chunk)
+      trained = jax.lax.map(
+          one, rows, batch_size=None if client_chunk == 1 else client_chunk)
       trained = jax.tree.map(lambda a: a[:num_slots], trained)
     else:
       trained = jax.vmap(one)(rows)
-    return trained, cohort.arrived, count, share
+    start = jax.tree.map(
+        lambda shared, own: shared[None] if own is None else own,
+        state.variables, trained.start)
+    return trained._replace(start=start), cohort.arrived, count, share
 
   @jax.jit
   def round_(state, data, cohort, key):
@@ -138,7 +142,7 @@ def federation(
 class _Trained(NamedTuple):
   """What one client gives back; stacked, every leaf has axis [S]."""
   slots: PyTree       # (own, uplink) slots
-  start: Variables    # as in `Received`, and so on
+  start: Variables    # as in `Received`, None for leaves that were not touched
   delta: Variables
   message: PyTree
   num_steps: jax.Array
@@ -168,7 +172,9 @@ def _run_client(model, method, solver, uplink, server, shared, flat, base_key,
   sent = delta._replace(params=coded), message
   sent = trees.where(
       client.arrived, sent, jax.tree.map(jnp.zeros_like, sent))
-  return _Trained((own, uplink_state), start, *sent, local.num_steps,
+  touched = jax.tree.map(
+      lambda new, old: None if new is old else new, start, variables)
+  return _Trained((own, uplink_state), touched, *sent, local.num_steps,
                   local.metrics)
 
 
@@ -194,8 +200,7 @@ def _local_loss(model, method, view, variables, batch, key):
 
 def plain_average(variables, received: Received):
   """Weighted mean of the received models; `variables` if nobody arrived."""
-  mean = trees.weighted_sum(received.models, received.weight)
-  return trees.where(jnp.any(received.arrived), mean, variables)
+  return trees.where(jnp.any(received.arrived), received.average, variables)
 
 
 def over_seeds(fed: Federation) -> Federation:

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedftg_jax import trees
-from fedftg_jax.base import Info, Method
+from fedftg_jax.base import Info, Method, Variables
 
 
 def fed_avg(
@@ -31,7 +30,7 @@ def fed_avg(
   """
   def mean(params, received):
     del params
-    return trees.weighted_sum(received.models.params, received.weight)
+    return received.average.params
 
   return aggregate(mean, server_optimizer)
 
@@ -59,12 +58,11 @@ def aggregate(
   def update(variables, shared, received, key):
     del key
     params = mean(variables.params, received)
-    stats = trees.weighted_sum(received.models.stats, received.weight)
     if server_optimizer is not None:
       pseudo_gradient = jax.tree.map(jnp.subtract, variables.params, params)
       updates, shared = server_optimizer.update(
           pseudo_gradient, shared, variables.params)
       params = optax.apply_updates(variables.params, updates)
-    return variables._replace(params=params, stats=stats), shared, Info()
+    return Variables(params, received.average.stats), shared, Info()
 
   return Method(init=init, update=update)

@@ -1,14 +1,18 @@
 """Layers that know about padding, stacked clients and CPU convolutions."""
 
 import functools
+import math
 from typing import Callable, NamedTuple
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-CONV_IMPLEMENTATIONS = ('matmul', 'im2col', 'slices', 'lax')
+CONV_IMPLEMENTATIONS = ('blocked', 'matmul', 'im2col', 'slices', 'lax')
 NORMS = ('none', 'batch', 'group')
+# Sizes in numbers: gathered images of one convolution up to _CACHE are made at
+# once, more in blocks of at most _BLOCK.
+_CACHE, _BLOCK = 2**22, 2**19
 BATCH_NORM_MOMENTUM = .1  # PyTorch's: weight of the new moments
 
 # PyTorch's default initialisation, U(-1, 1) / sqrt(fan_in), which the official
@@ -53,11 +57,12 @@ def convolve(
     x: [B, H, W, I] images.
     kernel: [h, w, I, O].
     implementation: 'matmul' gathers the h * w shifted images and multiplies
-      once, or, where outputs are fewer than inputs, multiplies once and adds the
-      h * w shifted products, so that what is shifted has h * w * min(I, O)
-      channels; 'im2col' gathers always and leaves the gradient to JAX, so that
-      there is a forward-mode derivative too; 'slices' multiplies each shifted
-      image and adds; 'lax' is `jax.lax.conv_general_dilated`.
+      once, or, where outputs are fewer than inputs, multiplies once and adds up
+      the h * w shifted products; 'blocked' does so for a few images at a time,
+      so that what is gathered stays in the CPU's cache; 'im2col' gathers always
+      and leaves the gradient to JAX (those of the first two are written by hand
+      and have no forward mode); 'slices' multiplies each shifted image and
+      adds; 'lax' is `jax.lax.conv_general_dilated`.
     stride: in both directions.
     valid: no padding; the result is smaller by the kernel less one pixel.
 
@@ -65,79 +70,31 @@ def convolve(
     [B, ceil(H / stride), ceil(W / stride), O] images.
   """
   h, w, num_in, num_out = kernel.shape
-  if h == w == 1:
-    return _matmul(x[:, ::stride, ::stride], kernel[0, 0])
   padding = ((0, 0), (0, 0)) if valid else (
       ((h - 1) // 2, h // 2), ((w - 1) // 2, w // 2))
+  if h == w == 1:
+    implementation = 'matmul'
   if implementation == 'lax':
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding,
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
   if implementation == 'slices':
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    return sum(_shifted(_shifted(x, 1, i, h, stride), 2, j, w, stride)
-               @ kernel[i, j] for i in range(h) for j in range(w))
+    return sum(_taps(_taps(x, 1, h, stride)[i], 2, w, stride)[j] @ kernel[i, j]
+               for i in range(h) for j in range(w))
+  windows = _Windows(x.shape[1:3], (h, w), padding, stride)
   if implementation == 'im2col':
-    return _patches(x, (h, w), padding, stride) @ kernel.reshape(-1, num_out)
+    return windows.gather(x) @ kernel.reshape(-1, num_out)
+  blocked = implementation == 'blocked'
   if num_in <= num_out or stride > 1:
-    return _matmul(
-        _patches(x, (h, w), padding, stride), kernel.reshape(-1, num_out))
-  # Each input gives to the outputs around it: gathering, transposed.
+    return _gather_multiply(
+        windows, blocked, x, kernel.reshape(-1, num_out).T)
+  # Each input gives to the outputs around it: the windows seen from them.
   around = tuple((size - 1 - before, size - 1 - after)
                  for size, (before, after) in zip((h, w), padding))
-  shape = (size - k + 1 + sum(pad) for size, k, pad in zip(
-      x.shape[1:3], (h, w), padding))
-  scatter = jax.linear_transpose(
-      functools.partial(_patches, size=(h, w), padding=around),
-      jax.ShapeDtypeStruct((len(x), *shape, num_out), x.dtype))
+  windows = _Windows(windows.num, (h, w), around)
   flipped = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(num_in, -1)
-  return scatter(_matmul(x, flipped))[0]
-
-
-def _patches(x, size, padding, stride=1):
-  """[B, H', W', h * w * I] the h x w pixels around each pixel of `x`.
-
-  Gathered sideways first: the second copy moves w * I channels at a time.
-  """
-  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  for axis in (2, 1):
-    x = jnp.concatenate(
-        [_shifted(x, axis, i, size[axis - 1], stride)
-         for i in range(size[axis - 1])], axis=-1)
-  return x
-
-
-def _shifted(x, axis, i, size, stride):
-  """Along `axis`, the i-th pixel of each window of `size` pixels."""
-  span = x.shape[axis] - size + 1  # possible first pixels of a window
-  return jax.lax.slice_in_dim(x, i, i + span, stride, axis)
-
-
-@jax.custom_vjp
-def _matmul(x, kernel):
-  """x [..., I] @ kernel [I, O] with a gradient that is fast on the CPU.
-
-  The gradient of the kernel contracts the long axes of both factors. Its cost
-  depends on which comes first: fastest is a result with longer rows than
-  columns, transposed afterwards.
-  """
-  return x @ kernel
-
-
-def _matmul_forward(x, kernel):
-  return x @ kernel, (x, kernel)
-
-
-def _matmul_backward(residuals, cotangent):
-  x, kernel = residuals
-  rows = x.reshape(-1, x.shape[-1])
-  outs = cotangent.reshape(-1, cotangent.shape[-1])
-  grad = (outs.T @ rows).T if kernel.shape[0] > kernel.shape[1] else (
-      rows.T @ outs)
-  return cotangent @ kernel.T, grad
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+  return _multiply_scatter(windows, blocked, x, flipped)
 
 
 def convolve_enlarged(
@@ -151,12 +108,12 @@ def convolve_enlarged(
   Args:
     x: [B, H, W, I] images.
     kernel: [3, 3, I, O].
-    implementation: see `convolve`; all but 'lax' are the same here.
+    implementation: see `convolve`; 'im2col' and 'slices' are 'matmul' here.
 
   Returns:
     [B, 2 H, 2 W, O] images.
   """
-  b, h, w, num_in = x.shape
+  _, height, width, num_in = x.shape
   # Rows of the result 2 i - 1 ... 2 i + 2, by rows of the kernel.
   fold = jnp.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], kernel.dtype)
   folded = jnp.einsum('su,tv,uvio->stio', fold, fold, kernel)
@@ -164,33 +121,138 @@ def convolve_enlarged(
     return jax.lax.conv_general_dilated(
         x, folded[::-1, ::-1], (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2),
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-  parts = _matmul(x, folded.transpose(2, 0, 1, 3).reshape(num_in, -1))
-  rows = _interleave(parts.reshape(b, h, w, 4, -1), 1)
-  return _interleave(rows.reshape(b, 2 * h, w, 4, -1), 2).reshape(
-      b, 2 * h, 2 * w, -1)
+  windows = _Windows((2 * height, 2 * width), (4, 4), ((1, 1), (1, 1)), 2)
+  return _multiply_scatter(
+      windows, implementation == 'blocked', x,
+      folded.transpose(2, 0, 1, 3).reshape(num_in, -1))
 
 
-def _interleave(parts, axis):
-  """Adds up what each of n places along `axis` gives to its surroundings.
+class _Windows(NamedTuple):
+  """Windows of h x w pixels that slide over an image."""
+  image: tuple[int, int]  # height and width
+  size: tuple[int, int]   # h, w
+  padding: tuple[tuple[int, int], tuple[int, int]]  # zeros before and after
+  stride: int = 1
 
-  Args:
-    parts: [B, H, W, 4, ...]; of place i for the places 2 i - 1 ... 2 i + 2 of
-      the result.
-    axis: 1 or 2, of length n.
+  @property
+  def num(self) -> tuple[int, int]:
+    """Windows along height and width."""
+    return tuple((n + sum(pad) - k) // self.stride + 1 for n, pad, k in zip(
+        self.image, self.padding, self.size))
 
-  Returns:
-    [B, H, W, ...] with 2 n places, as two axes n, 2 in the place of `axis`.
-  """
-  def moved(part, step):
-    padding = [(0, 0, 0)] * part.ndim
-    padding[axis] = step, -step, 0
-    return jax.lax.pad(part, jnp.zeros((), part.dtype), padding)
+  def gather(self, x: jax.Array) -> jax.Array:
+    """[B, windows down, windows across, h * w * I] their pixels.
 
-  # Split, not indexed: its gradient is one concatenation.
-  before, even, odd, after = (
-      part.squeeze(3) for part in jnp.split(parts, 4, axis=3))
-  return jnp.stack(
-      [even + moved(after, 1), odd + moved(before, -1)], axis=axis + 1)
+    Sideways first: the second copy moves w * I channels at a time.
+    """
+    x = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
+    for axis in (2, 1):
+      x = jnp.concatenate(
+          _taps(x, axis, self.size[axis - 1], self.stride), axis=-1)
+    return x
+
+  def scatter(self, x: jax.Array) -> jax.Array:
+    """[B, *image, I], the transpose of `gather`."""
+    num_channels = x.shape[-1] // (self.size[0] * self.size[1])
+    image = jax.ShapeDtypeStruct(
+        (len(x), *self.image, num_channels), x.dtype)
+    return jax.linear_transpose(self.gather, image)(x)[0]
+
+  def block(self, batch: int, num_channels: int) -> int:
+    """How many images to gather at once, a divisor of `batch`."""
+    each = self.num[0] * self.num[1] * self.size[0] * self.size[1] * num_channels
+    if batch * each <= _CACHE:
+      return batch
+    return max(n for n in range(1, batch + 1)
+               if batch % n == 0 and (n == 1 or n * each <= _BLOCK))
+
+
+def _taps(x, axis, size, stride):
+  """The first, second ... pixel of each window of `size` pixels along `axis`."""
+  num = (x.shape[axis] - size) // stride + 1
+  if stride == 1:
+    phases = [x]
+  else:  # split, not strided slices: the gradient is one concatenation
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = 0, -x.shape[axis] % stride
+    shape = (*x.shape[:axis], -1, stride, *x.shape[axis + 1:])
+    phases = [phase.squeeze(axis + 1) for phase in jnp.split(
+        jnp.pad(x, padding).reshape(shape), stride, axis=axis + 1)]
+  return [jax.lax.slice_in_dim(
+      phases[i % stride], i // stride, i // stride + num, axis=axis)
+          for i in range(size)]
+
+
+# Two convolutions that are each other's transpose in the images, and share
+# their gradient in the kernel. The latter contracts the long axes of both
+# factors; with the wide factor second it is twice as fast on the CPU.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather_multiply(windows, blocked, x, kernel):
+  """windows.gather(x) [..., n] times kernel [O, n]."""
+  return _map_blocks(lambda x: windows.gather(x) @ kernel.T,
+                     windows, blocked, x.shape[-1], x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _multiply_scatter(windows, blocked, x, kernel):
+  """windows.scatter(x times kernel) where kernel is [I, n]."""
+  return _map_blocks(lambda x: windows.scatter(x @ kernel), windows, blocked,
+                     kernel.shape[1] // math.prod(windows.size), x)
+
+
+def _correlate(windows, blocked, wide, narrow):
+  """[narrow's channels, n], the kernel's gradient."""
+  def correlate(wide, narrow):
+    rows = windows.gather(wide)
+    return narrow.reshape(-1, narrow.shape[-1]).T @ rows.reshape(
+        -1, rows.shape[-1])
+
+  return _sum_blocks(
+      correlate, windows, blocked, wide.shape[-1], wide, narrow)
+
+
+_gather_multiply.defvjp(
+    lambda windows, blocked, x, kernel: (
+        _gather_multiply(windows, blocked, x, kernel), (x, kernel)),
+    lambda windows, blocked, saved, cotangent: (
+        _multiply_scatter(windows, blocked, cotangent, saved[1]),
+        _correlate(windows, blocked, saved[0], cotangent)))
+
+_multiply_scatter.defvjp(
+    lambda windows, blocked, x, kernel: (
+        _multiply_scatter(windows, blocked, x, kernel), (x, kernel)),
+    lambda windows, blocked, saved, cotangent: (
+        _gather_multiply(windows, blocked, cotangent, saved[1]),
+        _correlate(windows, blocked, cotangent, saved[0])))
+
+
+def _blocks(windows, blocked, num_channels, arrays):
+  """The arrays in blocks of images, [blocks, images, ...]; None for one."""
+  batch = len(arrays[0])
+  size = windows.block(batch, num_channels) if blocked else batch
+  if size == batch:
+    return None
+  return [a.reshape(-1, size, *a.shape[1:]) for a in arrays]
+
+
+def _map_blocks(function, windows, blocked, num_channels, x):
+  blocks = _blocks(windows, blocked, num_channels, [x])
+  if blocks is None:
+    return function(x)
+  out = jax.lax.map(function, *blocks)
+  return out.reshape(len(x), *out.shape[2:])
+
+
+def _sum_blocks(function, windows, blocked, num_channels, *arrays):
+  blocks = _blocks(windows, blocked, num_channels, arrays)
+  if blocks is None:
+    return function(*arrays)
+  zero = jax.eval_shape(function, *(a[0] for a in blocks))
+  return jax.lax.scan(
+      lambda total, block: (total + function(*block), None),
+      jnp.zeros(zero.shape, zero.dtype), blocks)[0]
 
 
 class Conv(nn.Module):
@@ -405,6 +467,5 @@ def max_pool(
   pad = padding, padding
   x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)), constant_values=-jnp.inf)
   for axis in (1, 2):
-    x = functools.reduce(jnp.maximum, [
-        _shifted(x, axis, i, size, stride) for i in range(size)])
+    x = functools.reduce(jnp.maximum, _taps(x, axis, size, stride))
   return x

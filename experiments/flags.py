@@ -112,8 +112,8 @@ def _define_federation() -> None:
       'min_availability', 1., 'Each client can be reached with a probability of '
       'its own, drawn once between this and 1.', lower_bound=0, upper_bound=1)
   flags.DEFINE_integer('rounds', 30, 'Communication rounds.', lower_bound=1)
-  flags.DEFINE_integer('client_chunk', 0, 'Clients stacked at once; 0 for all.',
-                       lower_bound=0)
+  flags.DEFINE_integer('client_chunk', None, 'Clients stacked at once, 0 for all; '
+                       'default: 1 on a CPU, else all.', lower_bound=0)
   known = '; '.join(f'{k}: {r.help}' for k, r in recipes.RECIPES.items())
   flags.DEFINE_string('method', 'fed_ftg', 'A method, or several joined with +. '
                       + known)
@@ -143,8 +143,9 @@ def _define_training() -> None:
   flags.DEFINE_integer('projection_dim', 0, 'Width of a projection head in front '
                        'of the last layer (MOON\'s paper: 256); 0 for none.',
                        lower_bound=0)
-  flags.DEFINE_enum('conv', 'matmul', layers.CONV_IMPLEMENTATIONS,
-                    'How convolutions are computed; the results agree.')
+  flags.DEFINE_enum('conv', None, layers.CONV_IMPLEMENTATIONS, 'How convolutions '
+                    'are computed; the results agree. Default: blocked on a CPU, '
+                    'else matmul.')
   flags.DEFINE_integer('local_epochs', 5, 'Epochs per client and round.',
                        lower_bound=1)
   flags.DEFINE_integer('local_steps', 0, 'Steps per client and round instead of '
@@ -317,6 +318,10 @@ def config(**changes) -> dict[str, Any]:
     values[name] = values[name] or values['batch_size']
   if values['norm'] is None:
     values['norm'] = models.DEFAULT_NORMS[values['model']]
+  if values['conv'] is None:
+    values['conv'] = layers.default_conv()
+  if values['client_chunk'] is None:
+    values['client_chunk'] = federation.default_chunk()
   _check(values)
   if values['weighting'] is None:
     values['weighting'] = recipes.weighting(values['method'])

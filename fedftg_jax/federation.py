@@ -29,6 +29,12 @@ from fedftg_jax.base import (
 WEIGHTINGS = ('examples', 'uniform')
 
 
+def default_chunk() -> int:
+  """Clients stacked at once on this device: one on a CPU, whose caches hold one
+  client's weights and images but not a cohort's; all elsewhere (0)."""
+  return 1 if jax.default_backend() == 'cpu' else 0
+
+
 def federation(
     model: Model,
     method: Method,
@@ -37,7 +43,7 @@ def federation(
     *,
     weighting: str = 'examples',
     uplink: optax.GradientTransformation = optax.identity(),
-    client_chunk: int = 0,
+    client_chunk: int | None = None,
 ) -> Federation:
   """Builds the simulation of `method` with `solver` on `num_clients` clients.
 
@@ -50,7 +56,8 @@ def federation(
       'uniform' over those that arrived.
     uplink: codes the parameters' change on its way up (state kept per client;
       gets a `key` if it takes one).
-    client_chunk: how many clients are stacked at once; 0 for all.
+    client_chunk: how many clients are stacked at once; 0 for all, None for what
+      suits the device, see `default_chunk`.
 
   Returns:
     The pair of `init` and `round`, and `traffic`.
@@ -62,6 +69,8 @@ def federation(
     raise ValueError(f'num_clients must be at least 1, got {num_clients}.')
   if weighting not in WEIGHTINGS:
     raise ValueError(f'weighting must be one of {WEIGHTINGS}, got {weighting!r}.')
+  if client_chunk is None:
+    client_chunk = default_chunk()
   if client_chunk < 0:
     raise ValueError(
         f'client_chunk must be 0 (all at once) or more, got {client_chunk}.')
@@ -90,11 +99,12 @@ def federation(
         method.broadcast(state.shared), (data.x, data.y), base_key)
     num_slots = len(cohort.client_id)
     rows = cohort, slots, index, count, share, jnp.arange(num_slots)
-    if 0 < client_chunk < num_slots:
+    if client_chunk == 1:
+      trained = jax.lax.map(one, rows)
+    elif 0 < client_chunk < num_slots:
       pad = -num_slots % client_chunk  # copies of the last row, dropped below
       rows = trees.gather(rows, jnp.arange(num_slots + pad))
-      trained = jax.lax.map(
-          one, rows, batch_size=None if client_chunk == 1 else client_chunk)
+      trained = jax.lax.map(one, rows, batch_size=client_chunk)
       trained = jax.tree.map(lambda a: a[:num_slots], trained)
     else:
       trained = jax.vmap(one)(rows)

@@ -256,7 +256,7 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(int(whole.round), 5)
     self.assertEqual(metrics['train_loss'].shape, (5,))
 
-  @parameterized.parameters(0, 2)
+  @parameterized.parameters(0, 1, 2)
   def test_one_trace(self, client_chunk):
     """Chunks, a last partial chunk and a second run share one trace."""
     model = problems.LINEAR

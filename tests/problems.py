@@ -65,10 +65,12 @@ def solver(**changes):
       lambda r: .1 * .9**r, **{**settings, **changes})
 
 
-def make(model=LINEAR, method=None, sizes=SIZES, solve=None, **kwargs):
+def make(model=LINEAR, method=None, sizes=SIZES, solve=None, client_chunk=0,
+         **kwargs):
+  """All clients stacked, whatever the device."""
   return federation.federation(
       model, method or base.chain(fed_avg.fed_avg()), solve or solver(),
-      len(sizes), **kwargs)
+      len(sizes), client_chunk=client_chunk, **kwargs)
 
 
 def schedule(rows, num_clients=len(SIZES)):

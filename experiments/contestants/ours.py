@@ -1,9 +1,9 @@
 """fedftg_jax itself: what a run does in a round, by the same functions."""
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from experiments.contestants import workloads
 from fedftg_jax import distillation, federation, models, solvers
@@ -16,7 +16,7 @@ PACKAGES = ('jax',)
 
 class SmallCNN(nn.Module):
   """conv3x3x32, conv3x3x64 (both without padding), pool, fc128, fc."""
-  conv: str = 'matmul'
+  conv: str
 
   @nn.compact
   def __call__(self, x, mask=None, train=False):
@@ -27,14 +27,15 @@ class SmallCNN(nn.Module):
     return classifiers.MLP(workloads.NUM_CLASSES, (128,), name='mlp')(x)
 
 
-def make_model(workload, conv='matmul'):
+def make_model(workload, conv=None):
   if workload.model == 'small_cnn':
-    return models.from_flax(SmallCNN(conv), workload.image_shape)
+    return models.from_flax(
+        SmallCNN(conv or layers.default_conv()), workload.image_shape)
   return models.build(workload.model, workload.image_shape,
                       workloads.NUM_CLASSES, conv=conv)
 
 
-def prepare(workload, conv='blocked', client_chunk=0):
+def prepare(workload, conv=None, client_chunk=None):
   model = make_model(workload, conv)
   if workload.iterations:
     return _server_step(workload, model, conv)

@@ -45,7 +45,7 @@ def build(
     mean: Sequence[float] = (0.,),
     std: Sequence[float] = (1.,),
     norm: str | None = None,
-    conv: str = 'matmul',
+    conv: str | None = None,
     projection_dim: int = 0,
     torch_bn: bool = True,
 ) -> base.Model:
@@ -59,7 +59,8 @@ def build(
     std: likewise.
     norm: 'none', 'batch' or 'group' (2 groups), where the model has norms; None
       for the model's own, see `DEFAULT_NORMS`.
-    conv: how convolutions are computed, see `layers.convolve`.
+    conv: how convolutions are computed, see `layers.convolve`; None for what
+      suits the device, see `layers.default_conv`.
     projection_dim: width of MOON's projection head, 0 for a model without one,
       see `layers.head`.
     torch_bn: whether BatchNorm's running variance takes the unbiased estimate,
@@ -75,6 +76,7 @@ def build(
   _check('model', name, sorted(CLASSIFIERS))
   norm = DEFAULT_NORMS[name] if norm is None else norm
   _check('norm', norm, layers.NORMS)
+  conv = layers.default_conv() if conv is None else conv
   _check('conv', conv, layers.CONV_IMPLEMENTATIONS)
   if projection_dim < 0:
     raise ValueError(f'projection_dim must be >= 0, got {projection_dim}.')

@@ -57,9 +57,11 @@ def image_generator(
     noise_dim: int = 100,
     width: int = 64,
     bias_before_norm: bool = True,
-    conv: str = 'matmul',
+    conv: str | None = None,
 ) -> base.Generator:
   """The generator as a pair of functions, see `ImageGenerator`.
+
+  `conv` None is `layers.default_conv`'s.
 
   Raises:
     ValueError: if the image's height or width is not divisible by 4.
@@ -69,7 +71,8 @@ def image_generator(
         'the generator makes images whose height and width are divisible by 4, '
         f'got image_shape={tuple(image_shape)}.')
   module = ImageGenerator(
-      tuple(image_shape), num_classes, width, bias_before_norm, conv)
+      tuple(image_shape), num_classes, width, bias_before_norm,
+      conv or layers.default_conv())
 
   def init(key):
     tree = module.init(key, jnp.zeros((1, noise_dim)), jnp.zeros(1, jnp.int32))

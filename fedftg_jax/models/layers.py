@@ -23,6 +23,11 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 kaiming_init = nn.initializers.variance_scaling(2., 'fan_out', 'normal')
 
 
+def default_conv() -> str:
+  """The convolution for this device, as far as measured (BUILD.md)."""
+  return 'blocked' if jax.default_backend() == 'cpu' else 'matmul'
+
+
 class Options(NamedTuple):
   """What is chosen for a classifier as a whole."""
   norm: str = 'none'       # one of `NORMS`, see `Norm`

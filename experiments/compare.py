@@ -23,12 +23,11 @@ from typing import Any
 
 from absl import flags as absl_flags
 import numpy as np
-from rich import console as rich_console
-from rich import table as rich_table
 
 from experiments import files
 from experiments import flags
 from experiments import plots
+from experiments import progress
 from experiments import runner
 
 absl_flags.DEFINE_list(
@@ -151,21 +150,8 @@ def report(results, folder, shared) -> None:
                 for row in run['rows']] for run in runs]
         for name, runs in results.items()},
                  'test accuracy', 'broadcast model')
-  show(header, rows)
+  progress.show(header, rows)
   print(f'pictures: {folder}/curves.png, {folder}/*/seed*/*.png')
-
-
-def show(header: list[str], rows: list[list[str]]) -> None:
-  """Prints a table, as wide as it needs to be where nobody's screen wraps it."""
-  console = rich_console.Console()
-  if not console.is_terminal:
-    console = rich_console.Console(width=200)
-  screen = rich_table.Table()
-  for title in header:
-    screen.add_column(title, overflow='fold')
-  for row in rows:
-    screen.add_row(*row)
-  console.print(screen)
 
 
 def summarise(runs: list[dict[str, Any]], target: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures: accuracy curves, and a grid of generated images."""
+"""Pictures: accuracy curves, a grid of generated images, bars of times."""
 
 from typing import Any, Callable, Mapping, Sequence
 
@@ -78,4 +78,29 @@ def generated(
   axes.spines[:].set_visible(False)
   axes.set_title('generated images, each scaled to its own range', fontsize=9)
   figure.savefig(path, dpi=100, bbox_inches='tight')
+  plt.close(figure)
+
+
+def bars(
+    path: Any, groups: Mapping[str, Mapping[str, float]], xlabel: str) -> None:
+  """Draws a panel of horizontal bars per group.
+
+  Args:
+    path: where to write.
+    groups: by group and name, the values.
+    xlabel: what the values are.
+  """
+  figure, panels = plt.subplots(
+      1, len(groups), figsize=(3.6 * len(groups) + .6, 3), squeeze=False,
+      layout='constrained')
+  colors = {}
+  for axes, (title, values) in zip(panels[0], groups.items()):
+    for name, value in values.items():
+      color = colors.setdefault(name, f'C{len(colors) % 10}')
+      bar = axes.barh(name, value, color=color)
+      axes.bar_label(bar, fmt=' %.3g', fontsize=8)
+    axes.set(title=title, xlabel=xlabel)
+    axes.margins(x=.2)
+    axes.invert_yaxis()
+  figure.savefig(path, dpi=110)
   plt.close(figure)

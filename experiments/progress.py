@@ -8,6 +8,7 @@ import time
 import jax
 from rich import console as rich_console
 from rich import progress as rich_progress
+from rich import table as rich_table
 
 _COMPILE_EVENT = '/jax/core/compile/'
 
@@ -45,6 +46,19 @@ class Progress(contextlib.AbstractContextManager):
     else:
       print(f'{self._label}: round {done}/{self._num_rounds}  {score}',
             flush=True)
+
+
+def show(header: list[str], rows: list[list[str]]) -> None:
+  """Prints a table, as wide as it needs to be where nobody's screen wraps it."""
+  console = rich_console.Console()
+  if not console.is_terminal:
+    console = rich_console.Console(width=200)
+  screen = rich_table.Table()
+  for title in header:
+    screen.add_column(title, overflow='fold')
+  for row in rows:
+    screen.add_row(*row)
+  console.print(screen)
 
 
 _compiling = [0.]  # seconds of compilation, of the whole process

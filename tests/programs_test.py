@@ -14,15 +14,19 @@ from absl import flags as absl_flags
 from absl.testing import absltest
 from absl.testing import flagsaver
 from absl.testing import parameterized
+import jax
 import numpy as np
 from PIL import Image
 import pytest
 
+from experiments import benchmark
 from experiments import compare
 from experiments import flags
 from experiments import plots
 from experiments import runner
 from experiments import train
+from experiments.contestants import ours
+from experiments.contestants import workloads
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -449,6 +453,48 @@ class ErrorsTest(parameterized.TestCase):
     again = subprocess.run(command, cwd=ROOT, check=False)
     self.assertEqual(again.returncode, 0)
     self.assertEqual(metrics.read_text().splitlines()[0], rows[0])
+
+
+class BenchmarkTest(parameterized.TestCase):
+
+  def test_side_by_side(self):
+    out = pathlib.Path(self.create_tempdir().full_path, 'speed.json')
+    status, screen, err = call(
+        benchmark, '--workloads=W0', '--against=plain_jax,torch,fedjax',
+        '--repeat=2', f'--out={out}')
+    self.assertEqual(status, 0, err)
+    figures = json.loads(out.read_text())
+    self.assertContainsSubset(['processor', 'cores'], figures['machine'])
+    rows = {row['who']: row for row in figures['rows']}
+    self.assertContainsSubset(['ours', 'plain_jax'], rows)
+    for name, row in rows.items():
+      self.assertEqual((row['workload'], len(row['all_seconds'])), ('W0', 2))
+      self.assertGreater(row['seconds'], 0)
+      self.assertIn(name, screen)
+    for name in {'torch', 'fedjax'} - rows.keys():
+      self.assertIn(f'{name} left out: No module named', err)
+    self.assertEqual(Image.open(out.with_suffix('.png')).format, 'PNG')
+
+  @parameterized.parameters(
+      ('--workloads=W9', '--workloads=W9: must be one of W1'),
+      ('--against=tf', '--against=tf: must be one of torch'),
+      ('--repeat=0', '--repeat=0: must be a positive'),
+      ('--peer_python=/no/python', '--peer_python=/no/python: must be a Python'),
+      ('--out=a.txt', '--out=a.txt: must end in .json'))
+  def test_errors(self, argument, message):
+    status, _, err = call(benchmark, argument)
+    self.assertEqual(status, 2)
+    self.assertStartsWith(err, 'error: ' + message)
+
+  @parameterized.parameters(
+      ('small_cnn', (32, 32, 3), 896 + 18_496 + 1_605_760 + 1_290),
+      ('fedavg_cnn', (32, 32, 3), 4_864 + 102_464 + 1_573_248 + 73_920 + 1_930),
+      ('mlp', (28, 28, 1), 157_000 + 40_200 + 2_010))
+  def test_sizes_of_the_models(self, name, image_shape, size):
+    workload = workloads.WORKLOADS['W0']._replace(
+        model=name, image_shape=image_shape)
+    variables = jax.eval_shape(ours.make_model(workload).init, jax.random.key(0))
+    self.assertEqual(sum(a.size for a in jax.tree.leaves(variables)), size)
 
 
 class ReportTest(absltest.TestCase):

@@ -44,11 +44,11 @@ class DocsTest(parameterized.TestCase):
       self.assertLess(abs(a - b).max(), 1e-6)
     self.assertGreater(abs(plain[0] - strong[0]).max(), 1e-3)
 
-  @parameterized.parameters('README.md', 'BUILD.md')
+  @parameterized.parameters('README.md', 'BUILD.md', 'docs/methods.md')
   def test_links_and_pictures_exist(self, name):
-    text = (ROOT / name).read_text()
-    for target in re.findall(r'\]\(([^)#]+)', text):
-      self.assertTrue((ROOT / target).exists(), target)
+    page = ROOT / name
+    for target in re.findall(r'\]\(([^)#]+)', page.read_text()):
+      self.assertTrue((page.parent / target).exists(), target)
 
 
 if __name__ == '__main__':

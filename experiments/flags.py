@@ -15,7 +15,7 @@ from absl import app
 from absl import flags
 from absl import logging
 
-from fedftg_jax import federation, models, recipes
+from fedftg_jax import federation, models, recipes, stacking
 from fedftg_jax.data import datasets
 from fedftg_jax.methods import batch_norm, fed_df, fed_ftg, scaffold
 from fedftg_jax.models import layers
@@ -321,7 +321,7 @@ def config(**changes) -> dict[str, Any]:
   if values['conv'] is None:
     values['conv'] = layers.default_conv()
   if values['client_chunk'] is None:
-    values['client_chunk'] = federation.default_chunk()
+    values['client_chunk'] = stacking.default_chunk()
   _check(values)
   if values['weighting'] is None:
     values['weighting'] = recipes.weighting(values['method'])

@@ -17,6 +17,7 @@ from fedftg_jax.base import Model
 from fedftg_jax.base import Objective
 from fedftg_jax.base import Output
 from fedftg_jax.base import Received
+from fedftg_jax.base import Sent
 from fedftg_jax.base import State
 from fedftg_jax.base import Variables
 from fedftg_jax.base import View

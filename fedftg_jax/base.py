@@ -10,12 +10,11 @@ Axes in shape comments: N clients, S clients of one round (the cohort), B batch,
 C classes, M examples, T rounds.
 """
 
+import functools
 from typing import Any, Callable, Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from fedftg_jax import trees
 
 PyTree = Any
 NO_LIMIT = 2**31 - 1  # `Cohort.num_steps` of a client that is no straggler.
@@ -107,30 +106,28 @@ class Local(NamedTuple):
   metrics: Mapping[str, jax.Array]  # scalars
 
 
-class Received(NamedTuple):
-  """What the server gets; leading axis [S] unless said otherwise."""
-  start: Variables      # model each began from; leaves that all share: [1, ...]
-  delta: Variables      # its change through the uplink; 0 if it did not arrive
-  message: PyTree       # the method's own upload; 0 if it did not arrive
-  weight: jax.Array     # [S] sums to 1 over the arrived, 0 for the rest
-  share: jax.Array      # [S] s_k = N n_k / sum_j n_j, 0 for the rest
-  arrived: jax.Array    # [S] bool
-  round: jax.Array      # [] int32
-  num_clients: int      # N
-  public: PyTree        # unlabelled images of the server, if any
+class Sent(NamedTuple):
+  """What one client sends (no client axis), and how it counts."""
+  start: Variables   # the model it began from
+  delta: Variables   # its change through the uplink; 0 if it did not arrive
+  message: PyTree    # the method's own upload; 0 if it did not arrive
+  weight: jax.Array  # [] these sum to 1 over the arrived; 0 if it did not
+  share: jax.Array   # [] s_k = N n_k / sum_j n_j; 0 if it did not arrive
 
   @property
-  def models(self) -> Variables:
+  def model(self) -> Variables:
     return jax.tree.map(jnp.add, self.start, self.delta)
 
-  @property
-  def average(self) -> Variables:
-    """The weighted mean of `models`, without making them; no axis [S]."""
-    start = jax.tree.map(
-        lambda a: a[0] if len(a) == 1 else jnp.tensordot(
-            self.weight.astype(a.dtype), a, 1), self.start)
-    return jax.tree.map(
-        jnp.add, start, trees.weighted_sum(self.delta, self.weight))
+
+class Received(NamedTuple):
+  """What the server gets from a cohort."""
+  average: Variables  # weighted mean of the models; as broadcast if none arrived
+  summed: PyTree      # the method's `summed`, added up over the clients
+  stacked: PyTree     # the method's `stacked`, each leaf [S, ...]
+  arrived: jax.Array  # [S] bool
+  round: jax.Array    # [] int32
+  num_clients: int    # N
+  public: PyTree      # unlabelled images of the server, if any
 
 
 class Info(NamedTuple):
@@ -152,6 +149,7 @@ class Federation(NamedTuple):
   init: Callable     # (key) -> State
   round: Callable    # (state, data, cohort, key) -> (State, Info)
   traffic: Callable  # (state, data) -> (bits down, bits up) of one client
+  mesh: jax.sharding.Mesh | None = None  # of the devices; None for one device
 
 
 class Method(NamedTuple):
@@ -171,6 +169,10 @@ class Method(NamedTuple):
     decay: (view) -> scalar: added to the weight decay, outside the clip.
     upload: (view, local, objective, key) -> (own, message): once per client and
       round.
+    summed: (sent) -> tree: what the server needs only the sum of over clients.
+      It is added up as clients finish; nothing of the kind is kept per client.
+    stacked: (sent) -> tree: what it needs of every client at the same time, such
+      as their models as teachers.
     update: (variables, shared, received, key) -> (variables, shared, Info):
       once per round, on the server.
     synthesise: (shared, labels, key) -> images, where the method has a
@@ -182,6 +184,8 @@ class Method(NamedTuple):
   penalty: Callable = lambda variables, output, batch, view, key: 0.
   decay: Callable = lambda view: 0.
   upload: Callable = lambda view, local, objective, key: (view.own, ())
+  summed: Callable = lambda sent: ()
+  stacked: Callable = lambda sent: ()
   update: Callable = (
       lambda variables, shared, received, key: (variables, shared, Info()))
   synthesise: Callable | None = None
@@ -190,8 +194,8 @@ class Method(NamedTuple):
 def chain(*parts: Method) -> Method:
   """Composes methods; the slots of a chain are the tuples of its parts' slots.
 
-  Penalties and decays add up, uploads are tupled, `start` and `update` run in
-  the written order. Server steps therefore belong in the order: aggregate,
+  Penalties and decays add up, what is sent and received is tupled, `start` and
+  `update` run in the written order. Server steps therefore belong in the order: aggregate,
   correct the mean (FedDyn), refine (FedDF, FedFTG).
 
   Example:
@@ -238,12 +242,17 @@ def chain(*parts: Method) -> Method:
              for p, v, k in zip(parts, views(view), split(key))]
     return tuple(o for o, _ in pairs), tuple(m for _, m in pairs)
 
+  def each(hook, sent):
+    return tuple(getattr(p, hook)(sent._replace(message=m))
+                 for p, m in zip(parts, sent.message))
+
   def update(variables, shared, received, key):
     new_shared, metrics, models = [], {}, {}
-    for p, s, m, k in zip(parts, shared, received.message, split(key)):
-      variables, s, info = p.update(
-          variables, s, received._replace(message=m), k)
-      new_shared.append(s)
+    for p, own, summed, stacked, k in zip(
+        parts, shared, received.summed, received.stacked, split(key)):
+      variables, own, info = p.update(
+          variables, own, received._replace(summed=summed, stacked=stacked), k)
+      new_shared.append(own)
       metrics.update(info.metrics)
       models.update(info.models)
     return variables, tuple(new_shared), Info(metrics, models)
@@ -253,5 +262,7 @@ def chain(*parts: Method) -> Method:
   def synthesise(shared, labels, key):
     return parts[able[-1]].synthesise(shared[able[-1]], labels, key)
 
-  return Method(init, broadcast, start, penalty, decay, upload, update,
-                synthesise if able else None)
+  return Method(
+      init, broadcast, start, penalty, decay, upload,
+      functools.partial(each, 'summed'), functools.partial(each, 'stacked'),
+      update, synthesise if able else None)

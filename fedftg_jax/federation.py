@@ -21,18 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedftg_jax import keys, losses, trees
+from fedftg_jax import keys, losses, stacking, trees
 from fedftg_jax.base import (
     Cohort, Data, Federation, Info, LossAux, Method, Model, NO_LIMIT, Objective,
-    PyTree, Received, State, Variables, View)
+    PyTree, Received, Sent, State, View)
 
 WEIGHTINGS = ('examples', 'uniform')
-
-
-def default_chunk() -> int:
-  """Clients stacked at once on this device: one on a CPU, whose caches hold one
-  client's weights and images but not a cohort's; all elsewhere (0)."""
-  return 1 if jax.default_backend() == 'cpu' else 0
 
 
 def federation(
@@ -44,6 +38,7 @@ def federation(
     weighting: str = 'examples',
     uplink: optax.GradientTransformation = optax.identity(),
     client_chunk: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Federation:
   """Builds the simulation of `method` with `solver` on `num_clients` clients.
 
@@ -57,7 +52,9 @@ def federation(
     uplink: codes the parameters' change on its way up (state kept per client;
       gets a `key` if it takes one).
     client_chunk: how many clients are stacked at once; 0 for all, None for what
-      suits the device, see `default_chunk`.
+      suits the device, see `stacking.default_chunk`.
+    mesh: devices that share the clients of a round, see `stacking.make_mesh`;
+      None for one device.
 
   Returns:
     The pair of `init` and `round`, and `traffic`.
@@ -70,7 +67,7 @@ def federation(
   if weighting not in WEIGHTINGS:
     raise ValueError(f'weighting must be one of {WEIGHTINGS}, got {weighting!r}.')
   if client_chunk is None:
-    client_chunk = default_chunk()
+    client_chunk = stacking.default_chunk()
   if client_chunk < 0:
     raise ValueError(
         f'client_chunk must be 0 (all at once) or more, got {client_chunk}.')
@@ -85,91 +82,114 @@ def federation(
     return State(
         variables, shared, trees.stack(slots, num_clients), jnp.int32(0))
 
-  def train_cohort(state, data, cohort, base_key):
-    """Trains the cohort; all of it, and what is returned, has axis [S]."""
-    count = data.count.astype(jnp.result_type(float))
-    share = num_clients * count / jnp.maximum(jnp.sum(count), 1)
-    slots, index, count, share = trees.gather(
-        (state.clients, data.index, data.count, share), cohort.client_id)
-    count = jnp.where(cohort.client_id < num_clients, count, 0)
-    cohort = cohort._replace(arrived=cohort.arrived & (count > 0))
-    one = functools.partial(
-        _run_client, model, method, solver, uplink,
-        (state.variables, state.shared, state.round),
-        method.broadcast(state.shared), (data.x, data.y), base_key)
-    num_slots = len(cohort.client_id)
-    rows = cohort, slots, index, count, share, jnp.arange(num_slots)
-    if client_chunk == 1:
-      trained = jax.lax.map(one, rows)
-    elif 0 < client_chunk < num_slots:
-      pad = -num_slots % client_chunk  # copies of the last row, dropped below
-      rows = trees.gather(rows, jnp.arange(num_slots + pad))
-      trained = jax.lax.map(one, rows, batch_size=client_chunk)
-      trained = jax.tree.map(lambda a: a[:num_slots], trained)
-    else:
-      trained = jax.vmap(one)(rows)
-    start = jax.tree.map(
-        lambda shared, own: shared[None] if own is None else own,
-        state.variables, trained.start)
-    return trained._replace(start=start), cohort.arrived, count, share
+  def client_round(shared, row):
+    """One client (no client axis): what is summed over clients, and stacked."""
+    received, *_ = shared
+    slots, sent, local = _run_client(model, method, solver, uplink, shared, row)
+    moved = jax.tree.map(  # from what was received
+        lambda start, delta, old: (
+            delta if start is old else delta + (start - old)),
+        sent.start, sent.delta, received)
+    return ((optax.tree.scale(sent.weight, moved), method.summed(sent)),
+            (slots, local.num_steps, local.metrics, method.stacked(sent)))
 
   @jax.jit
   def round_(state, data, cohort, key):
-    trained, arrived, count, share = train_cohort(state, data, cohort, key)
-    mass = arrived * (count if weighting == 'examples' else 1.)
-    weight = mass / jnp.maximum(jnp.sum(mass), 1)
+    size = len(cohort.client_id)
+    padded = _pad_cohort(
+        cohort, stacking.num_rows(size, client_chunk, mesh), num_clients)
+    rows = _rows(state, data, padded, num_clients, weighting)
+    (change, summed), (slots, num_steps, local_metrics, stacked) = (
+        stacking.over_clients(
+            client_round, _shared(state, data, key), rows, client_chunk, mesh))
+    arrived = rows.arrived
+    average = optax.tree.add(state.variables, change)
     received = Received(
-        trained.start, trained.delta, trained.message, weight, share * arrived,
-        arrived, state.round, num_clients, data.public)
-    average = plain_average(state.variables, received)
+        average, summed, jax.tree.map(lambda a: a[:size], stacked),
+        arrived[:size], state.round, num_clients, data.public)
     variables, shared, info = method.update(
         state.variables, state.shared, received,
         keys.server_key(key, state.round))
     anybody = jnp.any(arrived)
     variables, shared = trees.where(
         anybody, (variables, shared), (state.variables, state.shared))
-    written = jnp.where(arrived, cohort.client_id, num_clients)
-    metrics = _metrics(cohort, trained, weight, arrived, info, num_clients)
+    written = jnp.where(arrived, rows.client_id, num_clients)
+    metrics = _metrics(rows, num_steps, local_metrics, info, num_clients)
     models = {name: trees.where(anybody, value, state.variables)
               for name, value in info.models.items()}
-    clients = trees.scatter(state.clients, written, trained.slots)
+    clients = trees.scatter(state.clients, written, slots)
     return (State(variables, shared, clients, state.round + 1),
             Info(metrics, {'average': average, **models}))
 
   def traffic(state, data):
     """Bits that one selected client gets, and one that arrives sends."""
-    row = Cohort(jnp.zeros(1, jnp.int32), jnp.ones(1, bool),
-                 jnp.ones(1, jnp.int32))
-    trained, *_ = jax.eval_shape(
-        train_cohort, state, data, row, jax.random.key(0))
+    cohort = Cohort(*(jnp.zeros(1, t) for t in (jnp.int32, bool, jnp.int32)))
+
+    def sent(state, data):
+      rows = _rows(state, data, cohort, num_clients, weighting)
+      return _run_client(
+          model, method, solver, uplink, _shared(state, data, jax.random.key(0)),
+          jax.tree.map(lambda a: a[0], rows))[1]
+
     model_bits = trees.num_bits(state.variables)
     down = trees.num_bits(jax.eval_shape(method.broadcast, state.shared))
-    return model_bits + down, model_bits + trees.num_bits(trained.message)
+    return (model_bits + down,
+            model_bits + trees.num_bits(jax.eval_shape(sent, state, data).message))
 
-  return Federation(init, round_, traffic)
-
-
-class _Trained(NamedTuple):
-  """What one client gives back; stacked, every leaf has axis [S]."""
-  slots: PyTree       # (own, uplink) slots
-  start: Variables    # as in `Received`, None for leaves that were not touched
-  delta: Variables
-  message: PyTree
+  return Federation(init, round_, traffic, mesh)
+class _Row(NamedTuple):
+  """One slot of a cohort; stacked, every leaf has axis [S]."""
+  client_id: jax.Array
+  arrived: jax.Array
   num_steps: jax.Array
-  metrics: PyTree     # of the solver
+  slots: PyTree      # (own, uplink) slots
+  index: jax.Array
+  count: jax.Array
+  share: jax.Array   # s_k
+  weight: jax.Array  # in the mean
+  place: jax.Array   # 0, 1, 2 ... in the cohort
 
 
-def _run_client(model, method, solver, uplink, server, shared, flat, base_key,
-                row) -> _Trained:
-  """One client's round: begin, train, upload, encode (no client axis)."""
-  variables, server_slot, round_ = server
-  client, (own, uplink_state), index, count, share, slot = row
-  key = keys.client_keys(base_key, round_, client.client_id)
+def _pad_cohort(cohort, num_rows, num_clients):
+  """Slots that select nobody, up to `num_rows`."""
+  pad = 0, num_rows - len(cohort.client_id)
+  return Cohort(jnp.pad(cohort.client_id, pad, constant_values=num_clients),
+                jnp.pad(cohort.arrived, pad), jnp.pad(cohort.num_steps, pad))
+
+
+def _rows(state, data, cohort, num_clients, weighting) -> _Row:
+  """The cohort's clients: what they hold, and how they count."""
+  count = data.count.astype(jnp.result_type(float))
+  share = num_clients * count / jnp.maximum(jnp.sum(count), 1)
+  slots, index, count, share = trees.gather(
+      (state.clients, data.index, data.count, share), cohort.client_id)
+  count = jnp.where(cohort.client_id < num_clients, count, 0)
+  arrived = cohort.arrived & (count > 0)
+  mass = arrived * (count if weighting == 'examples' else 1.)
+  weight = mass / jnp.maximum(jnp.sum(mass), 1)
+  return _Row(cohort.client_id, arrived, cohort.num_steps, slots, index, count,
+              share, weight, jnp.arange(len(count)))
+
+
+def _shared(state, data, key):
+  """What all clients of a round see."""
+  return state.variables, state.shared, state.round, (data.x, data.y), key
+
+
+def _run_client(model, method, solver, uplink, shared, row):
+  """One client's round: begin, train, upload, encode (no client axis).
+
+  Returns:
+    Its slots, what it sends, and what local training returned.
+  """
+  variables, server_slot, round_, flat, base_key = shared
+  own, uplink_state = row.slots
+  key = keys.client_keys(base_key, round_, row.client_id)
   view = View(
-      variables, variables, shared, own, Data(*flat, index, count),
-      client.client_id, share, round_,
-      jnp.where(client.arrived, client.num_steps, 0))
-  start = method.start(view, server_slot, slot, key.start)
+      variables, variables, method.broadcast(server_slot), own,
+      Data(*flat, row.index, row.count), row.client_id, row.share, round_,
+      jnp.where(row.arrived, row.num_steps, 0))
+  start = method.start(view, server_slot, row.place, key.start)
   view = view._replace(variables=start)
   objective = Objective(
       functools.partial(_local_loss, model, method, view),
@@ -181,23 +201,22 @@ def _run_client(model, method, solver, uplink, server, shared, flat, base_key,
       delta.params, uplink_state, start.params, key=key.encode)
   sent = delta._replace(params=coded), message
   sent = trees.where(
-      client.arrived, sent, jax.tree.map(jnp.zeros_like, sent))
-  touched = jax.tree.map(
-      lambda new, old: None if new is old else new, start, variables)
-  return _Trained((own, uplink_state), touched, *sent, local.num_steps,
-                  local.metrics)
+      row.arrived, sent, jax.tree.map(jnp.zeros_like, sent))
+  return ((own, uplink_state),
+          Sent(start, *sent, row.weight, row.share * row.arrived),
+          local)
 
 
-def _metrics(cohort, trained, weight, arrived, info, num_clients):
+def _metrics(rows, num_steps, local_metrics, info, num_clients):
   """The round's scalars; NaN for a mean over nobody."""
-  worked = weight * (trained.num_steps > 0)
+  worked = rows.weight * (num_steps > 0)
   metrics = {name: jnp.sum(worked * value) / jnp.sum(worked)
-             for name, value in trained.metrics.items()}
-  metrics |= {name: jnp.where(jnp.any(arrived), value, jnp.nan)
+             for name, value in local_metrics.items()}
+  metrics |= {name: jnp.where(jnp.any(rows.arrived), value, jnp.nan)
               for name, value in info.metrics.items()}
   return metrics | {
-      'num_selected': jnp.sum(cohort.client_id < num_clients),
-      'num_arrived': jnp.sum(arrived)}
+      'num_selected': jnp.sum(rows.client_id < num_clients),
+      'num_arrived': jnp.sum(rows.arrived)}
 
 
 def _local_loss(model, method, view, variables, batch, key):
@@ -208,11 +227,6 @@ def _local_loss(model, method, view, variables, batch, key):
   return cross_entropy + penalty, LossAux(output.stats, cross_entropy)
 
 
-def plain_average(variables, received: Received):
-  """Weighted mean of the received models; `variables` if nobody arrived."""
-  return trees.where(jnp.any(received.arrived), received.average, variables)
-
-
 def over_seeds(fed: Federation) -> Federation:
   """The same simulation for several seeds at once.
 
@@ -221,7 +235,8 @@ def over_seeds(fed: Federation) -> Federation:
   """
   return Federation(
       jax.vmap(fed.init),
-      jax.jit(jax.vmap(fed.round, in_axes=(0, None, None, 0))), fed.traffic)
+      jax.jit(jax.vmap(fed.round, in_axes=(0, None, None, 0))), fed.traffic,
+      fed.mesh)
 
 
 def run(
@@ -260,6 +275,9 @@ def run(
     raise ValueError(f'every must be at least 1, got {every}.')
   num_clients = data.count.shape[0]
   schedule = check_schedule(schedule, num_clients)
+  if fed.mesh is not None:
+    state, data = jax.device_put(
+        (state, data), stacking.replicated(fed.mesh))
   history = []
   for first in range(0, num_rounds, every):
     rows = jax.tree.map(lambda a: a[first:first + every], schedule)

@@ -22,9 +22,11 @@ def part(number):
       penalty=lambda variables, output, batch, view, key: view.shared + view.own,
       decay=lambda view: view.own * 2.,
       upload=lambda view, local, objective, key: (view.own - 1, view.shared),
+      summed=lambda sent: sent.message * 5,
+      stacked=lambda sent: sent.message * 7,
       update=lambda variables, shared, received, key: (
-          variables * 10 + received.message, shared + 1,
-          base.Info({f'seen{number}': received.message},
+          variables * 10 + received.summed, shared + 1,
+          base.Info({f'seen{number}': received.stacked},
                     {f'model{number}': variables})))
 
 
@@ -41,10 +43,13 @@ class ChainTest(absltest.TestCase):
     self.assertEqual(method.decay(view), -6.)
     self.assertEqual(
         method.upload(view, None, None, KEY), ((-2, -3), (10, 20)))
-    received = base.Received(*[None] * 9)._replace(message=(3, 4))
+    sent = base.Sent(*[None] * 5)._replace(message=(1, 2))
+    self.assertEqual(method.summed(sent), (5, 10))
+    self.assertEqual(method.stacked(sent), (7, 14))
+    received = base.Received(*[None] * 7)._replace(summed=(3, 4), stacked=(5, 6))
     variables, shared, info = method.update(1, shared, received, KEY)
     self.assertEqual((variables, shared), (134, (2, 3)))
-    self.assertEqual(info.metrics, {'seen1': 3, 'seen2': 4})
+    self.assertEqual(info.metrics, {'seen1': 5, 'seen2': 6})
     self.assertEqual(info.models, {'model1': 1, 'model2': 13})
 
   def test_parts_get_different_keys(self):
@@ -58,6 +63,7 @@ class ChainTest(absltest.TestCase):
     method = base.Method()
     view = base.View(0, 0, (), 'own', None, 0, 1., 0, 0)
     self.assertEqual(method.upload(view, None, None, KEY), ('own', ()))
+    self.assertEqual((method.summed(None), method.stacked(None)), ((), ()))
     self.assertEqual(method.update('w', 's', None, KEY), ('w', 's', base.Info()))
     self.assertEqual(method.penalty(0, None, None, view, KEY), 0)
 

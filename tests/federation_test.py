@@ -125,12 +125,14 @@ class RoundTest(parameterized.TestCase):
     method = base.Method(
         upload=lambda view, local, objective, key: (
             view.own, 1. / local.num_steps),
+        summed=lambda sent: (sent.message, sent.share),
+        stacked=lambda sent: sent.delta,
         update=lambda variables, shared, received, key: (
             variables, shared, base.Info({
-                'message': jnp.sum(received.message),
-                'share': jnp.sum(received.share),
+                'message': received.summed[0],
+                'share': received.summed[1],
                 'delta': optax.tree.norm(jax.tree.map(
-                    lambda a: a[1:], received.delta))})))
+                    lambda a: a[1:], received.stacked))})))
     fed = problems.make(method=base.chain(method))
     cohort = problems.row([0, 3, -1, -1], arrived=[True, False] + [False] * 2)
     _, info = fed.round(fed.init(KEY), problems.DATA, cohort, KEY)

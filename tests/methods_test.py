@@ -125,7 +125,7 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
   ids = [int(k) for k, here in zip(cohort.client_id, cohort.arrived) if here]
   mass = np.array([int(data.count[k]) if weighting == 'examples' else 1
                    for k in ids])
-  starts, deltas, messages, clients = [], [], [], state.clients[0]
+  uploads, clients = [], state.clients[0]
   for slot, k in enumerate(ids):
     count = int(data.count[k])
     rows = data.index[k][:count]
@@ -174,14 +174,14 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
             .1 * .9**int(state.round)), {}), base.Objective(loss, 0.),
         client_keys.upload)
     clients = jax.tree.map(lambda a, b, k=k: a.at[k].set(b), clients, own)
-    starts.append(start)
-    deltas.append(optax.tree.sub(local, start))
-    messages.append(message)
-  stack = lambda trees_: jax.tree.map(lambda *a: jnp.stack(a), *trees_)
+    uploads.append(base.Sent(
+        start, optax.tree.sub(local, start), message,
+        jnp.asarray(mass[slot] / mass.sum()), view.share))
+  add = lambda trees_: jax.tree.map(lambda *a: sum(a), *trees_)
   received = base.Received(
-      stack(starts), stack(deltas), stack(messages), jnp.asarray(
-          mass / mass.sum()),
-      jnp.array([num_clients * int(data.count[k]) / total for k in ids]),
+      add([optax.tree.scale(s.weight, s.model) for s in uploads]),
+      add([method.summed(s) for s in uploads]),
+      jax.tree.map(lambda *a: jnp.stack(a), *[method.stacked(s) for s in uploads]),
       jnp.ones(len(ids), bool), state.round, num_clients, data.public)
   variables, shared, _ = jax.jit(
       lambda v, s, r, k: method.update(
@@ -435,8 +435,7 @@ class FedDfTest(parameterized.TestCase):
     arrived = jnp.array([True, False, True])
     counts = jnp.array([[4, 0, 2], [0, 0, 0], [2, 2, 0]])
     return base.Received(
-        jax.tree.map(jnp.zeros_like, teachers), teachers, counts,
-        jnp.array([.5, 0, .5]), jnp.ones(3), arrived, jnp.int32(0), 5,
+        None, (), (teachers, counts), arrived, jnp.int32(0), 5,
         jnp.asarray(PUBLIC))
 
   def student_steps(self, student, teachers, images, combine):
@@ -457,10 +456,10 @@ class FedDfTest(parameterized.TestCase):
       method = fed_df.fed_df(MODEL, GENERATOR, CLASSES, DF)
       got, got_made, _ = jax.jit(lambda v, s: method.update(
           v, s, received, KEY))(student, made)
-      z, labels = fed_df.draw(KEY, received.message.sum(0), 4, DF)
+      stacked, counts = received.stacked
+      z, labels = fed_df.draw(KEY, counts.sum(0), 4, DF)
       self.assertEqual(z.shape, (4, 6, 4))
-      teachers = [jax.tree.map(lambda a, k=k: a[k], received.delta)
-                  for k in (0, 2)]
+      teachers = [jax.tree.map(lambda a, k=k: a[k], stacked) for k in (0, 2)]
       adam = optax.adam(DF.generator_lr)
       opt_state = adam.init(made.params)
 
@@ -493,9 +492,10 @@ class FedDfTest(parameterized.TestCase):
   def test_public_images(self):
     with enable_x64(True):
       received, student = self.received(), MODEL.init(KEY)
+      received = received._replace(stacked=received.stacked[0])
       method = fed_df.fed_df_public(MODEL, DF._replace(ensemble='logit'))
       got, _, _ = jax.jit(lambda v: method.update(v, (), received, KEY))(student)
-      teachers = [jax.tree.map(lambda a, k=k: a[k], received.delta)
+      teachers = [jax.tree.map(lambda a, k=k: a[k], received.stacked)
                   for k in (0, 2)]
       images = [received.public[jax.random.randint(
           jax.random.fold_in(KEY, i), (6,), 0, 9)] for i in range(2)]

@@ -98,15 +98,18 @@ def fed_df(
     return generator.init(key), ()
 
   def update(variables, shared, received, key):
-    z, labels = draw(key, received.message.sum(0), generator.noise_dim, options)
+    teachers, counts = received.stacked
+    z, labels = draw(key, counts.sum(0), generator.noise_dim, options)
     cut = options.generator_steps
     shared, terms = train_generator(
-        model, generator, shared, received, z[:cut], labels[:cut], options)
+        model, generator, shared, teachers, received, z[:cut], labels[:cut],
+        options)
 
     def examples(i):
       return generator.apply(shared, z[cut + i], labels[cut + i])[0]
 
-    student, loss = _distil(model, variables, received, examples, options)
+    student, loss = _distil(
+        model, variables, teachers, received, examples, options)
     metrics = {f'fed_df/{name}': jnp.sum(value) / max(cut, 1)
                for name, value in terms.items()}
     return student, shared, Info(
@@ -115,7 +118,8 @@ def fed_df(
   return Method(
       init=init, update=update, synthesise=distillation.draw_images(generator),
       upload=distillation.count_labels(
-          num_classes, num_draws * options.batch_size))
+          num_classes, num_draws * options.batch_size),
+      stacked=lambda sent: (sent.model, sent.message))
 
 
 def fed_df_public(model: Model, options: Options = Options()) -> Method:
@@ -145,11 +149,12 @@ def fed_df_public(model: Model, options: Options = Options()) -> Method:
           jax.random.fold_in(key, i), (options.batch_size,), 0, len(images))
       return images[rows]
 
-    student, loss = _distil(model, variables, received, examples, options)
+    student, loss = _distil(
+        model, variables, received.stacked, received, examples, options)
     return student, shared, Info(
         {'fed_df/student': loss}, {'distilled': student})
 
-  return Method(update=update)
+  return Method(stacked=lambda sent: sent.model, update=update)
 
 
 def draw(key, counts, noise_dim, options):
@@ -163,7 +168,8 @@ def draw(key, counts, noise_dim, options):
   return jax.random.normal(key_noise, (*shape, noise_dim)), labels.reshape(shape)
 
 
-def train_generator(model, generator, variables, received, z, labels, options):
+def train_generator(
+    model, generator, variables, teachers, received, z, labels, options):
   """The first phase: one Adam step per row of `z` [steps, B, noise].
 
   Returns:
@@ -178,7 +184,7 @@ def train_generator(model, generator, variables, received, z, labels, options):
   def loss_fn(params, stats, z, labels):
     images, new = generator.apply(
         Variables(params, stats), z, labels, train=True)
-    logits = distillation.teacher_logits(model, received.models, images)
+    logits = distillation.teacher_logits(model, teachers, images)
     cls = jnp.sum(present * jax.vmap(
         lambda l: losses.cross_entropy(l, labels))(logits))
     dis = losses.diversity(z, images)
@@ -205,7 +211,7 @@ def _repeated(old, new, times):
   return jax.tree.map(lambda a, b: a + factor * (b - a), old, new)
 
 
-def _distil(model, student, received, images, options):
+def _distil(model, student, teachers, received, images, options):
   """The student's steps on `images(i)`; the student and its mean loss."""
   weight = jnp.broadcast_to(
       distillation.present(received)[:, None],
@@ -213,7 +219,7 @@ def _distil(model, student, received, images, options):
 
   def examples(i):
     x = images(i)
-    logits = distillation.teacher_logits(model, received.models, x)
+    logits = distillation.teacher_logits(model, teachers, x)
     return x, distillation.ensemble(logits, weight, options.ensemble)
 
   def loss(logits, target):

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedftg_jax import trees
 from fedftg_jax.base import Info, Method
 
 
@@ -59,13 +58,12 @@ def fed_dyn(alpha: float = .01) -> Method:
 
   def update(variables, shared, received, key):
     del key
-    arrived = received.arrived / received.num_clients
-    shared = optax.tree.add(
-        shared, trees.weighted_sum(received.delta.params, arrived))
+    shared = optax.tree.add(shared, optax.tree.scale(
+        1 / received.num_clients, received.summed))
     if not alpha:  # no regulariser: the mean needs no correction
       return variables, shared, Info()
     params = optax.tree.add(variables.params, shared)
     return variables._replace(params=params), shared, Info()
 
   return Method(init=init, penalty=penalty, decay=strength, upload=upload,
-                update=update)
+                summed=lambda sent: sent.delta.params, update=update)

@@ -181,10 +181,10 @@ def fed_ftg(
   def update(variables, shared, received, key):
     if not options.iterations:
       return variables, shared, Info(models={'fine_tuned': variables})
-    counts = received.message  # [K, C], zero for the absent
+    teachers, counts = received.stacked  # [K, ...], [K, C] zero for the absent
     z, labels = draw(key, counts.sum(0), generator.noise_dim, options)
     tuned, shared, terms = fine_tune(
-        model, generator, variables, shared, received.models, counts, z, labels,
+        model, generator, variables, shared, teachers, counts, z, labels,
         arrived=received.arrived, options=options,
         student_lr=distillation.rate_of(options.student_lr, received),
         generator_lr=distillation.rate_of(options.generator_lr, received))
@@ -198,7 +198,8 @@ def fed_ftg(
   return Method(
       init=init, update=update, synthesise=distillation.draw_images(generator),
       upload=distillation.count_labels(
-          num_classes, options.iterations * options.batch_size))
+          num_classes, options.iterations * options.batch_size),
+      stacked=lambda sent: (sent.model, sent.message))
 
 
 def draw(key, counts, noise_dim, options):

@@ -10,11 +10,9 @@ Deviation: the paper's ||a_k||_1 of momentum and of a proximal term differs from
 the number of steps; here it is the number of steps whatever the local solver.
 """
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from fedftg_jax import trees
 from fedftg_jax.base import Method
 from fedftg_jax.methods import fed_avg
 
@@ -35,11 +33,14 @@ def fed_nova(
     del objective, key
     return view.own, local.num_steps
 
-  def mean(params, received):
-    steps = received.message.astype(received.weight.dtype)  # [S]
-    effective = jnp.sum(received.weight * steps)
-    weight = received.weight * effective / jnp.maximum(steps, 1)
-    return jax.tree.map(
-        jnp.add, params, trees.weighted_sum(received.delta.params, weight))
+  def summed(sent):
+    steps = sent.message.astype(sent.weight.dtype)
+    per_step = sent.weight / jnp.maximum(steps, 1)
+    return sent.weight * steps, optax.tree.scale(per_step, sent.delta.params)
 
-  return fed_avg.aggregate(mean, server_optimizer)._replace(upload=upload)
+  def mean(params, received):
+    effective, change = received.summed
+    return optax.tree.add(params, optax.tree.scale(effective, change))
+
+  return fed_avg.aggregate(mean, server_optimizer)._replace(
+      upload=upload, summed=summed)

@@ -12,11 +12,9 @@ unweighted; here participation is the schedule's, and the federation's weights
 stand for p_k. q = 0 is FedAvg.
 """
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from fedftg_jax import trees
 from fedftg_jax.base import Method
 from fedftg_jax.data import clients
 from fedftg_jax.methods import fed_avg
@@ -56,11 +54,15 @@ def q_fed_avg(
     curvature = optax.tree.norm(change, squared=True) / rate
     return view.own, (loss**q, q * loss**(q - 1) * curvature + loss**q)
 
-  def mean(params, received):
-    fair, denominator = received.message  # [S] each
-    weight = received.weight * fair / jnp.maximum(
-        jnp.sum(received.weight * denominator), _SMALLEST_LOSS)
-    return jax.tree.map(
-        jnp.add, params, trees.weighted_sum(received.delta.params, weight))
+  def summed(sent):
+    fair, denominator = sent.message
+    return (optax.tree.scale(sent.weight * fair, sent.delta.params),
+            sent.weight * denominator)
 
-  return fed_avg.aggregate(mean, server_optimizer)._replace(upload=upload)
+  def mean(params, received):
+    change, denominator = received.summed
+    return optax.tree.add(params, optax.tree.scale(
+        1 / jnp.maximum(denominator, _SMALLEST_LOSS), change))
+
+  return fed_avg.aggregate(mean, server_optimizer)._replace(
+      upload=upload, summed=summed)

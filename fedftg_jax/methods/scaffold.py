@@ -97,11 +97,13 @@ def scaffold(
   def update(variables, shared, received, key):
     del key
     server, reference = shared
-    server = optax.tree.add(server, trees.weighted_sum(
-        received.message, received.share / received.num_clients))
+    server = optax.tree.add(server, optax.tree.scale(
+        1 / received.num_clients, received.summed))
     if untuned_reference:
       reference = variables.params
     return variables, (server, reference), Info()
 
-  return Method(init=init, broadcast=lambda shared: shared, penalty=penalty,
-                upload=upload, update=update)
+  return Method(
+      init=init, broadcast=lambda shared: shared, penalty=penalty,
+      upload=upload, summed=lambda sent: optax.tree.scale(sent.share, sent.message),
+      update=update)

@@ -1,0 +1,112 @@
+"""One client's function over a cohort: stacked, in chunks, over devices.
+
+The engine is written for one client; here, and only here, is the client axis.
+Clients are stacked with `vmap`, at most `chunk` at a time, and shared out over a
+1-D mesh of devices with `shard_map`. What is summed over clients is added up as
+chunks finish, on each device by itself, then once between devices: what is kept
+per client is only what was asked to be kept.
+"""
+
+import functools
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fedftg_jax.base import PyTree
+
+AXIS = 'clients'
+
+
+def default_chunk() -> int:
+  """Clients stacked at once on this device: one on a CPU, whose caches hold one
+  client's weights and images but not a cohort's; all elsewhere (0)."""
+  return 1 if jax.default_backend() == 'cpu' else 0
+
+
+def make_mesh(num_devices: int = 0) -> Mesh:
+  """A mesh over the first `num_devices` devices, of all processes; 0 for all.
+
+  Raises:
+    ValueError: if there are fewer.
+  """
+  devices = jax.devices()
+  if not 0 <= num_devices <= len(devices):
+    raise ValueError(
+        f'num_devices must be 0 (all) to {len(devices)}, the devices that there '
+        f'are, got {num_devices}.')
+  return jax.make_mesh((num_devices or len(devices),), (AXIS,),
+                       axis_types=(AxisType.Auto,),
+                       devices=devices[:num_devices or None])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole of an array on every device of `mesh`."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def num_rows(cohort: int, chunk: int, mesh: Mesh | None = None) -> int:
+  """Rows that `over_clients` needs for a cohort: what chunks and devices divide.
+  """
+  devices = 1 if mesh is None else mesh.size
+  each = -(-cohort // devices)
+  if chunk:
+    each += -each % min(chunk, each)
+  return devices * each
+
+
+def over_clients(
+    function: Callable, shared: PyTree, rows: PyTree, chunk: int,
+    mesh: Mesh | None = None) -> tuple[PyTree, PyTree]:
+  """Maps a function of one client over the rows of a cohort.
+
+  Args:
+    function: (shared, row) -> (summed, stacked).
+    shared: what all clients see; not copied along the client axis.
+    rows: every leaf [R, ...], with R as `num_rows` says.
+    chunk: how many rows are stacked at once; 0 for all of a device's.
+    mesh: devices that share the rows; None for one device.
+
+  Returns:
+    The sum of `summed` over the rows, and `stacked` with every leaf [R, ...].
+  """
+  local = functools.partial(_on_one_device, jax.jit(function), chunk)
+  if mesh is None:
+    return local(shared, rows)
+
+  def on_each(shared, rows):
+    summed, stacked = local(shared, rows)
+    return jax.lax.psum(summed, AXIS), stacked
+
+  everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
+  return jax.shard_map(
+      on_each, mesh=mesh, in_specs=(everywhere, split),
+      out_specs=(everywhere, split), check_vma=False)(shared, rows)
+
+
+def _on_one_device(function, chunk, shared, rows):
+  num = len(jax.tree.leaves(rows)[0])
+  chunk = min(chunk or num, num)
+
+  def of_block(block):
+    if chunk == 1:  # no client axis at all
+      summed, stacked = function(shared, jax.tree.map(lambda a: a[0], block))
+      return summed, jax.tree.map(lambda a: a[None], stacked)
+    summed, stacked = jax.vmap(functools.partial(function, shared))(block)
+    return jax.tree.map(lambda a: jnp.sum(a, axis=0), summed), stacked
+
+  if chunk == num:
+    return of_block(rows)
+  blocks = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), rows)
+  # `function` is jitted: this trace and the one in the scan are the same.
+  zero = jax.tree.map(
+      lambda a: jnp.zeros(a.shape, a.dtype),
+      jax.eval_shape(of_block, jax.tree.map(lambda a: a[0], blocks))[0])
+
+  def step(total, block):
+    summed, stacked = of_block(block)
+    return jax.tree.map(jnp.add, total, summed), stacked
+
+  summed, stacked = jax.lax.scan(step, zero, blocks)
+  return summed, jax.tree.map(lambda a: a.reshape(num, *a.shape[2:]), stacked)

@@ -1,0 +1,120 @@
+"""The client axis: chunks and devices give what one stack gives."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import jax
+from jax import enable_x64
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedftg_jax import base, federation, models, recipes, stacking
+from fedftg_jax.methods import fed_ftg
+from tests import problems
+
+KEY = jax.random.key(3)
+GENERATOR = models.image_generator(
+    problems.IMAGE_SHAPE, problems.NUM_CLASSES, noise_dim=4, width=2,
+    bias_before_norm=False)
+FTG = fed_ftg.Options(iterations=1, student_steps=2, batch_size=6,
+                      generator_optimizer=optax.sgd)
+
+
+def make(name, model=problems.LINEAR, **settings):
+  method = recipes.build(name, recipes.Settings(
+      model, problems.NUM_CLASSES, generator=GENERATOR,
+      options={'fed_ftg': dict(options=FTG)} if 'fed_ftg' in name else {}))
+  return problems.make(model, method, **settings)
+
+
+class OverClientsTest(parameterized.TestCase):
+  """Against a Python loop."""
+
+  @parameterized.product(chunk=(0, 1, 2, 3, 5, 9), devices=(None, 1, 2, 8))
+  def test_sums_and_stacks(self, chunk, devices):
+    mesh = devices and stacking.make_mesh(devices)
+    num = stacking.num_rows(5, chunk, mesh)
+    rows = np.arange(num, dtype=np.float32), np.ones((num, 2), np.float32)
+
+    def function(shared, row):
+      number, vector = row
+      return {'sum': shared * number}, (number**2, vector + number)
+
+    summed, (squares, vectors) = jax.jit(
+        lambda rows: stacking.over_clients(function, 2., rows, chunk, mesh))(rows)
+    self.assertEqual(float(summed['sum']), 2 * rows[0].sum())
+    np.testing.assert_array_equal(squares, rows[0]**2)
+    np.testing.assert_array_equal(vectors, 1 + rows[0][:, None] * [[1, 1]])
+
+  @parameterized.parameters(
+      (5, 0, None, 5), (5, 1, None, 5), (5, 2, None, 6), (5, 9, None, 5),
+      (5, 0, 2, 6), (5, 2, 2, 8), (5, 3, 2, 6), (5, 0, 8, 8), (1, 1, 1, 1))
+  def test_num_rows(self, cohort, chunk, devices, want):
+    mesh = devices and stacking.make_mesh(devices)
+    self.assertEqual(stacking.num_rows(cohort, chunk, mesh), want)
+
+  def test_too_many_devices(self):
+    with self.assertRaisesRegex(ValueError, r'0 \(all\) to 8, .* got 9'):
+      stacking.make_mesh(9)
+    self.assertEqual(stacking.make_mesh(0).size, 8)
+
+
+class DevicesTest(parameterized.TestCase):
+  """Rounds on 1, 2, 4 and 8 devices, cohorts that they do not divide."""
+
+  ROWS = [[0, 1, 2, 3, 4], [0, 2, 4, -1, -1], [1, 3, -1, -1, -1]]
+
+  def after(self, name, devices, **settings):
+    mesh = devices and stacking.make_mesh(devices)
+    fed = make(name, mesh=mesh, **settings)
+    return federation.run(
+        fed, fed.init(KEY), problems.make_data(), problems.schedule(self.ROWS),
+        KEY, every=2)
+
+  @parameterized.parameters('fed_avg', 'scaffold+fed_ftg', 'fed_dyn+fed_nova')
+  def test_same_on_any_number(self, name):
+    with enable_x64(True):
+      state, metrics = self.after(name, None)
+      for devices, chunk in ((1, 0), (2, 1), (4, 0), (8, 0)):
+        other, other_metrics = self.after(name, devices, client_chunk=chunk)
+        chex.assert_trees_all_close(other, state, atol=1e-9)
+        chex.assert_trees_all_close(other_metrics, metrics, atol=1e-9)
+
+  def test_over_seeds(self):
+    with enable_x64(True):
+      seeds = jnp.stack([jax.random.key(s) for s in (3, 4)])
+      both = [federation.over_seeds(make('fed_avg', mesh=mesh))
+              for mesh in (None, stacking.make_mesh(4))]
+      (state, _), (other, _) = [federation.run(
+          fed, fed.init(seeds), problems.make_data(),
+          problems.schedule(self.ROWS), seeds) for fed in both]
+      chex.assert_trees_all_close(other, state, atol=1e-9)
+
+  @parameterized.parameters('fed_avg', 'fed_nova+fed_prox')
+  def test_no_client_is_gathered(self, name):
+    """Devices exchange sums, not clients: a model with a convolution each."""
+    mesh = stacking.make_mesh(4)
+    fed = make(name, problems.make_model('batch'), mesh=mesh)
+    state, data = jax.device_put(
+        (fed.init(KEY), problems.DATA), stacking.replicated(mesh))
+    text = fed.round.lower(
+        state, data, problems.row(range(5)), KEY).compile().as_text()
+    self.assertIn('all-reduce', text)
+    for exchange in ('all-gather', 'all-to-all', 'collective-permute'):
+      self.assertNotIn(exchange, text)
+
+  def test_one_trace(self):
+    chex.clear_trace_counter()
+    traced = chex.assert_max_traces(n=1)(problems.LINEAR.apply)
+    fed = make('fed_avg', problems.LINEAR._replace(apply=traced),
+               mesh=stacking.make_mesh(2))
+    state = fed.init(KEY)
+    for _ in range(2):
+      state, _ = federation.run(fed, state, problems.DATA,
+                                problems.schedule(self.ROWS), KEY, every=2)
+    self.assertEqual(int(state.round), 6)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -29,6 +29,7 @@ from absl import flags as absl_flags
 import numpy as np
 from rich import console as rich_console
 
+from experiments import devices
 from experiments import files
 from experiments import flags
 from experiments import plots
@@ -171,17 +172,8 @@ def report(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
 
 def machine() -> dict[str, Any]:
   """Where the figures were taken."""
-  return {'platform': platform.platform(), 'processor': processor(),
+  return {'platform': platform.platform(), 'processor': devices.processor(),
           'cores': len(os.sched_getaffinity(0))}
-
-
-def processor() -> str:
-  try:
-    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-  except OSError:
-    return platform.processor()
-  return next((line.partition(':')[2].strip() for line in lines
-               if line.startswith('model name')), platform.processor())
 
 
 if __name__ == '__main__':

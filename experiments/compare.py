@@ -24,6 +24,7 @@ from typing import Any
 from absl import flags as absl_flags
 import numpy as np
 
+from experiments import devices
 from experiments import files
 from experiments import flags
 from experiments import plots
@@ -66,7 +67,8 @@ def main() -> None:
                    for seed in seeds] for name in configs}
   # Everything is checked and built before anything is trained.
   left = {name: [(seed, place) for seed, place in zip(seeds, places[name])
-                 if not runner.is_finished(place, of_seed(config, seed))]
+                 if not devices.agree(
+                     runner.is_finished(place, of_seed(config, seed)))]
           for name, config in configs.items()}
   experiments = {
       name: runner.build(of_seed(configs[name], todo[0][0]), FLAGS.data_dir)
@@ -74,6 +76,8 @@ def main() -> None:
   runner.claim_folder(folder, shared)
   for name, experiment in experiments.items():
     run_method(name, configs[name], experiment, left[name])
+  if not devices.is_first():
+    return
   results = {name: [read_run(place, base['rounds']) for place in found]
              for name, found in places.items()}
   report(results, folder, shared)

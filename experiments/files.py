@@ -12,14 +12,20 @@ import numpy as np
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """A temporary path beside `path` that takes its place on success."""
+  """A temporary path beside `path` that takes its place on success.
+
+  Where several processes train together all come here, since what is written may
+  have to be computed by all; that of process 0 remains.
+  """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   # The suffix stays last: writers choose their format by it.
-  temporary = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
+  temporary = path.with_name(
+      f'.{path.stem}.{jax.process_index()}.{os.getpid()}{path.suffix}')
   try:
     yield temporary
-    os.replace(temporary, path)
+    if jax.process_index() == 0:
+      os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
 

@@ -15,6 +15,7 @@ from absl import app
 from absl import flags
 from absl import logging
 
+from experiments import devices
 from fedftg_jax import federation, models, recipes, stacking
 from fedftg_jax.data import datasets
 from fedftg_jax.methods import batch_norm, fed_df, fed_ftg, scaffold
@@ -112,6 +113,9 @@ def _define_federation() -> None:
       'min_availability', 1., 'Each client can be reached with a probability of '
       'its own, drawn once between this and 1.', lower_bound=0, upper_bound=1)
   flags.DEFINE_integer('rounds', 30, 'Communication rounds.', lower_bound=1)
+  flags.DEFINE_integer(
+      'num_devices', None, 'Devices that share the clients of a round, 0 for all; '
+      'default: one on a CPU, else all.', lower_bound=0)
   flags.DEFINE_integer('client_chunk', None, 'Clients stacked at once, 0 for all; '
                        'default: 1 on a CPU, else all.', lower_bound=0)
   known = '; '.join(f'{k}: {r.help}' for k, r in recipes.RECIPES.items())
@@ -245,6 +249,10 @@ def guarded(main: Callable[[], None]) -> None:
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)
   try:
+    devices.start()
+  except ValueError as error:
+    _fail(error)
+  try:
     main()
   except UsageError as error:
     _fail(error)
@@ -322,6 +330,7 @@ def config(**changes) -> dict[str, Any]:
     values['conv'] = layers.default_conv()
   if values['client_chunk'] is None:
     values['client_chunk'] = stacking.default_chunk()
+  values['num_devices'] = _num_devices(values['num_devices'])
   _check(values)
   if values['weighting'] is None:
     values['weighting'] = recipes.weighting(values['method'])
@@ -330,6 +339,18 @@ def config(**changes) -> dict[str, Any]:
         values['server_optimizer']]
   unused = _unused(values)
   return {k: v for k, v in values.items() if k not in unused}
+
+
+def _num_devices(asked: int | None) -> int:
+  """How many devices share the clients: `asked`, where there are so many."""
+  if asked is None:
+    return devices.default_num()
+  if asked and devices.several_processes():
+    raise UsageError('num_devices', asked, 'must be 0 (all) with several processes')
+  try:
+    return stacking.make_mesh(asked).size
+  except ValueError as error:
+    raise UsageError('num_devices', asked, str(error)) from error
 
 
 def _unused(values: dict[str, Any]) -> set[str]:
@@ -430,3 +451,4 @@ def _check_by(flag, values, function):
 
 
 _define()
+flags.adopt_module_key_flags(devices)  # for --help

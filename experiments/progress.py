@@ -10,6 +10,8 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 from rich import table as rich_table
 
+from experiments import devices
+
 _COMPILE_EVENT = '/jax/core/compile/'
 
 
@@ -18,7 +20,7 @@ class Progress(contextlib.AbstractContextManager):
 
   def __init__(self, label: str, num_rounds: int):
     self._label, self._num_rounds = label, num_rounds
-    console = rich_console.Console()
+    console = rich_console.Console(quiet=not devices.is_first())
     self._bar = None
     if console.is_terminal:
       self._bar = rich_progress.Progress(
@@ -32,7 +34,7 @@ class Progress(contextlib.AbstractContextManager):
       self._task = self._bar.add_task(
           self._label, total=self._num_rounds, score='compiling')
     else:
-      print(f'{self._label}: compiling', flush=True)
+      say(f'{self._label}: compiling')
     return self
 
   def __exit__(self, *_):
@@ -44,8 +46,13 @@ class Progress(contextlib.AbstractContextManager):
     if self._bar:
       self._bar.update(self._task, completed=done, score=score)
     else:
-      print(f'{self._label}: round {done}/{self._num_rounds}  {score}',
-            flush=True)
+      say(f'{self._label}: round {done}/{self._num_rounds}  {score}')
+
+
+def say(text: str) -> None:
+  """Prints a line, at once; of several processes the first speaks."""
+  if devices.is_first():
+    print(text, flush=True)
 
 
 def show(header: list[str], rows: list[list[str]]) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import devices
 from experiments import files
 from experiments import flags
 from experiments import plots
@@ -71,7 +72,8 @@ def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
       clip_norm=config['clip_norm'] or None)
   fed = federation.federation(
       model, method, solver, len(parts), weighting=config['weighting'],
-      client_chunk=config['client_chunk'])
+      client_chunk=config['client_chunk'],
+      mesh=devices.mesh(config['num_devices']))
   data = clients.from_partition(
       dataset.train_x, dataset.train_y, parts, public)
   return Experiment(
@@ -329,6 +331,9 @@ def train(
     folders: one per seed.
     label: what to call the run on the screen.
   """
+  put = functools.partial(
+      devices.put, num_devices=experiment.config['num_devices'])
+  experiment = experiment._replace(data=put(experiment.data))
   several = len(seeds) > 1
   fed = experiment.federation
   fed = _over_seeds(fed) if several else fed
@@ -336,20 +341,19 @@ def train(
       jax.random.key(seeds[0]))
   key_init, key_run = jnp.moveaxis(_split(key), -1, 0) if several else _split(key)
   clock = progress.Clock()
-  state = fed.init(key_init)
+  state, key_run = put((fed.init(key_init), key_run))
   traffic = experiment.federation.traffic(
       _one_seed(state, 0, several), experiment.data)
   runs = [Run(experiment, folder, seed, traffic)
           for folder, seed in zip(folders, seeds)]
-  test = jnp.asarray(experiment.dataset.test_x), jnp.asarray(
-      experiment.dataset.test_y)
+  test = put((experiment.dataset.test_x, experiment.dataset.test_y))
   num_rounds = experiment.config['rounds']
   # The mean of statistics that clients keep to themselves says nothing.
   local = experiment.config.get('batch_norm') == 'local'
-  client_test = local and clients.from_partition(
+  client_test = local and put(clients.from_partition(
       experiment.dataset.test_x, experiment.dataset.test_y, partition.like(
           experiment.dataset.test_y, experiment.dataset.train_y,
-          experiment.parts))
+          experiment.parts)))
 
   with progress.Progress(label, num_rounds) as bar:
     def evaluate(done, state, info):
@@ -431,7 +435,8 @@ class Run:
     self._down = self._up = 0  # bytes so far
     config = {**experiment.config, 'seed': seed}
     claim_folder(folder, config)
-    (folder / 'summary.json').unlink(missing_ok=True)
+    if devices.is_first():
+      (folder / 'summary.json').unlink(missing_ok=True)
     with files.replacing(folder / 'partition.npz') as temporary:
       partition.save(temporary, experiment.parts)
     with files.replacing(folder / 'schedule.npz') as temporary:

@@ -14,7 +14,9 @@ import pathlib
 
 from absl import flags as absl_flags
 
+from experiments import devices
 from experiments import flags
+from experiments import progress
 from experiments import runner
 
 absl_flags.adopt_module_key_flags(flags)  # for --help
@@ -24,11 +26,13 @@ FLAGS = absl_flags.FLAGS
 def main() -> None:
   config = flags.config()
   folder = pathlib.Path(FLAGS.workdir or runner.default_folder(config))
-  if runner.is_finished(folder, config):
-    print(f'already finished: {folder}')
+  if devices.agree(runner.is_finished(folder, config)):
+    progress.say(f'already finished: {folder}')
   else:
     runner.train(runner.build(config, FLAGS.data_dir), [config['seed']],
                  [folder], config['method'])
+  if not devices.is_first():
+    return
   summary = json.loads((folder / 'summary.json').read_text())
   print(f'final accuracy {summary["final_accuracy"]:.4f} (mean over the last '
         f'{runner.FINAL_ROUNDS} rounds) after {summary["rounds"]} rounds; '

@@ -104,9 +104,9 @@ def federation(
             client_round, _shared(state, data, key), rows, client_chunk, mesh))
     arrived = rows.arrived
     average = optax.tree.add(state.variables, change)
+    stacked = jax.tree.map(lambda a: a[:size], stacked)
     received = Received(
-        average, summed, jax.tree.map(lambda a: a[:size], stacked),
-        arrived[:size], state.round, num_clients, data.public)
+        average, summed, stacking.everywhere(stacked, mesh), arrived[:size], state.round, num_clients, data.public)
     variables, shared, info = method.update(
         state.variables, state.shared, received,
         keys.server_key(key, state.round))
@@ -118,8 +118,9 @@ def federation(
     models = {name: trees.where(anybody, value, state.variables)
               for name, value in info.models.items()}
     clients = trees.scatter(state.clients, written, slots)
-    return (State(variables, shared, clients, state.round + 1),
-            Info(metrics, {'average': average, **models}))
+    return stacking.everywhere(
+        (State(variables, shared, clients, state.round + 1),
+         Info(metrics, {'average': average, **models})), mesh)
 
   def traffic(state, data):
     """Bits that one selected client gets, and one that arrives sends."""
@@ -275,17 +276,16 @@ def run(
     raise ValueError(f'every must be at least 1, got {every}.')
   num_clients = data.count.shape[0]
   schedule = check_schedule(schedule, num_clients)
-  if fed.mesh is not None:
-    state, data = jax.device_put(
-        (state, data), stacking.replicated(fed.mesh))
+  state, data, key = stacking.put((state, data, key), fed.mesh)
   history = []
   for first in range(0, num_rounds, every):
     rows = jax.tree.map(lambda a: a[first:first + every], schedule)
     length = len(rows.client_id)
-    rows = _pad_rounds(rows, every - length, num_clients)
+    rows = stacking.put(
+        _pad_rounds(rows, every - length, num_clients), fed.mesh)
     state, info = _scan_rounds(fed, state, data, rows, key)
-    metrics = {name: np.moveaxis(np.asarray(value), 0, -1)[..., :length]
-               for name, value in info.metrics.items()}
+    metrics = {name: np.moveaxis(value, 0, -1)[..., :length]
+               for name, value in jax.device_get(info.metrics).items()}
     history.append(metrics)
     if callback is not None:
       callback(first + length, state, Info(metrics, info.models))

@@ -41,9 +41,31 @@ def make_mesh(num_devices: int = 0) -> Mesh:
                        devices=devices[:num_devices or None])
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  """The whole of an array on every device of `mesh`."""
-  return NamedSharding(mesh, PartitionSpec())
+def put(tree: PyTree, mesh: Mesh | None) -> PyTree:
+  """`tree` on the device, or whole on every device of `mesh`.
+
+  Where the mesh spans several processes all of them have to come here, with
+  equal values.
+  """
+  if mesh is None:
+    return jax.device_put(tree)
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def put_one(a):
+    if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key) or a.sharding == whole:
+      return jax.device_put(a, whole)
+    return jax.random.wrap_key_data(  # keys do not travel between processes
+        jax.device_put(jax.random.key_data(a), whole), impl=jax.random.key_impl(a))
+
+  return jax.tree.map(put_one, tree)
+
+
+def everywhere(tree: PyTree, mesh: Mesh | None) -> PyTree:
+  """`put`, within a compiled function."""
+  if mesh is None:
+    return tree
+  return jax.lax.with_sharding_constraint(
+      tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def num_rows(cohort: int, chunk: int, mesh: Mesh | None = None) -> int:
@@ -79,10 +101,10 @@ def over_clients(
     summed, stacked = local(shared, rows)
     return jax.lax.psum(summed, AXIS), stacked
 
-  everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
+  whole, split = PartitionSpec(), PartitionSpec(AXIS)
   return jax.shard_map(
-      on_each, mesh=mesh, in_specs=(everywhere, split),
-      out_specs=(everywhere, split), check_vma=False)(shared, rows)
+      on_each, mesh=mesh, in_specs=(whole, split), out_specs=(whole, split),
+      check_vma=False)(shared, rows)
 
 
 def _on_one_device(function, chunk, shared, rows):

@@ -272,6 +272,13 @@ class RunTest(parameterized.TestCase):
           fed, state, problems.DATA, problems.schedule(self.ROWS), KEY, every=2)
     self.assertEqual(int(state.round), 10)
 
+  def test_nothing_moves_between_host_and_device_unasked(self):
+    fed = problems.make(method=base.chain(fed_avg.fed_avg(), counter()))
+    state = fed.init(KEY)
+    with jax.transfer_guard('disallow'):
+      federation.run(fed, state, problems.DATA, problems.schedule(self.ROWS),
+                     KEY, every=2)
+
   def test_slots_that_hold_the_model(self):
     """A slot may be the very arrays of the model; the state is donated."""
     method = base.Method(init=lambda key, v: (v.params, v.params))

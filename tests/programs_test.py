@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -453,6 +454,90 @@ class ErrorsTest(parameterized.TestCase):
     again = subprocess.run(command, cwd=ROOT, check=False)
     self.assertEqual(again.returncode, 0)
     self.assertEqual(metrics.read_text().splitlines()[0], rows[0])
+
+
+class DevicesTest(parameterized.TestCase):
+  """Several devices, several processes, the compile cache."""
+
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    self.args = [*small(write_data(self.folder)), '--method=scaffold',
+                 '--cohort=3']
+
+  def params(self, name):
+    with np.load(self.folder / name / 'params.npz') as arrays:
+      return dict(arrays)
+
+  def assert_same_run(self, a, b):
+    for name, value in self.params(a).items():
+      np.testing.assert_allclose(
+          self.params(b)[name], value, atol=1e-5, err_msg=name)
+
+  def train(self, name, *changes):
+    return call(train, *self.args, f'--workdir={self.folder / name}', *changes)
+
+  def test_devices_agree(self):
+    for name, changes in (('one', []), ('two', ['--num_devices=2']),
+                          ('all', ['--num_devices=0', '--client_chunk=1'])):
+      status, _, err = self.train(name, *changes)
+      self.assertEqual(status, 0, err)
+    config = json.loads((self.folder / 'all' / 'config.json').read_text())
+    self.assertEqual(config['config']['num_devices'], 8)
+    self.assert_same_run('one', 'two')
+    self.assert_same_run('one', 'all')
+
+  def test_seeds_at_once_on_devices(self):
+    for name, devices in (('one', 1), ('two', 2)):
+      status, _, err = call(
+          compare, *self.args, '--methods=fed_avg', '--seeds=2',
+          '--seeds_at_once=2', f'--num_devices={devices}',
+          f'--workdir={self.folder / name}')
+      self.assertEqual(status, 0, err)
+    self.assert_same_run('one/fed_avg/seed1', 'two/fed_avg/seed1')
+
+  def test_two_processes_agree_with_one(self):
+    """Started as a user starts them, on one machine; one of them writes."""
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      port = free.getsockname()[1]
+    command = [sys.executable, '-m', 'experiments.train', *self.args]
+    together = [subprocess.Popen(
+        [*command, f'--workdir={self.folder / "both"}', '--num_processes=2',
+         f'--process_id={i}', f'--coordinator=localhost:{port}'], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                for i in (0, 1)]
+    said = [process.communicate(timeout=300)[0] for process in together]
+    for process, text in zip(together, said):
+      self.assertEqual(process.returncode, 0, text)
+    self.assertIn('final accuracy', said[0])
+    self.assertNotIn('round', said[1])
+    status, _, err = self.train('one')
+    self.assertEqual(status, 0, err)
+    self.assert_same_run('one', 'both')
+
+  @parameterized.parameters(
+      (['--num_devices=9'], '--num_devices=9: num_devices must be 0 .* to 8'),
+      (['--num_devices=-1'], '--num_devices=-1: must be'),
+      (['--coordinator=localhost:1'], 'needs --num_processes'),
+      (['--coordinator=localhost:1', '--num_processes=2', '--process_id=2'],
+       '--process_id=2: must be less than --num_processes=2'))
+  def test_errors(self, changes, message):
+    status, _, err = self.train('a', *changes)
+    self.assertEqual(status, 2)
+    self.assertRegex(err, message)
+    self.assertFalse((self.folder / 'a').exists())
+
+  def test_compiled_programs_are_kept(self):
+    cache = self.folder / 'cache'
+    command = [sys.executable, '-m', 'experiments.train', *self.args,
+               '--method=fed_avg']
+    environment = {k: v for k, v in os.environ.items()
+                   if k != 'JAX_COMPILATION_CACHE_DIR'}
+    subprocess.run([*command, f'--workdir={self.folder / "a"}'], cwd=ROOT,
+                   env={**environment, 'XDG_CACHE_HOME': str(cache)}, check=True,
+                   stdout=subprocess.DEVNULL)
+    self.assertNotEmpty(list(cache.glob('fedftg_jax/compiled-*/*')))
 
 
 class BenchmarkTest(parameterized.TestCase):

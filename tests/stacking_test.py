@@ -96,8 +96,7 @@ class DevicesTest(parameterized.TestCase):
     """Devices exchange sums, not clients: a model with a convolution each."""
     mesh = stacking.make_mesh(4)
     fed = make(name, problems.make_model('batch'), mesh=mesh)
-    state, data = jax.device_put(
-        (fed.init(KEY), problems.DATA), stacking.replicated(mesh))
+    state, data = stacking.put((fed.init(KEY), problems.DATA), mesh)
     text = fed.round.lower(
         state, data, problems.row(range(5)), KEY).compile().as_text()
     self.assertIn('all-reduce', text)

@@ -19,7 +19,7 @@ from experiments import devices
 from fedftg_jax import federation, models, recipes, stacking
 from fedftg_jax.data import datasets
 from fedftg_jax.methods import batch_norm, fed_df, fed_ftg, scaffold
-from fedftg_jax.models import layers
+from fedftg_jax.models import convolution, layers
 
 PARTITIONS = ('dirichlet', 'iid', 'file:PATH')
 SCHEDULES = ('exact', 'bernoulli', 'file:PATH')
@@ -147,9 +147,9 @@ def _define_training() -> None:
   flags.DEFINE_integer('projection_dim', 0, 'Width of a projection head in front '
                        'of the last layer (MOON\'s paper: 256); 0 for none.',
                        lower_bound=0)
-  flags.DEFINE_enum('conv', None, layers.CONV_IMPLEMENTATIONS, 'How convolutions '
-                    'are computed; the results agree. Default: blocked on a CPU, '
-                    'else matmul.')
+  flags.DEFINE_enum('conv', None, convolution.IMPLEMENTATIONS, 'How convolutions '
+                    'are computed; the results agree. Default: winograd on a '
+                    'CPU, else matmul.')
   flags.DEFINE_integer('local_epochs', 5, 'Epochs per client and round.',
                        lower_bound=1)
   flags.DEFINE_integer('local_steps', 0, 'Steps per client and round instead of '
@@ -327,7 +327,7 @@ def config(**changes) -> dict[str, Any]:
   if values['norm'] is None:
     values['norm'] = models.DEFAULT_NORMS[values['model']]
   if values['conv'] is None:
-    values['conv'] = layers.default_conv()
+    values['conv'] = convolution.default()
   if values['client_chunk'] is None:
     values['client_chunk'] = stacking.default_chunk()
   values['num_devices'] = _num_devices(values['num_devices'])

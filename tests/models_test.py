@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedftg_jax import models
+from fedftg_jax.models import convolution
 from fedftg_jax.models import layers
 from fedftg_jax.models import resnet
+from fedftg_jax.models import winograd
 
 KEY = jax.random.key(0)
 # Compiles in half the time.
@@ -326,17 +328,67 @@ class ConvolutionTest(parameterized.TestCase):
       lost = size - 1 if valid else 0
       height, width = -(-(7 - lost) // stride), -(-(6 - lost) // stride)
       self.assertEqual(want[0].shape, (2, 2, height, width, num_out))
-      for implementation in layers.CONV_IMPLEMENTATIONS:
-        out = run(lambda x, k: layers.convolve(
+      for implementation in convolution.IMPLEMENTATIONS:
+        out = run(lambda x, k: convolution.convolve(
             x, k, implementation, stride, valid))
         chex.assert_trees_all_close(out, want, atol=1e-11)
+
+  @parameterized.product(
+      size=(3, 4, 5), image=((16, 13), (9, 8), (5, 6)), valid=(False, True))
+  def test_winograd(self, size, image, valid):
+    """As the plain one: in value and gradient, all images at once and in blocks.
+    """
+    def run(compute, x, kernel):
+      out, pull = jax.vjp(compute, x, kernel)
+      return out, pull(jnp.sin(out))
+
+    with enable_x64(True):
+      x = jax.random.normal(KEY, (4, *image, 16))
+      kernel = jax.random.normal(KEY, (size, size, 16, 17)) / size
+      padding = ((0, 0),) * 2 if valid else (((size - 1) // 2, size // 2),) * 2
+      outputs = [n + sum(p) - size + 1 for n, p in zip(image, padding)]
+      plan = winograd.tiling(4, outputs, (size, size), (16, 17))
+      used = outputs != [1, 2]
+      self.assertEqual(plan is not None, used)
+      if not used:
+        return
+      want = run(lambda x, k: convolution.convolve(
+          x, k, 'lax', valid=valid), x, kernel)
+      for block in (1, 2, 4):
+        got = run(lambda x, k: winograd.convolve(
+            x, k, padding, plan._replace(block=block)), x, kernel)
+        chex.assert_trees_all_close(got, want, rtol=1e-9, atol=1e-9)
+      chosen = run(lambda x, k: convolution.convolve(
+          x, k, 'winograd', valid=valid), x, kernel)
+      chex.assert_trees_all_close(chosen, want, rtol=1e-9, atol=1e-9)
+
+  @parameterized.parameters(3, 5)
+  def test_winograd_in_single_precision(self, size):
+    """Errors relative to the largest output or gradient."""
+    x = jax.random.normal(KEY, (8, 16, 16, 64))
+    kernel = jax.random.normal(KEY, (size, size, 64, 64)) / (8 * size)
+
+    def run(implementation):
+      out, pull = jax.vjp(lambda x, k: convolution.convolve(
+          x, k, implementation), x, kernel)
+      return out, *pull(out)
+
+    for got, want in zip(run('winograd'), run('lax')):
+      self.assertLess(abs(got - want).max() / abs(want).max(), 2e-5)
+
+  @parameterized.parameters(
+      ((16, 16), (3, 3), (15, 64)), ((1, 1), (3, 3), (64, 64)),
+      ((8, 8), (3, 5), (64, 64)),
+      ((16, 16), (7, 7), (64, 64)))
+  def test_where_winograd_does_not_pay(self, outputs, size, channels):
+    self.assertIsNone(winograd.tiling(10, outputs, size, channels))
 
   @parameterized.parameters((4, 3, 5, 2), (1, 2, 2, 3))
   def test_enlarged(self, height, width, num_in, num_out):
     """In value and gradient, as the convolution of the enlarged image."""
     def plain(x, kernel):
       large = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
-      return layers.convolve(large, kernel, 'lax')
+      return convolution.convolve(large, kernel, 'lax')
 
     def run(compute, x, kernel):
       out, pull = jax.vjp(compute, x, kernel)
@@ -346,9 +398,10 @@ class ConvolutionTest(parameterized.TestCase):
       x = jax.random.normal(KEY, (2, height, width, num_in))
       kernel = jax.random.normal(KEY, (3, 3, num_in, num_out))
       want = run(plain, x, kernel)
-      for implementation in layers.CONV_IMPLEMENTATIONS:
+      for implementation in convolution.IMPLEMENTATIONS:
         out = run(functools.partial(
-            layers.convolve_enlarged, implementation=implementation), x, kernel)
+            convolution.convolve_enlarged, implementation=implementation),
+                  x, kernel)
         chex.assert_trees_all_close(out, want, atol=1e-11)
 
   def test_enlarged_has_no_stride(self):
@@ -360,8 +413,8 @@ class ConvolutionTest(parameterized.TestCase):
   def test_no_grouped_convolution_under_vmap(self, size, stride, num_out):
     x, kernel = jnp.zeros((2, 3, 6, 6, 2)), jnp.zeros(
         (2, size, size, 2, num_out))
-    for implementation in layers.CONV_IMPLEMENTATIONS[:-1]:
-      text = jax.jit(jax.vmap(lambda x, k: layers.convolve(
+    for implementation in convolution.IMPLEMENTATIONS[:-1]:
+      text = jax.jit(jax.vmap(lambda x, k: convolution.convolve(
           x, k, implementation, stride))).lower(x, kernel).as_text()
       self.assertNotIn('convolution', text)
       if size == 1:

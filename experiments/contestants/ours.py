@@ -9,7 +9,7 @@ from experiments.contestants import workloads
 from fedftg_jax import distillation, federation, models, solvers
 from fedftg_jax.data import clients, schedules
 from fedftg_jax.methods import fed_avg, fed_ftg
-from fedftg_jax.models import classifiers, layers
+from fedftg_jax.models import classifiers, convolution, layers
 
 PACKAGES = ('jax',)
 
@@ -30,7 +30,7 @@ class SmallCNN(nn.Module):
 def make_model(workload, conv=None):
   if workload.model == 'small_cnn':
     return models.from_flax(
-        SmallCNN(conv or layers.default_conv()), workload.image_shape)
+        SmallCNN(conv or convolution.default()), workload.image_shape)
   return models.build(workload.model, workload.image_shape,
                       workloads.NUM_CLASSES, conv=conv)
 

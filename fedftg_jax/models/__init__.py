@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fedftg_jax import base
 from fedftg_jax.models import classifiers
+from fedftg_jax.models import convolution
 from fedftg_jax.models import layers
 from fedftg_jax.models import resnet
 from fedftg_jax.models import vgg
@@ -59,8 +60,8 @@ def build(
     std: likewise.
     norm: 'none', 'batch' or 'group' (2 groups), where the model has norms; None
       for the model's own, see `DEFAULT_NORMS`.
-    conv: how convolutions are computed, see `layers.convolve`; None for what
-      suits the device, see `layers.default_conv`.
+    conv: how convolutions are computed, see `convolution.convolve`; None for what
+      suits the device, see `convolution.default`.
     projection_dim: width of MOON's projection head, 0 for a model without one,
       see `layers.head`.
     torch_bn: whether BatchNorm's running variance takes the unbiased estimate,
@@ -76,8 +77,8 @@ def build(
   _check('model', name, sorted(CLASSIFIERS))
   norm = DEFAULT_NORMS[name] if norm is None else norm
   _check('norm', norm, layers.NORMS)
-  conv = layers.default_conv() if conv is None else conv
-  _check('conv', conv, layers.CONV_IMPLEMENTATIONS)
+  conv = convolution.default() if conv is None else conv
+  _check('conv', conv, convolution.IMPLEMENTATIONS)
   if projection_dim < 0:
     raise ValueError(f'projection_dim must be >= 0, got {projection_dim}.')
   size = _MIN_SIZES.get(name, 1)

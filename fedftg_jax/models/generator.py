@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from fedftg_jax import base
+from fedftg_jax.models import convolution
 from fedftg_jax.models import layers
 
 
@@ -23,7 +24,7 @@ class ImageGenerator(nn.Module):
     bias_before_norm: whether the two convolutions in front of a BatchNorm have
       a bias, as in the official code. It does nothing but take part in Adam's
       rounding noise.
-    conv: see `layers.convolve`.
+    conv: see `convolution.convolve`.
   """
   image_shape: tuple[int, int, int]
   num_classes: int
@@ -61,7 +62,7 @@ def image_generator(
 ) -> base.Generator:
   """The generator as a pair of functions, see `ImageGenerator`.
 
-  `conv` None is `layers.default_conv`'s.
+  `conv` None is `convolution.default`'s.
 
   Raises:
     ValueError: if the image's height or width is not divisible by 4.
@@ -72,7 +73,7 @@ def image_generator(
         f'got image_shape={tuple(image_shape)}.')
   module = ImageGenerator(
       tuple(image_shape), num_classes, width, bias_before_norm,
-      conv or layers.default_conv())
+      conv or convolution.default())
 
   def init(key):
     tree = module.init(key, jnp.zeros((1, noise_dim)), jnp.zeros(1, jnp.int32))

@@ -1,0 +1,167 @@
+"""Convolutions for stacked clients and for CPUs.
+
+A convolution with a kernel per client turns into a grouped convolution under
+`vmap`, and inside a loop the CPU backend runs any `lax.conv` on one slow path. As
+slices and matrix products it stays (batched) matrix products.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from fedftg_jax.models import windows as windows_
+from fedftg_jax.models import winograd
+from fedftg_jax.models.windows import taps
+
+# Numbers: gathered images of one convolution up to _CACHE are made at once, more
+# in blocks of at most _BLOCK.
+_CACHE, _BLOCK = 2**22, 2**19
+IMPLEMENTATIONS = ('winograd', 'blocked', 'matmul', 'im2col', 'slices', 'lax')
+
+def default() -> str:
+  """What suits this device, as far as measured (BUILD.md)."""
+  return 'winograd' if jax.default_backend() == 'cpu' else 'matmul'
+
+
+def convolve(
+    x: jax.Array, kernel: jax.Array, implementation: str, stride: int = 1,
+    valid: bool = False) -> jax.Array:
+  """Convolution with zero padding; at stride 1 it keeps the image size.
+
+  A 1 x 1 kernel is one matrix product whatever the implementation. The padding is (k - 1) // 2 before and k // 2 after, for every stride, as in
+  PyTorch ('SAME' pads less in front of strides).
+
+  Args:
+    x: [B, H, W, I] images.
+    kernel: [h, w, I, O].
+    implementation: 'matmul' gathers the h * w shifted images and multiplies
+      once, or, where outputs are fewer than inputs, multiplies once and adds up
+      the h * w shifted products; 'blocked' does so for a few images at a time,
+      so that what is gathered stays in the CPU's cache; 'winograd' multiplies
+      transformed tiles where that saves products, see `winograd`, and is else
+      'blocked'; 'im2col' gathers always and leaves the gradient to JAX (those of
+      the first three are written by hand and have no forward mode); 'slices'
+      multiplies each shifted image and adds; 'lax' is
+      `jax.lax.conv_general_dilated`.
+    stride: in both directions.
+    valid: no padding; the result is smaller by the kernel less one pixel.
+
+  Returns:
+    [B, ceil(H / stride), ceil(W / stride), O] images.
+  """
+  h, w, num_in, num_out = kernel.shape
+  padding = ((0, 0), (0, 0)) if valid else (
+      ((h - 1) // 2, h // 2), ((w - 1) // 2, w // 2))
+  if h == w == 1:
+    implementation = 'matmul'
+  if implementation == 'lax':
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  if implementation == 'slices':
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    return sum(taps(taps(x, 1, h, stride)[i], 2, w, stride)[j] @ kernel[i, j]
+               for i in range(h) for j in range(w))
+  windows = windows_.Windows(x.shape[1:3], (h, w), padding, stride)
+  if implementation == 'im2col':
+    return windows.gather(x) @ kernel.reshape(-1, num_out)
+  if implementation == 'winograd' and stride == 1:
+    plan = winograd.tiling(len(x), windows.num, (h, w), (num_in, num_out))
+    if plan:
+      return winograd.convolve(x, kernel, padding, plan)
+  blocked = implementation in ('blocked', 'winograd')
+  if num_in <= num_out or stride > 1:
+    return _gather_multiply(
+        windows, blocked, x, kernel.reshape(-1, num_out).T)
+  # Each input gives to the outputs around it: the windows seen from them.
+  around = tuple((size - 1 - before, size - 1 - after)
+                 for size, (before, after) in zip((h, w), padding))
+  windows = windows_.Windows(windows.num, (h, w), around)
+  flipped = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(num_in, -1)
+  return _multiply_scatter(windows, blocked, x, flipped)
+
+
+def convolve_enlarged(
+    x: jax.Array, kernel: jax.Array, implementation: str) -> jax.Array:
+  """`convolve` of x enlarged by 2 (nearest neighbour), computed on x itself.
+
+  A pixel of x adds to 4 x 4 pixels of the result, each time with a sum of the
+  kernel's elements: the result is a transposed convolution of stride 2, with 16
+  products where the enlarged image needs 36.
+
+  Args:
+    x: [B, H, W, I] images.
+    kernel: [3, 3, I, O].
+    implementation: see `convolve`; 'im2col' and 'slices' are 'matmul' here, and
+      'winograd' is 'blocked'.
+
+  Returns:
+    [B, 2 H, 2 W, O] images.
+  """
+  _, height, width, num_in = x.shape
+  # Rows of the result 2 i - 1 ... 2 i + 2, by rows of the kernel.
+  fold = jnp.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], kernel.dtype)
+  folded = jnp.einsum('su,tv,uvio->stio', fold, fold, kernel)
+  if implementation == 'lax':
+    return jax.lax.conv_general_dilated(
+        x, folded[::-1, ::-1], (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  windows = windows_.Windows((2 * height, 2 * width), (4, 4), ((1, 1), (1, 1)), 2)
+  return _multiply_scatter(
+      windows, implementation in ('blocked', 'winograd'), x,
+      folded.transpose(2, 0, 1, 3).reshape(num_in, -1))
+
+
+# Two convolutions that are each other's transpose in the images, and share
+# their gradient in the kernel. The latter contracts the long axes of both
+# factors; with the wide factor second it is twice as fast on the CPU.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather_multiply(windows, blocked, x, kernel):
+  """windows.gather(x) [..., n] times kernel [O, n]."""
+  return _over_blocks(lambda x: ((), windows.gather(x) @ kernel.T),
+                      windows, blocked, x)[1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _multiply_scatter(windows, blocked, x, kernel):
+  """windows.scatter(x times kernel) where kernel is [I, n]."""
+  wide = kernel.shape[1] // math.prod(windows.size)
+  return _over_blocks(lambda x: ((), windows.scatter(x @ kernel)),
+                      windows, blocked, x, wide=wide)[1]
+
+
+def _correlate(windows, blocked, wide, narrow):
+  """[narrow's channels, n], the kernel's gradient."""
+  def correlate(wide, narrow):
+    rows = windows.gather(wide)
+    return narrow.reshape(-1, narrow.shape[-1]).T @ rows.reshape(
+        -1, rows.shape[-1]), ()
+
+  return _over_blocks(correlate, windows, blocked, wide, narrow)[0]
+
+
+def _over_blocks(function, windows, blocked, *images, wide=None):
+  """`windows_.over_blocks`, where `wide` channels are gathered."""
+  batch = len(images[0])
+  each = math.prod(windows.num + windows.size) * (wide or images[0].shape[-1])
+  size = windows_.block_size(batch, each, _BLOCK, _CACHE) if blocked else batch
+  return windows_.over_blocks(function, size, *images)
+
+
+_gather_multiply.defvjp(
+    lambda windows, blocked, x, kernel: (
+        _gather_multiply(windows, blocked, x, kernel), (x, kernel)),
+    lambda windows, blocked, saved, cotangent: (
+        _multiply_scatter(windows, blocked, cotangent, saved[1]),
+        _correlate(windows, blocked, saved[0], cotangent)))
+
+_multiply_scatter.defvjp(
+    lambda windows, blocked, x, kernel: (
+        _multiply_scatter(windows, blocked, x, kernel), (x, kernel)),
+    lambda windows, blocked, saved, cotangent: (
+        _gather_multiply(windows, blocked, cotangent, saved[1]),
+        _correlate(windows, blocked, cotangent, saved[0])))

@@ -1,0 +1,113 @@
+"""The pixels under windows that slide over images, and back."""
+
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Windows(NamedTuple):
+  """Windows of h x w pixels that slide over an image."""
+  image: tuple[int, int]  # height and width
+  size: tuple[int, int]   # h, w
+  padding: tuple[tuple[int, int], tuple[int, int]]  # zeros before and after
+  stride: int = 1
+
+  @property
+  def num(self) -> tuple[int, int]:
+    """Windows along height and width."""
+    return tuple((n + sum(pad) - k) // self.stride + 1 for n, pad, k in zip(
+        self.image, self.padding, self.size))
+
+  def gather(self, x: jax.Array) -> jax.Array:
+    """[B, windows down, windows across, h * w * I] their pixels.
+
+    Sideways first: the second copy moves w * I channels at a time.
+    """
+    x = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
+    for axis in (2, 1):
+      x = jnp.concatenate(
+          taps(x, axis, self.size[axis - 1], self.stride), axis=-1)
+    return x
+
+  def scatter(self, x: jax.Array) -> jax.Array:
+    """[B, *image, I], the transpose of `gather`."""
+    num_channels = x.shape[-1] // (self.size[0] * self.size[1])
+    image = jax.ShapeDtypeStruct(
+        (len(x), *self.image, num_channels), x.dtype)
+    return jax.linear_transpose(self.gather, image)(x)[0]
+
+
+def taps(x, axis, size, stride):
+  """The first, second ... pixel of each window of `size` pixels along `axis`."""
+  num = (x.shape[axis] - size) // stride + 1
+  if stride == 1:
+    phases = [x]
+  else:  # split, not strided slices: the gradient is one concatenation
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = 0, -x.shape[axis] % stride
+    shape = (*x.shape[:axis], -1, stride, *x.shape[axis + 1:])
+    phases = [phase.squeeze(axis + 1) for phase in jnp.split(
+        jnp.pad(x, padding).reshape(shape), stride, axis=axis + 1)]
+  return [jax.lax.slice_in_dim(
+      phases[i % stride], i // stride, i // stride + num, axis=axis)
+          for i in range(size)]
+
+
+def add_taps(arrays, axis: int, length: int, stride: int) -> jax.Array:
+  """The transpose of `taps`: [..., length, ...] from one array per tap.
+
+  Written out: JAX's own adds padded arrays of the whole length for each tap.
+  """
+  num = arrays[0].shape[axis]
+  each = num + (len(arrays) - 1) // stride
+
+  def placed(i):
+    padding = [(0, 0)] * arrays[i].ndim
+    padding[axis] = i // stride, each - num - i // stride
+    return jnp.pad(arrays[i], padding)
+
+  phases = jnp.stack([sum(map(placed, range(j, len(arrays), stride)))
+                      for j in range(stride)], axis + 1)
+  shape = phases.shape
+  whole = phases.reshape(*shape[:axis], -1, *shape[axis + 2:])
+  return jax.lax.slice_in_dim(whole, 0, length, axis=axis)
+
+
+def block_size(batch: int, each: int, most: int, at_once: int = 0) -> int:
+  """How many images to work on at a time, so that they stay in the cache.
+
+  Args:
+    batch: images.
+    each: numbers that one image takes up on the way.
+    most: numbers in a block; one image at least.
+    at_once: so many numbers are not split.
+
+  Returns:
+    A divisor of `batch`.
+  """
+  if batch * each <= max(most, at_once):
+    return batch
+  return max(n for n in range(1, batch + 1)
+             if batch % n == 0 and (n == 1 or n * each <= most))
+
+
+def over_blocks(function: Callable, size: int, *images: jax.Array):
+  """Applies `function(*images) -> (summed, mapped)` to `size` images at a time.
+
+  Returns:
+    The sum of the first over blocks, and the second of all images.
+  """
+  if size == len(images[0]):
+    return function(*images)
+  blocks = [a.reshape(-1, size, *a.shape[1:]) for a in images]
+  zero = jax.tree.map(
+      lambda a: jnp.zeros(a.shape, a.dtype),
+      jax.eval_shape(function, *(a[0] for a in blocks))[0])
+
+  def step(total, block):
+    summed, mapped = function(*block)
+    return jax.tree.map(jnp.add, total, summed), mapped
+
+  summed, mapped = jax.lax.scan(step, zero, blocks)
+  return summed, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), mapped)

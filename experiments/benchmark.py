@@ -31,7 +31,7 @@ from rich import console as rich_console
 
 from experiments import devices
 from experiments import files
-from experiments import flags
+from experiments import cli
 from experiments import plots
 from experiments import progress
 from experiments.contestants import workloads
@@ -58,14 +58,14 @@ def main() -> None:
   for flag, known in ((_WORKLOADS, workloads.WORKLOADS), (_AGAINST, PEERS)):
     for name in flag.value:
       if name not in known:
-        raise flags.UsageError(
+        raise cli.UsageError(
             flag.name, name, 'must be one of ' + ', '.join(known))
   if shutil.which(_PEER_PYTHON.value) is None:
-    raise flags.UsageError(
+    raise cli.UsageError(
         'peer_python', _PEER_PYTHON.value, 'must be a Python interpreter')
   out = pathlib.Path(_OUT.value)
   if out.suffix != '.json':
-    raise flags.UsageError('out', out, 'must end in .json')
+    raise cli.UsageError('out', out, 'must end in .json')
   console = rich_console.Console(stderr=True)
   rows = []
   for name in _WORKLOADS.value:
@@ -105,7 +105,7 @@ class Contestant:
     self._process.stdin.flush()
     answer = self.answer()
     if 'seconds' not in answer:
-      raise flags.RunError(f'{self.name}: {answer["left_out"]}')
+      raise cli.RunError(f'{self.name}: {answer["left_out"]}')
     self.seconds.append(answer['seconds'])
 
   def close(self) -> None:
@@ -177,4 +177,4 @@ def machine() -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-  flags.run(main)
+  cli.run(main)

@@ -16,7 +16,6 @@ Writes into --workdir: table.md, summary.json, curves.png, and each run's files
 in METHOD/seedK/.
 """
 
-import json
 import pathlib
 import re
 from typing import Any
@@ -24,11 +23,15 @@ from typing import Any
 from absl import flags as absl_flags
 import numpy as np
 
+from experiments import assembly
+from experiments import cli
 from experiments import devices
 from experiments import files
 from experiments import flags
+from experiments import folders
 from experiments import plots
 from experiments import progress
+from experiments import records
 from experiments import runner
 
 absl_flags.DEFINE_list(
@@ -58,22 +61,22 @@ def main() -> None:
   base = flags.config()
   configs = parse_methods(FLAGS.methods)
   folder = pathlib.Path(
-      FLAGS.workdir or runner.default_folder(base, 'compare', *configs))
+      FLAGS.workdir or folders.default_folder(base, 'compare', *configs))
   shared = {'program': 'compare', **{
       k: v for k, v in base.items() if k in _SHARED and k != 'seed'}}
-  runner.check_folder(folder, {**shared, **runner.contents(shared)})
+  folders.check_folder(folder, {**shared, **folders.contents(shared)})
   seeds = range(base['seed'], base['seed'] + FLAGS.seeds)
-  places = {name: [folder / runner.folder_name(name) / f'seed{seed}'
+  places = {name: [folder / folders.folder_name(name) / f'seed{seed}'
                    for seed in seeds] for name in configs}
   # Everything is checked and built before anything is trained.
   left = {name: [(seed, place) for seed, place in zip(seeds, places[name])
                  if not devices.agree(
-                     runner.is_finished(place, of_seed(config, seed)))]
+                     folders.is_finished(place, of_seed(config, seed)))]
           for name, config in configs.items()}
   experiments = {
-      name: runner.build(of_seed(configs[name], todo[0][0]), FLAGS.data_dir)
+      name: assembly.build(of_seed(configs[name], todo[0][0]), FLAGS.data_dir)
       for name, todo in left.items() if todo}
-  runner.claim_folder(folder, shared)
+  folders.claim_folder(folder, shared)
   for name, experiment in experiments.items():
     run_method(name, configs[name], experiment, left[name])
   if not devices.is_first():
@@ -87,7 +90,7 @@ def parse_methods(names: list[str]) -> dict[str, dict[str, Any]]:
   """Configurations by display name.
 
   Raises:
-    flags.UsageError: for an unknown method or flag, or one named twice.
+    cli.UsageError: for an unknown method or flag, or one named twice.
   """
   configs = {}
   for name in names:
@@ -96,17 +99,17 @@ def parse_methods(names: list[str]) -> dict[str, dict[str, Any]]:
     for change in changes:
       flag, _, text = change.partition('=')
       if flag in _SHARED:
-        raise flags.UsageError(
+        raise cli.UsageError(
             'methods', name, f'{flag} must be the same for all methods')
       values[flag] = flags.parse_value(flag, text)
     if name in configs:
-      raise flags.UsageError('methods', ','.join(names), f'{name} is named twice')
+      raise cli.UsageError('methods', ','.join(names), f'{name} is named twice')
     try:
       configs[name] = flags.config(**values)
-    except flags.UsageError as error:
-      raise flags.UsageError('methods', name, str(error)) from error
+    except cli.UsageError as error:
+      raise cli.UsageError('methods', name, str(error)) from error
   if not configs:
-    raise flags.UsageError('methods', '', 'must name at least one method')
+    raise cli.UsageError('methods', '', 'must name at least one method')
   return configs
 
 
@@ -124,7 +127,7 @@ def run_method(name, config, experiment, left) -> None:
   for first in range(0, len(left), at_once):
     seeds, places = zip(*left[first:first + at_once])
     if FLAGS.vary_partition and first:
-      experiment = runner.with_seeds(experiment, of_seed(config, seeds[0]))
+      experiment = assembly.with_seeds(experiment, of_seed(config, seeds[0]))
     runner.train(experiment, seeds, places,
                  f'{name} seed {",".join(map(str, seeds))}')
 
@@ -135,7 +138,7 @@ def read_run(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
       [row for row in files.read_jsonl(folder / name) if row['round'] <= rounds]
       for name in ('metrics.jsonl', 'timings.jsonl'))
   seconds = sum(row['train_seconds'] for row in timings)
-  return {**runner.summarise(rows), 'train_seconds': seconds, 'rows': rows}
+  return {**records.summarise(rows), 'train_seconds': seconds, 'rows': rows}
 
 
 def report(results, folder, shared) -> None:
@@ -150,7 +153,7 @@ def report(results, folder, shared) -> None:
       for row in [header, ['---'] * len(header), *rows]) + '\n')
   with files.replacing(folder / 'curves.png') as temporary:
     plots.curves(temporary, {
-        name: [[(row['round'], runner.megabytes(row), row['test_accuracy'])
+        name: [[(row['round'], records.megabytes(row), row['test_accuracy'])
                 for row in run['rows']] for run in runs]
         for name, runs in results.items()},
                  'test accuracy', 'broadcast model')
@@ -217,4 +220,4 @@ def _percent(figures) -> str:
 
 
 if __name__ == '__main__':
-  flags.run(main)
+  cli.run(main)

@@ -1,20 +1,13 @@
-"""The flags of all programs, their checks, and how a wrong one is reported.
-
-A wrong value, unknown flag or missing file gets one line on stderr that names
-the flag, the value and what would be right, and exit status 2, before any data
-is loaded or anything compiled.
-"""
+"""The flags of all programs, their checks, and the configuration they make."""
 
 import math
 import os
 import re
-import sys
-from typing import Any, Callable
+from typing import Any
 
-from absl import app
 from absl import flags
-from absl import logging
 
+from experiments import cli
 from experiments import devices
 from fedftg_jax import federation, models, recipes, stacking
 from fedftg_jax.data import datasets
@@ -25,24 +18,13 @@ PARTITIONS = ('dirichlet', 'iid', 'file:PATH')
 SCHEDULES = ('exact', 'bernoulli', 'file:PATH')
 FTG = 'ftg_'
 # The flags of a method, by what their names begin with; the rest of a name is
-# that of the argument, see `runner`.
+# that of the argument, see `assembly`.
 PREFIXES = {
     'fed_prox': 'prox_', 'fed_dyn': 'dyn_', 'scaffold': 'scaffold_',
     'moon': 'moon_', 'q_fed_avg': 'fair_', 'fed_df': 'df_',
     'fed_df_public': 'df_', 'fed_ftg': FTG}
 # Where a run writes and how it shows itself is no part of its configuration.
 _PRESENTATION = ('workdir', 'data_dir')
-
-
-class RunError(Exception):
-  """What went wrong after all flags were right, such as a diverged run."""
-
-
-class UsageError(Exception):
-  """A flag that is wrong: which, its value, and what would be right."""
-
-  def __init__(self, flag: str, value: Any, right: str):
-    super().__init__(f'--{flag}={value}: {right}')
 
 
 def _define() -> None:
@@ -239,72 +221,6 @@ def _define_ftg() -> None:
                     'hard samples (ablation).')
 
 
-def run(main: Callable[[], None]) -> None:
-  """Runs a program: parses the flags in our manner, then calls `main`."""
-  app.run(lambda _: guarded(main), flags_parser=parse)
-
-
-def guarded(main: Callable[[], None]) -> None:
-  """Calls `main`; a wrong flag, a failure or Ctrl-C ends it with one line."""
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)
-  try:
-    devices.start()
-  except ValueError as error:
-    _fail(error)
-  try:
-    main()
-  except UsageError as error:
-    _fail(error)
-  except (RunError, OSError) as error:
-    _fail(error, status=1)
-  except KeyboardInterrupt:
-    print('interrupted; the same command starts again', file=sys.stderr)
-    sys.exit(130)
-
-
-def parse(argv: list[str]) -> list[str]:
-  """Parses the command line; exits with status 2 and a line if it is wrong."""
-  try:
-    rest = flags.FLAGS(argv)
-  except flags.UnrecognizedFlagError as error:
-    given = next(  # as it was typed, with its value
-        (arg.lstrip('-') for arg in argv[1:]
-         if arg.lstrip('-').split('=')[0] == error.flagname), error.flagname)
-    guess = re.search(r'Did you mean: (.*?) ?\?', str(error))
-    hint = f'did you mean --{guess[1].split(",")[0].strip()}? ' if guess else ''
-    _fail(f'--{given}: no such flag; {hint}--help lists all')
-  except flags.CantOpenFlagFileError as error:
-    _fail(f'--flagfile: {str(error).removeprefix("ERROR:: ")}; must name a file '
-          'with one --flag=value in each line')
-  except flags.Error as error:
-    _fail(_plain(error))
-  if len(rest) > 1:
-    _fail(f'{rest[1]}: not understood; values are given as --flag=value')
-  return rest
-
-
-def _plain(error: Exception) -> str:
-  """absl's message as one line: --flag=value: what would be right."""
-  message = ' '.join(str(error).split())
-  match = re.match(r'flag --(\w+)=(.*?): (.*)', message)
-  if not match or match[1] not in flags.FLAGS:
-    return message
-  name, value, why = match.groups()
-  return str(UsageError(name, value, _right(name, why)))
-
-
-def _right(name: str, otherwise: str) -> str:
-  """What flag `name` takes, as its parser describes it."""
-  text = flags.FLAGS[name].parser.syntactic_help
-  return f'must be {text}' if text else otherwise
-
-
-def _fail(error: Exception | str, status: int = 2) -> None:
-  print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
-  sys.exit(status)
-
-
 def config(**changes) -> dict[str, Any]:
   """The configuration from the flags, checked, presets resolved.
 
@@ -315,7 +231,7 @@ def config(**changes) -> dict[str, Any]:
     Flag names and values, all that a run's results depend on.
 
   Raises:
-    UsageError: for a wrong value.
+    cli.UsageError: for a wrong value.
   """
   values = {f.name: f.value for f in _ours()} | changes
   preset = fed_ftg.Options(**fed_ftg.PRESETS[values[FTG + 'preset']])
@@ -346,11 +262,11 @@ def _num_devices(asked: int | None) -> int:
   if asked is None:
     return devices.default_num()
   if asked and devices.several_processes():
-    raise UsageError('num_devices', asked, 'must be 0 (all) with several processes')
+    raise cli.UsageError('num_devices', asked, 'must be 0 (all) with several processes')
   try:
     return stacking.make_mesh(asked).size
   except ValueError as error:
-    raise UsageError('num_devices', asked, str(error)) from error
+    raise cli.UsageError('num_devices', asked, str(error)) from error
 
 
 def _unused(values: dict[str, Any]) -> set[str]:
@@ -384,20 +300,20 @@ def _ours() -> list[flags.Flag]:
 
 
 def parse_value(name: str, text: str) -> Any:
-  """`text` as the value of flag `name`; UsageError if it cannot be."""
+  """`text` as the value of flag `name`; cli.UsageError if it cannot be."""
   if name not in {f.name for f in _ours()}:
-    raise UsageError(name, text, 'no such flag')
+    raise cli.UsageError(name, text, 'no such flag')
   try:
     return flags.FLAGS[name].parser.parse(text)
   except (ValueError, TypeError) as error:
-    raise UsageError(name, text, _right(name, str(error))) from error
+    raise cli.UsageError(name, text, cli.right(name, str(error))) from error
 
 
 def _check(values: dict[str, Any]) -> None:
   """Checks what a type and a bound cannot say."""
   def require(flag, condition, right):
     if not condition:
-      raise UsageError(flag, values[flag], right)
+      raise cli.UsageError(flag, values[flag], right)
 
   for name, value in values.items():
     if isinstance(value, float):
@@ -447,7 +363,7 @@ def _check_by(flag, values, function):
   try:
     function(values[flag])
   except ValueError as error:
-    raise UsageError(flag, values[flag], str(error)) from error
+    raise cli.UsageError(flag, values[flag], str(error)) from error
 
 
 _define()

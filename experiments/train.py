@@ -14,9 +14,13 @@ import pathlib
 
 from absl import flags as absl_flags
 
+from experiments import assembly
+from experiments import cli
 from experiments import devices
 from experiments import flags
+from experiments import folders
 from experiments import progress
+from experiments import records
 from experiments import runner
 
 absl_flags.adopt_module_key_flags(flags)  # for --help
@@ -25,19 +29,19 @@ FLAGS = absl_flags.FLAGS
 
 def main() -> None:
   config = flags.config()
-  folder = pathlib.Path(FLAGS.workdir or runner.default_folder(config))
-  if devices.agree(runner.is_finished(folder, config)):
+  folder = pathlib.Path(FLAGS.workdir or folders.default_folder(config))
+  if devices.agree(folders.is_finished(folder, config)):
     progress.say(f'already finished: {folder}')
   else:
-    runner.train(runner.build(config, FLAGS.data_dir), [config['seed']],
+    runner.train(assembly.build(config, FLAGS.data_dir), [config['seed']],
                  [folder], config['method'])
   if not devices.is_first():
     return
   summary = json.loads((folder / 'summary.json').read_text())
   print(f'final accuracy {summary["final_accuracy"]:.4f} (mean over the last '
-        f'{runner.FINAL_ROUNDS} rounds) after {summary["rounds"]} rounds; '
+        f'{records.FINAL_ROUNDS} rounds) after {summary["rounds"]} rounds; '
         f'results in {folder}')
 
 
 if __name__ == '__main__':
-  flags.run(main)
+  cli.run(main)

@@ -20,11 +20,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from experiments import assembly
 from experiments import benchmark
+from experiments import cli
 from experiments import compare
 from experiments import flags
 from experiments import plots
-from experiments import runner
+from experiments import records
 from experiments import train
 from experiments.contestants import ours
 from experiments.contestants import workloads
@@ -60,8 +62,8 @@ def call(program, *argv):
   with flagsaver.flagsaver(), contextlib.redirect_stdout(
       out), contextlib.redirect_stderr(err):
     try:
-      flags.parse(['program', *argv])
-      flags.guarded(program.main)
+      cli.parse(['program', *argv])
+      cli.guarded(program.main)
       status = 0
     except SystemExit as stop:
       status = stop.code
@@ -212,7 +214,7 @@ class TrainTest(parameterized.TestCase):
     run = self.folder / 'cut'
     stopped = Exception('power cut')
     with absltest.mock.patch.object(
-        runner.Run, 'finish', side_effect=stopped):
+        records.Run, 'finish', side_effect=stopped):
       with self.assertRaises(Exception):
         self.train('cut')
     self.assertFalse((run / 'summary.json').exists())
@@ -359,7 +361,7 @@ class ErrorsTest(parameterized.TestCase):
       ('--data_dir=/dev/null', '--data_dir=/dev/null: must be a folder'),
       ('--workdir=/dev/null/w', '--workdir=/dev/null/w: cannot be written'))
   def test_one_line_and_status_2(self, argument, message):
-    with absltest.mock.patch.object(runner, 'build', side_effect=AssertionError):
+    with absltest.mock.patch.object(assembly, 'build', side_effect=AssertionError):
       status, _, err = call(train, *argument.split())
     self.assertEqual(status, 2)
     self.assertRegex(err, '^error: ' + message)
@@ -376,7 +378,7 @@ class ErrorsTest(parameterized.TestCase):
       ('--methods=fed_ftg:ftg_md=l2', '--ftg_md=l2: .*l1'),
       ('--seeds=0', '--seeds=0: must be a positive integer'))
   def test_compare(self, argument, message):
-    with absltest.mock.patch.object(runner, 'build', side_effect=AssertionError):
+    with absltest.mock.patch.object(assembly, 'build', side_effect=AssertionError):
       status, _, err = call(compare, argument)
     self.assertEqual(status, 2)
     self.assertRegex(err, '^error: .*' + message)
@@ -591,7 +593,7 @@ class ReportTest(absltest.TestCase):
     self.assertEqual(compare.rounds_to(rows, .6), 4)
     self.assertIsNone(compare.rounds_to(rows, .8))
     # The last ten rounds are 5 to 14.
-    self.assertEqual(runner.summarise(rows), {
+    self.assertEqual(records.summarise(rows), {
         'rounds': 14, 'final_accuracy': .625, 'best_accuracy': .7,
         'final_accuracy_of': {'average': .3125}, 'bytes_up': 14,
         'bytes_down': 28})

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedftg_jax import base, federation, models, recipes, stacking
+from fedftg_jax import federation, models, recipes, stacking
 from fedftg_jax.methods import fed_ftg
 from tests import problems
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.contestants import workloads
-from fedftg_jax import distillation, federation, models, solvers
+from fedftg_jax import federation, models, solvers
 from fedftg_jax.data import clients, schedules
 from fedftg_jax.methods import fed_avg, fed_ftg
 from fedftg_jax.models import classifiers, convolution, layers

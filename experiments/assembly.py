@@ -1,0 +1,208 @@
+"""From a configuration to all parts of a run, built and checked."""
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import cli
+from experiments import devices
+from experiments import flags
+from fedftg_jax import base
+from fedftg_jax import evaluation
+from fedftg_jax import federation
+from fedftg_jax import models
+from fedftg_jax import recipes
+from fedftg_jax import solvers
+from fedftg_jax.data import clients
+from fedftg_jax.data import datasets
+from fedftg_jax.data import partition
+from fedftg_jax.data import schedules
+from fedftg_jax.methods import batch_norm, fed_df, fed_ftg
+
+
+class Experiment(NamedTuple):
+  """All parts of a run, built and checked."""
+  config: dict[str, Any]
+  loaded: datasets.Dataset
+  dataset: datasets.Dataset  # without what became public
+  parts: list[np.ndarray]  # row indices of each client
+  data: base.Data
+  schedule: base.Cohort    # leading axis [T]
+  model: base.Model
+  method: base.Method
+  federation: base.Federation
+
+
+def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
+  """Loads the data and builds the federation that `config` asks for.
+
+  Raises:
+    cli.UsageError: where data and configuration do not fit.
+  """
+  loaded = _checked('dataset', config, _load, config['dataset'], data_dir)
+  dataset, public = _public(config, loaded)
+  parts = _partition(config, dataset)
+  schedule = _schedule(config, parts)
+  model = _checked(
+      'model', config, models.build, config['model'], dataset.image_shape,
+      dataset.num_classes, mean=dataset.mean, std=dataset.std,
+      norm=config['norm'], conv=config['conv'],
+      projection_dim=config['projection_dim'],
+      torch_bn=config.get('torch_bn', True))
+  method = _method(config, dataset, model)
+  steps = config['local_steps'] or None
+  solver = solvers.local_sgd(
+      _decayed(config['learning_rate'], config),
+      batch_size=config['batch_size'],
+      epochs=None if steps else config['local_epochs'], steps=steps,
+      weight_decay=config['weight_decay'],
+      clip_norm=config['clip_norm'] or None)
+  fed = federation.federation(
+      model, method, solver, len(parts), weighting=config['weighting'],
+      client_chunk=config['client_chunk'],
+      mesh=devices.mesh(config['num_devices']))
+  data = clients.from_partition(
+      dataset.train_x, dataset.train_y, parts, public)
+  return Experiment(
+      config, loaded, dataset, parts, data, schedule, model, method, fed)
+
+
+_load = functools.lru_cache(maxsize=1)(datasets.load)
+
+
+def _checked(flag, config, function, *args, **kwargs):
+  try:
+    return function(*args, **kwargs)
+  except ValueError as error:
+    raise cli.UsageError(flag, config[flag], str(error)) from error
+
+
+def _decayed(rate, config):
+  return lambda round_: rate * config['lr_decay'] ** round_
+
+
+def _method(config, dataset, model) -> base.Method:
+  """The method under the policy for BatchNorm statistics."""
+  options = {part: _options(part, config)
+             for part in recipes.parse(config['method'])}
+  generator = None
+  if recipes.generates(config['method']):
+    _check_num_labels(config, len(dataset.train_y))
+    ftg = options.get('fed_ftg', {'options': fed_ftg.Options()})['options']
+    generator = _checked(
+        'dataset', config, fed_ftg.make_generator, ftg, dataset.image_shape,
+        dataset.num_classes, noise_dim=config['noise_dim'],
+        width=config['generator_width'], conv=config['conv'])
+  settings = recipes.Settings(
+      model, dataset.num_classes, recipes.server_optimizer(
+          config['server_optimizer'], config['server_learning_rate']),
+      generator, options)
+  method = batch_norm.with_policy(
+      config.get('batch_norm', 'aggregate'),
+      recipes.build(config['method'], settings), model, config['batch_size'])
+  if config.get('evaluate_all'):
+    method = base.chain(method, evaluation.last_models())
+  return method
+
+
+def _options(part, config) -> dict[str, Any]:
+  """The arguments of a method's function, from its flags."""
+  prefix = flags.PREFIXES.get(part)
+  values = {k[len(prefix):]: v for k, v in config.items()
+            if prefix and k.startswith(prefix)}
+  if part == 'scaffold':
+    return {
+        'option': values['option'], 'batch_size': config['batch_size'],
+        'untuned_reference': values['ref_untuned'],
+        'learning_rate': config['learning_rate'] if values['lr0'] else None}
+  if part == 'q_fed_avg':
+    return {**values, 'batch_size': config['batch_size']}
+  kind = {'fed_ftg': fed_ftg.Options, 'fed_df': fed_df.Options,
+          'fed_df_public': fed_df.Options}.get(part)
+  if kind is None:
+    return values
+  chosen = {k: v for k, v in values.items() if k in kind._fields}
+  for name in {'student_lr', 'generator_lr'} & chosen.keys():
+    chosen[name] = _decayed(chosen[name], config)
+  return {'options': kind(**chosen, weight_decay=config['weight_decay'])}
+
+
+def _check_num_labels(config, num_examples) -> None:
+  """Refuses more steps than labels can be counted for, see `distillation`."""
+  for flag, batch, of_all in (
+      ('ftg_iterations', 'ftg_batch_size', 1),
+      ('df_generator_steps', 'df_batch_size', 2),
+      ('df_student_steps', 'df_batch_size', 2)):
+    if flag in config:
+      most = (2**32 - 1) // (of_all * num_examples * config[batch])
+      if config[flag] > most:
+        raise cli.UsageError(
+            flag, config[flag], f'must be at most {most} with {num_examples} '
+            f'examples and batches of {config[batch]}')
+
+
+def _partition(config, dataset) -> list[np.ndarray]:
+  kind, labels = config['partition'], dataset.train_y
+  if kind.startswith('file:'):
+    return _checked('partition', config, partition.load, kind[len('file:'):],
+                    len(labels))
+  shared = dict(seed=config['partition_seed'], sigma=config['size_sigma'])
+  if kind == 'iid':
+    return _checked('num_clients', config, partition.iid, labels,
+                    config['num_clients'], **shared)
+  return _checked('num_clients', config, partition.dirichlet, labels,
+                  config['num_clients'], config['dirichlet_alpha'], **shared)
+
+
+def _public(config, dataset):
+  """The data set without the images that become public, and those."""
+  kind, _, rest = config.get('public_data', '').partition(':')
+  if kind == 'npz':
+    return dataset, _checked(
+        'public_data', config, datasets.read_images, rest, dataset)
+  if not kind:
+    return dataset, ()
+  num, total = int(rest), len(dataset.train_y)
+  if num >= total:
+    raise cli.UsageError(
+        'public_data', config['public_data'],
+        f'must leave some of the {total} training images to the clients')
+  order = np.random.RandomState([config.get('partition_seed', 0), 1]).permutation(
+      total)
+  kept = np.sort(order[num:])
+  return dataset._replace(
+      train_x=dataset.train_x[kept], train_y=dataset.train_y[kept]
+      ), dataset.train_x[order[:num]]
+
+
+def _schedule(config, parts) -> base.Cohort:
+  kind, num_rounds, num_clients = (
+      config['schedule'], config['rounds'], len(parts))
+  if kind.startswith('file:'):
+    schedule = _checked('schedule', config, schedules.load, kind[len('file:'):],
+                        num_rounds, num_clients)
+    return _checked('schedule', config, federation.check_schedule, schedule,
+                    num_clients)
+  make = schedules.exact if kind == 'exact' else schedules.bernoulli
+  seed = config['schedule_seed']
+  available = schedules.availability(
+      num_clients, config['min_availability'], seed)
+  schedule = _checked('cohort', config, make, num_rounds, num_clients,
+                      config['cohort'], seed, available)
+  schedule = schedules.with_dropouts(schedule, config['dropout_rate'], seed)
+  batches = -(-np.array([len(part) for part in parts]) // config['batch_size'])
+  steps = config['local_steps'] or config['local_epochs'] * batches
+  return schedules.with_stragglers(
+      schedule, np.broadcast_to(steps, num_clients), config['straggler_rate'],
+      seed)
+
+
+def with_seeds(experiment: Experiment, config: dict[str, Any]) -> Experiment:
+  """The same compiled parts with the partition and schedule of `config`."""
+  dataset, public = _public(config, experiment.loaded)
+  parts = _partition(config, dataset)
+  return experiment._replace(
+      config=config, dataset=dataset, parts=parts,
+      schedule=_schedule(config, parts), data=clients.from_partition(
+          dataset.train_x, dataset.train_y, parts, public))

@@ -1,0 +1,93 @@
+"""How a program begins and ends: flags parsed, errors as one line.
+
+A wrong value, unknown flag or missing file gets one line on stderr that names
+the flag, the value and what would be right, and exit status 2, before any data
+is loaded or anything compiled.
+"""
+
+import re
+import sys
+from typing import Any, Callable
+
+from absl import app
+from absl import flags
+from absl import logging
+
+from experiments import devices
+
+
+class RunError(Exception):
+  """What went wrong after all flags were right, such as a diverged run."""
+
+
+class UsageError(Exception):
+  """A flag that is wrong: which, its value, and what would be right."""
+
+  def __init__(self, flag: str, value: Any, right: str):
+    super().__init__(f'--{flag}={value}: {right}')
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs a program: parses the flags in our manner, then calls `main`."""
+  app.run(lambda _: guarded(main), flags_parser=parse)
+
+
+def guarded(main: Callable[[], None]) -> None:
+  """Calls `main`; a wrong flag, a failure or Ctrl-C ends it with one line."""
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)
+  try:
+    devices.start()
+  except ValueError as error:
+    _fail(error)
+  try:
+    main()
+  except UsageError as error:
+    _fail(error)
+  except (RunError, OSError) as error:
+    _fail(error, status=1)
+  except KeyboardInterrupt:
+    print('interrupted; the same command starts again', file=sys.stderr)
+    sys.exit(130)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses the command line; exits with status 2 and a line if it is wrong."""
+  try:
+    rest = flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    given = next(  # as it was typed, with its value
+        (arg.lstrip('-') for arg in argv[1:]
+         if arg.lstrip('-').split('=')[0] == error.flagname), error.flagname)
+    guess = re.search(r'Did you mean: (.*?) ?\?', str(error))
+    hint = f'did you mean --{guess[1].split(",")[0].strip()}? ' if guess else ''
+    _fail(f'--{given}: no such flag; {hint}--help lists all')
+  except flags.CantOpenFlagFileError as error:
+    _fail(f'--flagfile: {str(error).removeprefix("ERROR:: ")}; must name a file '
+          'with one --flag=value in each line')
+  except flags.Error as error:
+    _fail(_plain(error))
+  if len(rest) > 1:
+    _fail(f'{rest[1]}: not understood; values are given as --flag=value')
+  return rest
+
+
+def _plain(error: Exception) -> str:
+  """absl's message as one line: --flag=value: what would be right."""
+  message = ' '.join(str(error).split())
+  match = re.match(r'flag --(\w+)=(.*?): (.*)', message)
+  if not match or match[1] not in flags.FLAGS:
+    return message
+  name, value, why = match.groups()
+  return str(UsageError(name, value, right(name, why)))
+
+
+def right(name: str, otherwise: str) -> str:
+  """What flag `name` takes, as its parser describes it."""
+  text = flags.FLAGS[name].parser.syntactic_help
+  return f'must be {text}' if text else otherwise
+
+
+def _fail(error: Exception | str, status: int = 2) -> None:
+  print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
+  sys.exit(status)

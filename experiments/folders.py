@@ -1,0 +1,103 @@
+"""Folders of runs: what they are called, and which run one holds."""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from experiments import cli
+from experiments import files
+from experiments import progress
+
+
+def contents(config: dict[str, Any]) -> dict[str, str]:
+  """Fingerprints of the files that the configuration names."""
+  named = {}
+  for flag in ('dataset', 'partition', 'schedule', 'public_data'):
+    _, _, path = config.get(flag, '').partition(':')
+    if path and not config[flag].startswith('train:'):
+      digest = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+      named[f'{flag} file'] = digest[:16]
+  return named
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+  """What tells runs apart: all but the number of rounds."""
+  return {k: v for k, v in {**config, **contents(config)}.items()
+          if k != 'rounds'}
+
+
+def folder_name(text: str) -> str:
+  """`text` as the name of a folder; a long one is cut and made unique."""
+  name = re.sub(r'[^\w+=.,-]', '_', text)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+  return name if len(name) <= 80 else f'{name[:70]}-{digest}'
+
+
+def default_folder(config: dict[str, Any], *words: str) -> pathlib.Path:
+  """A folder in runs/ named after the configuration."""
+  digest = hashlib.sha256(
+      json.dumps([identity(config), words], sort_keys=True).encode()).hexdigest()
+  words = words or (config['method'], config['dataset'].split(':')[0],
+                    f'seed{config["seed"]}')
+  return pathlib.Path('runs') / f'{folder_name("-".join(words))}-{digest[:8]}'
+
+
+def is_finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
+  """Whether `folder` holds this run with at least so many rounds, finished.
+
+  Raises:
+    cli.UsageError: if it holds anything else.
+  """
+  check_folder(folder, identity(config))
+  summary = folder / 'summary.json'
+  return summary.exists() and (
+      json.loads(summary.read_text())['rounds'] >= config['rounds'])
+
+
+def check_folder(folder: pathlib.Path, ours: dict[str, Any]) -> None:
+  """Refuses a folder that one cannot write to, or that holds something else.
+
+  Args:
+    folder: where to write.
+    ours: what is going to be written there, as in its config.json.
+
+  Raises:
+    cli.UsageError: with what it holds.
+  """
+  nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+  if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+    raise cli.UsageError(
+        'workdir', folder, f'cannot be written: {nearest} must be a folder that '
+        'one may write to')
+  path = folder / 'config.json'
+  if not path.exists():
+    if folder.exists() and any(p.name[0] != '.' for p in folder.iterdir()):
+      raise cli.UsageError(
+          'workdir', folder, 'holds other files; choose an empty or a new folder')
+    return
+  try:
+    saved = json.loads(path.read_text())
+    there = {**saved['config'], **saved['contents']}
+  except (ValueError, KeyError, TypeError) as error:
+    raise cli.UsageError(
+        'workdir', folder, 'its config.json cannot be read; remove the folder or '
+        'choose another') from error
+  if there.get('program') != ours.get('program'):
+    raise cli.UsageError(
+        'workdir', folder, 'holds a comparison; choose another folder'
+        if 'program' in there else 'holds a single run; choose another folder')
+  for name in sorted((ours.keys() | there.keys()) - {'rounds'}):
+    if there.get(name) != ours.get(name):
+      raise cli.UsageError(
+          'workdir', folder, f'holds another configuration ({name}: '
+          f'{there.get(name)}, not {ours.get(name)}); choose another folder')
+
+
+def claim_folder(folder: pathlib.Path, config: dict[str, Any]) -> None:
+  """Writes config.json, by which `check_folder` knows the folder again."""
+  files.write_json(folder / 'config.json', {
+      'config': config, 'contents': contents(config),
+      'versions': progress.versions()})

@@ -2,12 +2,14 @@
 
 import functools
 import pathlib
+import shutil
 from typing import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import assembly
 from experiments import devices
 from experiments import progress
 from experiments.assembly import Experiment
@@ -17,6 +19,8 @@ from fedftg_jax import federation
 from fedftg_jax import trees
 from fedftg_jax.data import clients
 from fedftg_jax.data import partition
+
+CLIENTS = '.clients'  # in a run's folder: slots of clients, mapped
 
 
 def train(
@@ -43,7 +47,8 @@ def train(
       jax.random.key(seeds[0]))
   key_init, key_run = jnp.moveaxis(_split(key), -1, 0) if several else _split(key)
   clock = progress.Clock()
-  state, key_run = put((fed.init(key_init), key_run))
+  state = _initial_state(fed, key_init, experiment.config, folders[0])
+  key_run = put(key_run)
   traffic = experiment.federation.traffic(
       _one_seed(state, 0, several), experiment.data)
   runs = [Run(experiment, folder, seed, traffic)
@@ -57,7 +62,8 @@ def train(
           experiment.dataset.test_y, experiment.dataset.train_y,
           experiment.parts)))
 
-  with progress.Progress(label, num_rounds) as bar:
+  with (assembly.matmul_precision(experiment.config),
+        progress.Progress(label, num_rounds) as bar):
     def evaluate(done, state, info):
       jax.block_until_ready(state)
       clock.lap('train')
@@ -86,6 +92,13 @@ def train(
         callback=evaluate)
   for r, run in enumerate(runs):
     run.finish(_one_seed(state, r, several), clock)
+  shutil.rmtree(folders[0] / CLIENTS, ignore_errors=True)
+
+
+def _initial_state(fed, key, config, folder):
+  if config['client_state'] == 'disk':
+    return fed.init(key, folder / CLIENTS / str(jax.process_index()))
+  return fed.init(key)
 
 
 def _mean_of_all(experiment, state, several):

@@ -131,6 +131,9 @@ class Received(NamedTuple):
   round: jax.Array    # [] int32
   num_clients: int    # N
   public: PyTree      # unlabelled images of the server, if any
+  # Lays the rows of a tree [S, ...] on different devices, where there are several:
+  # what is mapped over them then runs on all.
+  spread: Callable = lambda tree: tree
 
 
 class Info(NamedTuple):

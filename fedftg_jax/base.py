@@ -149,6 +149,7 @@ class Federation(NamedTuple):
   init: Callable     # (key) -> State
   round: Callable    # (state, data, cohort, key) -> (State, Info)
   traffic: Callable  # (state, data) -> (bits down, bits up) of one client
+  personalise: Callable  # (state, data, client_id, key) -> (start, trained)
   mesh: jax.sharding.Mesh | None = None  # of the devices; None for one device
 
 

@@ -57,7 +57,7 @@ def federation(
       None for one device.
 
   Returns:
-    The pair of `init` and `round`, and `traffic`.
+    The pair of `init` and `round`, and `traffic` and `personalise`.
 
   Raises:
     ValueError: for a value out of range.
@@ -137,7 +137,20 @@ def federation(
     return (model_bits + down,
             model_bits + trees.num_bits(jax.eval_shape(sent, state, data).message))
 
-  return Federation(init, round_, traffic, mesh)
+  def personalise(state, data, client_id, key):
+    """One client (no client axis): the model that it would begin the next round
+    from, and the one that its local training would make of that."""
+    cohort = Cohort(client_id[None], jnp.ones(1, bool),
+                    jnp.full(1, NO_LIMIT, jnp.int32))
+    rows = _rows(state, data, cohort, num_clients, weighting)
+    _, sent, local = _run_client(
+        model, method, solver, uplink, _shared(state, data, key),
+        jax.tree.map(lambda a: a[0], rows))
+    return sent.start, local.variables
+
+  return Federation(init, round_, traffic, personalise, mesh)
+
+
 class _Row(NamedTuple):
   """One slot of a cohort; stacked, every leaf has axis [S]."""
   client_id: jax.Array
@@ -232,12 +245,12 @@ def over_seeds(fed: Federation) -> Federation:
   """The same simulation for several seeds at once.
 
   Keys and every leaf of the state get a leading axis [R]; data and schedule are
-  shared.
+  shared. `traffic` and `personalise` stay those of one seed.
   """
   return Federation(
       jax.vmap(fed.init),
       jax.jit(jax.vmap(fed.round, in_axes=(0, None, None, 0))), fed.traffic,
-      fed.mesh)
+      fed.personalise, fed.mesh)
 
 
 def run(

@@ -129,7 +129,7 @@ def run_method(name, config, experiment, left) -> None:
     if FLAGS.vary_partition and first:
       experiment = assembly.with_seeds(experiment, of_seed(config, seeds[0]))
     runner.train(experiment, seeds, places,
-                 f'{name} seed {",".join(map(str, seeds))}')
+                 f'{name} seed {",".join(map(str, seeds))}', FLAGS.tensorboard)
 
 
 def read_run(folder: pathlib.Path, rounds: int) -> dict[str, Any]:

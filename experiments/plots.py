@@ -59,10 +59,7 @@ def generated(
     path: Any, synthesise: Callable, shared: Any, num_classes: int) -> None:
   """Draws what the generator makes of each class, one labelled row each."""
   labels = jnp.repeat(jnp.arange(num_classes), _PER_CLASS)
-  images = np.asarray(synthesise(shared, labels, jax.random.key(0)))
-  low = images.min((1, 2, 3), keepdims=True)
-  high = images.max((1, 2, 3), keepdims=True)
-  images = (images - low) / np.maximum(high - low, 1e-6)
+  images = scaled(np.asarray(synthesise(shared, labels, jax.random.key(0))))
   if images.shape[-1] != 3:
     images = np.repeat(images.mean(-1, keepdims=True), 3, axis=-1)
   images = np.pad(images, ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=1)
@@ -79,6 +76,13 @@ def generated(
   axes.set_title('generated images, each scaled to its own range', fontsize=9)
   figure.savefig(path, dpi=100, bbox_inches='tight')
   plt.close(figure)
+
+
+def scaled(images: np.ndarray) -> np.ndarray:
+  """Images [B, H, W, channels], each scaled to its own range, 0 to 1."""
+  low = images.min((1, 2, 3), keepdims=True)
+  high = images.max((1, 2, 3), keepdims=True)
+  return (images - low) / np.maximum(high - low, 1e-6)
 
 
 def bars(

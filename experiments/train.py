@@ -34,7 +34,7 @@ def main() -> None:
     progress.say(f'already finished: {folder}')
   else:
     runner.train(assembly.build(config, FLAGS.data_dir), [config['seed']],
-                 [folder], config['method'])
+                 [folder], config['method'], FLAGS.tensorboard)
   if not devices.is_first():
     return
   summary = json.loads((folder / 'summary.json').read_text())

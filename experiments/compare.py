@@ -12,8 +12,8 @@ and participation are those of --partition_seed and --schedule_seed for all, or,
 with --vary_partition, change with the seed too. Runs that are finished are
 skipped: a comparison that was stopped is continued by the same command.
 
-Writes into --workdir: table.md, summary.json, curves.png, and each run's files
-in METHOD/seedK/.
+Writes into --workdir: report.html, table.md, summary.json, curves.png, and each
+run's files in METHOD/seedK/.
 """
 
 import pathlib
@@ -32,6 +32,7 @@ from experiments import folders
 from experiments import plots
 from experiments import progress
 from experiments import records
+from experiments import report as html
 from experiments import runner
 
 absl_flags.DEFINE_list(
@@ -83,7 +84,7 @@ def main() -> None:
     return
   results = {name: [read_run(place, base['rounds']) for place in found]
              for name, found in places.items()}
-  report(results, folder, shared)
+  report(results, folder, shared, seeds)
 
 
 def parse_methods(names: list[str]) -> dict[str, dict[str, Any]]:
@@ -141,12 +142,13 @@ def read_run(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
   return {**records.summarise(rows), 'train_seconds': seconds, 'rows': rows}
 
 
-def report(results, folder, shared) -> None:
+def report(results, folder, shared, seeds) -> None:
   """Writes and prints what the runs came to."""
   target = FLAGS.target_accuracy or common_target(results)
   summary = {name: summarise(runs, target) for name, runs in results.items()}
   files.write_json(folder / 'summary.json', {
-      'methods': summary, 'target_accuracy': target, 'config': shared})
+      'methods': summary, 'target_accuracy': target,
+      'seeds': list(seeds), 'config': shared})
   header, rows = table(summary, target)
   files.write_text(folder / 'table.md', '\n'.join(
       '| ' + ' | '.join(row) + ' |'
@@ -157,8 +159,9 @@ def report(results, folder, shared) -> None:
                 for row in run['rows']] for run in runs]
         for name, runs in results.items()},
                  'test accuracy', 'broadcast model')
+  page = html.write(folder)
   progress.show(header, rows)
-  print(f'pictures: {folder}/curves.png, {folder}/*/seed*/*.png')
+  print(f'report: {page}; pictures: {folder}/curves.png, {folder}/*/seed*/*.png')
 
 
 def summarise(runs: list[dict[str, Any]], target: float) -> dict[str, Any]:

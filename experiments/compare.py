@@ -135,11 +135,10 @@ def run_method(name, config, experiment, left) -> None:
 
 def read_run(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
   """A finished run's rows and figures, up to `rounds`."""
-  rows, timings = (
-      [row for row in files.read_jsonl(folder / name) if row['round'] <= rounds]
-      for name in ('metrics.jsonl', 'timings.jsonl'))
-  seconds = sum(row['train_seconds'] for row in timings)
-  return {**records.summarise(rows), 'train_seconds': seconds, 'rows': rows}
+  run = html.read_run(folder, rounds)
+  seconds = sum(row['train_seconds'] for row in run.timings)
+  return {**records.summarise(run.rows), 'train_seconds': seconds,
+          'rows': run.rows, 'clients': run.clients.get('summary', {})}
 
 
 def report(results, folder, shared, seeds) -> None:
@@ -176,6 +175,11 @@ def summarise(runs: list[dict[str, Any]], target: float) -> dict[str, Any]:
       'rounds_to_target': [rounds_to(run['rows'], target) for run in runs],
       'megabytes_up': runs[0]['bytes_up'] / 1e6,
       'train_seconds': spread([run['train_seconds'] for run in runs]),
+      'clients': {
+          model: {name: spread([run['clients'][model][name] for run in runs])
+                  for name in figures}
+          for model, figures in runs[0]['clients'].items()
+          if all(model in run['clients'] for run in runs)},
   }
 
 

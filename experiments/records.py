@@ -120,15 +120,8 @@ class Run:
     files.write_json(self._folder / 'clients.json', self._clients)
 
   def _add_images(self, done, images) -> None:
-    """Keeps images of some evaluations, spread over the run, and of the last.
-
-    Which ones depends on how many evaluations there were, nothing else.
-    """
-    rounds = [row['round'] for row in self._rows]
-    stride = 1
-    while len(rounds) > stride * _KEPT_IMAGES:
-      stride *= 2
-    kept = {*rounds[::stride], done}
+    """Keeps the images of some evaluations."""
+    kept = kept_rounds([row['round'] for row in self._rows])
     self._images = {t: a for t, a in self._images.items() if t in kept}
     self._images[done] = images
     files.write_tree(self._folder / 'generated.npz', {
@@ -173,6 +166,15 @@ def label_counts(experiment: Experiment) -> dict[str, np.ndarray]:
       ]).astype(np.int32) for split, labels, parts in (
           ('train', dataset.train_y, experiment.parts),
           ('test', dataset.test_y, scoring.test_parts(experiment)))}
+
+
+def kept_rounds(rounds: list[int]) -> set[int]:
+  """Of the evaluated rounds those whose generated images are kept: the last, and
+  others spread over all. One that is kept has been since it was the last."""
+  stride = 1
+  while len(rounds) > stride * _KEPT_IMAGES:
+    stride *= 2
+  return {*rounds[::stride], rounds[-1]}
 
 
 def flat(row: dict[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -133,7 +133,8 @@ def _of_run(folder) -> dict[str, Any]:
   """The page of one run: its models side by side."""
   run = read_run(folder)
   entries = {name: [(run, model)] for name, model in _models(run).items()}
-  clients = {name: [(run, name)] for name in run.clients.get('accuracy', {})}
+  clients = {'': {
+      name: [(run, name)] for name in run.clients.get('accuracy', {})}}
   return {
       'title': f'{run.config["method"]} on {run.config["dataset"]}',
       'kind': 'Training run', 'verdict': _verdict_of_run(run),
@@ -159,10 +160,10 @@ def _of_comparison(folder, config) -> dict[str, Any]:
           for name in summary['methods']}
   entries = {name: [(run, 'broadcast') for run in of_name]
              for name, of_name in runs.items()}
-  clients = {name + suffix: [(run, model) for run in of_name]
-             for name, of_name in runs.items()
-             for model, suffix in (('broadcast', ''), ('personalised', ', personalised'))
-             if all(model in run.clients.get('accuracy', {}) for run in of_name)}
+  clients = {model: {
+      name: [(run, model) for run in of_name] for name, of_name in runs.items()
+      if all(model in run.clients.get('accuracy', {}) for run in of_name)}
+             for model in ('broadcast', 'personalised')}
   first = [of_name[0] for of_name in runs.values()]
   return {
       'title': f'{len(runs)} methods on {config["dataset"]}' if len(runs) > 1
@@ -189,11 +190,7 @@ def _sections(entries, clients, runs, target=None) -> dict[str, Any]:
                  for column, what in enumerate(('rounds', 'megabytes'))],
       'seeds': len(next(iter(entries.values()))),
       'targets': targets_table(entries, target),
-      'fairness': clients and fairness_table(clients),
-      'clients': clients and svg.inline(
-          'clients', 'Accuracy of each client, from the worst to the best.',
-          plots.clients, _client_values(clients)),
-      'clients_legend': _legend(clients),
+      **_clients(clients),
       **_classes(entries),
       'partition': len(first.counts) and svg.inline(
           'partition', 'Training examples of each class that each client holds.',
@@ -256,7 +253,7 @@ def _to_target(of_name, target) -> str:
     return 'never'
   rounds, megabytes = np.mean(there, axis=0)
   missed = len(found) - len(there)
-  return f'{rounds:.4g} ({megabytes:.0f} MB)' + (
+  return f'{rounds:.1f}'.removesuffix('.0') + f' ({megabytes:.0f} MB)' + (
       f', {missed} of {len(found)} never' if missed else '')
 
 
@@ -274,6 +271,20 @@ def fairness_table(clients: Entries) -> Table:
                  f'{mean("clients"):.4g}'])
   return Table(['', 'mean', 'worst 10 %', 'best 10 %', 'variance', 'Jain index',
                 'clients'], rows)
+
+
+def _clients(groups: Mapping[str, Entries]) -> dict[str, Any]:
+  """A table for all, and for each group a picture of clients in order."""
+  groups = {group: entries for group, entries in groups.items() if entries}
+  return {
+      'fairness': groups and fairness_table({
+          ', '.join(filter(None, (name, group))): of_name
+          for group, entries in groups.items()
+          for name, of_name in entries.items()}),
+      'clients': [(group, _legend(entries), svg.inline(
+          f'clients{i}', f'Accuracy of each client, from the worst to the best. '
+          f'{group}', plots.clients, _client_values(entries)))
+                  for i, (group, entries) in enumerate(groups.items())]}
 
 
 def _client_values(clients) -> dict[str, np.ndarray]:

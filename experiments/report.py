@@ -10,9 +10,11 @@ import base64
 import io
 import json
 import pathlib
+import re
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
 import jinja2
+import markupsafe
 import matplotlib
 import numpy as np
 from PIL import Image
@@ -89,7 +91,13 @@ def render(page: Mapping[str, Any]) -> str:
           pathlib.Path(__file__).parent / 'templates'),
       autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
       lstrip_blocks=True)
+  environment.filters['breakable'] = _breakable
   return environment.get_template('report.html').render(page)
+
+
+def _breakable(text: str) -> markupsafe.Markup:
+  """Text as HTML that may be broken where a name has its joints."""
+  return markupsafe.Markup('<wbr>').join(re.split(r'(?<=[_:=+,/])', text))
 
 
 def read_run(folder: pathlib.Path, rounds: int | None = None) -> Run:

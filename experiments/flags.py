@@ -26,7 +26,8 @@ PREFIXES = {
     'moon': 'moon_', 'q_fed_avg': 'fair_', 'fed_df': 'df_',
     'fed_df_public': 'df_', 'fed_ftg': FTG}
 # Where a run writes and how it shows itself is no part of its configuration.
-_PRESENTATION = ('workdir', 'data_dir')
+_PRESENTATION = ('workdir', 'data_dir', 'tensorboard')
+EVALUATE_CLIENTS = ('none', 'final', 'every')
 
 
 def _define() -> None:
@@ -41,6 +42,16 @@ def _define() -> None:
   flags.DEFINE_bool('evaluate_all', False, 'Also evaluate the mean over ALL '
                     'clients\' last models, as official plots do; needs memory '
                     'for one model per client.')
+  flags.DEFINE_enum(
+      'evaluate_clients', 'final', EVALUATE_CLIENTS, 'When the broadcast model is '
+      'evaluated client by client, each on test examples with its class shares: '
+      'never, after the last round, or at every evaluation.')
+  flags.DEFINE_bool(
+      'personalise', False, 'Where clients are evaluated, also after local '
+      'training by each of them; takes as long as --num_clients / --cohort rounds '
+      'of local training.')
+  flags.DEFINE_bool('tensorboard', False, 'Also write scalars and generated images '
+                    'for TensorBoard.')
   flags.DEFINE_integer('seed', 0, 'Seed of models, batches and generated images.',
                        lower_bound=0, upper_bound=2**31 - 1)
   flags.DEFINE_string('workdir', None, 'Where to write; default: a folder in runs/ '
@@ -294,6 +305,8 @@ def _unused(values: dict[str, Any]) -> set[str]:
     unused |= {'df_lambda_dis', 'df_generator_steps', 'df_generator_lr'}
   if not values['evaluate_all']:
     unused.add('evaluate_all')
+  if values['evaluate_clients'] == 'none':
+    unused.add('personalise')
   if values['norm'] != 'batch':
     unused |= {'batch_norm', 'torch_bn'}
   if values['partition'] != 'dirichlet':

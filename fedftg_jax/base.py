@@ -155,6 +155,8 @@ class Federation(NamedTuple):
   init: Callable     # (key) -> State; on the host also (key, folder)
   round: Callable    # (state, data, cohort, key) -> (State, Info)
   traffic: Callable  # (state, data) -> (bits down, bits up) of one client
+  # (state, data, client_id, its row of state.clients, key) -> (start, trained)
+  personalise: Callable
   mesh: jax.sharding.Mesh | None = None  # of the devices; None for one device
   client_state: str = 'device'  # where `State.clients` lies, or 'host'
 

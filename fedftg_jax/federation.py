@@ -64,7 +64,7 @@ def federation(
       folder besides the key, to map them from files in it.
 
   Returns:
-    The pair of `init` and `round`, and `traffic`.
+    The pair of `init` and `round`, and `traffic` and `personalise`.
 
   Raises:
     ValueError: for a value out of range.
@@ -160,8 +160,19 @@ def federation(
     return (model_bits + down,
             model_bits + trees.num_bits(jax.eval_shape(sent, state, data).message))
 
+  def personalise(state, data, client_id, place, key):
+    """One client (no client axis): the model that it would begin the next round
+    from, and the one that its local training would make of that."""
+    cohort = Cohort(client_id[None], jnp.ones(1, bool),
+                    jnp.full(1, NO_LIMIT, jnp.int32), place[None])
+    rows = _rows(state, data, cohort, num_clients, weighting)
+    _, sent, local = _run_client(
+        model, method, solver, uplink, _shared(state, data, key),
+        jax.tree.map(lambda a: a[0], rows))
+    return sent.start, local.variables
+
   init = init_on_host if client_state == 'host' else init_on_device
-  return Federation(init, round_, traffic, mesh, client_state)
+  return Federation(init, round_, traffic, personalise, mesh, client_state)
 
 
 class _Row(NamedTuple):
@@ -264,7 +275,7 @@ def over_seeds(fed: Federation) -> Federation:
   """The same simulation for several seeds at once.
 
   Keys and every leaf of the state get a leading axis [R]; data and schedule are
-  shared.
+  shared. `traffic` and `personalise` stay those of one seed.
 
   Raises:
     ValueError: where the clients' slots are on the host.
@@ -274,7 +285,7 @@ def over_seeds(fed: Federation) -> Federation:
   return Federation(
       jax.vmap(fed.init),
       jax.jit(jax.vmap(fed.round, in_axes=(0, None, None, 0))), fed.traffic,
-      fed.mesh)
+      fed.personalise, fed.mesh)
 
 
 def run(

@@ -334,7 +334,6 @@ def times_table(runs: Mapping[str, Sequence[Run]]) -> Table:
     rows.append([name, *(f'{s:.1f}' for s in seconds),
                  f'{rounds / max(seconds[0], 1e-9):.3g}'])
   return Table(
-      
       ['', 'train, s', 'evaluate, s', 'checkpoints, s', 'compile, s',
        'rounds per s'], rows)
 

@@ -16,12 +16,12 @@ Writes into --workdir: report.html, table.md, summary.json, curves.png, and each
 run's files in METHOD/seedK/.
 """
 
-import pathlib
 import re
 from typing import Any
 
 from absl import flags as absl_flags
 import numpy as np
+from upath import UPath
 
 from experiments import assembly
 from experiments import cli
@@ -64,8 +64,7 @@ def main() -> None:
     raise cli.UsageError('seeds_at_once', FLAGS.seeds_at_once,
                          'must be 1 without --client_state=device')
   configs = parse_methods(FLAGS.methods)
-  folder = pathlib.Path(
-      FLAGS.workdir or folders.default_folder(base, 'compare', *configs))
+  folder = folders.workdir(FLAGS.workdir, base, 'compare', *configs)
   shared = {'program': 'compare', **{
       k: v for k, v in base.items() if k in _SHARED and k != 'seed'}}
   folders.check_folder(folder, {**shared, **folders.contents(shared)})
@@ -137,7 +136,7 @@ def run_method(name, config, experiment, left) -> None:
                  runner.asked_for())
 
 
-def read_run(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
+def read_run(folder: UPath, rounds: int) -> dict[str, Any]:
   """A finished run's rows and figures, up to `rounds`."""
   run = html.read_run(folder, rounds)
   seconds = sum(row['train_seconds'] for row in run.timings)

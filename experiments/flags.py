@@ -9,6 +9,7 @@ from absl import flags
 
 from experiments import cli
 from experiments import devices
+from experiments import files
 from fedftg_jax import federation, models, recipes, stacking
 from fedftg_jax.data import datasets
 from fedftg_jax.methods import batch_norm, fed_df, fed_ftg, scaffold
@@ -360,6 +361,9 @@ def _check(values: dict[str, Any]) -> None:
   folder = values['data_dir']
   require('data_dir', folder is None or not os.path.exists(folder)
           or os.path.isdir(folder), 'must be a folder')
+  require('tensorboard', not values['tensorboard']
+          or files.is_local(values['workdir'] or '.'),
+          'needs a --workdir on this machine')
   require('moon_tau', values['moon_tau'] > 0, 'must be above 0')
   require('scaffold_lr0', not values['scaffold_lr0']
           or values['learning_rate'] > 0, 'needs a --learning_rate above 0')

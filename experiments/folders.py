@@ -7,6 +7,8 @@ import pathlib
 import re
 from typing import Any
 
+from upath import UPath
+
 from experiments import cli
 from experiments import files
 from experiments import progress
@@ -36,16 +38,36 @@ def folder_name(text: str) -> str:
   return name if len(name) <= 80 else f'{name[:70]}-{digest}'
 
 
-def default_folder(config: dict[str, Any], *words: str) -> pathlib.Path:
+def workdir(asked: str | None, config: dict[str, Any], *words: str) -> UPath:
+  """The folder that --workdir names, or the default one.
+
+  Raises:
+    cli.UsageError: where its store is unknown or cannot be reached.
+  """
+  folder = UPath(asked) if asked and '://' not in asked else None
+  if folder is not None or not asked:
+    return folder or default_folder(config, *words)
+  try:
+    folder = UPath(asked)
+    folder.exists()
+  except Exception as error:  # whatever the store's package says
+    raise cli.UsageError(
+        'workdir', asked, f'cannot be reached ({type(error).__name__}: {error}); '
+        'must be a folder, or one in a store of fsspec whose package is installed'
+        ) from error
+  return folder
+
+
+def default_folder(config: dict[str, Any], *words: str) -> UPath:
   """A folder in runs/ named after the configuration."""
   digest = hashlib.sha256(
       json.dumps([identity(config), words], sort_keys=True).encode()).hexdigest()
   words = words or (config['method'], config['dataset'].split(':')[0],
                     f'seed{config["seed"]}')
-  return pathlib.Path('runs') / f'{folder_name("-".join(words))}-{digest[:8]}'
+  return UPath('runs') / f'{folder_name("-".join(words))}-{digest[:8]}'
 
 
-def is_finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
+def is_finished(folder: UPath, config: dict[str, Any]) -> bool:
   """Whether `folder` holds this run with at least so many rounds, finished.
 
   Raises:
@@ -57,7 +79,7 @@ def is_finished(folder: pathlib.Path, config: dict[str, Any]) -> bool:
       json.loads(summary.read_text())['rounds'] >= config['rounds'])
 
 
-def check_folder(folder: pathlib.Path, ours: dict[str, Any]) -> None:
+def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
   """Refuses a folder that one cannot write to, or that holds something else.
 
   Args:
@@ -67,11 +89,12 @@ def check_folder(folder: pathlib.Path, ours: dict[str, Any]) -> None:
   Raises:
     cli.UsageError: with what it holds.
   """
-  nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-  if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-    raise cli.UsageError(
-        'workdir', folder, f'cannot be written: {nearest} must be a folder that '
-        'one may write to')
+  if files.is_local(folder):
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+      raise cli.UsageError(
+          'workdir', folder, f'cannot be written: {nearest} must be a folder that '
+          'one may write to')
   path = folder / 'config.json'
   if not path.exists():
     if folder.exists() and any(p.name[0] != '.' for p in folder.iterdir()):
@@ -96,7 +119,7 @@ def check_folder(folder: pathlib.Path, ours: dict[str, Any]) -> None:
           f'{there.get(name)}, not {ours.get(name)}); choose another folder')
 
 
-def claim_folder(folder: pathlib.Path, config: dict[str, Any]) -> None:
+def claim_folder(folder: UPath, config: dict[str, Any]) -> None:
   """Writes config.json, by which `check_folder` knows the folder again."""
   files.write_json(folder / 'config.json', {
       'config': config, 'contents': contents(config),

@@ -1,9 +1,9 @@
 """What a run writes into its folder, and what its rows come to."""
 
-import pathlib
 from typing import Any
 
 import numpy as np
+from upath import UPath
 
 from experiments import cli
 from experiments import devices
@@ -28,7 +28,7 @@ class Run:
   `_timings` timings.jsonl, `_clients` clients.json, `_images` generated.npz.
   """
 
-  def __init__(self, experiment: Experiment, folder: pathlib.Path, seed: int,
+  def __init__(self, experiment: Experiment, folder: UPath, seed: int,
                traffic: tuple[int, int], tensorboard: bool = False,
                done: int = 0):
     """What is there of the first `done` rounds, and nothing else, is kept.
@@ -71,10 +71,9 @@ class Run:
       clients = files.read_json(folder / 'clients.json')
       self._clients = clients if clients['round'] <= done else {}
     if (folder / 'generated.npz').exists():
-      with np.load(folder / 'generated.npz') as images:
-        rounds = {name: int(name.rpartition('_')[2]) for name in images.files}
-        self._images = {
-            t: images[name] for name, t in rounds.items() if t <= done}
+      images = files.read_arrays(folder / 'generated.npz')
+      rounds = {name: int(name.rpartition('_')[2]) for name in images}
+      self._images = {t: images[name] for name, t in rounds.items() if t <= done}
 
   @property
   def accuracy(self) -> float:

@@ -10,7 +10,6 @@ lists.
 """
 
 import json
-import pathlib
 
 from absl import flags as absl_flags
 
@@ -30,7 +29,7 @@ FLAGS = absl_flags.FLAGS
 
 def main() -> None:
   config = flags.config()
-  folder = pathlib.Path(FLAGS.workdir or folders.default_folder(config))
+  folder = folders.workdir(FLAGS.workdir, config)
   if devices.agree(folders.is_finished(folder, config)):
     progress.say(f'already finished: {folder}')
   else:

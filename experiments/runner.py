@@ -49,6 +49,9 @@ def train(
   runs = [Run(experiment, folder, seed, traffic)
           for folder, seed in zip(folders, seeds)]
   test = put((experiment.dataset.test_x, experiment.dataset.test_y))
+  dataset = experiment.dataset
+  validation = dataset.validation_x is not None and put(
+      (dataset.validation_x, dataset.validation_y))
   num_rounds = experiment.config['rounds']
   # The mean of statistics that clients keep to themselves says nothing.
   local = experiment.config.get('batch_norm') == 'local'
@@ -73,6 +76,10 @@ def train(
           scores['own_statistics'] = _with_own_statistics(
               experiment, _one_seed(state, r, several), client_test)
         metrics = {k: v[r] if several else v for k, v in info.metrics.items()}
+        if validation:
+          metrics |= {f'validation_{k}': v for k, v in evaluation.evaluate(
+              experiment.model, _one_seed(state.variables, r, several),
+              *validation, 500, local).items()}
         run.add(done, metrics, scores)
       clock.lap('evaluate')
       timing = clock.row(done)

@@ -8,6 +8,7 @@ import numpy as np
 
 from fedftg_jax.data import arrays as arrays_lib
 from fedftg_jax.data import image_folder
+from fedftg_jax.data import partition
 
 _NPZ_ARRAYS = ('train_x', 'train_y', 'test_x', 'test_y')
 _CLIENTS = 'train_client_id'
@@ -106,8 +107,8 @@ def load(name: str, data_dir: str | None = None,
 def with_validation(dataset: Dataset, share: float, seed: int) -> Dataset:
   """The data set where a part of the train split is kept apart.
 
-  Of every class it takes the same share, up to rounding: floor(share n_c), and
-  the rest where the fractions are largest. `mean` and `std` stay as they are.
+  Of every class the same share, up to rounding. `mean` and `std` stay as they
+  are, those of the whole train split.
 
   Args:
     dataset: the whole.
@@ -122,15 +123,12 @@ def with_validation(dataset: Dataset, share: float, seed: int) -> Dataset:
   if not share:
     return dataset
   labels = dataset.train_y
-  total = round(share * len(labels))
-  if not 0 < total < len(labels):
+  if not 0 < round(share * len(labels)) < len(labels):
     raise ValueError(
         f'share must leave some of the {len(labels)} training examples on both '
         f'sides, got {share}.')
   order = np.random.RandomState([seed, 2]).permutation(len(labels))
-  exact = share * np.bincount(labels)
-  sizes = np.floor(exact).astype(int)
-  sizes[np.argsort(sizes - exact, kind='stable')[:total - sizes.sum()]] += 1
+  sizes = partition.largest_remainders(share * np.bincount(labels))
   kept = np.concatenate([
       order[labels[order] == c][:size] for c, size in enumerate(sizes)])
   kept.sort()

@@ -3,6 +3,7 @@
 from typing import Sequence
 
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 
 from fedftg_jax import base
@@ -108,20 +109,13 @@ def from_flax(
   here, inside the step; floats are taken as they are.
   """
 
-  def normalise(x):
-    if x.dtype != jnp.uint8:
-      return x
-    dtype = jnp.result_type(float)
-    return (x.astype(dtype) / 255 - jnp.asarray(mean, dtype)) / jnp.asarray(
-        std, dtype)
-
   def init(key):
     tree = module.init(key, jnp.zeros((1, *image_shape)))
     return base.Variables(tree['params'], tree.get('batch_stats', {}))
 
   def apply(variables, x, mask=None, train=False):
     tree = {'params': variables.params, 'batch_stats': variables.stats}
-    x = normalise(x)
+    x = normalise(x, mean, std)
     if not train:
       logits, features = module.apply(tree, x, mask)
       return base.Output(logits, features, variables.stats)
@@ -130,3 +124,14 @@ def from_flax(
     return base.Output(logits, features, new.get('batch_stats', {}))
 
   return base.Model(init, apply)
+
+
+def normalise(
+    x: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+  """Raw pixels (uint8) scaled to [0, 1] and normalised per channel; floats are
+  taken as they are."""
+  if x.dtype != jnp.uint8:
+    return x
+  dtype = jnp.result_type(float)
+  return (x.astype(dtype) / 255 - jnp.asarray(mean, dtype)) / jnp.asarray(
+      std, dtype)

@@ -143,7 +143,7 @@ def heatmap(path: Any, counts: np.ndarray) -> None:
   if not many and num_classes <= 20:
     _write_numbers(below, counts)
   figure.colorbar(image, ax=below, label='examples', pad=.01)
-  figure.savefig(path, dpi=170 if many else 110)  # a pixel for each of 2,000
+  figure.savefig(path, dpi=180 if many else 110)  # a pixel for each of 2,000
   plt.close(figure)
 
 

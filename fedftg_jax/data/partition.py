@@ -100,9 +100,10 @@ def dirichlet_class(
   Li et al., ICDE 2022, arXiv:2102.02079. Both the classes and the sizes of
   clients are skewed.
 
-  Deviation: where the published codes draw everything again until each client
+  Deviations: where the published codes draw everything again until each client
   has `min_size` (10) examples, which for many clients may never happen, examples
-  move here, see `_fill`.
+  move here, see `_fill`. And where they round the places of the cuts down, which
+  gives the last client more with every class, they are rounded to the nearest.
 
   Args:
     labels: [M] integers in [0, C).
@@ -128,7 +129,7 @@ def dirichlet_class(
     proportions = rng.dirichlet(np.full(num_clients, alpha))
     if not np.isfinite(proportions).all():  # all draws were 0: the limit, then
       proportions = np.eye(num_clients)[rng.randint(num_clients)]
-    cuts = (np.cumsum(proportions)[:-1] * len(rows)).astype(int)
+    cuts = np.rint(np.cumsum(proportions)[:-1] * len(rows)).astype(int)
     for share, some in zip(shares, np.split(rows, cuts)):
       share.append(some)
   parts = [rng.permutation(np.concatenate(share)) for share in shares]

@@ -110,9 +110,10 @@ def check_folder(folder: pathlib.Path, ours: dict[str, Any]) -> None:
         'workdir', folder, 'its config.json cannot be read; remove the folder or '
         'choose another') from error
   if there.get('program') != ours.get('program'):
+    kind = {'compare': 'comparison'}.get(
+        there.get('program'), there.get('program', 'single run'))
     raise cli.UsageError(
-        'workdir', folder, 'holds a comparison; choose another folder'
-        if 'program' in there else 'holds a single run; choose another folder')
+        'workdir', folder, f'holds a {kind}; choose another folder')
   for name in sorted((ours.keys() | there.keys()) - {'rounds'}):
     if there.get(name) != ours.get(name):
       raise cli.UsageError(

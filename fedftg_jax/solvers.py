@@ -69,6 +69,8 @@ def local_sgd(
     batches = -(-count // batch_size)  # per epoch, this client
     wanted = epochs * batches if steps is None else jnp.where(count, steps, 0)
     num_steps = jnp.minimum(wanted, view.num_steps).astype(jnp.int32)
+    # A split in three begins with the keys of a split in two: without
+    # augmentation the draws are those that they were before there was any.
     key_order, key_loss, key_augment = jax.random.split(key, 3)
     order_of = _orders(key_order, view.data, epochs, batch_size)
     decay = weight_decay + objective.decay

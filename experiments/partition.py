@@ -33,7 +33,7 @@ _USED = ('dataset', 'validation_share', 'public_data', 'partition',
 
 
 def main() -> None:
-  config = flags.config()
+  config = flags.config(cohort=1)  # whatever it is: nobody takes part
   used = {*_USED, *flags.PARTITIONS.get(config['partition'], {})}
   config = {'program': 'partition', **{
       name: value for name, value in config.items() if name in used}}

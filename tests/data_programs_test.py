@@ -227,7 +227,8 @@ class PartitionTest(ProgramCase):
   def test_all(self, kind):
     data = self.with_clients(np.arange(60) % 4)
     out = self.run_program(
-        partition, 'p', data, f'--partition={kind}', '--size_power=1')
+        partition, 'p', data, f'--partition={kind}', '--size_power=1',
+        '--cohort=99')  # no matter here
     self.assertIn(kind, out)
     np.testing.assert_array_equal(
         np.sort(np.concatenate(self.parts('p'))), np.arange(60))

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
-from fedftg_jax.data import cifar, datasets, idx, images, prepared
+from fedftg_jax.data import datasets, idx, images
 
 
 def write_npz(folder, **changes):
@@ -233,6 +233,9 @@ class OriginalFilesTest(parameterized.TestCase):
     folder = self.manual / 'cifar-10-batches-bin'
     x, y = write_cifar(folder, names, 1)
     test_x, test_y = write_cifar(folder, ['test_batch.bin'], 1)
+    packed = folder / 'data_batch_3.bin'  # gzipped is as good
+    packed.with_suffix('.bin.gz').write_bytes(gzip.compress(packed.read_bytes()))
+    packed.unlink()
     data = self.load('cifar10')
     self.assertEqual(data.train_x.shape, (30, 32, 32, 3))
     self.assertEqual(as_set(data.train_x, data.train_y), as_set(x, y[:, 0]))
@@ -291,13 +294,17 @@ class OriginalFilesTest(parameterized.TestCase):
       whole[name] = (self.manual / name).read_bytes()
     for name, content, message in (
         (images_file, b'<html>', 'is no IDX file of bytes'),
+        (images_file + '.gz', b'<html>', r'cannot be read \(Not a gzipped file'),
         (images_file, whole[images_file][:-1],
          'says that it holds 30 x 28 x 28 bytes, has 23519'),
         (labels_file, whole[images_file], r'one label each, have .*\[30, 28, 28\]')):
+      if name.endswith('.gz'):
+        (self.manual / images_file).unlink()
       spoil(name, content)
       with self.assertRaisesRegex(ValueError, f'{name}.*{message}'):
         self.load('mnist')
-      spoil(name, whole[name])
+      (self.manual / name).unlink()
+      spoil(name.removesuffix('.gz'), whole[name.removesuffix('.gz')])
     self.load('mnist')  # what has failed is not in the way
     write_cifar(self.manual, ['train.bin', 'test.bin'], 2)
     spoil('test.bin', bytes(3075))

@@ -24,7 +24,7 @@ class _FromBinary(originals.FromFiles):
     size = len(self.LABELS) + np.prod(_SHAPE)
     content = []
     for path in paths:
-      values = np.fromfile(path, np.uint8)
+      values = np.frombuffer(originals.read_bytes(path), np.uint8)
       if not len(values) or len(values) % size:
         raise ValueError(
             f'{path}: must hold records of {size} bytes, has {len(values)} bytes')

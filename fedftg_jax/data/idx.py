@@ -11,13 +11,10 @@ what TFDS would have prepared; EMNIST's images too are as TFDS has them, which
 leaves them as they are in NIST's files: transposed against MNIST's.
 """
 
-import gzip
 import pathlib
-import zlib
 
 import numpy as np
 from tensorflow_datasets.image_classification import mnist
-import tensorflow_datasets as tfds
 
 from fedftg_jax.data import originals
 
@@ -30,12 +27,7 @@ def read(path: pathlib.Path) -> np.ndarray:
   Raises:
     ValueError: if it is no such file.
   """
-  try:
-    content = path.read_bytes()
-    if path.suffix == '.gz':
-      content = gzip.decompress(content)
-  except (OSError, EOFError, zlib.error) as error:
-    raise ValueError(f'{path}: cannot be read ({error})') from error
+  content = originals.read_bytes(path)
   if len(content) < 4 or content[:3] != bytes([0, 0, _BYTES]):
     raise ValueError(f'{path}: is no IDX file of bytes')
   start = 4 + 4 * content[3]

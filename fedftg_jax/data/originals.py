@@ -5,7 +5,9 @@ PNG bytes; its own builders of MNIST and CIFAR give arrays, which only TensorFlo
 could encode, and read through TensorFlow.
 """
 
+import gzip
 import pathlib
+import zlib
 
 from fedftg_jax.data import images as images_lib
 
@@ -93,6 +95,19 @@ def find_folder(
   raise ValueError(
       f'no {", ".join(lacks[best])} (or .gz) in {best}: these are the '
       f'original files of the data set; {where}')
+
+
+def read_bytes(path: pathlib.Path) -> bytes:
+  """The bytes of a file, unpacked if its name ends in .gz.
+
+  Raises:
+    ValueError: if it cannot be read.
+  """
+  try:
+    content = path.read_bytes()
+    return gzip.decompress(content) if path.suffix == '.gz' else content
+  except (OSError, EOFError, zlib.error) as error:
+    raise ValueError(f'{path}: cannot be read ({error})') from error
 
 
 def _paths(folder, names):

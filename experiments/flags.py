@@ -353,7 +353,7 @@ def _unused_by_partition(values: dict[str, Any]) -> set[str]:
 
 
 def is_given(kind: str) -> bool:
-  """Whether the partition `kind` is not drawn: it says how many clients there are."""
+  """Whether the partition is there already, with its number of clients."""
   return kind == 'natural' or kind.startswith('file:')
 
 

@@ -124,10 +124,10 @@ def heatmap(path: Any, counts: np.ndarray) -> None:
   if many:
     part = counts.max(1) / np.maximum(counts.sum(1), 1)
     counts = counts[np.lexsort((-part, counts.argmax(1)))]
+  height = min(.22 * num_classes, 6)
   figure, (above, below) = plt.subplots(
-      2, 1, figsize=(min(5 + .2 * num_clients, 13), 2.6 + min(.22 * num_classes, 6)),
-      height_ratios=(1, max(2, min(.22 * num_classes, 6))), sharex=True,
-      layout='constrained')
+      2, 1, figsize=(min(5 + .2 * num_clients, 13), 2.6 + height),
+      height_ratios=(1, max(2, height)), sharex=True, layout='constrained')
   above.bar(np.arange(num_clients), counts.sum(1), width=1., color='C0')
   above.set(ylabel='examples')
   image = below.imshow(

@@ -1,8 +1,8 @@
 """Who holds which examples: lists of index arrays, one per client.
 
 Every example is used once, all draws come from NumPy's legacy generator, whose
-stream is frozen, and no scheme draws until something happens to fit: what has to
-hold is made to hold in a number of steps that is known beforehand.
+stream is frozen, and no scheme can go on drawing for ever: redraws are bounded,
+and what has to hold (such as a least size) is made to hold, not waited for.
 
 `dirichlet` is the scheme of the official FedDyn and FedFTG code, draw by draw:
 class proportions are drawn per CLIENT, and client sizes and class totals are

@@ -1,6 +1,6 @@
 # make demo      a comparison of FedAvg and FedFTG on real images, in minutes
 # make test      every test that needs no minutes of its own
-# make test-all  all tests, and the documents' examples
+# make test-all  all tests; needs chromium
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,10 +17,10 @@ demo: $(VENV)/installed
 	$(RUN) -m experiments.compare --flagfile=experiments/presets/demo.flags
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n 2 -m "not slow" tests
+	$(RUN) -m pytest -n 2 -m "not slow and not browser" tests
 
 test-all: test
-	$(RUN) -m pytest -m slow tests
+	$(RUN) -m pytest -m "slow or browser" tests
 
 clean:
 	rm -rf $(VENV)

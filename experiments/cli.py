@@ -5,6 +5,7 @@ the flag, the value and what would be right, and exit status 2, before any data
 is loaded or anything compiled.
 """
 
+import functools
 import re
 import sys
 from typing import Any, Callable
@@ -27,9 +28,22 @@ class UsageError(Exception):
     super().__init__(f'--{flag}={value}: {right}')
 
 
-def run(main: Callable[[], None]) -> None:
-  """Runs a program: parses the flags in our manner, then calls `main`."""
-  app.run(lambda _: guarded(main), flags_parser=parse)
+class ArgumentError(UsageError):
+  """An argument that is no flag and is wrong: its value, what would be right."""
+
+  def __init__(self, value: Any, right: str):
+    Exception.__init__(self, f'{value}: {right}')
+
+
+def run(main: Callable[..., None], argument: str = '') -> None:
+  """Runs a program: parses the flags in our manner, then calls `main`.
+
+  Args:
+    main: the program.
+    argument: what it is called besides flags, such as FOLDER, if it takes that.
+  """
+  app.run(lambda argv: guarded(functools.partial(main, *argv[1:])),
+          flags_parser=functools.partial(parse, argument=argument))
 
 
 def guarded(main: Callable[[], None]) -> None:
@@ -51,7 +65,7 @@ def guarded(main: Callable[[], None]) -> None:
     sys.exit(130)
 
 
-def parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str], argument: str = '') -> list[str]:
   """Parses the command line; exits with status 2 and a line if it is wrong."""
   try:
     rest = flags.FLAGS(argv)
@@ -67,7 +81,9 @@ def parse(argv: list[str]) -> list[str]:
           'with one --flag=value in each line')
   except flags.Error as error:
     _fail(_plain(error))
-  if len(rest) > 1:
+  if argument and len(rest) != 2:
+    _fail(f'{" ".join(rest[1:]) or "no argument"}: must be one {argument}')
+  if len(rest) > 1 and not argument:
     _fail(f'{rest[1]}: not understood; values are given as --flag=value')
   return rest
 

@@ -12,8 +12,8 @@ and participation are those of --partition_seed and --schedule_seed for all, or,
 with --vary_partition, change with the seed too. Runs that are finished are
 skipped: a comparison that was stopped is continued by the same command.
 
-Writes into --workdir: table.md, summary.json, curves.png, and each run's files
-in METHOD/seedK/.
+Writes into --workdir: report.html, table.md, summary.json, curves.png, and each
+run's files in METHOD/seedK/.
 """
 
 import pathlib
@@ -32,6 +32,7 @@ from experiments import folders
 from experiments import plots
 from experiments import progress
 from experiments import records
+from experiments import report as html
 from experiments import runner
 
 absl_flags.DEFINE_list(
@@ -60,6 +61,9 @@ _SHARED = ('seed', 'rounds', 'eval_every', 'dataset', 'data_dir', 'manual_dir',
 
 def main() -> None:
   base = flags.config()
+  if FLAGS.seeds_at_once > 1 and base['client_state'] != 'device':
+    raise cli.UsageError('seeds_at_once', FLAGS.seeds_at_once,
+                         'must be 1 without --client_state=device')
   configs = parse_methods(FLAGS.methods)
   folder = pathlib.Path(
       FLAGS.workdir or folders.default_folder(base, 'compare', *configs))
@@ -85,7 +89,7 @@ def main() -> None:
     return
   results = {name: [read_run(place, base['rounds']) for place in found]
              for name, found in places.items()}
-  report(results, folder, shared)
+  report(results, folder, shared, seeds)
 
 
 def parse_methods(names: list[str]) -> dict[str, dict[str, Any]]:
@@ -131,24 +135,24 @@ def run_method(name, config, experiment, left) -> None:
     if FLAGS.vary_partition and first:
       experiment = assembly.with_seeds(experiment, of_seed(config, seeds[0]))
     runner.train(experiment, seeds, places,
-                 f'{name} seed {",".join(map(str, seeds))}')
+                 f'{name} seed {",".join(map(str, seeds))}', FLAGS.tensorboard)
 
 
 def read_run(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
   """A finished run's rows and figures, up to `rounds`."""
-  rows, timings = (
-      [row for row in files.read_jsonl(folder / name) if row['round'] <= rounds]
-      for name in ('metrics.jsonl', 'timings.jsonl'))
-  seconds = sum(row['train_seconds'] for row in timings)
-  return {**records.summarise(rows), 'train_seconds': seconds, 'rows': rows}
+  run = html.read_run(folder, rounds)
+  seconds = sum(row['train_seconds'] for row in run.timings)
+  return {**records.summarise(run.rows), 'train_seconds': seconds,
+          'rows': run.rows, 'clients': run.clients.get('summary', {})}
 
 
-def report(results, folder, shared) -> None:
+def report(results, folder, shared, seeds) -> None:
   """Writes and prints what the runs came to."""
   target = FLAGS.target_accuracy or common_target(results)
   summary = {name: summarise(runs, target) for name, runs in results.items()}
   files.write_json(folder / 'summary.json', {
-      'methods': summary, 'target_accuracy': target, 'config': shared})
+      'methods': summary, 'target_accuracy': target,
+      'seeds': list(seeds), 'config': shared})
   header, rows = table(summary, target)
   files.write_text(folder / 'table.md', '\n'.join(
       '| ' + ' | '.join(row) + ' |'
@@ -159,8 +163,9 @@ def report(results, folder, shared) -> None:
                 for row in run['rows']] for run in runs]
         for name, runs in results.items()},
                  'test accuracy', 'broadcast model')
+  page = html.write(folder)
   progress.show(header, rows)
-  print(f'pictures: {folder}/curves.png, {folder}/*/seed*/*.png')
+  print(f'report: {page}; pictures: {folder}/curves.png, {folder}/*/seed*/*.png')
 
 
 def summarise(runs: list[dict[str, Any]], target: float) -> dict[str, Any]:
@@ -178,6 +183,11 @@ def summarise(runs: list[dict[str, Any]], target: float) -> dict[str, Any]:
       'rounds_to_target': [rounds_to(run['rows'], target) for run in runs],
       'megabytes_up': runs[0]['bytes_up'] / 1e6,
       'train_seconds': spread([run['train_seconds'] for run in runs]),
+      'clients': {
+          model: {name: spread([run['clients'][model][name] for run in runs])
+                  for name in figures}
+          for model, figures in runs[0]['clients'].items()
+          if all(model in run['clients'] for run in runs)},
   }
 
 

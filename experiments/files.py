@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import csv
 import json
 import os
 import pathlib
@@ -42,6 +43,20 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def write_jsonl(path: str | os.PathLike[str], rows: list[dict[str, Any]]):
   write_text(path, ''.join(
       json.dumps(row, allow_nan=False) + '\n' for row in rows))
+
+
+def write_csv(path: str | os.PathLike[str], rows: list[dict[str, Any]]):
+  """Writes flat rows under the columns of all of them; None is an empty cell."""
+  columns = list(dict.fromkeys(name for row in rows for name in row))
+  with replacing(path) as temporary:
+    with open(temporary, 'w', newline='', encoding='utf-8') as file:
+      writer = csv.DictWriter(file, columns, lineterminator='\n')
+      writer.writeheader()
+      writer.writerows(rows)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+  return json.loads(pathlib.Path(path).read_text())
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

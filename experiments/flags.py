@@ -14,6 +14,8 @@ from fedftg_jax.data import augment, datasets
 from fedftg_jax.methods import batch_norm, fed_df, fed_ftg, scaffold
 from fedftg_jax.models import convolution, layers
 
+CLIENT_STATES = ('device', 'host', 'disk')
+PRECISIONS = ('default', 'highest', 'bfloat16')
 # The flags of a partition, and the arguments of its function that they are.
 PARTITIONS = {
     'dirichlet': {'dirichlet_alpha': 'alpha', 'size_sigma': 'sigma'},
@@ -35,7 +37,8 @@ PREFIXES = {
     'moon': 'moon_', 'q_fed_avg': 'fair_', 'fed_df': 'df_',
     'fed_df_public': 'df_', 'fed_ftg': FTG}
 # Where a run writes and how it shows itself is no part of its configuration.
-_PRESENTATION = ('workdir', 'data_dir', 'manual_dir')
+_PRESENTATION = ('workdir', 'data_dir', 'manual_dir', 'tensorboard')
+EVALUATE_CLIENTS = ('none', 'final', 'every')
 
 
 def _define() -> None:
@@ -51,6 +54,16 @@ def _define() -> None:
   flags.DEFINE_bool('evaluate_all', False, 'Also evaluate the mean over ALL '
                     'clients\' last models, as official plots do; needs memory '
                     'for one model per client.')
+  flags.DEFINE_enum(
+      'evaluate_clients', 'final', EVALUATE_CLIENTS, 'When the broadcast model is '
+      'evaluated client by client, each on test examples with its class shares: '
+      'never, after the last round, or at every evaluation.')
+  flags.DEFINE_bool(
+      'personalise', False, 'Where clients are evaluated, also after local '
+      'training by each of them; takes as long as --num_clients / --cohort rounds '
+      'of local training.')
+  flags.DEFINE_bool('tensorboard', False, 'Also write scalars and generated images '
+                    'for TensorBoard.')
   flags.DEFINE_integer('seed', 0, 'Seed of models, batches and generated images.',
                        lower_bound=0, upper_bound=2**31 - 1)
   flags.DEFINE_string('workdir', None, 'Where to write; default: a folder in runs/ '
@@ -145,6 +158,11 @@ def _define_federation() -> None:
       'default: one on a CPU, else all.', lower_bound=0)
   flags.DEFINE_integer('client_chunk', None, 'Clients stacked at once, 0 for all; '
                        'default: 1 on a CPU, else all.', lower_bound=0)
+  flags.DEFINE_enum(
+      'client_state', 'device', CLIENT_STATES, 'Where what clients keep between '
+      'rounds lies: on the device, in the host\'s memory, or in files of the '
+      'run\'s folder (disk) that are mapped into it; off the device only the '
+      'clients of the coming --eval_every rounds are on it.')
   known = '; '.join(f'{k}: {r.help}' for k, r in recipes.RECIPES.items())
   flags.DEFINE_string('method', 'fed_ftg', 'A method, or several joined with +. '
                       + known)
@@ -177,6 +195,11 @@ def _define_training() -> None:
   flags.DEFINE_enum('conv', None, convolution.IMPLEMENTATIONS, 'How convolutions '
                     'are computed; the results agree. Default: winograd on a '
                     'CPU, else matmul.')
+  flags.DEFINE_enum('precision', 'default', PRECISIONS, 'default: float32, with '
+                    'the matrix products that the device is made for (TF32 on a '
+                    'recent GPU, bfloat16 on a TPU); highest: float32 products; '
+                    'bfloat16: layers compute in it, while weights, sums, norms, '
+                    'last layer and losses stay float32.')
   flags.DEFINE_integer('local_epochs', 5, 'Epochs per client and round.',
                        lower_bound=1)
   flags.DEFINE_integer('local_steps', 0, 'Steps per client and round instead of '
@@ -197,7 +220,7 @@ def _define_methods() -> None:
   flags.DEFINE_float('prox_mu', 1e-4, 'FedProx: weight of the proximal term.',
                      lower_bound=0)
   flags.DEFINE_bool('prox_to_zero', False, 'FedProx: pull towards zero, as the '
-                    'official FedFTG code does.')
+                    'official FedFTG code does, and a student on the server too.')
   flags.DEFINE_float('dyn_alpha', .01, 'FedDyn: weight of the regulariser.',
                      lower_bound=0)
   flags.DEFINE_integer('scaffold_option', 2, 'SCAFFOLD: 1, control variates from '
@@ -327,6 +350,8 @@ def _unused(values: dict[str, Any]) -> set[str]:
     unused |= {'df_lambda_dis', 'df_generator_steps', 'df_generator_lr'}
   if not values['evaluate_all']:
     unused.add('evaluate_all')
+  if values['evaluate_clients'] == 'none':
+    unused.add('personalise')
   if values['norm'] != 'batch':
     unused |= {'batch_norm', 'torch_bn'}
   unused |= _unused_by_partition(values)

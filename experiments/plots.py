@@ -1,6 +1,6 @@
-"""Pictures: accuracy curves, generated images, bars of times, who holds what."""
+"""Pictures: curves, bars, who holds what, a grid of generated images."""
 
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,12 @@ import matplotlib
 matplotlib.use('Agg')
 from matplotlib import colors as plt_colors  # pylint: disable=g-import-not-at-top
 from matplotlib import pyplot as plt  # pylint: disable=g-import-not-at-top
+from matplotlib import ticker
 import numpy as np
 
 _PER_CLASS = 8
-_MANY_CLIENTS = 40  # from here on they are sorted, and numbers left out
+_PANEL = (5.4, 3.6)  # inches; a single picture that a phone shows well
+_MANY_CLIENTS = 40   # from here on they are sorted
 
 
 def curves(
@@ -29,31 +31,150 @@ def curves(
   """
   figure, panels = plt.subplots(
       1, 2, figsize=(11, 4.2), sharey=True, layout='constrained')
-  # A combination has the colour of its first part, dashed; else every second
-  # curve is dashed, since curves may lie on each other.
-  combined = any('+' in name for name in series)
-  first_parts = list(dict.fromkeys(name.split('+')[0] for name in series))
-  for i, (name, seeds) in enumerate(series.items()):
-    seeds = [{point[0]: point for point in seed} for seed in seeds]
-    rounds = sorted(set.intersection(*map(set, seeds)))
-    points = np.array([[seed[t] for t in rounds] for seed in seeds])
-    mean, spread = points.mean(0), points.std(0, ddof=1 if len(seeds) > 1 else 0)
-    dashed = '+' in name if combined else i % 2
-    color = f'C{first_parts.index(name.split("+")[0]) % 10}'
-    for column, axes in enumerate(panels):
-      axes.plot(mean[:, column], mean[:, 2], '--' if dashed else '-',
-                color=color, label=name)
-      if len(seeds) > 1:
-        axes.fill_between(
-            mean[:, column], mean[:, 2] - spread[:, 2], mean[:, 2] + spread[:, 2],
-            alpha=.1, color=color, linewidth=0)
-  panels[0].set(xlabel='round', ylabel=ylabel, title=title)
-  panels[1].set(xlabel='megabytes, up and down')
-  for axes in panels:
-    axes.grid(alpha=.3)
+  for column, axes in enumerate(panels):
+    _draw_curves(axes, series, column)
+  panels[0].set(ylabel=ylabel, title=title)
   panels[1].legend(
       fontsize=8, loc='center left', bbox_to_anchor=(1.01, .5), frameon=False)
   figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def curve(path: Any, series: Mapping, ylabel: str, column: int) -> None:
+  """Draws one panel of `curves`, without a legend: against rounds (column 0) or
+  against megabytes (1)."""
+  figure, axes = plt.subplots(figsize=_PANEL, layout='constrained')
+  _draw_curves(axes, series, column)
+  axes.set(ylabel=ylabel)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def line_styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+  """Colour and dashes of each name, the same in all pictures of these names.
+
+  A combination has the colour of its first part, dashed; where there is none,
+  every second curve is dashed, since curves may lie on each other.
+  """
+  names = list(names)
+  combined = any('+' in name for name in names)
+  first_parts = list(dict.fromkeys(name.split('+')[0] for name in names))
+  return {name: (
+      f'C{first_parts.index(name.split("+")[0]) % 10}',
+      '--' if ('+' in name if combined else i % 2) else '-')
+          for i, name in enumerate(names)}
+
+
+def bar_styles(names: Iterable[str]) -> dict[str, tuple[str, float]]:
+  """Colour and opacity of each name: as `line_styles`, paler where dashed if
+  others have the colour."""
+  styles = line_styles(names)
+  colors = [color for color, _ in styles.values()]
+  return {name: (color, .5 if dashes == '--' and colors.count(color) > 1 else 1.)
+          for name, (color, dashes) in styles.items()}
+
+
+def _draw_curves(axes, series, column) -> None:
+  """Means and bands against one column of the points."""
+  styles = line_styles(series)
+  for name, seeds in series.items():
+    seeds = [{point[0]: point for point in seed} for seed in seeds]
+    rounds = sorted(set.intersection(*map(set, seeds)))
+    points = np.array([[seed[t] for t in rounds] for seed in seeds], float)
+    mean, spread = points.mean(0), points.std(0, ddof=1 if len(seeds) > 1 else 0)
+    color, dashes = styles[name]
+    axes.plot(mean[:, column], mean[:, 2], dashes, color=color, label=name,
+              marker='' if len(rounds) > 1 else 'o')
+    if len(seeds) > 1:
+      axes.fill_between(
+          mean[:, column], mean[:, 2] - spread[:, 2], mean[:, 2] + spread[:, 2],
+          alpha=.15, color=color, linewidth=0)
+  axes.set_xlabel(('round', 'megabytes, up and down')[column])
+  if column == 0:
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
+  axes.grid(alpha=.3)
+
+
+def clients(path: Any, values: Mapping[str, np.ndarray]) -> None:
+  """Draws each name's clients from the worst to the best.
+
+  Args:
+    path: where to write.
+    values: by name, [N] accuracies in percent; all seeds' in one.
+  """
+  figure, axes = plt.subplots(figsize=_PANEL, layout='constrained')
+  styles = line_styles(values)
+  for name, of_name in values.items():
+    color, dashes = styles[name]
+    share = 100 * (np.arange(len(of_name)) + .5) / len(of_name)
+    axes.plot(share, np.sort(of_name), dashes, color=color, drawstyle='steps-mid',
+              marker='' if len(of_name) > 1 else 'o')
+  axes.set(xlabel='clients from worst to best, percent',
+           ylabel='test accuracy, percent', xlim=(0, 100))
+  axes.grid(alpha=.3)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def classes(path: Any, values: Mapping[str, Sequence[float]]) -> None:
+  """Draws a group of bars per class, one for each name.
+
+  Args:
+    path: where to write.
+    values: by name, [C] accuracies in percent; NaN for classes without examples.
+  """
+  figure, axes = plt.subplots(figsize=_PANEL, layout='constrained')
+  styles, width = bar_styles(values), .8 / len(values)
+  for i, (name, of_name) in enumerate(values.items()):
+    color, opacity = styles[name]
+    left = np.arange(len(of_name)) - .4 + i * width
+    axes.bar(left, of_name, width, align='edge', color=color, alpha=opacity)
+  axes.set(xlabel='class', ylabel='test accuracy, percent')
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(20, integer=True))
+  axes.grid(alpha=.3, axis='y')
+  axes.set_axisbelow(True)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def heatmap(path: Any, counts: np.ndarray) -> None:
+  """Draws how many examples of each class each client holds, and its size.
+
+  Few clients stand in their order. Many are sorted by the class that they have
+  most of, and by how large a part of theirs that is, so that the picture shows
+  the skew whatever order they came in.
+
+  Args:
+    path: where to write.
+    counts: [N, C] examples.
+  """
+  num_clients = len(counts)
+  many = num_clients > _MANY_CLIENTS
+  if many:
+    part = counts.max(1) / np.maximum(counts.sum(1), 1)
+    counts = counts[np.lexsort((-part, counts.argmax(1)))]
+  height = min(max(1.2 + .16 * num_clients, 2.4), 8)
+  figure, (axes, beside) = plt.subplots(
+      1, 2, figsize=(_PANEL[0], height), width_ratios=(4, 1), sharey=True,
+      layout='constrained')
+  most = max(counts.max(), 2)
+  image = axes.imshow(
+      np.ma.masked_equal(counts, 0), aspect='auto', interpolation='nearest',
+      cmap=plt.get_cmap('viridis_r').with_extremes(bad='white'),
+      norm=plt_colors.LogNorm(1, most))
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_locator(ticker.MaxNLocator(10, integer=True))
+  axes.set(xlabel='class', ylabel='client' + (
+      ', sorted by the class it has most of' if many else ''))
+  beside.stairs(counts.sum(1), np.arange(num_clients + 1) - .5,
+                orientation='horizontal', fill=True, color='C0')
+  beside.xaxis.set_major_locator(ticker.MaxNLocator(2, integer=True))
+  beside.set(xlabel='examples', xlim=(0, None))
+  ticks = [d * 10**e for e in range(9) for d in (1, 2, 5) if d * 10**e <= most]
+  bar = figure.colorbar(image, ax=[axes, beside], label='examples of a class')
+  bar.set_ticks(ticks, labels=[f'{tick:,}' for tick in ticks])
+  bar.minorticks_off()
+  figure.savefig(path, dpi=110 if num_clients <= 500 else 300)
   plt.close(figure)
 
 
@@ -61,10 +182,7 @@ def generated(
     path: Any, synthesise: Callable, shared: Any, num_classes: int) -> None:
   """Draws what the generator makes of each class, one labelled row each."""
   labels = jnp.repeat(jnp.arange(num_classes), _PER_CLASS)
-  images = np.asarray(synthesise(shared, labels, jax.random.key(0)))
-  low = images.min((1, 2, 3), keepdims=True)
-  high = images.max((1, 2, 3), keepdims=True)
-  images = (images - low) / np.maximum(high - low, 1e-6)
+  images = scaled(np.asarray(synthesise(shared, labels, jax.random.key(0))))
   if images.shape[-1] != 3:
     images = np.repeat(images.mean(-1, keepdims=True), 3, axis=-1)
   images = np.pad(images, ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=1)
@@ -81,6 +199,13 @@ def generated(
   axes.set_title('generated images, each scaled to its own range', fontsize=9)
   figure.savefig(path, dpi=100, bbox_inches='tight')
   plt.close(figure)
+
+
+def scaled(images: np.ndarray) -> np.ndarray:
+  """Images [B, H, W, channels], each scaled to its own range, 0 to 1."""
+  low = images.min((1, 2, 3), keepdims=True)
+  high = images.max((1, 2, 3), keepdims=True)
+  return (images - low) / np.maximum(high - low, 1e-6)
 
 
 def bars(
@@ -106,50 +231,3 @@ def bars(
     axes.invert_yaxis()
   figure.savefig(path, dpi=110)
   plt.close(figure)
-
-
-def heatmap(path: Any, counts: np.ndarray) -> None:
-  """Draws how many examples of each class each client holds, and its size above.
-
-  Few clients stand in their order, with the numbers. Many are sorted by the class
-  that they have most of, and by how large a part of theirs that is, so that the
-  picture shows the skew whatever order they came in.
-
-  Args:
-    path: where to write.
-    counts: [N, C] examples.
-  """
-  num_clients, num_classes = counts.shape
-  many = num_clients > _MANY_CLIENTS
-  if many:
-    part = counts.max(1) / np.maximum(counts.sum(1), 1)
-    counts = counts[np.lexsort((-part, counts.argmax(1)))]
-  height = min(.22 * num_classes, 6)
-  figure, (above, below) = plt.subplots(
-      2, 1, figsize=(min(5 + .2 * num_clients, 13), 2.6 + height),
-      height_ratios=(1, max(2, height)), sharex=True, layout='constrained')
-  above.bar(np.arange(num_clients), counts.sum(1), width=1., color='C0')
-  above.set(ylabel='examples')
-  image = below.imshow(
-      np.ma.masked_equal(counts.T, 0), aspect='auto', interpolation='nearest',
-      cmap='viridis_r', norm=plt_colors.LogNorm(1, max(counts.max(), 2)))
-  below.set(ylabel='class', xlabel='client' + (
-      ', sorted by the class it has most of' if many else ''))
-  if not many:
-    below.set_xticks(np.arange(num_clients))
-    below.tick_params(axis='x', labelsize=7)
-  if num_classes <= 20:
-    below.set_yticks(np.arange(num_classes))
-  if not many and num_classes <= 20:
-    _write_numbers(below, counts)
-  figure.colorbar(image, ax=below, label='examples', pad=.01)
-  figure.savefig(path, dpi=180 if many else 110)  # a pixel for each of 2,000
-  plt.close(figure)
-
-
-def _write_numbers(axes, counts):
-  dark = np.sqrt(max(counts.max(), 2))
-  for client, label in np.argwhere(counts):
-    number = counts[client, label]
-    axes.text(client, label, str(number), ha='center', va='center', fontsize=6,
-              color='white' if number > dark else 'black')

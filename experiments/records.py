@@ -10,30 +10,46 @@ from experiments import devices
 from experiments import files
 from experiments import folders
 from experiments import plots
+from experiments import scoring
+from experiments import tensorboard as board
 from experiments.assembly import Experiment
+from fedftg_jax import evaluation
 from fedftg_jax.data import partition
 from fedftg_jax.data import schedules
+from fedftg_jax.data import skew
 
 FINAL_ROUNDS = 10  # the final accuracy is the mean over so many last rounds
+_KEPT_IMAGES = 12  # evaluations of which generated images are kept, at most
+
 
 class Run:
-  """What one seed's run writes into its folder."""
+  """What one seed's run writes into its folder.
+
+  What it holds between evaluations is what its files say: `_rows` metrics.jsonl,
+  `_timings` timings.jsonl, `_clients` clients.json, `_images` generated.npz.
+  """
 
   def __init__(self, experiment: Experiment, folder: pathlib.Path, seed: int,
-               traffic: tuple[int, int]):
+               traffic: tuple[int, int], tensorboard: bool = False):
     """`traffic`: bits down and up for one client and round."""
     self._experiment, self._folder, self._seed = experiment, folder, seed
     self._bits_down, self._bits_up = traffic
-    self._rows, self._timings = [], []
+    self._rows, self._timings, self._clients, self._images = [], [], {}, {}
     self._down = self._up = 0  # bytes so far
     config = {**experiment.config, 'seed': seed}
     folders.claim_folder(folder, config)
     if devices.is_first():
-      (folder / 'summary.json').unlink(missing_ok=True)
+      for stale in ('summary.json', 'clients.json', 'generated.npz', 'report.html'):
+        (folder / stale).unlink(missing_ok=True)
     with files.replacing(folder / 'partition.npz') as temporary:
       partition.save(temporary, experiment.parts)
     with files.replacing(folder / 'schedule.npz') as temporary:
       schedules.save(temporary, experiment.schedule, len(experiment.parts))
+    self._counts = label_counts(experiment)
+    files.write_tree(folder / 'counts.npz', self._counts)
+    self._board = None
+    if tensorboard and devices.is_first():
+      self._board = board.start(folder, [*map(flat, self._rows)])
 
   @property
   def accuracy(self) -> float:
@@ -43,12 +59,13 @@ class Run:
   def rounds(self) -> int:
     return self._rows[-1]['round'] if self._rows else 0
 
-  def add(self, done, metrics, scores) -> None:
-    """Adds the evaluation after `done` rounds and rewrites metrics.jsonl.
+  def add(self, done: int, metrics, scores: scoring.Scores) -> None:
+    """Adds the evaluation after `done` rounds and rewrites the files.
 
     `metrics` are those of the rounds since the last evaluation.
     """
-    if not np.isfinite(scores['broadcast']['loss']):
+    broadcast = scores.models['broadcast']
+    if not np.isfinite(broadcast['loss']):
       raise cli.RunError(
           f'{self._folder}: the model is no longer finite after a round between '
           f'{self.rounds + 1} and {done}; the rows up to round {self.rounds} are '
@@ -59,15 +76,65 @@ class Run:
               for k, v in metrics.items()}
     self._rows.append({
         'round': done, 'train_loss': losses.pop('train_loss'),
-        'test_loss': _number(scores['broadcast']['loss']),
-        'test_accuracy': _number(scores['broadcast']['accuracy']),
-        'accuracy': {k: _number(v['accuracy']) for k, v in scores.items()},
+        'test_loss': _number(broadcast['loss']),
+        'test_accuracy': _number(broadcast['accuracy']),
+        'accuracy': {
+            k: _number(v['accuracy']) for k, v in scores.models.items()},
+        **{f'validation_{k}': _number(scores.validation[k])
+           for k in ('loss', 'accuracy') if scores.validation},
         'bytes_up': self._up, 'bytes_down': self._down, **losses})
+    self._add_classes(done, scores.models)
+    if scores.clients:
+      self._add_clients(done, scores.clients)
+    if scores.images is not None:
+      self._add_images(done, scores.images)
+    files.write_csv(self._folder / 'metrics.csv', [*map(flat, self._rows)])
     files.write_jsonl(self._folder / 'metrics.jsonl', self._rows)
+    if self._board:
+      board.add(self._board, flat(self._rows[-1]), scores.images)
+
+  def _add_classes(self, done, models) -> None:
+    """Each variant's accuracy on each class, of the last evaluation."""
+    files.write_json(self._folder / 'classes.json', {
+        'round': done,
+        'test_examples': np.bincount(
+            self._experiment.dataset.test_y,
+            minlength=self._experiment.dataset.num_classes).tolist(),
+        'accuracy': {name: [*map(_number, v['per_class'])]
+                     for name, v in models.items() if 'per_class' in v}})
+
+  def _add_clients(self, done, scores) -> None:
+    """Every client's scores, of the last evaluation of clients.
+
+    The rows of metrics.jsonl have how evenly they fall only where every
+    evaluation is one of clients: a run's rows begin those of a longer one.
+    """
+    summary = {name: {
+        k: x if isinstance(x, int) else _number(x)
+        for k, x in evaluation.fairness(v['accuracy']).items()}
+               for name, v in scores.items()}
+    if self._experiment.config['evaluate_clients'] == 'every':
+      self._rows[-1]['clients'] = summary
+    self._clients = {'round': done, 'summary': summary, **{
+        f'{split}_examples': counts.sum(1).tolist()
+        for split, counts in self._counts.items()}, **{
+            score: {name: [*map(_number, v[score])] for name, v in scores.items()}
+            for score in ('accuracy', 'loss')}}
+    files.write_json(self._folder / 'clients.json', self._clients)
+
+  def _add_images(self, done, images) -> None:
+    """Keeps the images of some evaluations."""
+    kept = kept_rounds([row['round'] for row in self._rows])
+    self._images = {t: a for t, a in self._images.items() if t in kept}
+    self._images[done] = images
+    files.write_tree(self._folder / 'generated.npz', {
+        f'round_{t:06d}': a for t, a in self._images.items()})
 
   def add_timing(self, timing) -> None:
     self._timings.append(timing)
     files.write_jsonl(self._folder / 'timings.jsonl', self._timings)
+    if self._board:
+      board.add(self._board, timing)
 
   def finish(self, state, clock) -> None:
     """Writes the model, the pictures and, last, the summary."""
@@ -83,11 +150,43 @@ class Run:
           name: [[(row['round'], megabytes(row), row['accuracy'][name])
                   for row in self._rows]]
           for name in self._rows[-1]['accuracy']}, 'test accuracy')
+    if self._board:
+      self._board.close()
+    clients = self._clients and {'clients': self._clients['summary']}
     files.write_json(folder / 'summary.json', {
         'method': experiment.config['method'], 'seed': self._seed,
-        **summarise(self._rows),
+        **summarise(self._rows), **clients,
         'bits_down_per_client': self._bits_down,
         'bits_up_per_client': self._bits_up, **clock.total()})
+
+
+def label_counts(experiment: Experiment) -> dict[str, np.ndarray]:
+  """How many examples of each class each client trains and is tested on, [N, C].
+  """
+  dataset = experiment.dataset
+  return {split: skew.class_counts(
+      labels, parts, dataset.num_classes).astype(np.int32)
+          for split, labels, parts in (
+              ('train', dataset.train_y, experiment.parts),
+              ('test', dataset.test_y, scoring.test_parts(experiment)))}
+
+
+def kept_rounds(rounds: list[int]) -> set[int]:
+  """Of the evaluated rounds those whose generated images are kept: the last, and
+  others spread over all. One that is kept has been since it was the last."""
+  stride = 1
+  while len(rounds) > stride * _KEPT_IMAGES:
+    stride *= 2
+  return {*rounds[::stride], rounds[-1]}
+
+
+def flat(row: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """A row without dictionaries in it: their names are joined with '/'."""
+  columns = {}
+  for name, value in row.items():
+    columns |= flat(value, f'{prefix}{name}/') if isinstance(value, dict) else {
+        prefix + name: value}
+  return columns
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,8 +5,8 @@
 
 The bare command runs FedFTG on 5,000 real MNIST images. Everything goes into
 --workdir (default: a folder in runs/ named after the configuration):
-config.json, partition.npz, metrics.jsonl, timings.jsonl, summary.json,
-curves.png, generated.png, params.npz.
+report.html to look at, metrics.csv to go on with, and the rest that BUILD.md
+lists.
 """
 
 import json
@@ -21,6 +21,7 @@ from experiments import flags
 from experiments import folders
 from experiments import progress
 from experiments import records
+from experiments import report
 from experiments import runner
 
 absl_flags.adopt_module_key_flags(flags)  # for --help
@@ -35,13 +36,16 @@ def main() -> None:
   else:
     runner.train(
         assembly.build(config, FLAGS.data_dir, FLAGS.manual_dir),
-        [config['seed']], [folder], config['method'])
+        [config['seed']], [folder], config['method'], FLAGS.tensorboard)
   if not devices.is_first():
     return
+  if not (folder / 'report.html').exists():
+    report.write(folder)
   summary = json.loads((folder / 'summary.json').read_text())
   print(f'final accuracy {summary["final_accuracy"]:.4f} (mean over the last '
         f'{records.FINAL_ROUNDS} rounds) after {summary["rounds"]} rounds; '
-        f'results in {folder}')
+        f'{summary["train_seconds"]:.0f} s of training, '
+        f'{summary["compile_seconds"]:.0f} s of compilation; results in {folder}')
 
 
 if __name__ == '__main__':

@@ -1,21 +1,24 @@
-"""Accuracy and loss of models on whole data sets."""
+"""Accuracy and loss: of models on whole data sets, and client by client."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from fedftg_jax import trees
-from fedftg_jax.base import Data, Method, Model, PyTree, Variables
+from fedftg_jax import stacking, trees
+from fedftg_jax.base import Data, Federation, Method, Model, State, Variables
 from fedftg_jax.data import clients
+
+_HOST_BLOCK = 64  # clients whose slots are brought to the device at once
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def evaluate(
     model: Model, variables: Variables, x: jax.Array, y: jax.Array,
     batch_size: int = 500, batch_stats: bool = False) -> dict[str, jax.Array]:
-  """Mean cross-entropy and accuracy.
+  """Mean cross-entropy and accuracy, and the accuracy on each class.
 
   Args:
     model: the classifier.
@@ -27,50 +30,139 @@ def evaluate(
       running statistics mean nothing; else by the running statistics.
 
   Returns:
-    {'loss', 'accuracy'}: scalars.
+    {'loss', 'accuracy'}: scalars; {'per_class'}: [C], NaN for a class that has
+    no examples.
   """
   num = len(y)
   data = Data(x, y, jnp.arange(num), jnp.int32(num))
-  return clients.mean_over_examples(
+  means = clients.mean_over_examples(
       functools.partial(_scores, model, variables, batch_stats), data,
       min(batch_size, num))
+  present, correct = means.pop('present'), means.pop('correct')
+  return {**means, 'per_class': correct / present}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
 def evaluate_clients(
-    model: Model, params: PyTree, stats: PyTree, data: Data,
-    batch_size: int = 500) -> dict[str, jax.Array]:
-  """One model on each client's examples, with each client's statistics.
+    model: Model, fed: Federation, state: State, data: Data, test: Data,
+    key: jax.Array, *, personalise: bool = False, chunk: int = 1,
+    batch_size: int = 500) -> dict[str, dict[str, jax.Array]]:
+  """The broadcast model on every client's test examples, before and after the
+  client's local training.
+
+  'broadcast' is the model as the client begins from it: with BatchNorm
+  statistics of its own where the method gives it those. 'personalised' is what
+  local training makes of it, with the draws of the next round: a client that is
+  selected in it trains the same model.
 
   Args:
     model: the classifier.
-    params: of the model.
-    stats: running statistics, every leaf [N, ...].
-    data: examples and who holds which.
+    fed: the simulation, of one seed.
+    state: after the last round, of one seed.
+    data: what the clients train on.
+    test: what each is tested on; its `index` and `count` have the same N rows.
+    key: base key of the training.
+    personalise: whether to train: costs one local training of every client.
+    chunk: how many clients are stacked at once, see `stacking.over_clients`.
     batch_size: examples at once; the last batch is padded and masked.
 
   Returns:
-    {'loss', 'accuracy'}: [N], NaN for clients without examples.
+    For 'broadcast' and, if asked for, 'personalised': {'loss', 'accuracy'}, [N],
+    NaN for clients without test examples.
   """
-  def one(client):
-    stats, index, count = client
-    scores = clients.mean_over_examples(
-        functools.partial(_scores, model, Variables(params, stats), False),
-        data._replace(index=index, count=count),
-        min(batch_size, len(index)))
-    return jax.tree.map(lambda a: jnp.where(count > 0, a, jnp.nan), scores)
+  num = len(test.count)
+  on_device = fed.client_state == 'device'
+  size = num if on_device else min(num, _HOST_BLOCK)
+  found = []
+  for first in range(0, num, size):
+    ids = np.minimum(np.arange(first, first + size), num - 1)
+    slots = state.clients if on_device else jax.tree.map(
+        lambda a: np.asarray(a[ids]), state.clients)
+    found.append(_evaluate_some(
+        model, fed, state._replace(clients=slots), data, test, key, ids,
+        personalise=personalise, chunk=chunk, batch_size=batch_size))
+  return jax.tree.map(lambda *a: jnp.concatenate(a)[:num], *found)
 
-  return jax.lax.map(one, (stats, data.index, data.count))
+
+@functools.partial(
+    jax.jit, static_argnums=(0, 1),
+    static_argnames=('personalise', 'chunk', 'batch_size'))
+def _evaluate_some(model, fed, state, data, test, key, ids, *, personalise, chunk,
+                   batch_size):
+  """Clients `ids`, in whose order `state.clients` is."""
+  num = len(ids)
+  pad = 0, stacking.num_rows(num, chunk, fed.mesh) - num
+
+  def one(shared, row):
+    state, data, flat, key = shared
+    client_id, place, index, count = row
+    models = dict(zip(('broadcast', 'personalised'), fed.personalise(
+        state, data, client_id, place, key)))
+    if not personalise:
+      del models['personalised']
+    return (), {name: _of_client(
+        model, variables, Data(*flat, index, count), batch_size)
+                for name, variables in models.items()}
+
+  rows = jax.tree.map(
+      lambda a: jnp.pad(a, (pad, *[(0, 0)] * (a.ndim - 1))),
+      (ids, jnp.arange(num), test.index[ids], test.count[ids]))
+  _, scores = stacking.over_clients(
+      one, (state, data, (test.x, test.y), key), rows, chunk, fed.mesh)
+  return stacking.everywhere(
+      jax.tree.map(lambda a: a[:num], scores), fed.mesh)
+
+
+def fairness(values: np.ndarray) -> dict[str, float]:
+  """How evenly accuracy falls to clients.
+
+  Jain, Chiu and Hawe, A Quantitative Measure of Fairness, DEC-TR-301, 1984:
+  (sum x)^2 / (n sum x^2), 1 if all are equal, 1 / n if one has everything. Mean,
+  variance and tails as in Li et al., ICLR 2020, arXiv:1905.10497, but in
+  fractions where they have percent.
+
+  Args:
+    values: [N], NaN for clients that do not count.
+
+  Returns:
+    'clients': how many count. If any do: 'mean', each client alike; 'worst' and
+    'best', the means over the worst and best tenth of the clients, one at least;
+    'variance', about the mean over all of them; 'jain', 1 where all are zero.
+  """
+  values = np.sort(values[np.isfinite(values)]).astype(float)
+  num = len(values)
+  if not num:
+    return {'clients': 0}
+  tail = -(-num // 10)
+  square = num * np.sum(values**2)
+  return {
+      'clients': num, 'mean': float(values.mean()),
+      'worst': float(values[:tail].mean()),
+      'best': float(values[-tail:].mean()), 'variance': float(values.var()),
+      'jain': float(np.sum(values)**2 / square) if square else 1.}
+
+
+def _of_client(model, variables, data, batch_size):
+  """One client's scores; NaN without examples."""
+  means = clients.mean_over_examples(
+      functools.partial(_scores, model, variables, False), data,
+      min(batch_size, len(data.index)))
+  return {name: jnp.where(data.count > 0, means[name], jnp.nan)
+          for name in ('loss', 'accuracy')}
 
 
 def _scores(model, variables, batch_stats, batch):
+  """Means over the valid examples: loss, hits, and by class examples and hits."""
   logits = model.apply(
       variables, batch.x, mask=batch.mask, train=batch_stats).logits
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
   correct = jnp.argmax(logits, axis=-1) == batch.y
+  classes = batch.mask[:, None] * jax.nn.one_hot(
+      batch.y, logits.shape[-1])  # [B, C]
   num = jnp.maximum(jnp.sum(batch.mask), 1)
   return {'loss': jnp.sum(batch.mask * loss) / num,
-          'accuracy': jnp.sum(batch.mask * correct) / num}
+          'accuracy': jnp.sum(batch.mask * correct) / num,
+          'present': jnp.sum(classes, axis=0) / num,
+          'correct': jnp.sum(classes * correct[:, None], axis=0) / num}
 
 
 def last_models() -> Method:

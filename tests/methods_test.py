@@ -588,8 +588,10 @@ class BatchNormPolicyTest(absltest.TestCase):
   def test_evaluation_with_each_client_s_statistics(self):
     _, state = self.rounds('local', [[0, 1, 2, 3, 4]])
     (stats, _), _ = state.clients[0]
+    fed = problems.make(self.NET, batch_norm.with_policy(
+        'local', fed_avg.fed_avg(), self.NET))
     got = evaluation.evaluate_clients(
-        self.NET, state.variables.params, stats, problems.DATA)
+        self.NET, fed, state, problems.DATA, problems.DATA, KEY)['broadcast']
     for k in range(5):
       rows = problems.DATA.index[k][:problems.DATA.count[k]]
       variables = state.variables._replace(

@@ -147,9 +147,10 @@ class TrainTest(parameterized.TestCase):
     self.assertIn('round 3/3', out)
     run = self.folder / 'a'
     self.assertCountEqual([p.name for p in run.iterdir()], [
-        'config.json', 'curves.png', 'generated.png', 'metrics.jsonl',
-        'params.npz', 'partition.npz', 'schedule.npz', 'summary.json',
-        'timings.jsonl'])
+        'classes.json', 'clients.json', 'config.json', 'counts.npz',
+        'curves.png', 'generated.npz', 'generated.png', 'metrics.csv',
+        'metrics.jsonl', 'params.npz', 'partition.npz', 'report.html',
+        'schedule.npz', 'summary.json', 'timings.jsonl'])
     rows = [json.loads(r) for r in (run / 'metrics.jsonl').read_text().split(
         '\n') if r]
     self.assertEqual([r['round'] for r in rows], [2, 3])

@@ -1,0 +1,464 @@
+"""Makes report.html of a run or a comparison, from the files in its folder.
+
+  python -m experiments.report runs/demo
+
+One page that needs nothing else: no network, no scripts, pictures inside. It is
+written by `train` and `compare`; this makes it anew, also while a run goes on.
+"""
+
+import base64
+import io
+import json
+import pathlib
+import re
+from typing import Any, Iterable, Mapping, NamedTuple, Sequence
+
+import jinja2
+import markupsafe
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from experiments import cli
+from experiments import files
+from experiments import folders
+from experiments import plots
+from experiments import records
+from experiments import svg
+
+_STRIP_ROUNDS = 6  # rounds whose generated images are shown, at most
+_TARGETS = (.5, .7, .8, .9, .95, .97, .98, .99)  # accuracies that count rounds
+_SHOWN_TARGETS = 4
+_STRIP_PIXELS = 64  # at least so many across an image
+
+
+class Run(NamedTuple):
+  """What a run's folder says, up to some round; {} where a file is missing."""
+  config: dict[str, Any]
+  versions: dict[str, str]
+  rows: list[dict[str, Any]]  # metrics.jsonl, at least one
+  timings: list[dict[str, Any]]
+  clients: dict[str, Any]
+  classes: dict[str, Any]
+  counts: dict[str, np.ndarray]
+  images: dict[int, np.ndarray]  # by round
+
+
+class Table(NamedTuple):
+  """Text: the first column names its row, the others are numbers."""
+  header: Sequence[str]
+  rows: Sequence[Sequence[str]]
+
+
+# What is compared, by name: of each seed its run, and which of its models.
+Entries = Mapping[str, Sequence[tuple[Run, str]]]
+
+
+def main(folder: str) -> None:
+  path = write(pathlib.Path(folder))
+  print(f'written: {path}')
+
+
+def write(folder: pathlib.Path) -> pathlib.Path:
+  """Writes report.html into the folder of a run or a comparison.
+
+  Args:
+    folder: as `train` or `compare` left it.
+
+  Returns:
+    Where the page is.
+
+  Raises:
+    cli.ArgumentError: if the folder holds neither.
+  """
+  try:
+    config = files.read_json(folder / 'config.json')['config']
+    page = (_of_comparison(folder, config) if config.get('program') == 'compare'
+            else _of_run(folder))
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise cli.ArgumentError(
+        folder, 'must be a folder that train or compare has written to, with at '
+        f'least one evaluation ({" ".join(str(error).split())})') from error
+  path = folder / 'report.html'
+  files.write_text(path, render(page))
+  return path
+
+
+def render(page: Mapping[str, Any]) -> str:
+  """The page as HTML; what is not marked as safe is escaped."""
+  environment = jinja2.Environment(
+      loader=jinja2.FileSystemLoader(
+          pathlib.Path(__file__).parent / 'templates'),
+      autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+      lstrip_blocks=True)
+  environment.filters['breakable'] = _breakable
+  return environment.get_template('report.html').render(page)
+
+
+def _breakable(text: str) -> markupsafe.Markup:
+  """Text as HTML that may be broken where a name has its joints."""
+  return markupsafe.Markup('<wbr>').join(re.split(r'(?<=[_:=+,/])', text))
+
+
+def read_run(folder: pathlib.Path, rounds: int | None = None) -> Run:
+  """A run's files, up to `rounds` (None: all).
+
+  Raises:
+    OSError, ValueError, KeyError: if config.json or metrics.jsonl cannot be read.
+  """
+  saved = files.read_json(folder / 'config.json')
+
+  def lines(name):
+    path = folder / name
+    rows = files.read_jsonl(path) if path.exists() else []
+    return [row for row in rows if rounds is None or row['round'] <= rounds]
+
+  rows = lines('metrics.jsonl')
+  if not rows:
+    raise ValueError(f'{folder}: no evaluation yet')
+
+  def last(name):
+    path = folder / name
+    value = files.read_json(path) if path.exists() else {}
+    return value if value.get('round') == rows[-1]['round'] else {}
+
+  images = {int(name.removeprefix('round_')): a
+            for name, a in _arrays(folder / 'generated.npz').items()}
+  return Run(
+      saved['config'], saved['versions'], rows, lines('timings.jsonl'),
+      last('clients.json'), last('classes.json'), _arrays(folder / 'counts.npz'),
+      {t: a for t, a in images.items() if t <= rows[-1]['round']})
+
+
+def _arrays(path):
+  if not path.exists():
+    return {}
+  with np.load(path, allow_pickle=False) as file:
+    return {name: file[name] for name in file.files}
+
+
+def _of_run(folder) -> dict[str, Any]:
+  """The page of one run: its models side by side."""
+  run = read_run(folder)
+  entries = {name: [(run, model)] for name, model in _models(run).items()}
+  clients = {'': {
+      name: [(run, name)] for name in run.clients.get('accuracy', {})}}
+  return {
+      'title': f'{run.config["method"]} on {run.config["dataset"]}',
+      'kind': 'Training run', 'verdict': _verdict_of_run(run),
+      'final': final_table(entries, 'model'),
+      'configuration': _configuration([run]), 'differences': None,
+      **_sections(entries, clients, {run.config['method']: [run]})}
+
+
+def _models(run) -> dict[str, str]:
+  """A run's models by what to call them: those that are one have one name."""
+  alike = {}
+  for name in run.rows[-1]['accuracy']:
+    values = json.dumps([row['accuracy'][name] for row in run.rows])
+    alike.setdefault(values, []).append(name)
+  return {' = '.join(names): names[0] for names in alike.values()}
+
+
+def _of_comparison(folder, config) -> dict[str, Any]:
+  """The page of a comparison: the methods' broadcast models side by side."""
+  summary = files.read_json(folder / 'summary.json')
+  runs = {name: [read_run(folder / folders.folder_name(name) / f'seed{seed}',
+                          config['rounds']) for seed in summary['seeds']]
+          for name in summary['methods']}
+  entries = {name: [(run, 'broadcast') for run in of_name]
+             for name, of_name in runs.items()}
+  clients = {model: {
+      name: [(run, model) for run in of_name] for name, of_name in runs.items()
+      if all(model in run.clients.get('accuracy', {}) for run in of_name)}
+             for model in ('broadcast', 'personalised')}
+  first = [of_name[0] for of_name in runs.values()]
+  return {
+      'title': f'{len(runs)} methods on {config["dataset"]}' if len(runs) > 1
+               else f'{next(iter(runs))} on {config["dataset"]}',
+      'kind': 'Comparison', 'verdict': _verdict_of_comparison(entries),
+      'final': final_table(entries, 'method', average=True),
+      'configuration': _configuration(first),
+      'differences': _differences(runs),
+      **_sections(entries, clients, runs, summary['target_accuracy'])}
+
+
+def _sections(entries, clients, runs, target=None) -> dict[str, Any]:
+  """What runs and comparisons have in common; None for what there is not."""
+  series = {name: [[(row['round'], records.megabytes(row),
+                     100 * row['accuracy'][model]) for row in run.rows]
+                   for run, model in of_name] for name, of_name in entries.items()}
+  first = next(iter(runs.values()))[0]
+  ylabel = 'test accuracy, percent'
+  return {
+      'legend': _legend(entries),
+      'curves': [svg.inline(
+          f'curve{column}', f'Test accuracy against {what}; numbers in the tables.',
+          plots.curve, series, ylabel, column)
+                 for column, what in enumerate(('rounds', 'megabytes'))],
+      'seeds': len(next(iter(entries.values()))),
+      'targets': targets_table(entries, target),
+      **_clients(clients),
+      **_classes(entries),
+      'partition': len(first.counts) and svg.inline(
+          'partition', 'Training examples of each class that each client holds.',
+          plots.heatmap, first.counts['train']),
+      'partition_note': _partition_note(first),
+      'strips': [(name, strip(of_name[0].images)) for name, of_name in runs.items()
+                 if of_name[0].images],
+      'times': times_table(runs),
+      'versions': first.versions}
+
+
+def final_table(entries: Entries, kind: str, average: bool = False) -> Table:
+  """Accuracies in percent: final with every seed's, best, and `average` the
+  plain average of the models."""
+  rows = []
+  for name, of_name in entries.items():
+    final = _final(of_name)
+    row = [name, _spread(final)]
+    if average:
+      row.append(_spread(_final([(run, 'average') for run, _ in of_name])))
+    row.append(_spread([max(r['accuracy'][model] for r in run.rows)
+                        for run, model in of_name]))
+    rows.append([*row, *map(_percent, final)] if len(final) > 1 else row)
+  seeds = [run.config['seed'] for run, _ in next(iter(entries.values()))]
+  return Table(
+      [kind, 'final', *(['plain average'] if average else []), 'best',
+       *([f'seed {seed}' for seed in seeds] if len(seeds) > 1 else [])], rows)
+
+
+def targets_table(entries: Entries, target: float | None = None) -> Table | None:
+  """Rounds and megabytes to the first evaluation at each target.
+
+  Args:
+    entries: what to compare.
+    target: one that is shown in any case.
+
+  Returns:
+    The table, with the highest few targets that some run reaches; None if no
+    run reaches any.
+  """
+  best = max(row['accuracy'][model] for of_name in entries.values()
+             for run, model in of_name for row in run.rows)
+  reached = [t for t in _TARGETS if t <= best][-_SHOWN_TARGETS:]
+  targets = sorted({*reached, *([target] if target else [])})
+  if not targets:
+    return None
+  return Table(
+      ['', *(f'{100 * t:g} %' for t in targets)],
+      [[name, *(_to_target(of_name, t) for t in targets)]
+       for name, of_name in entries.items()])
+
+
+def _to_target(of_name, target) -> str:
+  """'14 (182 MB)': means over the seeds that get there, and how many do not."""
+  found = [next(((row['round'], records.megabytes(row)) for row in run.rows
+                 if row['accuracy'][model] >= target), None)
+           for run, model in of_name]
+  there = [point for point in found if point is not None]
+  if not there:
+    return 'never'
+  rounds, megabytes = np.mean(there, axis=0)
+  missed = len(found) - len(there)
+  return f'{rounds:.1f}'.removesuffix('.0') + f' ({megabytes:.0f} MB)' + (
+      f', {missed} of {len(found)} never' if missed else '')
+
+
+def fairness_table(clients: Entries) -> Table:
+  """How evenly accuracy falls to clients, means over seeds."""
+  rows = []
+  for name, of_name in clients.items():
+    figures = [run.clients['summary'][model] for run, model in of_name]
+
+    def mean(key, figures=figures):
+      return np.mean([f[key] for f in figures])
+
+    rows.append([name, *(_percent(mean(k)) for k in ('mean', 'worst', 'best')),
+                 f'{1e4 * mean("variance"):.1f}', f'{mean("jain"):.3f}',
+                 f'{mean("clients"):.4g}'])
+  return Table(['', 'mean', 'worst 10 %', 'best 10 %', 'variance', 'Jain index',
+                'clients'], rows)
+
+
+def _clients(groups: Mapping[str, Entries]) -> dict[str, Any]:
+  """A table for all, and for each group a picture of clients in order."""
+  groups = {group: entries for group, entries in groups.items() if entries}
+  return {
+      'fairness': groups and fairness_table({
+          ', '.join(filter(None, (name, group))): of_name
+          for group, entries in groups.items()
+          for name, of_name in entries.items()}),
+      'clients': [(group, _legend(entries), svg.inline(
+          f'clients{i}', f'Accuracy of each client, from the worst to the best. '
+          f'{group}', plots.clients, _client_values(entries)))
+                  for i, (group, entries) in enumerate(groups.items())]}
+
+
+def _client_values(clients) -> dict[str, np.ndarray]:
+  """By name all clients' accuracies in percent, of all seeds."""
+  values = {name: np.array([x for run, model in of_name
+                            for x in run.clients['accuracy'][model]], float)
+            for name, of_name in clients.items()}
+  return {name: 100 * v[np.isfinite(v)] for name, v in values.items()}
+
+
+def _classes(entries) -> dict[str, Any]:
+  """Picture and table of the accuracy on each class, means over seeds."""
+  values = {}
+  for name, of_name in entries.items():
+    found = [run.classes.get('accuracy', {}).get(model) for run, model in of_name]
+    if all(found):
+      values[name] = 100 * np.mean(np.array(found, float), axis=0)
+  if not values:
+    return {'classes': None, 'classes_table': None, 'classes_legend': []}
+  num_classes = len(next(iter(values.values())))
+  return {
+      'classes': svg.inline('classes', 'Accuracy on each class; the table has the '
+                            'numbers.', plots.classes, values),
+      'classes_legend': _bar_legend(values),
+      'classes_table': Table(['class', *values], [
+          [str(c), *(f'{v[c]:.1f}' if np.isfinite(v[c]) else '–'
+                     for v in values.values())] for c in range(num_classes)])}
+
+
+def times_table(runs: Mapping[str, Sequence[Run]]) -> Table:
+  """Seconds per stage and rounds per second, means over seeds."""
+  rows = []
+  for name, of_name in runs.items():
+    stages = [[sum(row[f'{stage}_seconds'] for row in run.timings)
+               for stage in ('train', 'evaluate', 'compile')] for run in of_name]
+    seconds = np.mean(stages, axis=0)
+    rounds = np.mean([run.rows[-1]['round'] for run in of_name])
+    rows.append([name, *(f'{s:.1f}' for s in seconds),
+                 f'{rounds / max(seconds[0], 1e-9):.3g}'])
+  return Table(
+      ['', 'train, s', 'evaluate, s', 'compile, s', 'rounds per s'], rows)
+
+
+def strip(images: Mapping[int, np.ndarray]) -> list[tuple[int, str]]:
+  """Some of the rounds, evenly spread, each with its images as a data URI.
+
+  Args:
+    images: [C, H, W, channels] uint8 by round.
+
+  Returns:
+    (round, image of all classes side by side), at most `_STRIP_ROUNDS`.
+  """
+  rounds = sorted(images)
+  places = np.linspace(0, len(rounds) - 1, min(len(rounds), _STRIP_ROUNDS))
+  return [(rounds[i], _side_by_side(images[rounds[i]]))
+          for i in np.round(places).astype(int)]
+
+
+def _side_by_side(images) -> str:
+  if images.shape[-1] != 3:
+    images = images.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8)
+  times = -(-_STRIP_PIXELS // images.shape[2])  # so that pixels stay sharp
+  images = images.repeat(times, 1).repeat(times, 2)
+  file = io.BytesIO()
+  Image.fromarray(np.concatenate(list(images), axis=1)).save(
+      file, 'PNG', optimize=True)
+  return 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
+
+
+def _legend(names: Iterable[str]) -> list[tuple[str, str]]:
+  """(name, CSS of its sample) of lines."""
+  return [(name, f'border-top: 3px {"dashed" if dashes == "--" else "solid"} '
+           f'{matplotlib.colors.to_hex(color)}')
+          for name, (color, dashes) in plots.line_styles(names).items()]
+
+
+def _bar_legend(names: Iterable[str]) -> list[tuple[str, str]]:
+  """(name, CSS of its sample) of bars."""
+  return [(name, f'height: .8rem; opacity: {opacity:g}; '
+           f'background: {matplotlib.colors.to_hex(color)}')
+          for name, (color, opacity) in plots.bar_styles(names).items()]
+
+
+def _partition_note(run) -> str:
+  config = run.config
+  kind = config['partition']
+  if kind == 'dirichlet':
+    kind = f'Dirichlet({config["dirichlet_alpha"]:g})'
+  seed = config.get('partition_seed')
+  return kind + ('' if seed is None else f', seed {seed}')
+
+
+def _verdict_of_run(run) -> str:
+  final = {name: _final([(run, name)])[0] for name in run.rows[-1]['accuracy']}
+  last = run.rows[-1]
+  text = (f'{_percent(final["broadcast"])} % test accuracy (mean over the last '
+          f'{records.FINAL_ROUNDS} rounds) after {last["round"]} rounds and '
+          f'{records.megabytes(last):,.0f} MB.')
+  if 'fine_tuned' in final:
+    gain = 100 * (final['broadcast'] - final['average'])
+    text += (f' The plain average of the clients\' models has '
+             f'{_percent(final["average"])} %: what the server adds to it is worth '
+             f'{gain:+.2f} points.'.replace('-', '−'))
+  return text
+
+
+def _verdict_of_comparison(entries) -> str:
+  """Who ends highest, and whether that is more than the spread over seeds."""
+  finals = {name: _final(of_name) for name, of_name in entries.items()}
+  order = sorted(finals, key=lambda name: -np.mean(finals[name]))
+  best = finals[order[0]]
+  text = f'{order[0]} ends highest, at {_spread(best)} % test accuracy'
+  if len(order) == 1:
+    return f'{order[0]} ends at {_spread(best)} % test accuracy.'
+  second = finals[order[1]]
+  gap = 100 * (np.mean(best) - np.mean(second))
+  text += f', {gap:.2f} points above {order[1]}'
+  if len(best) == 1:
+    return text + '. One seed each: whether that is chance cannot be said.'
+  spread = 100 * max(np.std(best, ddof=1), np.std(second, ddof=1))
+  return text + (
+      f', {"more" if gap > spread else "no more"} than the spread over '
+      f'{len(best)} seeds ({spread:.2f}).')
+
+
+def _configuration(runs) -> list[Table]:
+  """What all of `runs` have in common, in two halves."""
+  first = runs[0].config
+  rows = [[name, _text(value)] for name, value in sorted(first.items())
+          if all(run.config.get(name) == value for run in runs)]
+  half = -(-len(rows) // 2)
+  return [Table(['flag', 'value'], part) for part in (rows[:half], rows[half:])
+          if part]
+
+
+def _differences(runs) -> Table | None:
+  """The flags in which methods differ; None if there is one method."""
+  configs = {name: of_name[0].config for name, of_name in runs.items()}
+  names = sorted({k for config in configs.values() for k in config})
+  rows = [[name, *(_text(config[name]) if name in config else '–'
+                   for config in configs.values())]
+          for name in names
+          if len({json.dumps(config.get(name)) for config in configs.values()}) > 1]
+  return Table(['flag', *configs], rows) if rows else None
+
+
+def _final(of_name) -> list[float]:
+  """Each seed's mean over the last rounds, of one of its models."""
+  return [records.summarise(run.rows)['final_accuracy_of'][model]
+          for run, model in of_name]
+
+
+def _spread(values) -> str:
+  """Mean and, over several seeds, standard deviation, in percent."""
+  text = _percent(np.mean(values))
+  return text if len(values) == 1 else (
+      f'{text} ± {_percent(np.std(values, ddof=1))}')
+
+
+def _percent(value) -> str:
+  return f'{100 * value:.2f}'
+
+
+def _text(value) -> str:
+  return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+if __name__ == '__main__':
+  cli.run(main, argument='FOLDER')

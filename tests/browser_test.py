@@ -1,0 +1,203 @@
+"""report.html in a real browser: nothing fetched, nothing wider than a phone."""
+
+import contextlib
+import functools
+import html.parser
+import http.server
+import json
+import pathlib
+import shutil
+import subprocess
+import tempfile
+import threading
+
+from absl.testing import absltest
+import numpy as np
+from PIL import Image
+import pytest
+
+from experiments import files
+from experiments import folders
+from experiments import report
+
+# What the page says about itself once it is laid out at a width. A page in a
+# frame has the frame's width as its own.
+_PROBE = '''<!DOCTYPE html><title>probe</title><link rel="icon" href="data:,"><body style="margin:0">
+<iframe src="report.html" style="border:0;width:%dpx;height:%dpx"></iframe>
+<script>
+const seen = [];
+const frame = document.querySelector("iframe");
+frame.onload = () => {
+  const inner = frame.contentDocument, root = inner.documentElement;
+  const count = tag => inner.querySelectorAll(tag).length;
+  const pre = document.createElement("pre");
+  pre.textContent = JSON.stringify({
+    width: root.clientWidth, scroll: root.scrollWidth, height: root.scrollHeight,
+    tables: count("table"), pictures: count("figure svg"), images: count("img"),
+    broken: [...inner.images].filter(i => !i.naturalWidth).length,
+    flat: [...inner.querySelectorAll("figure svg")].filter(
+        s => s.getBoundingClientRect().height < 80).length,
+    fetched: frame.contentWindow.performance.getEntriesByType("resource").map(
+        r => r.name)});
+  document.body.append(pre);
+};
+</script>'''
+
+
+def browser(*argv):
+  """Chromium as a process of its own, with a profile of its own."""
+  program = shutil.which('chromium') or shutil.which('google-chrome')
+  if program is None:
+    raise FileNotFoundError('this test needs chromium (apt-get install chromium)')
+  with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+    return subprocess.run(
+        [program, '--headless', '--no-sandbox', '--disable-gpu', '--no-first-run',
+         '--disable-background-networking', '--disable-component-update',
+         '--disable-sync', '--hide-scrollbars', '--enable-logging=stderr',
+         f'--user-data-dir={profile}', *argv], capture_output=True, text=True,
+        timeout=60, check=True)
+
+
+@contextlib.contextmanager
+def served(folder):
+  """The address of `folder`, and what is asked of it."""
+  asked = []
+
+  class Handler(http.server.SimpleHTTPRequestHandler):
+
+    def log_request(self, code='-', size='-'):
+      asked.append(self.path)
+
+    def log_message(self, *args):
+      pass
+
+  server = http.server.ThreadingHTTPServer(
+      ('localhost', 0), functools.partial(Handler, directory=folder))
+  thread = threading.Thread(target=server.serve_forever)
+  thread.start()
+  try:
+    yield f'http://localhost:{server.server_port}', asked
+  finally:
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def write_run(folder, method, seed, accuracy, long):
+  """A run's folder with everything a page shows."""
+  rng = np.random.RandomState(seed)
+  names = 'average', 'broadcast', 'fine_tuned'
+  config = {'method': method, 'dataset': 'npz:' + long, 'seed': seed,
+            'rounds': 40, 'partition': 'dirichlet', 'dirichlet_alpha': .1,
+            'partition_seed': 0, **{f'flag_{i}': i / 3 for i in range(30)}}
+  files.write_json(folder / 'config.json', {
+      'config': config, 'contents': {}, 'versions': {'jax': '0.10.2'}})
+  values = np.minimum(.98, accuracy * (1 - np.exp(-np.arange(1, 21) / 5)))
+  rows = [{'round': 2 * t + 2, 'test_accuracy': a, 'bytes_up': 1e7 * (t + 1),
+           'bytes_down': 1e7 * (t + 1), 'accuracy': {
+               name: a - i / 50 for i, name in enumerate(names)}}
+          for t, a in enumerate(values)]
+  files.write_jsonl(folder / 'metrics.jsonl', rows)
+  files.write_jsonl(folder / 'timings.jsonl', [{
+      'round': row['round'], 'train_seconds': 1.5, 'evaluate_seconds': .1,
+      'compile_seconds': .2} for row in rows])
+  counts = rng.multinomial(200, rng.dirichlet([.1] * 10), 20).astype(np.int32)
+  files.write_tree(folder / 'counts.npz', {'train': counts, 'test': counts})
+  of_clients = {name: rng.beta(8, 2, 20).tolist()
+                for name in ('broadcast', 'personalised')}
+  summary = {'clients': 20, 'mean': .8, 'worst': .5, 'best': .95,
+             'variance': .01, 'jain': .97}
+  files.write_json(folder / 'clients.json', {
+      'round': 40, 'accuracy': of_clients,
+      'summary': {name: summary for name in of_clients}})
+  files.write_json(folder / 'classes.json', {
+      'round': 40, 'accuracy': {
+          name: rng.beta(8, 2, 10).tolist() for name in names}})
+  files.write_tree(folder / 'generated.npz', {
+      f'round_{t:06d}': rng.randint(0, 255, (10, 28, 28, 1)).astype(np.uint8)
+      for t in range(2, 42, 4)})
+
+
+@pytest.mark.browser
+class BrowserTest(absltest.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+
+  def look(self, width):
+    """(what the page says of itself, what it asked for, its picture)."""
+    (self.folder / 'probe.html').write_text(_PROBE % (width, 9000))
+    with served(self.folder) as (address, asked):
+      dom = browser('--virtual-time-budget=5000', '--dump-dom',
+                    f'{address}/probe.html')
+      browser(f'--window-size={max(width, 500)},3000',
+              f'--screenshot={self.folder / "shot.png"}',
+              f'{address}/probe.html')
+
+    class Pre(html.parser.HTMLParser):
+      text = ''
+
+      def handle_data(self, data):
+        if data.startswith('{'):
+          self.text = data
+
+    parser = Pre()
+    parser.feed(dom.stdout)
+    complaints = [line for line in dom.stderr.splitlines() if 'CONSOLE' in line]
+    with Image.open(self.folder / 'shot.png') as picture:
+      pixels = np.asarray(picture.convert('RGB'))
+    return json.loads(parser.text), asked, complaints, pixels
+
+  def assert_fine(self, **counts):
+    for width in (360, 1280):
+      page, asked, complaints, pixels = self.look(width)
+      self.assertEqual(page['width'], width)
+      self.assertEqual(page['scroll'], width, 'wider than the window')
+      self.assertEqual({k: page[k] for k in counts}, counts)
+      self.assertEqual((page['broken'], page['flat']), (0, 0))
+      self.assertEmpty(page['fetched'])
+      self.assertEmpty(complaints)
+      self.assertEqual({*asked}, {'/probe.html', '/report.html'})
+      # There is a picture: ink on paper, and the colours of curves.
+      colors = np.unique(pixels.reshape(-1, 3), axis=0)
+      self.assertGreater(len(colors), 300)
+
+  def test_run(self):
+    write_run(self.folder, 'fed_ftg', 0, .9, 'x' * 200)
+    report.write(self.folder)
+    self.assert_fine(tables=7, pictures=5, images=6)
+
+  def test_comparison(self):
+    """Long names, many methods, several seeds."""
+    long = 'fed_ftg:ftg_teacher_weight=uniform:ftg_hard_samples=false' + 'y' * 60
+    methods = {'fed_avg': .95, 'fed_avg+fed_ftg': .93, long: .9,
+               **{f'method_{i}': .8 for i in range(6)}}
+    for name, accuracy in methods.items():
+      for seed in (0, 1):
+        write_run(self.folder / folders.folder_name(name) / f'seed{seed}', name,
+                  seed, accuracy - seed / 30, 'z' * 200)
+    config = {'program': 'compare', 'dataset': 'npz:' + 'z' * 200, 'rounds': 40}
+    files.write_json(self.folder / 'config.json', {'config': config})
+    files.write_json(self.folder / 'summary.json', {
+        'methods': dict.fromkeys(methods), 'target_accuracy': .75,
+        'seeds': [0, 1]})
+    report.write(self.folder)
+    self.assertLess((self.folder / 'report.html').stat().st_size, 2e6)
+    self.assert_fine(tables=8, pictures=6, images=6 * len(methods))
+
+  def test_the_probe_sees_what_is_wrong(self):
+    """A page that is too wide, fetches a picture and complains."""
+    (self.folder / 'report.html').write_text(
+        '<p style="width: 2000px">wide</p><img src="missing.png">'
+        '<script>console.error("oh")</script>')
+    page, asked, complaints, _ = self.look(360)
+    self.assertGreater(page['scroll'], 1000)
+    self.assertEqual(page['broken'], 1)
+    self.assertLen(page['fetched'], 1)
+    self.assertIn('/missing.png', asked)
+    self.assertNotEmpty(complaints)
+
+
+if __name__ == '__main__':
+  absltest.main()

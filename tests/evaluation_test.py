@@ -1,0 +1,173 @@
+"""Scores of models and clients: plain loops, identities, numbers by hand."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+from hypothesis import given, settings, strategies
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedftg_jax import evaluation, recipes, stacking
+from fedftg_jax.data import clients
+from tests import problems
+
+KEY = jax.random.key(3)
+NET = problems.LINEAR
+# Another split of other examples; the third client has none.
+TEST = problems.make_data((4, 6, 0, 9, 3), seed=1)
+
+
+def accuracy(model, variables, data, k):
+  rows = data.index[k][:data.count[k]]
+  if not len(rows):
+    return np.nan
+  logits = model.apply(variables, data.x[rows]).logits
+  return np.mean(np.argmax(logits, -1) == data.y[rows])
+
+
+class GlobalTest(parameterized.TestCase):
+
+  @parameterized.parameters(1, 7, 40)
+  def test_per_class(self, batch_size):
+    variables = NET.init(KEY)
+    x, y = problems.DATA.x, problems.DATA.y
+    got = evaluation.evaluate(NET, variables, x, y, batch_size)
+    correct = np.argmax(NET.apply(variables, x).logits, -1) == y
+    np.testing.assert_allclose(
+        got['per_class'], [np.mean(correct[y == c]) for c in range(3)], rtol=1e-5)
+    share = np.bincount(y) / len(y)
+    np.testing.assert_allclose(
+        np.dot(share, got['per_class']), got['accuracy'], rtol=1e-5)
+
+  def test_a_class_without_examples(self):
+    y = jnp.minimum(problems.DATA.y, 1)
+    got = evaluation.evaluate(NET, NET.init(KEY), problems.DATA.x, y)
+    self.assertEqual(
+        np.isnan(got['per_class']).tolist(), [False, False, True])
+
+
+class ClientsTest(parameterized.TestCase):
+
+  def evaluated(self, method, chunk=1, mesh=None, **kwargs):
+    """After one round of the clients 1 and 3: (federation, state, scores)."""
+    method = recipes.build(
+        method, recipes.Settings(NET, problems.NUM_CLASSES))
+    fed = problems.make(NET, method, mesh=mesh, **kwargs)
+    data, test = stacking.put((problems.DATA, TEST), mesh)
+    state, _ = fed.round(stacking.put(fed.init(KEY), mesh), data,
+                         problems.row([1, 3]), KEY)
+    scores = evaluation.evaluate_clients(
+        NET, fed, state, data, test, KEY, personalise=True, chunk=chunk,
+        batch_size=4)
+    return fed, state, scores
+
+  def test_broadcast_is_a_plain_loop(self):
+    _, state, scores = self.evaluated('fed_avg')
+    want = [accuracy(NET, state.variables, TEST, k) for k in range(5)]
+    np.testing.assert_allclose(scores['broadcast']['accuracy'], want, rtol=1e-6)
+    self.assertTrue(np.isnan(want[2]))
+    # All clients' test examples together are the whole test set.
+    whole = evaluation.evaluate(NET, state.variables, TEST.x, TEST.y)
+    for name in ('accuracy', 'loss'):
+      np.testing.assert_allclose(
+          np.nansum(scores['broadcast'][name] * TEST.count) / 22, whole[name],
+          rtol=1e-5)
+
+  @parameterized.parameters('scaffold', 'moon')
+  def test_personalised_is_what_the_next_round_trains(self, method):
+    """FedAvg of one client is that client's model; other methods' local models
+    are seen in the mean that a round reports."""
+    fed, state, scores = self.evaluated(method)
+    personalise = jax.jit(fed.personalise)
+    for k in range(5):
+      _, info = fed.round(state, problems.DATA, problems.row([k]), KEY)
+      _, trained = personalise(state, problems.DATA, jnp.int32(k), KEY)
+      chex.assert_trees_all_close(trained, info.models['average'], atol=1e-5)
+      np.testing.assert_allclose(
+          scores['personalised']['accuracy'][k],
+          accuracy(NET, trained, TEST, k), rtol=1e-6)
+
+  def test_personalised_is_plain_gradient_descent(self):
+    """With all examples of a client in one batch, their order is nothing."""
+    solve = problems.solver(batch_size=20, epochs=3, weight_decay=0.,
+                            clip_norm=None)
+    fed, state, _ = self.evaluated('fed_avg', solve=solve)
+    personalise = jax.jit(fed.personalise)
+    for k in (1, 2):  # several examples, and one alone
+      rows = problems.DATA.index[k][:problems.DATA.count[k]]
+      x, y = problems.DATA.x[rows], problems.DATA.y[rows]
+
+      @jax.jit
+      @jax.grad
+      def gradient(params, x=x, y=y):
+        logits = NET.apply(state.variables._replace(params=params), x).logits
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(y)), y])
+
+      params = state.variables.params
+      for _ in range(3):
+        params = jax.tree.map(
+            lambda p, g: p - .1 * .9 * g, params, gradient(params))
+      begin, trained = personalise(state, problems.DATA, jnp.int32(k), KEY)
+      chex.assert_trees_all_equal(begin, state.variables)
+      chex.assert_trees_all_close(trained.params, params, atol=1e-5)
+
+  @parameterized.parameters((2, None), (0, None), (2, 2))
+  def test_chunks_and_devices_agree(self, chunk, num_devices):
+    mesh = num_devices and stacking.make_mesh(num_devices)
+    _, _, one = self.evaluated('fed_avg')
+    _, _, other = self.evaluated('fed_avg', chunk, mesh)
+    chex.assert_trees_all_close(one, other, atol=1e-5)
+
+  def test_nothing_is_trained_unless_asked_for(self):
+    fed, state, scores = self.evaluated('fed_avg')
+    got = evaluation.evaluate_clients(
+        NET, fed, state, problems.DATA, TEST, KEY, batch_size=4)
+    chex.assert_trees_all_equal(got, {'broadcast': scores['broadcast']})
+
+  def test_a_client_without_training_examples_keeps_the_model(self):
+    parts = [np.arange(30), np.zeros(0, int)]
+    data = clients.from_partition(problems.DATA.x, problems.DATA.y, parts)
+    fed = problems.make(sizes=parts)
+    state = fed.init(KEY)
+    chex.assert_trees_all_equal(
+        *fed.personalise(state, data, jnp.int32(1), KEY))
+
+
+class FairnessTest(absltest.TestCase):
+
+  def test_by_hand(self):
+    got = evaluation.fairness(np.array([.2, np.nan, .6, .4]))
+    for name, want in (('clients', 3), ('mean', .4), ('worst', .2), ('best', .6),
+                       ('variance', .08 / 3), ('jain', 1.44 / (3 * .56))):
+      self.assertAlmostEqual(got[name], want, msg=name)
+
+  def test_tails_are_a_tenth_rounded_up(self):
+    values = np.arange(20) / 20
+    got = evaluation.fairness(values)
+    self.assertAlmostEqual(got['worst'], .025)
+    self.assertAlmostEqual(got['best'], .925)
+    self.assertAlmostEqual(
+        evaluation.fairness(np.arange(21) / 20)['worst'], .05)
+
+  def test_nobody_and_nothing(self):
+    self.assertEqual(evaluation.fairness(np.array([np.nan])), {'clients': 0})
+    self.assertEqual(evaluation.fairness(np.zeros(3))['jain'], 1)
+    self.assertAlmostEqual(
+        evaluation.fairness(np.array([0., 0., 0., .7]))['jain'], 1 / 4)
+
+  @settings(max_examples=50, deadline=None)
+  @given(strategies.lists(strategies.integers(0, 100), min_size=1, max_size=30),
+         strategies.randoms())
+  def test_properties(self, percent, random):
+    values = np.array(percent) / 100
+    got = evaluation.fairness(values)
+    self.assertBetween(got['jain'], 1 / len(values) - 1e-9, 1 + 1e-9)
+    self.assertLessEqual(got['worst'], got['mean'] + 1e-9)
+    self.assertLessEqual(got['mean'], got['best'] + 1e-9)
+    random.shuffle(percent)
+    self.assertEqual(got, evaluation.fairness(np.array(percent) / 100))
+
+
+if __name__ == '__main__':
+  absltest.main()

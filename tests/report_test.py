@@ -1,0 +1,375 @@
+"""What one looks at after a run: scores of clients and classes, tables, the page."""
+
+import contextlib
+import csv
+import functools
+import html.parser
+import io
+import pathlib
+import re
+import shutil
+import struct
+import tempfile
+
+from absl import flags as absl_flags
+from absl.testing import absltest
+from absl.testing import flagsaver
+from absl.testing import parameterized
+import matplotlib.figure
+import numpy as np
+
+from experiments import cli
+from experiments import compare
+from experiments import files
+from experiments import records
+from experiments import report
+from experiments import svg
+from experiments import train
+from fedftg_jax import evaluation
+from tests import programs_test
+
+
+def run_by_hand(accuracy, seed=0, megabytes=1., **fields):
+  """A run with one evaluation per round, of the broadcast model."""
+  rows = [{'round': t + 1, 'accuracy': {'broadcast': a, 'average': a},
+           'test_accuracy': a, 'bytes_up': megabytes * 5e5 * (t + 1),
+           'bytes_down': megabytes * 5e5 * (t + 1)}
+          for t, a in enumerate(accuracy)]
+  empty = dict(versions={}, timings=[], clients={}, classes={}, counts={},
+               images={})
+  return report.Run(**{
+      'config': {'seed': seed}, 'rows': rows, **empty, **fields})
+
+
+class Page(html.parser.HTMLParser):
+  """What a page holds."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.links, self.words, self.tables = [], [], [], []
+    self.in_cell = False
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.links += [v for k, v in attrs if k in ('src', 'href', 'xlink:href')]
+    if tag == 'table':
+      self.tables.append([])
+    elif tag == 'tr':
+      self.tables[-1].append([])
+    elif tag in ('td', 'th'):
+      self.tables[-1][-1].append('')
+      self.in_cell = True
+
+  def handle_endtag(self, tag):
+    self.in_cell = self.in_cell and tag not in ('td', 'th')
+
+  def handle_data(self, data):
+    self.words.append(data.strip())
+    if self.in_cell:
+      self.tables[-1][-1][-1] += data.strip()
+
+
+def make(*argv):
+  """Runs the program `report`; (exit status, stderr)."""
+  err = io.StringIO()
+  with flagsaver.flagsaver(), contextlib.redirect_stderr(err), (
+      contextlib.redirect_stdout(io.StringIO())):
+    try:
+      rest = cli.parse(['report', *argv], 'FOLDER')
+      cli.guarded(functools.partial(report.main, *rest[1:]))
+      return 0, err.getvalue()
+    except SystemExit as stop:
+      return stop.code, err.getvalue()
+
+
+class RunTest(parameterized.TestCase):
+  """One run that looks at everything, every time."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    absl_flags.FLAGS.mark_as_parsed()
+    temporary = tempfile.TemporaryDirectory()
+    cls.addClassCleanup(temporary.cleanup)
+    cls.folder = pathlib.Path(temporary.name)
+    cls.args = programs_test.small(programs_test.write_data(cls.folder))
+    cls.run_folder = cls.folder / 'run'
+    status, _, err = programs_test.call(
+        train, *cls.args, '--evaluate_clients=every', '--personalise',
+        '--tensorboard', f'--workdir={cls.run_folder}')
+    assert status == 0, err
+    cls.rows = files.read_jsonl(cls.run_folder / 'metrics.jsonl')
+
+  def json(self, name):
+    return files.read_json(self.run_folder / name)
+
+  def test_clients_together_are_the_test_set(self):
+    clients = self.json('clients.json')
+    self.assertEqual(clients['round'], 3)
+    self.assertEqual(sum(clients['test_examples']), 30)
+    self.assertEqual(sum(clients['train_examples']), 60)
+    accuracy = np.array(clients['accuracy']['broadcast'], float)
+    self.assertAlmostEqual(
+        np.nansum(accuracy * clients['test_examples']) / 30,
+        self.rows[-1]['test_accuracy'], places=5)
+
+  def test_summaries_agree(self):
+    clients = self.json('clients.json')
+    for name in ('broadcast', 'personalised'):
+      want = evaluation.fairness(
+          np.array(clients['accuracy'][name], float))
+      for key, value in want.items():
+        self.assertAlmostEqual(
+            clients['summary'][name][key], value, places=5, msg=key)
+    self.assertEqual(self.json('summary.json')['clients'], clients['summary'])
+    self.assertEqual(self.rows[-1]['clients'], clients['summary'])
+    self.assertIn('personalised', self.rows[0]['clients'])
+
+  def test_classes_together_are_the_test_set(self):
+    classes = self.json('classes.json')
+    self.assertEqual(classes['test_examples'], [10, 10, 10])
+    self.assertCountEqual(classes['accuracy'], self.rows[-1]['accuracy'])
+    for name, values in classes['accuracy'].items():
+      self.assertAlmostEqual(
+          np.mean(values), self.rows[-1]['accuracy'][name], places=5)
+
+  def test_counts_are_the_partition_s(self):
+    labels = np.arange(60) % 3
+    with np.load(self.run_folder / 'counts.npz') as counts, np.load(
+        self.run_folder / 'partition.npz') as parts:
+      np.testing.assert_array_equal(counts['train'], [
+          np.bincount(labels[parts[k]], minlength=3) for k in parts.files])
+      self.assertEqual(counts['test'].sum(), 30)
+
+  def test_csv_is_the_same(self):
+    with open(self.run_folder / 'metrics.csv', newline='') as file:
+      rows = list(csv.DictReader(file))
+    self.assertIn('clients/personalised/jain', rows[0])
+    self.assertEqual(
+        [{k: v if v == '' else float(v) for k, v in row.items()} for row in rows],
+        [{k: '' if v is None else float(v) for k, v in records.flat(row).items()}
+         for row in self.rows])
+
+  def test_tensorboard(self):
+    """Read as TensorFlow writes it: length, its checksum, event, checksum."""
+    from tensorboardX.proto import event_pb2  # pylint: disable=g-import-not-at-top
+    path, = (self.run_folder / 'tensorboard').iterdir()
+    data, found, pictures = path.read_bytes(), {}, []
+    while data:
+      length, = struct.unpack('<Q', data[:8])
+      event = event_pb2.Event.FromString(data[12:12 + length])
+      data = data[16 + length:]
+      for value in event.summary.value:
+        if value.HasField('image'):
+          pictures.append((event.step, value.image.width))
+        else:
+          found[event.step, value.tag] = value.simple_value
+    for row in self.rows:
+      for name, value in records.flat(row).items():
+        if name != 'round':
+          np.testing.assert_allclose(found[row['round'], name], value, rtol=1e-6)
+      self.assertGreater(found[row['round'], 'rounds_per_second'], 0)
+    self.assertEqual([step for step, _ in pictures], [2, 3])
+
+  def test_generated_images(self):
+    with np.load(self.run_folder / 'generated.npz') as images:
+      self.assertEqual(images.files, ['round_000002', 'round_000003'])
+      for name in images.files:
+        self.assertEqual(images[name].shape, (3, 8, 8, 1))
+        self.assertEqual(images[name].dtype, np.uint8)
+        np.testing.assert_array_equal(images[name].max((1, 2, 3)), 255)
+
+  def test_page(self):
+    path = self.run_folder / 'report.html'
+    self.assertLess(path.stat().st_size, 2e6)
+    page = Page(path.read_text())
+    self.assertEqual(page.tags.count('svg'), 5)
+    self.assertEqual(page.tags.count('img'), 2)
+    self.assertNotIn('script', page.tags)
+    for link in page.links:
+      self.assertRegex(link, '^(data:|#)')
+    headers = [table[0] for table in page.tables]
+    self.assertIn(['', 'mean', 'worst 10 %', 'best 10 %', 'variance',
+                   'Jain index', 'clients'], headers)
+    self.assertIn(['flag', 'value'], headers)
+    final = dict(row[:2] for row in page.tables[0])
+    name = next(k for k in final if 'broadcast' in k)
+    self.assertEqual(
+        final[name], f'{100 * self.json("summary.json")["final_accuracy"]:.2f}')
+
+  def test_again_by_hand(self):
+    path = self.run_folder / 'report.html'
+    before = path.read_text()
+    path.unlink()
+    self.assertEqual(make(str(self.run_folder)), (0, ''))
+    self.assertEqual(path.read_text(), before)
+
+  def test_what_is_missing_is_left_out(self):
+    """Folders of runs that did not look at clients, classes or images."""
+    bare = self.folder / 'bare'
+    bare.mkdir()
+    for name in ('config.json', 'metrics.jsonl'):
+      shutil.copy(self.run_folder / name, bare)
+    self.assertEqual(make(str(bare)), (0, ''))
+    page = Page((bare / 'report.html').read_text())
+    self.assertEqual(page.tags.count('svg'), 2)
+    self.assertNotIn('Clients', page.words)
+
+  def test_flags_are_text(self):
+    evil = self.folder / 'evil'
+    shutil.copytree(self.run_folder, evil)
+    text = '</title><script>alert("1")</script>&amp;$x_1$'
+    saved = files.read_json(evil / 'config.json')
+    saved['config'] |= {'method': text, 'dataset': text}
+    files.write_json(evil / 'config.json', saved)
+    report.write(evil)
+    page = (evil / 'report.html').read_text()
+    self.assertNotIn('<script', page)
+    self.assertIn(text, ''.join(Page(page).tables[-2][0] + Page(
+        page).tables[-1][-1] + Page(page).words))
+
+  @parameterized.parameters(
+      ([], 'error: no argument: must be one FOLDER'),
+      (['a', 'b'], 'error: a b: must be one FOLDER'),
+      (['/no/folder'], 'error: /no/folder: must be a folder that train or compare'),
+      (['--workdir=x'], 'error: .*--workdir=x: no such flag|error: no argument'))
+  def test_errors(self, argv, message):
+    status, err = make(*argv)
+    self.assertEqual(status, 2)
+    self.assertRegex(err, f'^{message}')
+    self.assertEqual(err.count('\n'), 1)
+
+  @parameterized.parameters('none', 'final')
+  def test_when_clients_are_evaluated(self, when):
+    folder = self.folder / when
+    status, _, err = programs_test.call(
+        train, *self.args, f'--evaluate_clients={when}', f'--workdir={folder}')
+    self.assertEqual(status, 0, err)
+    self.assertEqual((folder / 'clients.json').exists(), when == 'final')
+    # Looking changes nothing; the rows begin those of a longer run.
+    for row, watched in zip(
+        files.read_jsonl(folder / 'metrics.jsonl'), self.rows):
+      self.assertEqual(row, {k: v for k, v in watched.items() if k != 'clients'})
+    self.assertFalse((folder / 'tensorboard').exists())
+
+
+class ComparisonTest(absltest.TestCase):
+
+  def test_page(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    status, _, err = programs_test.call(
+        compare, *programs_test.small(programs_test.write_data(folder)),
+        '--seeds=2', '--methods=fed_avg,fed_avg:batch_size=5',
+        f'--workdir={folder / "c"}')
+    self.assertEqual(status, 0, err)
+    page = Page((folder / 'c' / 'report.html').read_text())
+    summary = files.read_json(folder / 'c' / 'summary.json')
+    self.assertEqual(summary['seeds'], [0, 1])
+    self.assertEqual(page.tables[0][0], [
+        'method', 'final', 'plain average', 'best', 'seed 0', 'seed 1'])
+    for row in page.tables[0][1:]:
+      figures = summary['methods'][row[0]]['final_accuracy']
+      self.assertEqual(row[1], f'{100 * figures["mean"]:.2f} ± '
+                       f'{100 * figures["std"]:.2f}')
+      self.assertEqual(
+          row[4:], [f'{100 * a:.2f}' for a in figures['per_seed']])
+    self.assertIn([['flag', 'fed_avg', 'fed_avg:batch_size=5'],
+                   ['batch_size', '10', '5']], [t[:2] for t in page.tables])
+    of_clients = summary['methods']['fed_avg']['clients']['broadcast']
+    per_seed = [files.read_json(folder / f'c/fed_avg/seed{s}/summary.json')[
+        'clients']['broadcast']['worst'] for s in (0, 1)]
+    self.assertEqual(of_clients['worst']['per_seed'], per_seed)
+
+
+class TablesTest(absltest.TestCase):
+  """Numbers on paper."""
+
+  def test_rounds_to_targets(self):
+    entries = {'a': [(run_by_hand([.4, .6, .8]), 'broadcast'),
+                     (run_by_hand([.4, .5, .6]), 'broadcast')],
+               'b': [(run_by_hand([.1, .2, .3], megabytes=4), 'broadcast')] * 2}
+    self.assertEqual(report.targets_table(entries, .3), report.Table(
+        ['', '30 %', '50 %', '70 %', '80 %'],
+        [['a', '1 (1 MB)', '2 (2 MB)', '3 (3 MB), 1 of 2 never',
+          '3 (3 MB), 1 of 2 never'],
+         ['b', '3 (12 MB)', 'never', 'never', 'never']]))
+    self.assertIsNone(report.targets_table({'b': entries['b']}))
+
+  def test_verdict_of_a_comparison(self):
+    def entries(*finals):
+      return {name: [(run_by_hand([a]), 'broadcast') for a in values]
+              for name, values in zip('abc', finals)}
+
+    verdict = report._verdict_of_comparison  # pylint: disable=protected-access
+    self.assertEqual(
+        verdict(entries([.5, .6], [.7, .9])),
+        'b ends highest, at 80.00 ± 14.14 % test accuracy, 25.00 points above a, '
+        'more than the spread over 2 seeds (14.14).')
+    self.assertIn('no more than the spread', verdict(
+        entries([.5, .6], [.5, .72])))
+    self.assertIn('One seed each', verdict(entries([.5], [.6])))
+    self.assertEqual(
+        verdict(entries([.5])), 'a ends at 50.00 % test accuracy.')
+
+  def test_fairness(self):
+    summary = {'broadcast': {'mean': .5, 'worst': .2, 'best': .9,
+                             'variance': .0123, 'jain': .87654, 'clients': 7}}
+    run = run_by_hand([.5], clients={'summary': summary})
+    self.assertEqual(
+        report.fairness_table({'a': [(run, 'broadcast')]}).rows,
+        [['a', '50.00', '20.00', '90.00', '123.0', '0.877', '7']])
+
+  def test_times(self):
+    timings = [{'train_seconds': 3., 'evaluate_seconds': 1.,
+                'compile_seconds': 2.}] * 2
+    run = run_by_hand([.1, .2, .3], timings=timings)
+    self.assertEqual(report.times_table({'a': [run]}).rows,
+                     [['a', '6.0', '2.0', '4.0', '0.5']])
+
+  def test_strips_have_few_rounds_and_the_first_and_last(self):
+    images = {t: np.full((2, 4, 4, 1), t, np.uint8) for t in range(1, 40)}
+    rounds = [t for t, _ in report.strip(images)]
+    self.assertLen(rounds, 6)
+    self.assertEqual([rounds[0], rounds[-1]], [1, 39])
+    self.assertEqual([t for t, _ in report.strip({3: images[3]})], [3])
+
+  def test_kept_images_have_been_kept_all_along(self):
+    rounds = [2 * t for t in range(1, 101)]
+    before = set()
+    for length in range(1, 101):
+      kept = records.kept_rounds(rounds[:length])
+      self.assertLessEqual(len(kept), 13)
+      self.assertContainsSubset({2, rounds[length - 1]}, kept)
+      self.assertContainsSubset(kept - {rounds[length - 1]}, before)
+      before = kept
+
+  def test_flat(self):
+    self.assertEqual(records.flat({'a': 1, 'b': {'c': 2, 'd': {'e': None}}}),
+                     {'a': 1, 'b/c': 2, 'b/d/e': None})
+
+
+class SvgTest(absltest.TestCase):
+
+  def test_two_pictures_on_a_page(self):
+    """No id is there twice, every reference has its target, labels are text."""
+    def draw(file, color):
+      figure = matplotlib.figure.Figure()
+      axes = figure.add_subplot()
+      axes.plot([1, 2], [3, 4], 'o-', color=color)
+      figure.savefig(file)
+
+    page = ''.join(svg.inline(name, 'a "label" <b>', draw, 'C1') for name in 'ab')
+    ids = re.findall(r' id="([^"]+)"', page)
+    used = re.findall(r'(?:url\(|href=")#([^")]+)', page)
+    self.assertLen(set(ids), len(ids))
+    self.assertNotEmpty(used)
+    self.assertContainsSubset(used, ids)
+    self.assertIn('aria-label="a &quot;label&quot; &lt;b&gt;"', page)
+    self.assertIn('currentColor', page)
+    self.assertNotIn('<style', page)
+    self.assertNotIn('0a0b0c', page)
+
+
+if __name__ == '__main__':
+  absltest.main()

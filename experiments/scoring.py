@@ -25,6 +25,7 @@ class Scores(NamedTuple):
                                 # `evaluation.evaluate_clients`; {} if not asked for
   validation: Mapping[str, Any]  # loss and accuracy of the broadcast model on what
                                  # is kept apart; {} if nothing is
+  finite: bool  # whether all of the model and of the server's slot is
   images: np.ndarray | None  # [C', H, W, channels] uint8, of each class the same
                              # noise every time; None without a generator
 
@@ -74,9 +75,15 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
           name: np.nanmean(v) for name, v in by_client['broadcast'].items()}
     return Scores(
         *jax.device_get((scores, by_client if asked else {}, kept_apart)),
+        bool(_all_finite((state.variables, state.shared))),
         draw and _images(draw, state.shared, dataset.num_classes))
 
   return score
+
+
+@jax.jit
+def _all_finite(tree):
+  return jnp.array([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]).all()
 
 
 def test_parts(experiment: Experiment) -> list[np.ndarray]:

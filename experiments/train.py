@@ -36,7 +36,7 @@ def main() -> None:
   else:
     runner.train(
         assembly.build(config, FLAGS.data_dir, FLAGS.manual_dir),
-        [config['seed']], [folder], config['method'], FLAGS.tensorboard)
+        [config['seed']], [folder], config['method'], runner.asked_for())
   if not devices.is_first():
     return
   if not (folder / 'report.html').exists():

@@ -82,7 +82,8 @@ class ClientsTest(parameterized.TestCase):
     personalise = jax.jit(fed.personalise)
     for k in range(5):
       _, info = fed.round(state, problems.DATA, problems.row([k]), KEY)
-      _, trained = personalise(state, problems.DATA, jnp.int32(k), KEY)
+      _, trained = personalise(
+          state, problems.DATA, jnp.int32(k), jnp.int32(k), KEY)
       chex.assert_trees_all_close(trained, info.models['average'], atol=1e-5)
       np.testing.assert_allclose(
           scores['personalised']['accuracy'][k],
@@ -108,7 +109,8 @@ class ClientsTest(parameterized.TestCase):
       for _ in range(3):
         params = jax.tree.map(
             lambda p, g: p - .1 * .9 * g, params, gradient(params))
-      begin, trained = personalise(state, problems.DATA, jnp.int32(k), KEY)
+      begin, trained = personalise(
+          state, problems.DATA, jnp.int32(k), jnp.int32(k), KEY)
       chex.assert_trees_all_equal(begin, state.variables)
       chex.assert_trees_all_close(trained.params, params, atol=1e-5)
 
@@ -118,6 +120,13 @@ class ClientsTest(parameterized.TestCase):
     _, _, one = self.evaluated('fed_avg')
     _, _, other = self.evaluated('fed_avg', chunk, mesh)
     chex.assert_trees_all_close(one, other, atol=1e-5)
+
+  def test_slots_on_the_host(self):
+    """Brought to the device a few clients at a time."""
+    _, _, one = self.evaluated('scaffold')
+    with absltest.mock.patch.object(evaluation, '_HOST_BLOCK', 2):
+      _, _, other = self.evaluated('scaffold', client_state='host')
+    chex.assert_trees_all_close(one, other, atol=1e-6)
 
   def test_nothing_is_trained_unless_asked_for(self):
     fed, state, scores = self.evaluated('fed_avg')
@@ -131,7 +140,7 @@ class ClientsTest(parameterized.TestCase):
     fed = problems.make(sizes=parts)
     state = fed.init(KEY)
     chex.assert_trees_all_equal(
-        *fed.personalise(state, data, jnp.int32(1), KEY))
+        *fed.personalise(state, data, jnp.int32(1), jnp.int32(1), KEY))
 
 
 class FairnessTest(absltest.TestCase):

@@ -52,9 +52,10 @@ absl_flags.adopt_module_key_flags(flags)  # for --help
 FLAGS = absl_flags.FLAGS
 
 # What every method of a comparison shares.
-_SHARED = ('seed', 'rounds', 'eval_every', 'dataset', 'data_dir', 'workdir',
-           'public_data', 'dropout_rate', 'straggler_rate', 'min_availability',
-           'partition', 'dirichlet_alpha', 'size_sigma', 'partition_seed',
+_SHARED = ('seed', 'rounds', 'eval_every', 'dataset', 'data_dir', 'manual_dir',
+           'workdir', 'public_data', 'validation_share', 'dropout_rate',
+           'straggler_rate', 'min_availability', 'partition', 'partition_seed',
+           *sorted({flag for used in flags.PARTITIONS.values() for flag in used}),
            'num_clients', 'cohort', 'schedule', 'schedule_seed')
 
 
@@ -77,7 +78,8 @@ def main() -> None:
                      folders.is_finished(place, of_seed(config, seed)))]
           for name, config in configs.items()}
   experiments = {
-      name: assembly.build(of_seed(configs[name], todo[0][0]), FLAGS.data_dir)
+      name: assembly.build(of_seed(configs[name], todo[0][0]), FLAGS.data_dir,
+                           FLAGS.manual_dir)
       for name, todo in left.items() if todo}
   folders.claim_folder(folder, shared)
   for name, experiment in experiments.items():
@@ -169,11 +171,14 @@ def report(results, folder, shared, seeds) -> None:
 def summarise(runs: list[dict[str, Any]], target: float) -> dict[str, Any]:
   """One method's figures over its seeds."""
   variants = runs[0]['final_accuracy_of']
+  validation = 'final_validation_accuracy'
   return {
       'final_accuracy': spread([run['final_accuracy'] for run in runs]),
       'final_accuracy_of': {
           name: spread([run['final_accuracy_of'][name] for run in runs])
           for name in variants},
+      **({validation: spread([run[validation] for run in runs])}
+         if validation in runs[0] else {}),
       'best_accuracy': spread([run['best_accuracy'] for run in runs]),
       'rounds_to_target': [rounds_to(run['rows'], target) for run in runs],
       'megabytes_up': runs[0]['bytes_up'] / 1e6,
@@ -207,6 +212,10 @@ def table(summary, target) -> tuple[list[str], list[list[str]]]:
   """Header and rows, as text."""
   header = ['method', 'final accuracy', 'plain average', 'best',
             f'rounds to {target:.2f}', 'MB up', 's']
+  kept_apart = 'final_validation_accuracy'
+  validated = any(kept_apart in figures for figures in summary.values())
+  if validated:
+    header.insert(1, 'on validation data')
   rows = []
   for name, figures in summary.items():
     reached = [t for t in figures['rounds_to_target'] if t is not None]
@@ -219,6 +228,8 @@ def table(summary, target) -> tuple[list[str], list[list[str]]]:
             f' ({missed} never)' if reached and missed else ''),
         f'{figures["megabytes_up"]:.0f}',
         f'{figures["train_seconds"]["mean"]:.0f}'])
+    if validated:
+      rows[-1].insert(1, _percent(figures[kept_apart]))
   return header, rows
 
 

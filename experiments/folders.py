@@ -1,5 +1,6 @@
 """Folders of runs: what they are called, and which run one holds."""
 
+import functools
 import hashlib
 import json
 import os
@@ -14,15 +15,38 @@ from experiments import files
 from experiments import progress
 
 
+# What a flag's value begins with where a file or a folder of the user follows.
+_NAMES_FILES = ('npz', 'file', 'folder')
+
+
 def contents(config: dict[str, Any]) -> dict[str, str]:
   """Fingerprints of the files that the configuration names."""
   named = {}
   for flag in ('dataset', 'partition', 'schedule', 'public_data'):
-    _, _, path = config.get(flag, '').partition(':')
-    if path and not config[flag].startswith('train:'):
-      digest = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-      named[f'{flag} file'] = digest[:16]
+    kind, _, path = config.get(flag, '').partition(':')
+    if kind in _NAMES_FILES:
+      named[f'{flag} {"folder" if kind == "folder" else "file"}'] = (
+          _fingerprint(pathlib.Path(path)))
   return named
+
+
+def _fingerprint(path: pathlib.Path) -> str:
+  """Of a file's bytes; of a folder's files, their names and bytes."""
+  if path.is_file():
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+  found = sorted((p, p.stat()) for p in path.rglob('*') if p.is_file())
+  return _of_files(path, tuple(
+      (str(p.relative_to(path)), s.st_size, s.st_mtime_ns) for p, s in found))
+
+
+@functools.lru_cache(maxsize=4)
+def _of_files(folder, found):
+  """Kept while sizes and times stay: it is asked for often, files may be many."""
+  digest = hashlib.sha256()
+  for name, size, _ in found:
+    digest.update(f'{name}\0{size}\0'.encode())
+    digest.update((folder / name).read_bytes())
+  return digest.hexdigest()[:16]
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -109,9 +133,10 @@ def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
         'workdir', folder, 'its config.json cannot be read; remove the folder or '
         'choose another') from error
   if there.get('program') != ours.get('program'):
+    kind = {'compare': 'comparison'}.get(
+        there.get('program'), there.get('program', 'single run'))
     raise cli.UsageError(
-        'workdir', folder, 'holds a comparison; choose another folder'
-        if 'program' in there else 'holds a single run; choose another folder')
+        'workdir', folder, f'holds a {kind}; choose another folder')
   for name in sorted((ours.keys() | there.keys()) - {'rounds'}):
     if there.get(name) != ours.get(name):
       raise cli.UsageError(

@@ -1,4 +1,4 @@
-"""Pictures: curves, bars, a heatmap, a grid of generated images."""
+"""Pictures: curves, bars, who holds what, a grid of generated images."""
 
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 matplotlib.use('Agg')
+from matplotlib import colors as plt_colors  # pylint: disable=g-import-not-at-top
 from matplotlib import pyplot as plt  # pylint: disable=g-import-not-at-top
 from matplotlib import ticker
 import numpy as np
 
 _PER_CLASS = 8
 _PANEL = (5.4, 3.6)  # inches; a single picture that a phone shows well
+_MANY_CLIENTS = 40   # from here on they are sorted
 
 
 def curves(
@@ -136,21 +138,43 @@ def classes(path: Any, values: Mapping[str, Sequence[float]]) -> None:
 
 
 def heatmap(path: Any, counts: np.ndarray) -> None:
-  """Draws who holds what, one row per client and one column per class.
+  """Draws how many examples of each class each client holds, and its size.
+
+  Few clients stand in their order. Many are sorted by the class that they have
+  most of, and by how large a part of theirs that is, so that the picture shows
+  the skew whatever order they came in.
 
   Args:
     path: where to write.
     counts: [N, C] examples.
   """
-  height = min(max(1.2 + .16 * len(counts), 2.4), 6)
-  figure, axes = plt.subplots(figsize=(_PANEL[0], height), layout='constrained')
-  image = axes.imshow(counts, cmap='viridis', aspect='auto', vmin=0,
-                      interpolation='nearest')
+  num_clients = len(counts)
+  many = num_clients > _MANY_CLIENTS
+  if many:
+    part = counts.max(1) / np.maximum(counts.sum(1), 1)
+    counts = counts[np.lexsort((-part, counts.argmax(1)))]
+  height = min(max(1.2 + .16 * num_clients, 2.4), 8)
+  figure, (axes, beside) = plt.subplots(
+      1, 2, figsize=(_PANEL[0], height), width_ratios=(4, 1), sharey=True,
+      layout='constrained')
+  most = max(counts.max(), 2)
+  image = axes.imshow(
+      np.ma.masked_equal(counts, 0), aspect='auto', interpolation='nearest',
+      cmap=plt.get_cmap('viridis_r').with_extremes(bad='white'),
+      norm=plt_colors.LogNorm(1, most))
   for axis in (axes.xaxis, axes.yaxis):
     axis.set_major_locator(ticker.MaxNLocator(10, integer=True))
-  axes.set(xlabel='class', ylabel='client')
-  figure.colorbar(image, ax=axes, label='examples')
-  figure.savefig(path, dpi=110)
+  axes.set(xlabel='class', ylabel='client' + (
+      ', sorted by the class it has most of' if many else ''))
+  beside.stairs(counts.sum(1), np.arange(num_clients + 1) - .5,
+                orientation='horizontal', fill=True, color='C0')
+  beside.xaxis.set_major_locator(ticker.MaxNLocator(2, integer=True))
+  beside.set(xlabel='examples', xlim=(0, None))
+  ticks = [d * 10**e for e in range(9) for d in (1, 2, 5) if d * 10**e <= most]
+  bar = figure.colorbar(image, ax=[axes, beside], label='examples of a class')
+  bar.set_ticks(ticks, labels=[f'{tick:,}' for tick in ticks])
+  bar.minorticks_off()
+  figure.savefig(path, dpi=110 if num_clients <= 500 else 300)
   plt.close(figure)
 
 

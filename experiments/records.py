@@ -16,6 +16,7 @@ from experiments.assembly import Experiment
 from fedftg_jax import evaluation
 from fedftg_jax.data import partition
 from fedftg_jax.data import schedules
+from fedftg_jax.data import skew
 
 FINAL_ROUNDS = 10  # the final accuracy is the mean over so many last rounds
 _KEPT_IMAGES = 12  # evaluations of which generated images are kept, at most
@@ -108,6 +109,8 @@ class Run:
         'test_accuracy': _number(broadcast['accuracy']),
         'accuracy': {
             k: _number(v['accuracy']) for k, v in scores.models.items()},
+        **{f'validation_{k}': _number(scores.validation[k])
+           for k in ('loss', 'accuracy') if scores.validation},
         'bytes_up': self._up, 'bytes_down': self._down, **losses})
     self._add_classes(done, scores.models)
     if scores.clients:
@@ -192,11 +195,11 @@ def label_counts(experiment: Experiment) -> dict[str, np.ndarray]:
   """How many examples of each class each client trains and is tested on, [N, C].
   """
   dataset = experiment.dataset
-  return {split: np.stack([
-      np.bincount(labels[part], minlength=dataset.num_classes) for part in parts
-      ]).astype(np.int32) for split, labels, parts in (
-          ('train', dataset.train_y, experiment.parts),
-          ('test', dataset.test_y, scoring.test_parts(experiment)))}
+  return {split: skew.class_counts(
+      labels, parts, dataset.num_classes).astype(np.int32)
+          for split, labels, parts in (
+              ('train', dataset.train_y, experiment.parts),
+              ('test', dataset.test_y, scoring.test_parts(experiment)))}
 
 
 def kept_rounds(rounds: list[int]) -> set[int]:
@@ -221,13 +224,16 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
   """The figures of a run, from the rows of its metrics.jsonl."""
   last = rows[-1]
   tail = [r for r in rows if r['round'] > last['round'] - FINAL_ROUNDS]
+  validation = {} if 'validation_accuracy' not in last else {
+      'final_validation_accuracy': _number(
+          np.mean([r['validation_accuracy'] for r in tail]))}
   return {
       'rounds': last['round'],
       'final_accuracy': _number(np.mean([r['test_accuracy'] for r in tail])),
       'best_accuracy': max(r['test_accuracy'] for r in rows),
       'final_accuracy_of': {
           name: _number(np.mean([r['accuracy'][name] for r in tail]))
-          for name in last['accuracy']},
+          for name in last['accuracy']}, **validation,
       'bytes_up': last['bytes_up'], 'bytes_down': last['bytes_down']}
 
 

@@ -33,8 +33,9 @@ def main() -> None:
   if devices.agree(folders.is_finished(folder, config)):
     progress.say(f'already finished: {folder}')
   else:
-    runner.train(assembly.build(config, FLAGS.data_dir), [config['seed']],
-                 [folder], config['method'], runner.asked_for())
+    runner.train(
+        assembly.build(config, FLAGS.data_dir, FLAGS.manual_dir),
+        [config['seed']], [folder], config['method'], runner.asked_for())
   if not devices.is_first():
     return
   if not (folder / 'report.html').exists():

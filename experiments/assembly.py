@@ -3,6 +3,8 @@
 import functools
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import cli
@@ -49,7 +51,7 @@ def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
       dataset.num_classes, mean=dataset.mean, std=dataset.std,
       norm=config['norm'], conv=config['conv'],
       projection_dim=config['projection_dim'],
-      torch_bn=config.get('torch_bn', True))
+      torch_bn=config.get('torch_bn', True), dtype=_dtype(config))
   method = _method(config, dataset, model)
   steps = config['local_steps'] or None
   solver = solvers.local_sgd(
@@ -61,7 +63,8 @@ def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
   fed = federation.federation(
       model, method, solver, len(parts), weighting=config['weighting'],
       client_chunk=config['client_chunk'],
-      mesh=devices.mesh(config['num_devices']))
+      mesh=devices.mesh(config['num_devices']),
+      client_state='device' if config['client_state'] == 'device' else 'host')
   data = clients.from_partition(
       dataset.train_x, dataset.train_y, parts, public)
   return Experiment(
@@ -76,6 +79,16 @@ def _checked(flag, config, function, *args, **kwargs):
     return function(*args, **kwargs)
   except ValueError as error:
     raise cli.UsageError(flag, config[flag], str(error)) from error
+
+
+def _dtype(config):
+  return jnp.bfloat16 if config['precision'] == 'bfloat16' else None
+
+
+def matmul_precision(config: dict[str, Any]):
+  """A context in which matrix products are as `config` asks for."""
+  return jax.default_matmul_precision(
+      'highest' if config['precision'] == 'highest' else None)
 
 
 def _decayed(rate, config):
@@ -93,7 +106,8 @@ def _method(config, dataset, model) -> base.Method:
     generator = _checked(
         'dataset', config, fed_ftg.make_generator, ftg, dataset.image_shape,
         dataset.num_classes, noise_dim=config['noise_dim'],
-        width=config['generator_width'], conv=config['conv'])
+        width=config['generator_width'], conv=config['conv'],
+        dtype=_dtype(config))
   settings = recipes.Settings(
       model, dataset.num_classes, recipes.server_optimizer(
           config['server_optimizer'], config['server_learning_rate']),
@@ -125,7 +139,10 @@ def _options(part, config) -> dict[str, Any]:
   chosen = {k: v for k, v in values.items() if k in kind._fields}
   for name in {'student_lr', 'generator_lr'} & chosen.keys():
     chosen[name] = _decayed(chosen[name], config)
-  return {'options': kind(**chosen, weight_decay=config['weight_decay'])}
+  decay = config['weight_decay']
+  if config.get('prox_to_zero'):  # official: part of the decay, also here
+    decay += config['prox_mu']
+  return {'options': kind(**chosen, weight_decay=decay)}
 
 
 def _check_num_labels(config, num_examples) -> None:

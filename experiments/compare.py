@@ -60,6 +60,9 @@ _SHARED = ('seed', 'rounds', 'eval_every', 'dataset', 'data_dir', 'workdir',
 
 def main() -> None:
   base = flags.config()
+  if FLAGS.seeds_at_once > 1 and base['client_state'] != 'device':
+    raise cli.UsageError('seeds_at_once', FLAGS.seeds_at_once,
+                         'must be 1 without --client_state=device')
   configs = parse_methods(FLAGS.methods)
   folder = pathlib.Path(
       FLAGS.workdir or folders.default_folder(base, 'compare', *configs))

@@ -14,6 +14,8 @@ from fedftg_jax.data import datasets
 from fedftg_jax.methods import batch_norm, fed_df, fed_ftg, scaffold
 from fedftg_jax.models import convolution, layers
 
+CLIENT_STATES = ('device', 'host', 'disk')
+PRECISIONS = ('default', 'highest', 'bfloat16')
 PARTITIONS = ('dirichlet', 'iid', 'file:PATH')
 SCHEDULES = ('exact', 'bernoulli', 'file:PATH')
 FTG = 'ftg_'
@@ -111,6 +113,11 @@ def _define_federation() -> None:
       'default: one on a CPU, else all.', lower_bound=0)
   flags.DEFINE_integer('client_chunk', None, 'Clients stacked at once, 0 for all; '
                        'default: 1 on a CPU, else all.', lower_bound=0)
+  flags.DEFINE_enum(
+      'client_state', 'device', CLIENT_STATES, 'Where what clients keep between '
+      'rounds lies: on the device, in the host\'s memory, or in files of the '
+      'run\'s folder (disk) that are mapped into it; off the device only the '
+      'clients of the coming --eval_every rounds are on it.')
   known = '; '.join(f'{k}: {r.help}' for k, r in recipes.RECIPES.items())
   flags.DEFINE_string('method', 'fed_ftg', 'A method, or several joined with +. '
                       + known)
@@ -143,6 +150,11 @@ def _define_training() -> None:
   flags.DEFINE_enum('conv', None, convolution.IMPLEMENTATIONS, 'How convolutions '
                     'are computed; the results agree. Default: winograd on a '
                     'CPU, else matmul.')
+  flags.DEFINE_enum('precision', 'default', PRECISIONS, 'default: float32, with '
+                    'the matrix products that the device is made for (TF32 on a '
+                    'recent GPU, bfloat16 on a TPU); highest: float32 products; '
+                    'bfloat16: layers compute in it, while weights, sums, norms, '
+                    'last layer and losses stay float32.')
   flags.DEFINE_integer('local_epochs', 5, 'Epochs per client and round.',
                        lower_bound=1)
   flags.DEFINE_integer('local_steps', 0, 'Steps per client and round instead of '
@@ -163,7 +175,7 @@ def _define_methods() -> None:
   flags.DEFINE_float('prox_mu', 1e-4, 'FedProx: weight of the proximal term.',
                      lower_bound=0)
   flags.DEFINE_bool('prox_to_zero', False, 'FedProx: pull towards zero, as the '
-                    'official FedFTG code does.')
+                    'official FedFTG code does, and a student on the server too.')
   flags.DEFINE_float('dyn_alpha', .01, 'FedDyn: weight of the regulariser.',
                      lower_bound=0)
   flags.DEFINE_integer('scaffold_option', 2, 'SCAFFOLD: 1, control variates from '

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # pylint: disable=g-import-not-at-top
+from matplotlib import colors as plt_colors  # pylint: disable=g-import-not-at-top
+from matplotlib import pyplot as plt
 from matplotlib import ticker
 import numpy as np
 
 _PER_CLASS = 8
+_MANY_CLIENTS = 40  # from here on they are sorted, and numbers left out
 _PANEL = (5.4, 3.6)  # inches; a single picture that a phone shows well
 
 
@@ -136,22 +138,50 @@ def classes(path: Any, values: Mapping[str, Sequence[float]]) -> None:
 
 
 def heatmap(path: Any, counts: np.ndarray) -> None:
-  """Draws who holds what, one row per client and one column per class.
+  """Draws how many examples of each class each client holds, and its size above.
+
+  Few clients stand in their order, with the numbers. Many are sorted by the class
+  that they have most of, and by how large a part of theirs that is, so that the
+  picture shows the skew whatever order they came in.
 
   Args:
     path: where to write.
     counts: [N, C] examples.
   """
-  height = min(max(1.2 + .16 * len(counts), 2.4), 6)
-  figure, axes = plt.subplots(figsize=(_PANEL[0], height), layout='constrained')
-  image = axes.imshow(counts, cmap='viridis', aspect='auto', vmin=0,
-                      interpolation='nearest')
-  for axis in (axes.xaxis, axes.yaxis):
-    axis.set_major_locator(ticker.MaxNLocator(10, integer=True))
-  axes.set(xlabel='class', ylabel='client')
-  figure.colorbar(image, ax=axes, label='examples')
-  figure.savefig(path, dpi=110)
+  num_clients, num_classes = counts.shape
+  many = num_clients > _MANY_CLIENTS
+  if many:
+    part = counts.max(1) / np.maximum(counts.sum(1), 1)
+    counts = counts[np.lexsort((-part, counts.argmax(1)))]
+  height = min(.22 * num_classes, 6)
+  figure, (above, below) = plt.subplots(
+      2, 1, figsize=(min(5 + .2 * num_clients, 13), 2.6 + height),
+      height_ratios=(1, max(2, height)), sharex=True, layout='constrained')
+  above.bar(np.arange(num_clients), counts.sum(1), width=1., color='C0')
+  above.set(ylabel='examples')
+  image = below.imshow(
+      np.ma.masked_equal(counts.T, 0), aspect='auto', interpolation='nearest',
+      cmap='viridis_r', norm=plt_colors.LogNorm(1, max(counts.max(), 2)))
+  below.set(ylabel='class', xlabel='client' + (
+      ', sorted by the class it has most of' if many else ''))
+  if not many:
+    below.set_xticks(np.arange(num_clients))
+    below.tick_params(axis='x', labelsize=7)
+  if num_classes <= 20:
+    below.set_yticks(np.arange(num_classes))
+  if not many and num_classes <= 20:
+    _write_numbers(below, counts)
+  figure.colorbar(image, ax=below, label='examples', pad=.01)
+  figure.savefig(path, dpi=180 if many else 110)  # a pixel for each of 2,000
   plt.close(figure)
+
+
+def _write_numbers(axes, counts):
+  dark = np.sqrt(max(counts.max(), 2))
+  for client, label in np.argwhere(counts):
+    number = counts[client, label]
+    axes.text(client, label, str(number), ha='center', va='center', fontsize=6,
+              color='white' if number > dark else 'black')
 
 
 def generated(

@@ -2,18 +2,22 @@
 
 import functools
 import pathlib
+import shutil
 from typing import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import assembly
 from experiments import devices
 from experiments import progress
 from experiments import scoring
 from experiments.assembly import Experiment
 from experiments.records import Run
 from fedftg_jax import federation
+
+CLIENTS = '.clients'  # in a run's folder: slots of clients, mapped
 
 
 def train(
@@ -42,7 +46,8 @@ def train(
       jax.random.key(seeds[0]))
   key_init, key_run = jnp.moveaxis(_split(key), -1, 0) if several else _split(key)
   clock = progress.Clock()
-  state, key_run = put((fed.init(key_init), key_run))
+  state = _initial_state(fed, key_init, experiment.config, folders[0])
+  key_run = put(key_run)
   traffic = experiment.federation.traffic(
       _one_seed(state, 0, several), experiment.data)
   runs = [Run(experiment, folder, seed, traffic, tensorboard)
@@ -50,7 +55,8 @@ def train(
   score = scoring.scorer(experiment, put)
   num_rounds = experiment.config['rounds']
 
-  with progress.Progress(label, num_rounds) as bar:
+  with (assembly.matmul_precision(experiment.config),
+        progress.Progress(label, num_rounds) as bar):
     def evaluate(done, state, info):
       jax.block_until_ready(state)
       clock.lap('train')
@@ -71,6 +77,13 @@ def train(
         callback=evaluate)
   for r, run in enumerate(runs):
     run.finish(_one_seed(state, r, several), clock)
+  shutil.rmtree(folders[0] / CLIENTS, ignore_errors=True)
+
+
+def _initial_state(fed, key, config, folder):
+  if config['client_state'] == 'disk':
+    return fed.init(key, folder / CLIENTS / str(jax.process_index()))
+  return fed.init(key)
 
 
 # Kept, so that a second group of seeds finds the program compiled.

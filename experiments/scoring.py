@@ -60,9 +60,9 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
     asked = when == 'every' or when == 'final' and done == config['rounds']
     by_client = {}
     if asked or local:
-      by_client = jax.device_get(of_clients(
+      by_client = of_clients(
           state, experiment.data, test, key,
-          personalise=asked and config['personalise']))
+          personalise=asked and config['personalise'])
     if local:
       scores['own_statistics'] = {
           name: np.nanmean(v) for name, v in by_client['broadcast'].items()}

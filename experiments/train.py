@@ -43,7 +43,8 @@ def main() -> None:
   summary = json.loads((folder / 'summary.json').read_text())
   print(f'final accuracy {summary["final_accuracy"]:.4f} (mean over the last '
         f'{records.FINAL_ROUNDS} rounds) after {summary["rounds"]} rounds; '
-        f'results in {folder}')
+        f'{summary["train_seconds"]:.0f} s of training, '
+        f'{summary["compile_seconds"]:.0f} s of compilation; results in {folder}')
 
 
 if __name__ == '__main__':

@@ -71,6 +71,9 @@ class Cohort(NamedTuple):
   client_id: jax.Array  # [S] int32, ascending; N marks a padding slot
   arrived: jax.Array    # [S] bool, False for dropouts and padding
   num_steps: jax.Array  # [S] int32, at most so many local steps (stragglers)
+  # [S] int32, rows of `State.clients` that are theirs; None where that is
+  # client_id, as whenever all clients' slots lie there.
+  place: jax.Array | None = None
 
 
 class View(NamedTuple):
@@ -146,11 +149,13 @@ class State(NamedTuple):
 
 class Federation(NamedTuple):
   """The outer pair: how a simulation begins, and one round of it."""
-  init: Callable     # (key) -> State
+  init: Callable     # (key) -> State; on the host also (key, folder)
   round: Callable    # (state, data, cohort, key) -> (State, Info)
   traffic: Callable  # (state, data) -> (bits down, bits up) of one client
-  personalise: Callable  # (state, data, client_id, key) -> (start, trained)
+  # (state, data, client_id, its row of `State.clients`, key) -> (start, trained)
+  personalise: Callable
   mesh: jax.sharding.Mesh | None = None  # of the devices; None for one device
+  client_state: str = 'device'  # where `State.clients` lies, or 'host'
 
 
 class Method(NamedTuple):

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedftg_jax import stacking, trees
-from fedftg_jax.base import Data, Federation, Method, Model, State, Variables
+from fedftg_jax import client_state, stacking, trees
+from fedftg_jax.base import (
+    Cohort, Data, Federation, Method, Model, State, Variables)
 from fedftg_jax.data import clients
+
+_HOST_BLOCK = 64  # clients whose slots come from the host at once
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
@@ -40,13 +43,10 @@ def evaluate(
   return {**means, 'per_class': correct / present}
 
 
-@functools.partial(
-    jax.jit, static_argnums=(0, 1),
-    static_argnames=('personalise', 'chunk', 'batch_size'))
 def evaluate_clients(
     model: Model, fed: Federation, state: State, data: Data, test: Data,
     key: jax.Array, *, personalise: bool = False, chunk: int = 1,
-    batch_size: int = 500) -> dict[str, dict[str, jax.Array]]:
+    batch_size: int = 500) -> dict[str, dict[str, np.ndarray]]:
   """The broadcast model on every client's test examples, before and after the
   client's local training.
 
@@ -71,25 +71,44 @@ def evaluate_clients(
     NaN for clients without test examples.
   """
   num = len(test.count)
-  pad = stacking.num_rows(num, chunk, fed.mesh) - num
+  on_host = fed.client_state == 'host'
+  size = stacking.num_rows(
+      min(num, max(chunk, _HOST_BLOCK)) if on_host else num, chunk, fed.mesh)
+  parts = []
+  for first in range(0, num, size):
+    ids = np.minimum(np.arange(first, first + size), num).astype(np.int32)
+    row, table = Cohort(ids, ids < num, ids, ids), state.clients
+    if on_host:
+      table, row = client_state.to_table(state.clients, row, num, size)[:2]
+    parts.append(_evaluate_block(
+        model, fed, *stacking.put((state._replace(clients=table), row), fed.mesh),
+        data, test, key, personalise, chunk, batch_size))
+  return jax.tree.map(lambda *a: np.concatenate(a)[:num], *parts)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 7, 8, 9))
+def _evaluate_block(model, fed, state, cohort, data, test, key, personalise, chunk,
+                    batch_size):
+  """`evaluate_clients` for the clients whose slots are at hand."""
+  num = len(test.count)
+  index, count = trees.gather((test.index, test.count), cohort.client_id)
+  count = jnp.where(cohort.client_id < num, count, 0)
 
   def one(shared, row):
     state, data, flat, key = shared
-    client_id, index, count = row
+    client_id, place, index, count = row
     models = dict(zip(('broadcast', 'personalised'), fed.personalise(
-        state, data, client_id, key)))
+        state, data, client_id, place, key)))
     if not personalise:
       del models['personalised']
     return (), {name: _of_client(
         model, variables, Data(*flat, index, count), batch_size)
                 for name, variables in models.items()}
 
-  rows = (jnp.arange(num + pad), jnp.pad(test.index, ((0, pad), (0, 0))),
-          jnp.pad(test.count, (0, pad)))
   _, scores = stacking.over_clients(
-      one, (state, data, (test.x, test.y), key), rows, chunk, fed.mesh)
-  return stacking.everywhere(
-      jax.tree.map(lambda a: a[:num], scores), fed.mesh)
+      one, (state, data, (test.x, test.y), key),
+      (cohort.client_id, cohort.place, index, count), chunk, fed.mesh)
+  return stacking.everywhere(scores, fed.mesh)
 
 
 def fairness(values: np.ndarray) -> dict[str, float]:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedftg_jax import client_state as client_state_lib
 from fedftg_jax import keys, losses, stacking, trees
 from fedftg_jax.base import (
     Cohort, Data, Federation, Info, LossAux, Method, Model, NO_LIMIT, Objective,
@@ -39,6 +40,7 @@ def federation(
     uplink: optax.GradientTransformation = optax.identity(),
     client_chunk: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    client_state: str = 'device',
 ) -> Federation:
   """Builds the simulation of `method` with `solver` on `num_clients` clients.
 
@@ -55,6 +57,11 @@ def federation(
       suits the device, see `stacking.default_chunk`.
     mesh: devices that share the clients of a round, see `stacking.make_mesh`;
       None for one device.
+    client_state: where the clients' slots lie between chunks of rounds: on the
+      'device', or, for federations that are too large for it, on the 'host', see
+      the module `client_state`; results are the same. On the host the slots of a
+      state are NumPy arrays that `run` changes in place, and `init` takes a
+      folder besides the key, to map them from files in it.
 
   Returns:
     The pair of `init` and `round`, and `traffic` and `personalise`.
@@ -71,16 +78,29 @@ def federation(
   if client_chunk < 0:
     raise ValueError(
         f'client_chunk must be 0 (all at once) or more, got {client_chunk}.')
+  if client_state not in client_state_lib.PLACES:
+    raise ValueError(f'client_state must be one of {client_state_lib.PLACES}, got '
+                     f'{client_state!r}.')
   uplink = optax.with_extra_args_support(uplink)
 
   @jax.jit
-  def init(key):
+  def init_one(key):
+    """The state, with one client's slots."""
     key_model, key_method = jax.random.split(key)
     variables = model.init(key_model)
     shared, own = method.init(key_method, variables)
     slots = own, uplink.init(variables.params)
-    return State(
-        variables, shared, trees.stack(slots, num_clients), jnp.int32(0))
+    return State(variables, shared, slots, jnp.int32(0))
+
+  def init_on_host(key, folder=None):
+    state = init_one(key)
+    return state._replace(clients=client_state_lib.allocate(
+        state.clients, num_clients, folder))
+
+  @jax.jit
+  def init_on_device(key):
+    state = init_one(key)
+    return state._replace(clients=trees.stack(state.clients, num_clients))
 
   def client_round(shared, row):
     """One client (no client axis): what is summed over clients, and stacked."""
@@ -113,7 +133,8 @@ def federation(
     anybody = jnp.any(arrived)
     variables, shared = trees.where(
         anybody, (variables, shared), (state.variables, state.shared))
-    written = jnp.where(arrived, rows.client_id, num_clients)
+    # Past the end for those that did not arrive.
+    written = jnp.where(arrived, rows.place, num_clients)
     metrics = _metrics(rows, num_steps, local_metrics, info, num_clients)
     models = {name: trees.where(anybody, value, state.variables)
               for name, value in info.models.items()}
@@ -137,18 +158,19 @@ def federation(
     return (model_bits + down,
             model_bits + trees.num_bits(jax.eval_shape(sent, state, data).message))
 
-  def personalise(state, data, client_id, key):
+  def personalise(state, data, client_id, place, key):
     """One client (no client axis): the model that it would begin the next round
     from, and the one that its local training would make of that."""
     cohort = Cohort(client_id[None], jnp.ones(1, bool),
-                    jnp.full(1, NO_LIMIT, jnp.int32))
+                    jnp.full(1, NO_LIMIT, jnp.int32), place[None])
     rows = _rows(state, data, cohort, num_clients, weighting)
     _, sent, local = _run_client(
         model, method, solver, uplink, _shared(state, data, key),
         jax.tree.map(lambda a: a[0], rows))
     return sent.start, local.variables
 
-  return Federation(init, round_, traffic, personalise, mesh)
+  init = init_on_host if client_state == 'host' else init_on_device
+  return Federation(init, round_, traffic, personalise, mesh, client_state)
 
 
 class _Row(NamedTuple):
@@ -161,28 +183,34 @@ class _Row(NamedTuple):
   count: jax.Array
   share: jax.Array   # s_k
   weight: jax.Array  # in the mean
-  place: jax.Array   # 0, 1, 2 ... in the cohort
+  slot: jax.Array    # 0, 1, 2 ... in the cohort
+  place: jax.Array   # where its slots lie in `State.clients`
 
 
 def _pad_cohort(cohort, num_rows, num_clients):
   """Slots that select nobody, up to `num_rows`."""
   pad = 0, num_rows - len(cohort.client_id)
+  place = cohort.place
   return Cohort(jnp.pad(cohort.client_id, pad, constant_values=num_clients),
-                jnp.pad(cohort.arrived, pad), jnp.pad(cohort.num_steps, pad))
+                jnp.pad(cohort.arrived, pad), jnp.pad(cohort.num_steps, pad),
+                place if place is None else jnp.pad(
+                    place, pad, constant_values=num_clients))
 
 
 def _rows(state, data, cohort, num_clients, weighting) -> _Row:
   """The cohort's clients: what they hold, and how they count."""
   count = data.count.astype(jnp.result_type(float))
   share = num_clients * count / jnp.maximum(jnp.sum(count), 1)
-  slots, index, count, share = trees.gather(
-      (state.clients, data.index, data.count, share), cohort.client_id)
+  place = cohort.client_id if cohort.place is None else cohort.place
+  slots = trees.gather(state.clients, place)
+  index, count, share = trees.gather(
+      (data.index, data.count, share), cohort.client_id)
   count = jnp.where(cohort.client_id < num_clients, count, 0)
   arrived = cohort.arrived & (count > 0)
   mass = arrived * (count if weighting == 'examples' else 1.)
   weight = mass / jnp.maximum(jnp.sum(mass), 1)
   return _Row(cohort.client_id, arrived, cohort.num_steps, slots, index, count,
-              share, weight, jnp.arange(len(count)))
+              share, weight, jnp.arange(len(count)), place)
 
 
 def _shared(state, data, key):
@@ -203,7 +231,7 @@ def _run_client(model, method, solver, uplink, shared, row):
       variables, variables, method.broadcast(server_slot), own,
       Data(*flat, row.index, row.count), row.client_id, row.share, round_,
       jnp.where(row.arrived, row.num_steps, 0))
-  start = method.start(view, server_slot, row.place, key.start)
+  start = method.start(view, server_slot, row.slot, key.start)
   view = view._replace(variables=start)
   objective = Objective(
       functools.partial(_local_loss, model, method, view),
@@ -246,7 +274,12 @@ def over_seeds(fed: Federation) -> Federation:
 
   Keys and every leaf of the state get a leading axis [R]; data and schedule are
   shared. `traffic` and `personalise` stay those of one seed.
+
+  Raises:
+    ValueError: where the clients' slots are on the host.
   """
+  if fed.client_state != 'device':
+    raise ValueError("over_seeds needs client_state='device'.")
   return Federation(
       jax.vmap(fed.init),
       jax.jit(jax.vmap(fed.round, in_axes=(0, None, None, 0))), fed.traffic,
@@ -289,14 +322,13 @@ def run(
     raise ValueError(f'every must be at least 1, got {every}.')
   num_clients = data.count.shape[0]
   schedule = check_schedule(schedule, num_clients)
-  state, data, key = stacking.put((state, data, key), fed.mesh)
+  data, key = stacking.put((data, key), fed.mesh)
   history = []
   for first in range(0, num_rounds, every):
     rows = jax.tree.map(lambda a: a[first:first + every], schedule)
     length = len(rows.client_id)
-    rows = stacking.put(
-        _pad_rounds(rows, every - length, num_clients), fed.mesh)
-    state, info = _scan_rounds(fed, state, data, rows, key)
+    rows = _pad_rounds(rows, every - length, num_clients)
+    state, info = _run_chunk(fed, state, data, rows, key)
     metrics = {name: np.moveaxis(value, 0, -1)[..., :length]
                for name, value in jax.device_get(info.metrics).items()}
     history.append(metrics)
@@ -304,6 +336,21 @@ def run(
       callback(first + length, state, Info(metrics, info.models))
   return state, {name: np.concatenate([h[name] for h in history], -1)
                  for name in (history[0] if history else {})}
+
+
+def _run_chunk(fed, state, data, rows, key):
+  """The rounds of a chunk, with the slots brought in from the host if need be."""
+  if fed.client_state == 'device':
+    return _scan_rounds(fed, *stacking.put((state, data, rows), fed.mesh), key)
+  num_clients = data.count.shape[0]
+  size = client_state_lib.table_size(num_clients, *rows.client_id.shape)
+  table, rows, ids = client_state_lib.to_table(
+      state.clients, rows, num_clients, size)
+  done, info = _scan_rounds(fed, *stacking.put(
+      (state._replace(clients=table), data, rows), fed.mesh), key)
+  client_state_lib.from_table(
+      state.clients, jax.device_get(done.clients), ids)
+  return done._replace(clients=state.clients), info
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -279,6 +279,22 @@ class RunTest(parameterized.TestCase):
       federation.run(fed, state, problems.DATA, problems.schedule(self.ROWS),
                      KEY, every=2)
 
+  def test_memory_grows_with_the_clients_that_are_stacked(self):
+    """And not with the cohort, where a chunk bounds how many that are."""
+    def work_space(cohort, client_chunk):
+      data = problems.make_data([20] * cohort)
+      fed = problems.make(
+          problems.make_model(), sizes=[20] * cohort, client_chunk=client_chunk)
+      rows = problems.row(range(cohort), num_clients=cohort)
+      compiled = fed.round.lower(fed.init(KEY), data, rows, KEY).compile()
+      return compiled.memory_analysis().temp_size_in_bytes
+
+    of_8, of_16, of_32 = (work_space(s, 0) for s in (8, 16, 32))
+    self.assertBetween((of_32 - of_16) / (of_16 - of_8), 1.8, 2.2)
+    capped = [work_space(s, 4) for s in (8, 32)]
+    self.assertLess(capped[1], 1.1 * capped[0])
+    self.assertLess(capped[1], of_8)
+
   def test_slots_that_hold_the_model(self):
     """A slot may be the very arrays of the model; the state is donated."""
     method = base.Method(init=lambda key, v: (v.params, v.params))

@@ -4,6 +4,7 @@ from typing import Sequence
 
 from flax import linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fedftg_jax import base
 from fedftg_jax.models import classifiers
@@ -49,6 +50,7 @@ def build(
     conv: str | None = None,
     projection_dim: int = 0,
     torch_bn: bool = True,
+    dtype: DTypeLike | None = None,
 ) -> base.Model:
   """A classifier by name.
 
@@ -66,6 +68,7 @@ def build(
       see `layers.head`.
     torch_bn: whether BatchNorm's running variance takes the unbiased estimate,
       as PyTorch's does, or the biased one, as Flax's.
+    dtype: see `from_flax`.
 
   Returns:
     The model.
@@ -88,7 +91,7 @@ def build(
         f'{image_shape[0]} x {image_shape[1]}.')
   options = layers.Options(norm, conv, projection_dim, torch_bn)
   return from_flax(
-      CLASSIFIERS[name](num_classes, options), image_shape, mean, std)
+      CLASSIFIERS[name](num_classes, options), image_shape, mean, std, dtype)
 
 
 def _check(what, value, choices):
@@ -101,19 +104,22 @@ def from_flax(
     image_shape: Sequence[int],
     mean: Sequence[float] = (0.,),
     std: Sequence[float] = (1.,),
+    dtype: DTypeLike | None = None,
 ) -> base.Model:
   """Wraps a linen module `(x, mask, train) -> (logits, features)`.
 
   Images of type uint8 are raw pixels and are scaled to [0, 1] and normalised
   here, inside the step; floats are taken as they are.
+
+  `dtype` is what layers compute in, such as bfloat16; None for the type of the
+  weights. Weights, norms, the last layer and all losses keep theirs.
   """
 
   def normalise(x):
-    if x.dtype != jnp.uint8:
-      return x
-    dtype = jnp.result_type(float)
-    return (x.astype(dtype) / 255 - jnp.asarray(mean, dtype)) / jnp.asarray(
-        std, dtype)
+    if x.dtype == jnp.uint8:
+      wide = jnp.result_type(float)
+      x = (x.astype(wide) / 255 - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)
+    return x if dtype is None else x.astype(dtype)
 
   def init(key):
     tree = module.init(key, jnp.zeros((1, *image_shape)))

@@ -30,8 +30,10 @@ def convolve(
     valid: bool = False) -> jax.Array:
   """Convolution with zero padding; at stride 1 it keeps the image size.
 
-  A 1 x 1 kernel is one matrix product whatever the implementation. The padding is (k - 1) // 2 before and k // 2 after, for every stride, as in
-  PyTorch ('SAME' pads less in front of strides).
+  A 1 x 1 kernel is one matrix product whatever the implementation. The padding is
+  (k - 1) // 2 before and k // 2 after, for every stride, as in PyTorch ('SAME' pads
+  less in front of strides). The kernel is cast to the type of `x`; its gradient is
+  added up in its own.
 
   Args:
     x: [B, H, W, I] images.
@@ -41,7 +43,7 @@ def convolve(
       the h * w shifted products; 'blocked' does so for a few images at a time,
       so that what is gathered stays in the CPU's cache; 'winograd' multiplies
       transformed tiles where that saves products, see `winograd`, and is else
-      'blocked'; 'im2col' gathers always and leaves the gradient to JAX (those of
+      'blocked', as it is in bfloat16, too short for the transforms; 'im2col' gathers always and leaves the gradient to JAX (those of
       the first three are written by hand and have no forward mode); 'slices'
       multiplies each shifted image and adds; 'lax' is
       `jax.lax.conv_general_dilated`.
@@ -52,21 +54,24 @@ def convolve(
     [B, ceil(H / stride), ceil(W / stride), O] images.
   """
   h, w, num_in, num_out = kernel.shape
+  if x.dtype == jnp.bfloat16 and implementation == 'winograd':
+    implementation = 'blocked'
   padding = ((0, 0), (0, 0)) if valid else (
       ((h - 1) // 2, h // 2), ((w - 1) // 2, w // 2))
   if h == w == 1:
     implementation = 'matmul'
   if implementation == 'lax':
     return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding,
+        x, kernel.astype(x.dtype), (stride, stride), padding,
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
   if implementation == 'slices':
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    kernel = kernel.astype(x.dtype)
     return sum(taps(taps(x, 1, h, stride)[i], 2, w, stride)[j] @ kernel[i, j]
                for i in range(h) for j in range(w))
   windows = windows_.Windows(x.shape[1:3], (h, w), padding, stride)
   if implementation == 'im2col':
-    return windows.gather(x) @ kernel.reshape(-1, num_out)
+    return windows.gather(x) @ kernel.reshape(-1, num_out).astype(x.dtype)
   if implementation == 'winograd' and stride == 1:
     plan = winograd.tiling(len(x), windows.num, (h, w), (num_in, num_out))
     if plan:
@@ -106,7 +111,7 @@ def convolve_enlarged(
   folded = jnp.einsum('su,tv,uvio->stio', fold, fold, kernel)
   if implementation == 'lax':
     return jax.lax.conv_general_dilated(
-        x, folded[::-1, ::-1], (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2),
+        x, folded[::-1, ::-1].astype(x.dtype), (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2),
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
   windows = windows_.Windows((2 * height, 2 * width), (4, 4), ((1, 1), (1, 1)), 2)
   return _multiply_scatter(
@@ -122,6 +127,7 @@ def convolve_enlarged(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gather_multiply(windows, blocked, x, kernel):
   """windows.gather(x) [..., n] times kernel [O, n]."""
+  kernel = kernel.astype(x.dtype)
   return _over_blocks(lambda x: ((), windows.gather(x) @ kernel.T),
                       windows, blocked, x)[1]
 
@@ -130,16 +136,17 @@ def _gather_multiply(windows, blocked, x, kernel):
 def _multiply_scatter(windows, blocked, x, kernel):
   """windows.scatter(x times kernel) where kernel is [I, n]."""
   wide = kernel.shape[1] // math.prod(windows.size)
+  kernel = kernel.astype(x.dtype)
   return _over_blocks(lambda x: ((), windows.scatter(x @ kernel)),
                       windows, blocked, x, wide=wide)[1]
 
 
-def _correlate(windows, blocked, wide, narrow):
-  """[narrow's channels, n], the kernel's gradient."""
+def _correlate(windows, blocked, wide, narrow, dtype):
+  """[narrow's channels, n], the kernel's gradient, added up in its `dtype`."""
   def correlate(wide, narrow):
     rows = windows.gather(wide)
-    return narrow.reshape(-1, narrow.shape[-1]).T @ rows.reshape(
-        -1, rows.shape[-1]), ()
+    return jnp.matmul(narrow.reshape(-1, narrow.shape[-1]).T, rows.reshape(
+        -1, rows.shape[-1]), preferred_element_type=dtype), ()
 
   return _over_blocks(correlate, windows, blocked, wide, narrow)[0]
 
@@ -157,11 +164,11 @@ _gather_multiply.defvjp(
         _gather_multiply(windows, blocked, x, kernel), (x, kernel)),
     lambda windows, blocked, saved, cotangent: (
         _multiply_scatter(windows, blocked, cotangent, saved[1]),
-        _correlate(windows, blocked, saved[0], cotangent)))
+        _correlate(windows, blocked, saved[0], cotangent, saved[1].dtype)))
 
 _multiply_scatter.defvjp(
     lambda windows, blocked, x, kernel: (
         _multiply_scatter(windows, blocked, x, kernel), (x, kernel)),
     lambda windows, blocked, saved, cotangent: (
         _gather_multiply(windows, blocked, cotangent, saved[1]),
-        _correlate(windows, blocked, cotangent, saved[0])))
+        _correlate(windows, blocked, cotangent, saved[0], saved[1].dtype)))

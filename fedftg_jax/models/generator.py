@@ -3,6 +3,7 @@
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fedftg_jax import base
 from fedftg_jax.models import convolution
@@ -59,10 +60,12 @@ def image_generator(
     width: int = 64,
     bias_before_norm: bool = True,
     conv: str | None = None,
+    dtype: DTypeLike | None = None,
 ) -> base.Generator:
   """The generator as a pair of functions, see `ImageGenerator`.
 
-  `conv` None is `convolution.default`'s.
+  `conv` None is `convolution.default`'s. `dtype` is what layers compute in, None
+  for the type of the weights; images come out in float32 at least.
 
   Raises:
     ValueError: if the image's height or width is not divisible by 4.
@@ -75,16 +78,19 @@ def image_generator(
       tuple(image_shape), num_classes, width, bias_before_norm,
       conv or convolution.default())
 
+  wide = layers.at_least_float32
+
   def init(key):
     tree = module.init(key, jnp.zeros((1, noise_dim)), jnp.zeros(1, jnp.int32))
     return base.Variables(tree['params'], tree['batch_stats'])
 
   def apply(variables, z, labels, train=False):
     tree = {'params': variables.params, 'batch_stats': variables.stats}
+    z = z if dtype is None else z.astype(dtype)
     if not train:
-      return module.apply(tree, z, labels), variables.stats
+      return wide(module.apply(tree, z, labels)), variables.stats
     images, new = module.apply(
         tree, z, labels, train=True, mutable=['batch_stats'])
-    return images, new['batch_stats']
+    return wide(images), new['batch_stats']
 
   return base.Generator(init, apply, noise_dim)

@@ -1,4 +1,9 @@
-"""Layers that know about padding and about stacked clients."""
+"""Layers that know about padding and about stacked clients.
+
+A layer computes in the type of its input (weights are cast to it, and stay as
+they are), so that a model's precision is chosen by what goes into it; norms and
+`head` compute in float32 at least.
+"""
 
 import functools
 from typing import Callable, NamedTuple
@@ -67,7 +72,7 @@ class Conv(nn.Module):
     if self.enlarge and (self.stride != 1 or self.valid):
       raise ValueError('enlarge needs stride 1 and valid=False, got '
                        f'stride={self.stride}, valid={self.valid}.')
-    num_in = x.shape[-1]
+    num_in, dtype = x.shape[-1], x.dtype
     kernel = self.param('kernel', self.kernel_init,
                         (self.size, self.size, num_in, self.features))
     if self.enlarge:
@@ -77,7 +82,7 @@ class Conv(nn.Module):
           x, kernel, self.implementation, self.stride, self.valid)
     if self.use_bias:
       init = self.bias_init or bias_init(self.size**2 * num_in)
-      x += self.param('bias', init, (self.features,))
+      x += self.param('bias', init, (self.features,)).astype(dtype)
     return x
 
 
@@ -88,7 +93,7 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x):
     return nn.Dense(
-        self.features, param_dtype=jnp.result_type(float), name='linear',
+        self.features, x.dtype, jnp.result_type(float), name='linear',
         kernel_init=kernel_init, bias_init=bias_init(x.shape[-1]))(x)
 
 
@@ -113,7 +118,8 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x, mask=None, train=False):
-    channels = x.shape[-1]
+    channels, dtype = x.shape[-1], x.dtype
+    x = at_least_float32(x)
     mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,))
     var = self.variable('batch_stats', 'var', jnp.ones, (channels,))
     if train:
@@ -134,7 +140,12 @@ class BatchNorm(nn.Module):
     if self.affine:
       x *= self.param('scale', nn.initializers.ones, (channels,))
       x += self.param('bias', nn.initializers.zeros, (channels,))
-    return x
+    return x.astype(dtype)
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+  """`x` in float32 if it is in something shorter."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _moments(x, mask):
@@ -165,8 +176,9 @@ class Norm(nn.Module):
     if self.kind == 'batch':
       return BatchNorm(unbiased=self.unbiased, name='batch')(x, mask, train)
     if self.kind == 'group':
-      return nn.GroupNorm(self.num_groups, epsilon=1e-5, name='group',
-                          param_dtype=jnp.result_type(float))(x)
+      norm = nn.GroupNorm(self.num_groups, epsilon=1e-5, name='group',
+                          param_dtype=jnp.result_type(float))
+      return norm(at_least_float32(x)).astype(x.dtype)
     return x
 
 
@@ -224,6 +236,7 @@ def head(
   if projection_dim:
     x = nn.relu(Dense(x.shape[-1], name='projection0')(x))
     x = Dense(projection_dim, name='projection1')(x)
+  x = at_least_float32(x)
   return Dense(num_classes, name='head')(x), x
 
 

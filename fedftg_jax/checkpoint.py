@@ -1,0 +1,145 @@
+"""Checkpoints: trees of arrays on disk, with orbax.
+
+A checkpoint is a folder named after the round, which is there whole or not at
+all. It holds the arrays, named by their place in the tree, a fingerprint of
+them, and a note of the caller's by which it knows its own. What is damaged,
+belongs to somebody else or has another structure is refused, by name.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+from orbax import checkpoint as ocp
+
+from fedftg_jax.base import PyTree
+
+
+class Refused(ValueError):
+  """A checkpoint that cannot be used: which, and why."""
+
+
+def save(folder: str | os.PathLike[str], round_: int, tree: PyTree,
+         note: Any, keep: int = 2) -> None:
+  """Writes a checkpoint and removes all but the last `keep`.
+
+  Args:
+    folder: where checkpoints of this run are.
+    round_: rounds done; a checkpoint of that name is replaced.
+    tree: arrays.
+    note: anything that JSON holds; `restore` asks for an equal one.
+    keep: how many to leave, at least 1.
+
+  Raises:
+    OSError: if it cannot be written; those that are there stay.
+  """
+  arrays = _named(jax.device_get(tree))
+  about = {'note': note, 'fingerprint': _fingerprint(arrays)}
+  folder = pathlib.Path(os.path.abspath(folder))
+  folder.mkdir(parents=True, exist_ok=True)
+  try:
+    with _checkpointer() as checkpointer:
+      checkpointer.save(folder / str(round_), force=True, args=ocp.args.Composite(
+          arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)))
+  except Exception as error:  # whatever the store's driver makes of a full disk
+    raise OSError(
+        f'{folder}: the checkpoint of round {round_} cannot be written '
+        f'({_line(error)}); what was written before is still there') from error
+  for old in rounds(folder)[:-keep]:
+    shutil.rmtree(folder / str(old))
+  for name in os.listdir(folder):  # of a save that was cut off
+    if not name.isdigit():
+      shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def rounds(folder: str | os.PathLike[str]) -> list[int]:
+  """The rounds of which there is a checkpoint, ascending."""
+  if not os.path.isdir(folder):
+    return []
+  return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+
+
+def restore(folder: str | os.PathLike[str], round_: int, like: PyTree,
+            note: Any) -> PyTree:
+  """Reads a checkpoint.
+
+  Args:
+    folder: see `save`.
+    round_: which.
+    like: arrays or their shapes and types, in the structure to restore.
+    note: see `save`.
+
+  Returns:
+    NumPy arrays in the structure of `like`.
+
+  Raises:
+    Refused: if it cannot be read, is damaged, or is of something else.
+  """
+  def refuse(why):
+    raise Refused(f'{folder}/{round_}: {why}')
+
+  try:
+    with _checkpointer() as checkpointer:
+      found = checkpointer.restore(
+          pathlib.Path(os.path.abspath(folder), str(round_)),
+          args=ocp.args.Composite(
+              about=ocp.args.JsonRestore(), arrays=ocp.args.StandardRestore()))
+  except Exception as error:  # whatever it makes of a damaged folder
+    refuse(f'cannot be read ({_line(error)})')
+  about, arrays = found['about'], {
+      name: np.asarray(array) for name, array in (found['arrays'] or {}).items()}
+  if about.get('note') != json.loads(json.dumps(note)):
+    refuse('is the checkpoint of another run')
+  if about.get('fingerprint') != _fingerprint(arrays):
+    refuse('is damaged: its arrays are not those that were saved')
+  wanted = _named(like)
+  for name in sorted(wanted.keys() ^ arrays.keys()):
+    refuse(f'{"lacks" if name in wanted else "has"} {name}')
+  for name, leaf in wanted.items():
+    got = arrays[name]
+    if (got.shape, got.dtype) != (leaf.shape, leaf.dtype):
+      refuse(f'{name} is {got.dtype}{list(got.shape)}, not '
+             f'{leaf.dtype}{list(leaf.shape)}')
+  return jax.tree.map(
+      lambda leaf, name: arrays.get(name, np.zeros(leaf.shape, leaf.dtype)),
+      like, _names(like))
+
+
+def _checkpointer():
+  """Process 0 alone writes: all processes hold the same arrays."""
+  return ocp.Checkpointer(
+      ocp.CompositeCheckpointHandler(),
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+          primary_host=0, active_processes={0}))
+
+
+def _names(tree: PyTree) -> PyTree:
+  """Each leaf's place in the tree: 'variables.params.conv0.kernel'."""
+  return jax.tree_util.tree_map_with_path(
+      lambda place, _: jax.tree_util.keystr(
+          place, simple=True, separator='.'), tree)
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+  """Leaves by their place; without those of size 0, which orbax does not take."""
+  return {name: leaf for name, leaf in zip(
+      jax.tree.leaves(_names(tree)), jax.tree.leaves(tree)) if leaf.size}
+
+
+def _fingerprint(arrays: dict[str, np.ndarray]) -> str:
+  digest = hashlib.blake2b(digest_size=16)
+  for name in sorted(arrays):
+    array = np.ascontiguousarray(arrays[name])
+    digest.update(f'{name} {array.dtype} {array.shape}\n'.encode())
+    digest.update(array.reshape(-1).view(np.uint8))
+  return digest.hexdigest()
+
+
+def _line(error: Exception) -> str:
+  text = ' '.join(str(error).split())
+  return f'{type(error).__name__}: {text[:200]}'

@@ -1,0 +1,119 @@
+"""Checkpoints: back bit for bit, and refused by name when they are not ours."""
+
+import os
+import pathlib
+import resource
+import shutil
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedftg_jax import base, checkpoint
+
+NOTE = {'seed': 3, 'method': 'fed_avg'}
+
+
+def make_state(scale=1.):
+  return base.State(
+      base.Variables({'w': scale * jnp.arange(6.).reshape(2, 3) / 7}, {}),
+      ((), {'count': jnp.int32(4), 'mask': jnp.array([True, False])}),
+      (np.arange(5, dtype=np.uint8), jnp.zeros((0, 2)), jnp.float32('nan')),
+      jnp.int32(2))
+
+
+class CheckpointTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path) / 'run' / 'kept'
+
+  def save(self, *rounds, **settings):
+    for round_ in rounds:
+      checkpoint.save(self.folder, round_, make_state(round_), NOTE, **settings)
+
+  def test_back_bit_for_bit(self):
+    self.save(2, 4)
+    self.assertEqual(checkpoint.rounds(self.folder), [2, 4])
+    like = jax.eval_shape(make_state)
+    for round_ in (2, 4):
+      got = checkpoint.restore(self.folder, round_, like, NOTE)
+      chex.assert_trees_all_equal(got, jax.device_get(make_state(round_)))
+      chex.assert_trees_all_equal_dtypes(got, make_state())
+
+  def test_the_last_ones_are_kept(self):
+    self.assertEqual(checkpoint.rounds(self.folder), [])
+    (self.folder / '3.orbax-checkpoint-tmp').mkdir(parents=True)
+    self.save(2, 10, 4, keep=2)
+    self.assertEqual(checkpoint.rounds(self.folder), [4, 10])
+    self.assertCountEqual(os.listdir(self.folder), ['4', '10'])
+    self.save(10, keep=1)
+    self.assertEqual(checkpoint.rounds(self.folder), [10])
+
+  def assert_refused(self, why, like=None, note=NOTE):
+    like = make_state() if like is None else like
+    with self.assertRaisesRegex(checkpoint.Refused, f'kept/2: {why}'):
+      checkpoint.restore(self.folder, 2, like, note)
+
+  def test_of_something_else(self):
+    self.save(2)
+    self.assert_refused('is the checkpoint of another run', note={'seed': 4})
+    state = make_state()
+    wider = state._replace(variables=state.variables._replace(
+        params={'w': jnp.zeros((2, 4))}))
+    self.assert_refused(
+        r'variables.params.w is float32\[2, 3\], not float32\[2, 4\]', wider)
+    self.assert_refused('lacks variables.params.b', state._replace(
+        variables=state.variables._replace(
+            params={'w': state.variables.params['w'], 'b': jnp.zeros(2)})))
+    self.assert_refused(
+        'has variables.params.w', state._replace(variables=base.Variables({}, {})))
+
+  def test_every_damaged_file_is_noticed(self):
+    """Truncated, emptied or changed in a byte: refused, or without effect."""
+    self.save(2)
+    whole = self.folder.parent / 'whole'
+    shutil.move(self.folder, whole)
+    files = [p for p in whole.rglob('*') if p.is_file() and p.stat().st_size]
+    self.assertGreater(len(files), 4)
+    refused = 0
+    for file in files:
+      for damage in (lambda b: b[:len(b) // 2], lambda b: b'',
+                     lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]):
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.copytree(whole, self.folder)
+        victim = self.folder / file.relative_to(whole)
+        victim.write_bytes(damage(victim.read_bytes()))
+        try:
+          got = checkpoint.restore(self.folder, 2, make_state(), NOTE)
+          chex.assert_trees_all_equal(got, jax.device_get(make_state(2)))
+        except checkpoint.Refused:
+          refused += 1
+    self.assertGreater(refused, 5)
+
+  def test_a_missing_one(self):
+    self.assert_refused('cannot be read')
+    (self.folder / '2').mkdir(parents=True)
+    self.assert_refused('cannot be read')
+
+  def test_a_full_disk_loses_nothing(self):
+    self.save(2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+      with self.assertRaisesRegex(
+          OSError, 'the checkpoint of round 4 cannot be written'):
+        checkpoint.save(self.folder, 4, {
+            'noise': np.random.RandomState(0).rand(10_000)}, NOTE)
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    checkpoint.restore(self.folder, 2, make_state(), NOTE)
+    self.save(4)
+    self.assertCountEqual(os.listdir(self.folder), ['2', '4'])
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -2,10 +2,12 @@
 
   python -m experiments.benchmark --workloads=W1,W3 --repeat=5
   python -m experiments.benchmark --peer_python=bench/bin/python
+  python -m experiments.benchmark --workloads=W2 --cohorts=1,2,4,8 --against=torch
 
 Each contestant keeps a process of its own; they take turns, round by round, while
 the others wait, so that a change of the machine's load meets all of them. Shown are
-medians and how many times longer than ours each takes. A contestant whose package
+medians, how many times longer than ours each takes, and the most memory that its
+process (on an accelerator, its device) held. A contestant whose package
 is missing, or that cannot do a workload, is named and left out.
 
 The peers are packages of their own (requirements-bench.txt), some of which do not
@@ -48,6 +50,9 @@ _AGAINST = absl_flags.DEFINE_list(
     'against', list(PEERS), 'Whom to time beside ours: ' + ', '.join(PEERS) + '.')
 _REPEAT = absl_flags.DEFINE_integer(
     'repeat', 5, 'Rounds of each, after a first that compiles.', lower_bound=1)
+_COHORTS = absl_flags.DEFINE_list(
+    'cohorts', [], 'Time each workload with so many clients, one after another, '
+    'instead of its own number.')
 _PEER_PYTHON = absl_flags.DEFINE_string(
     'peer_python', sys.executable, 'Interpreter that has the peers\' packages.')
 _OUT = absl_flags.DEFINE_string(
@@ -63,16 +68,23 @@ def main() -> None:
   if shutil.which(_PEER_PYTHON.value) is None:
     raise cli.UsageError(
         'peer_python', _PEER_PYTHON.value, 'must be a Python interpreter')
+  for cohort in _COHORTS.value:
+    if not (cohort.isdigit() and int(cohort)):
+      raise cli.UsageError('cohorts', cohort, 'must be positive integers')
   out = pathlib.Path(_OUT.value)
   if out.suffix != '.json':
     raise cli.UsageError('out', out, 'must end in .json')
   console = rich_console.Console(stderr=True)
   rows = []
   for name in _WORKLOADS.value:
-    console.print(f'{name}: {workloads.WORKLOADS[name].help}')
-    rows += time_side_by_side(
-        name, [OURS, *_AGAINST.value], _REPEAT.value, console)
-    report(rows, out)  # what is there so far survives an interruption
+    own = workloads.WORKLOADS[name]
+    console.print(f'{name}: {own.help}')
+    for cohort in map(int, _COHORTS.value or [own.cohort]):
+      if _COHORTS.value:
+        console.print(f' {cohort} clients')
+      rows += time_side_by_side(
+          name, cohort, [OURS, *_AGAINST.value], _REPEAT.value, console)
+      report(rows, out)  # what is there so far survives an interruption
   progress.show(*table(rows))
   print(f'figures: {out}, {out.with_suffix(".png")}')
 
@@ -80,12 +92,13 @@ def main() -> None:
 class Contestant:
   """A process that trains a round when asked."""
 
-  def __init__(self, name: str, workload: str):
+  def __init__(self, name: str, workload: str, cohort: int):
     python = sys.executable if name in HOME else _PEER_PYTHON.value
-    self.name, self.seconds = name, []
+    self.name, self.seconds, self.peak_bytes = name, [], 0
     self._errors = tempfile.TemporaryFile('w+')
     self._process = subprocess.Popen(
-        [python, '-m', 'experiments.contestants.worker', name, workload],
+        [python, '-m', 'experiments.contestants.worker', name, workload,
+         str(cohort)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
         text=True, cwd=pathlib.Path(__file__).parents[1],
         env={**os.environ, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'})
@@ -107,6 +120,7 @@ class Contestant:
     if 'seconds' not in answer:
       raise cli.RunError(f'{self.name}: {answer["left_out"]}')
     self.seconds.append(answer['seconds'])
+    self.peak_bytes = answer['peak_bytes']
 
   def close(self) -> None:
     self._process.kill()
@@ -114,12 +128,13 @@ class Contestant:
     self._errors.close()
 
 
-def time_side_by_side(workload, names, repeat, console) -> list[dict[str, Any]]:
+def time_side_by_side(
+    workload, cohort, names, repeat, console) -> list[dict[str, Any]]:
   """Rows of the report for one workload, ours first."""
   here, about = [], {}
   try:
     for name in names:
-      contestant = Contestant(name, workload)
+      contestant = Contestant(name, workload, cohort)
       here.append(contestant)
       about[name] = contestant.answer()
       if 'left_out' in about[name]:
@@ -136,7 +151,8 @@ def time_side_by_side(workload, names, repeat, console) -> list[dict[str, Any]]:
     median = float(np.median(contestant.seconds))
     first = about[contestant.name]
     rows.append({
-        'workload': workload, 'who': contestant.name, 'device': first['device'],
+        'workload': workload, 'cohort': cohort, 'who': contestant.name,
+        'device': first['device'], 'peak_bytes': contestant.peak_bytes,
         'seconds': median, 'all_seconds': contestant.seconds,
         'compile_seconds': max(first['first_seconds'] - median, 0.),
         'versions': first['versions']})
@@ -146,18 +162,24 @@ def time_side_by_side(workload, names, repeat, console) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
   """Header and rows, as text."""
-  ours = {r['workload']: r['seconds'] for r in rows if r['who'] == OURS}
+  ours = {_title(r): r['seconds'] for r in rows if r['who'] == OURS}
   lines = []
   for r in rows:
-    gflop = workloads.WORKLOADS[r['workload']].gflop
+    own = workloads.WORKLOADS[r['workload']]
+    gflop = own.gflop and own.gflop * r['cohort'] / own.cohort
     lines.append([
-        r['workload'], r['who'], r['device'], f'{r["seconds"]:.3g}',
+        _title(r), r['who'], r['device'], f'{r["seconds"]:.3g}',
         f'{min(r["all_seconds"]):.3g} - {max(r["all_seconds"]):.3g}',
-        f'{r["seconds"] / ours[r["workload"]]:.2f}' if r['workload'] in ours
-        else '', f'{gflop / r["seconds"]:.0f}' if gflop else '',
-        f'{r["compile_seconds"]:.1f}'])
+        f'{r["seconds"] / ours[_title(r)]:.2f}' if _title(r) in ours else '',
+        f'{gflop / r["seconds"]:.0f}' if gflop else '',
+        f'{r["peak_bytes"] / 1e9:.2f}', f'{r["compile_seconds"]:.1f}'])
   return ['workload', 'who', 'device', 's per round', 'range', 'times ours',
-          'GFLOP/s', 'compile s'], lines
+          'GFLOP/s', 'peak GB', 'compile s'], lines
+
+
+def _title(row: dict[str, Any]) -> str:
+  name, cohort = row['workload'], row['cohort']
+  return name if cohort == workloads.WORKLOADS[name].cohort else f'{name} x {cohort}'
 
 
 def report(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
@@ -165,7 +187,7 @@ def report(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
   files.write_json(out, {'machine': machine(), 'rows': rows})
   groups = {}
   for r in rows:
-    groups.setdefault(r['workload'], {})[r['who']] = r['seconds']
+    groups.setdefault(_title(r), {})[r['who']] = r['seconds']
   with files.replacing(out.with_suffix('.png')) as temporary:
     plots.bars(temporary, groups, 'seconds per round')
 

@@ -21,6 +21,10 @@ class RunError(Exception):
   """What went wrong after all flags were right, such as a diverged run."""
 
 
+class Terminated(Exception):
+  """The process was asked to end (SIGTERM), and has left all in order."""
+
+
 class UsageError(Exception):
   """A flag that is wrong: which, its value, and what would be right."""
 
@@ -60,8 +64,11 @@ def guarded(main: Callable[[], None]) -> None:
     _fail(error)
   except (RunError, OSError) as error:
     _fail(error, status=1)
+  except Terminated as stop:
+    _fail(f'{stop}; the same command goes on', status=143, what='terminated')
   except KeyboardInterrupt:
-    print('interrupted; the same command starts again', file=sys.stderr)
+    print('interrupted; the same command goes on from the last checkpoint',
+          file=sys.stderr)
     sys.exit(130)
 
 
@@ -104,6 +111,6 @@ def right(name: str, otherwise: str) -> str:
   return f'must be {text}' if text else otherwise
 
 
-def _fail(error: Exception | str, status: int = 2) -> None:
-  print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
+def _fail(error: Exception | str, status: int = 2, what: str = 'error') -> None:
+  print(f'{what}: ' + ' '.join(str(error).split()), file=sys.stderr)
   sys.exit(status)

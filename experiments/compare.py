@@ -133,7 +133,8 @@ def run_method(name, config, experiment, left) -> None:
     if FLAGS.vary_partition and first:
       experiment = assembly.with_seeds(experiment, of_seed(config, seeds[0]))
     runner.train(experiment, seeds, places,
-                 f'{name} seed {",".join(map(str, seeds))}', FLAGS.tensorboard)
+                 f'{name} seed {",".join(map(str, seeds))}',
+                 runner.asked_for())
 
 
 def read_run(folder: pathlib.Path, rounds: int) -> dict[str, Any]:

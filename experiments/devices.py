@@ -83,6 +83,21 @@ def agree(value):
   return multihost_utils.broadcast_one_to_all(np.asarray(value))
 
 
+def from_first(make, like):
+  """What `make` gives in process 0: a tree of arrays with the types of `like`."""
+  if not several_processes():
+    return make()
+  like = jax.tree.map(np.asarray, like)
+  return multihost_utils.broadcast_one_to_all(make() if is_first() else like)
+
+
+def any_of(value: bool) -> bool:
+  """Whether it is true in any process."""
+  if not several_processes():
+    return value
+  return bool(multihost_utils.process_allgather(np.asarray(value)).any())
+
+
 def put(tree, num_devices: int):
   """`tree` on the devices in use, whole on each."""
   return stacking.put(tree, mesh(num_devices))

@@ -26,7 +26,8 @@ PREFIXES = {
     'moon': 'moon_', 'q_fed_avg': 'fair_', 'fed_df': 'df_',
     'fed_df_public': 'df_', 'fed_ftg': FTG}
 # Where a run writes and how it shows itself is no part of its configuration.
-_PRESENTATION = ('workdir', 'data_dir', 'tensorboard')
+_PRESENTATION = ('workdir', 'data_dir', 'tensorboard', 'checkpoint_every',
+                 'keep_checkpoints')
 EVALUATE_CLIENTS = ('none', 'final', 'every')
 
 
@@ -54,6 +55,11 @@ def _define() -> None:
                     'for TensorBoard.')
   flags.DEFINE_integer('seed', 0, 'Seed of models, batches and generated images.',
                        lower_bound=0, upper_bound=2**31 - 1)
+  flags.DEFINE_integer('checkpoint_every', 10, 'Rounds between checkpoints, '
+                       'rounded up to whole --eval_every; 0 for none. The same '
+                       'command goes on from the last one.', lower_bound=0)
+  flags.DEFINE_integer('keep_checkpoints', 2, 'How many checkpoints stay.',
+                       lower_bound=1)
   flags.DEFINE_string('workdir', None, 'Where to write; default: a folder in runs/ '
                       'named after the configuration.')
 

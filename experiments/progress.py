@@ -18,8 +18,8 @@ _COMPILE_EVENT = '/jax/core/compile/'
 class Progress(contextlib.AbstractContextManager):
   """A bar with round, accuracy and rounds per second; lines off a terminal."""
 
-  def __init__(self, label: str, num_rounds: int):
-    self._label, self._num_rounds = label, num_rounds
+  def __init__(self, label: str, num_rounds: int, done: int = 0):
+    self._label, self._num_rounds, self._done = label, num_rounds, done
     console = rich_console.Console(quiet=not devices.is_first())
     self._bar = None
     if console.is_terminal:
@@ -32,7 +32,8 @@ class Progress(contextlib.AbstractContextManager):
     if self._bar:
       self._bar.start()
       self._task = self._bar.add_task(
-          self._label, total=self._num_rounds, score='compiling')
+          self._label, total=self._num_rounds, completed=self._done,
+          score='compiling')
     else:
       say(f'{self._label}: compiling')
     return self
@@ -80,11 +81,14 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 class Clock:
-  """Seconds of training, evaluation and compilation, each by itself."""
+  """Seconds of training, evaluation, checkpoints (in the row after them) and
+  compilation, each by itself."""
 
-  def __init__(self):
-    self._seconds = {'train': 0., 'evaluate': 0., 'compile': 0.}
-    self._previous = 0
+  def __init__(self, done: int = 0):
+    """`done`: rounds that are done already."""
+    self._seconds = dict.fromkeys(
+        ('train', 'evaluate', 'checkpoint', 'compile'), 0.)
+    self._first = self._previous = done
     self._last = dict(self._seconds)
     self._start, self._compiled = time.perf_counter(), _compiling[0]
 
@@ -98,7 +102,7 @@ class Clock:
 
   def rate(self, done: int) -> float:
     """Rounds per second of training so far."""
-    return done / max(self._seconds['train'], 1e-9)
+    return (done - self._first) / max(self._seconds['train'], 1e-9)
 
   def row(self, done: int) -> dict[str, float]:
     """Seconds since the last row, and rounds per second in them."""
@@ -107,9 +111,6 @@ class Clock:
     self._last = dict(self._seconds)
     return {'round': done, **{f'{k}_seconds': round(v, 4) for k, v in new.items()},
             'rounds_per_second': round(rounds / max(new['train'], 1e-9), 4)}
-
-  def total(self) -> dict[str, float]:
-    return {f'{k}_seconds': round(v, 2) for k, v in self._seconds.items()}
 
 
 def versions() -> dict[str, str]:

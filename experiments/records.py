@@ -29,17 +29,26 @@ class Run:
   """
 
   def __init__(self, experiment: Experiment, folder: pathlib.Path, seed: int,
-               traffic: tuple[int, int], tensorboard: bool = False):
-    """`traffic`: bits down and up for one client and round."""
+               traffic: tuple[int, int], tensorboard: bool = False,
+               done: int = 0):
+    """What is there of the first `done` rounds, and nothing else, is kept.
+
+    `traffic`: bits down and up for one client and round.
+    """
     self._experiment, self._folder, self._seed = experiment, folder, seed
     self._bits_down, self._bits_up = traffic
     self._rows, self._timings, self._clients, self._images = [], [], {}, {}
     self._down = self._up = 0  # bytes so far
     config = {**experiment.config, 'seed': seed}
     folders.claim_folder(folder, config)
+    if done:
+      self._read(done)
     if devices.is_first():
-      for stale in ('summary.json', 'clients.json', 'generated.npz', 'report.html'):
-        (folder / stale).unlink(missing_ok=True)
+      stale = ['summary.json', 'report.html']
+      if not done:
+        stale += ['clients.json', 'generated.npz']
+      for name in stale:
+        (folder / name).unlink(missing_ok=True)
     with files.replacing(folder / 'partition.npz') as temporary:
       partition.save(temporary, experiment.parts)
     with files.replacing(folder / 'schedule.npz') as temporary:
@@ -49,6 +58,23 @@ class Run:
     self._board = None
     if tensorboard and devices.is_first():
       self._board = board.start(folder, [*map(flat, self._rows)])
+
+  def _read(self, done: int) -> None:
+    """Takes up what the files say of the first `done` rounds."""
+    folder = self._folder
+    self._rows, self._timings = (
+        [row for row in files.read_jsonl(folder / name) if row['round'] <= done]
+        for name in ('metrics.jsonl', 'timings.jsonl'))
+    self._up, self._down = (
+        self._rows[-1][name] for name in ('bytes_up', 'bytes_down'))
+    if (folder / 'clients.json').exists():
+      clients = files.read_json(folder / 'clients.json')
+      self._clients = clients if clients['round'] <= done else {}
+    if (folder / 'generated.npz').exists():
+      with np.load(folder / 'generated.npz') as images:
+        rounds = {name: int(name.rpartition('_')[2]) for name in images.files}
+        self._images = {
+            t: images[name] for name, t in rounds.items() if t <= done}
 
   @property
   def accuracy(self) -> float:
@@ -62,13 +88,17 @@ class Run:
     """Adds the evaluation after `done` rounds and rewrites the files.
 
     `metrics` are those of the rounds since the last evaluation.
+
+    Raises:
+      cli.RunError: where a number is not finite any more, with the rounds around.
     """
     broadcast = scores.models['broadcast']
-    if not np.isfinite(broadcast['loss']):
+    if not (scores.finite and np.isfinite(broadcast['loss'])):
       raise cli.RunError(
           f'{self._folder}: the model is no longer finite after a round between '
-          f'{self.rounds + 1} and {done}; the rows up to round {self.rounds} are '
-          'kept. A smaller --learning_rate or --clip_norm may help')
+          f'{self.rounds + 1} and {done}; the rows up to round {self.rounds} and '
+          'the checkpoints are kept. A smaller --learning_rate or --clip_norm may '
+          'help')
     self._down += int(metrics.pop('num_selected').sum()) * self._bits_down // 8
     self._up += int(metrics.pop('num_arrived').sum()) * self._bits_up // 8
     losses = {k: _number(np.nanmean(v) if np.isfinite(v).any() else np.nan)
@@ -133,7 +163,7 @@ class Run:
     if self._board:
       board.add(self._board, timing)
 
-  def finish(self, state, clock) -> None:
+  def finish(self, state) -> None:
     """Writes the model, the pictures and, last, the summary."""
     experiment, folder = self._experiment, self._folder
     files.write_tree(folder / 'params.npz', state.variables._asdict())
@@ -154,7 +184,9 @@ class Run:
         'method': experiment.config['method'], 'seed': self._seed,
         **summarise(self._rows), **clients,
         'bits_down_per_client': self._bits_down,
-        'bits_up_per_client': self._bits_up, **clock.total()})
+        'bits_up_per_client': self._bits_up, **{
+            name: round(sum(row[name] for row in self._timings), 2)
+            for name in self._timings[-1] if name.endswith('_seconds')}})
 
 
 def label_counts(experiment: Experiment) -> dict[str, np.ndarray]:

@@ -327,13 +327,15 @@ def times_table(runs: Mapping[str, Sequence[Run]]) -> Table:
   rows = []
   for name, of_name in runs.items():
     stages = [[sum(row[f'{stage}_seconds'] for row in run.timings)
-               for stage in ('train', 'evaluate', 'compile')] for run in of_name]
+               for stage in ('train', 'evaluate', 'checkpoint', 'compile')]
+              for run in of_name]
     seconds = np.mean(stages, axis=0)
     rounds = np.mean([run.rows[-1]['round'] for run in of_name])
     rows.append([name, *(f'{s:.1f}' for s in seconds),
                  f'{rounds / max(seconds[0], 1e-9):.3g}'])
   return Table(
-      ['', 'train, s', 'evaluate, s', 'compile, s', 'rounds per s'], rows)
+      ['', 'train, s', 'evaluate, s', 'checkpoints, s', 'compile, s',
+       'rounds per s'], rows)
 
 
 def strip(images: Mapping[int, np.ndarray]) -> list[tuple[int, str]]:

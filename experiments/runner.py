@@ -3,15 +3,18 @@
 import functools
 import pathlib
 import shutil
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
+from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import assembly
+from experiments import cli
 from experiments import devices
 from experiments import progress
+from experiments import resume
 from experiments import scoring
 from experiments.assembly import Experiment
 from experiments.records import Run
@@ -20,24 +23,42 @@ from fedftg_jax import federation
 CLIENTS = '.clients'  # in a run's folder: slots of clients, mapped
 
 
+class Keeping(NamedTuple):
+  """What a run keeps beside its results; see the flags of the same names."""
+  tensorboard: bool = False
+  checkpoint_every: int = 10
+  keep_checkpoints: int = 2
+
+
+def asked_for() -> Keeping:
+  """What the flags ask to be kept."""
+  return Keeping(*(flags.FLAGS[name].value for name in Keeping._fields))
+
+
 def train(
     experiment: Experiment,
     seeds: Sequence[int],
     folders: Sequence[pathlib.Path],
     label: str,
-    tensorboard: bool = False,
+    keeping: Keeping = Keeping(),
 ) -> None:
   """Trains once per seed, all at once, and writes each run into its folder.
+
+  Runs go on from the last checkpoint that all of them have.
 
   Args:
     experiment: from `build`.
     seeds: of the training; several are a mapped axis of one program.
     folders: one per seed.
     label: what to call the run on the screen.
-    tensorboard: whether each run also writes for TensorBoard.
+    keeping: checkpoints, and what is written for TensorBoard.
+
+  Raises:
+    cli.RunError: if a model is no longer finite.
+    cli.Terminated: after SIGTERM, when a checkpoint has been written.
   """
-  put = functools.partial(
-      devices.put, num_devices=experiment.config['num_devices'])
+  config = experiment.config
+  put = functools.partial(devices.put, num_devices=config['num_devices'])
   experiment = experiment._replace(data=put(experiment.data))
   several = len(seeds) > 1
   fed = experiment.federation
@@ -45,24 +66,24 @@ def train(
   key = jnp.stack([jax.random.key(s) for s in seeds]) if several else (
       jax.random.key(seeds[0]))
   key_init, key_run = jnp.moveaxis(_split(key), -1, 0) if several else _split(key)
-  clock = progress.Clock()
-  state = _initial_state(fed, key_init, experiment.config, folders[0])
   key_run = put(key_run)
-  traffic = experiment.federation.traffic(
-      _one_seed(state, 0, several), experiment.data)
-  runs = [Run(experiment, folder, seed, traffic, tensorboard)
+  of_seed = functools.partial(_one_seed, several=several)
+  state = _initial_state(fed, key_init, config, folders[0])
+  first, state = _go_on(experiment, seeds, folders, state, several)
+  traffic = experiment.federation.traffic(of_seed(state, 0), experiment.data)
+  runs = [Run(experiment, folder, seed, traffic, keeping.tensorboard, first)
           for folder, seed in zip(folders, seeds)]
   score = scoring.scorer(experiment, put)
-  num_rounds = experiment.config['rounds']
+  clock = progress.Clock(first)
 
-  with (assembly.matmul_precision(experiment.config),
-        progress.Progress(label, num_rounds) as bar):
-    def evaluate(done, state, info):
+  with (assembly.matmul_precision(config), resume.listening() as asked,
+        progress.Progress(label, config['rounds'], first) as bar):
+    def after_chunk(new, state, info):
+      done = first + new
       jax.block_until_ready(state)
       clock.lap('train')
       for r, run in enumerate(runs):
-        scores = score(done, *_one_seed(
-            (state, info.models, key_run), r, several))
+        scores = score(done, *of_seed((state, info.models, key_run), r))
         metrics = {k: v[r] if several else v for k, v in info.metrics.items()}
         run.add(done, metrics, scores)
       clock.lap('evaluate')
@@ -70,13 +91,21 @@ def train(
       for run in runs:
         run.add_timing(timing)
       bar.update(done, np.mean([run.accuracy for run in runs]), clock.rate(done))
+      stop = devices.any_of(asked.is_set()) and done < config['rounds']
+      if resume.is_due(done, config, keeping.checkpoint_every) or stop:
+        for r, (seed, folder) in enumerate(zip(seeds, folders)):
+          resume.save(folder, experiment, seed, done, of_seed(state, r),
+                      keeping.keep_checkpoints)
+        clock.lap('checkpoint')
+      if stop:
+        raise cli.Terminated(f'round {done} of {config["rounds"]} is kept')
 
     state, _ = federation.run(
-        fed, state, experiment.data, experiment.schedule, key_run,
-        every=min(experiment.config['eval_every'], num_rounds),
-        callback=evaluate)
+        fed, state, experiment.data,
+        jax.tree.map(lambda a: a[first:], experiment.schedule), key_run,
+        every=min(config['eval_every'], config['rounds']), callback=after_chunk)
   for r, run in enumerate(runs):
-    run.finish(_one_seed(state, r, several), clock)
+    run.finish(of_seed(state, r))
   shutil.rmtree(folders[0] / CLIENTS, ignore_errors=True)
 
 
@@ -84,6 +113,27 @@ def _initial_state(fed, key, config, folder):
   if config['client_state'] == 'disk':
     return fed.init(key, folder / CLIENTS / str(jax.process_index()))
   return fed.init(key)
+
+
+def _go_on(experiment, seeds, folders, state, several):
+  """(rounds done, state) of the last checkpoint, or as it begins."""
+  begin = [_one_seed(state, r, several) for r in range(len(seeds))]
+  done, states = devices.from_first(
+      lambda: resume.newest(folders, experiment, seeds, begin),
+      (0, begin))
+  if devices.is_first():
+    for folder in folders:
+      resume.forget(folder, after=done)
+  if not done:
+    return 0, state
+  progress.say(f'going on after round {done}')
+  if several:
+    return done, jax.tree.map(lambda *a: jnp.stack(a), *states)
+  if experiment.config['client_state'] == 'disk':  # back into the mapped files
+    jax.tree.map(lambda old, new: np.copyto(old, new),
+                 state.clients, states[0].clients)
+    return done, states[0]._replace(clients=state.clients)
+  return done, states[0]
 
 
 # Kept, so that a second group of seeds finds the program compiled.

@@ -23,6 +23,7 @@ class Scores(NamedTuple):
                                            # but for a mean of clients, per_class
   clients: Mapping[str, Mapping[str, np.ndarray]]  # see
                                 # `evaluation.evaluate_clients`; {} if not asked for
+  finite: bool  # whether all of the model and of the server's slot is
   images: np.ndarray | None  # [C', H, W, channels] uint8, of each class the same
                              # noise every time; None without a generator
 
@@ -60,16 +61,21 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
     asked = when == 'every' or when == 'final' and done == config['rounds']
     by_client = {}
     if asked or local:
-      by_client = of_clients(
+      by_client = jax.device_get(of_clients(
           state, experiment.data, test, key,
-          personalise=asked and config['personalise'])
+          personalise=asked and config['personalise']))
     if local:
       scores['own_statistics'] = {
           name: np.nanmean(v) for name, v in by_client['broadcast'].items()}
     return Scores(jax.device_get(scores), by_client if asked else {},
-                  draw and _images(draw, state.shared, dataset.num_classes))
+                  bool(_all_finite((state.variables, state.shared))), draw and _images(draw, state.shared, dataset.num_classes))
 
   return score
+
+
+@jax.jit
+def _all_finite(tree):
+  return jnp.array([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]).all()
 
 
 def test_parts(experiment: Experiment) -> list[np.ndarray]:

@@ -35,7 +35,7 @@ def main() -> None:
     progress.say(f'already finished: {folder}')
   else:
     runner.train(assembly.build(config, FLAGS.data_dir), [config['seed']],
-                 [folder], config['method'], FLAGS.tensorboard)
+                 [folder], config['method'], runner.asked_for())
   if not devices.is_first():
     return
   if not (folder / 'report.html').exists():

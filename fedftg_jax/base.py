@@ -131,6 +131,9 @@ class Received(NamedTuple):
   round: jax.Array    # [] int32
   num_clients: int    # N
   public: PyTree      # unlabelled images of the server, if any
+  # Lays the rows of a tree [S, ...] on different devices, where there are several:
+  # what is mapped over them then runs on all.
+  spread: Callable = lambda tree: tree
 
 
 class Info(NamedTuple):
@@ -152,7 +155,7 @@ class Federation(NamedTuple):
   init: Callable     # (key) -> State; on the host also (key, folder)
   round: Callable    # (state, data, cohort, key) -> (State, Info)
   traffic: Callable  # (state, data) -> (bits down, bits up) of one client
-  # (state, data, client_id, its row of `State.clients`, key) -> (start, trained)
+  # (state, data, client_id, its row of state.clients, key) -> (start, trained)
   personalise: Callable
   mesh: jax.sharding.Mesh | None = None  # of the devices; None for one device
   client_state: str = 'device'  # where `State.clients` lies, or 'host'

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedftg_jax import client_state, stacking, trees
-from fedftg_jax.base import (
-    Cohort, Data, Federation, Method, Model, State, Variables)
+from fedftg_jax import stacking, trees
+from fedftg_jax.base import Data, Federation, Method, Model, State, Variables
 from fedftg_jax.data import clients
 
-_HOST_BLOCK = 64  # clients whose slots come from the host at once
+_HOST_BLOCK = 64  # clients whose slots are brought to the device at once
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
@@ -46,7 +45,7 @@ def evaluate(
 def evaluate_clients(
     model: Model, fed: Federation, state: State, data: Data, test: Data,
     key: jax.Array, *, personalise: bool = False, chunk: int = 1,
-    batch_size: int = 500) -> dict[str, dict[str, np.ndarray]]:
+    batch_size: int = 500) -> dict[str, dict[str, jax.Array]]:
   """The broadcast model on every client's test examples, before and after the
   client's local training.
 
@@ -71,28 +70,27 @@ def evaluate_clients(
     NaN for clients without test examples.
   """
   num = len(test.count)
-  on_host = fed.client_state == 'host'
-  size = stacking.num_rows(
-      min(num, max(chunk, _HOST_BLOCK)) if on_host else num, chunk, fed.mesh)
-  parts = []
+  on_device = fed.client_state == 'device'
+  size = num if on_device else min(num, _HOST_BLOCK)
+  found = []
   for first in range(0, num, size):
-    ids = np.minimum(np.arange(first, first + size), num).astype(np.int32)
-    row, table = Cohort(ids, ids < num, ids, ids), state.clients
-    if on_host:
-      table, row = client_state.to_table(state.clients, row, num, size)[:2]
-    parts.append(_evaluate_block(
-        model, fed, *stacking.put((state._replace(clients=table), row), fed.mesh),
-        data, test, key, personalise, chunk, batch_size))
-  return jax.tree.map(lambda *a: np.concatenate(a)[:num], *parts)
+    ids = np.minimum(np.arange(first, first + size), num - 1)
+    slots = state.clients if on_device else jax.tree.map(
+        lambda a: np.asarray(a[ids]), state.clients)
+    found.append(_evaluate_some(
+        model, fed, state._replace(clients=slots), data, test, key, ids,
+        personalise=personalise, chunk=chunk, batch_size=batch_size))
+  return jax.tree.map(lambda *a: jnp.concatenate(a)[:num], *found)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 7, 8, 9))
-def _evaluate_block(model, fed, state, cohort, data, test, key, personalise, chunk,
-                    batch_size):
-  """`evaluate_clients` for the clients whose slots are at hand."""
-  num = len(test.count)
-  index, count = trees.gather((test.index, test.count), cohort.client_id)
-  count = jnp.where(cohort.client_id < num, count, 0)
+@functools.partial(
+    jax.jit, static_argnums=(0, 1),
+    static_argnames=('personalise', 'chunk', 'batch_size'))
+def _evaluate_some(model, fed, state, data, test, key, ids, *, personalise, chunk,
+                   batch_size):
+  """Clients `ids`, in whose order `state.clients` is."""
+  num = len(ids)
+  pad = 0, stacking.num_rows(num, chunk, fed.mesh) - num
 
   def one(shared, row):
     state, data, flat, key = shared
@@ -105,10 +103,13 @@ def _evaluate_block(model, fed, state, cohort, data, test, key, personalise, chu
         model, variables, Data(*flat, index, count), batch_size)
                 for name, variables in models.items()}
 
+  rows = jax.tree.map(
+      lambda a: jnp.pad(a, (pad, *[(0, 0)] * (a.ndim - 1))),
+      (ids, jnp.arange(num), test.index[ids], test.count[ids]))
   _, scores = stacking.over_clients(
-      one, (state, data, (test.x, test.y), key),
-      (cohort.client_id, cohort.place, index, count), chunk, fed.mesh)
-  return stacking.everywhere(scores, fed.mesh)
+      one, (state, data, (test.x, test.y), key), rows, chunk, fed.mesh)
+  return stacking.everywhere(
+      jax.tree.map(lambda a: a[:num], scores), fed.mesh)
 
 
 def fairness(values: np.ndarray) -> dict[str, float]:

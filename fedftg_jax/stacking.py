@@ -68,6 +68,14 @@ def everywhere(tree: PyTree, mesh: Mesh | None) -> PyTree:
       tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def spread(tree: PyTree, mesh: Mesh | None) -> PyTree:
+  """Rows on different devices, within a compiled function; any number of rows."""
+  if mesh is None:
+    return tree
+  return jax.lax.with_sharding_constraint(
+      tree, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
 def num_rows(cohort: int, chunk: int, mesh: Mesh | None = None) -> int:
   """Rows that `over_clients` needs for a cohort: what chunks and devices divide.
   """

@@ -339,8 +339,10 @@ class ConvolutionTest(parameterized.TestCase):
     """As the plain one: in value and gradient, all images at once and in blocks.
     """
     def run(compute, x, kernel):
-      out, pull = jax.vjp(compute, x, kernel)
-      return out, pull(jnp.sin(out))
+      def both(x, kernel):
+        out, pull = jax.vjp(compute, x, kernel)
+        return out, pull(jnp.sin(out))
+      return _jit(both)(x, kernel)
 
     with enable_x64(True):
       x = jax.random.normal(KEY, (4, *image, 16))
@@ -354,7 +356,7 @@ class ConvolutionTest(parameterized.TestCase):
         return
       want = run(lambda x, k: convolution.convolve(
           x, k, 'lax', valid=valid), x, kernel)
-      for block in (1, 2, 4):
+      for block in (2, 4):
         got = run(lambda x, k: winograd.convolve(
             x, k, padding, plan._replace(block=block)), x, kernel)
         chex.assert_trees_all_close(got, want, rtol=1e-9, atol=1e-9)
@@ -368,6 +370,7 @@ class ConvolutionTest(parameterized.TestCase):
     x = jax.random.normal(KEY, (8, 16, 16, 64))
     kernel = jax.random.normal(KEY, (size, size, 64, 64)) / (8 * size)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def run(implementation):
       out, pull = jax.vjp(lambda x, k: convolution.convolve(
           x, k, implementation), x, kernel)
@@ -391,8 +394,10 @@ class ConvolutionTest(parameterized.TestCase):
       return convolution.convolve(large, kernel, 'lax')
 
     def run(compute, x, kernel):
-      out, pull = jax.vjp(compute, x, kernel)
-      return out, pull(jnp.sin(out))
+      def both(x, kernel):
+        out, pull = jax.vjp(compute, x, kernel)
+        return out, pull(jnp.sin(out))
+      return _jit(both)(x, kernel)
 
     with enable_x64(True):
       x = jax.random.normal(KEY, (2, height, width, num_in))

@@ -549,15 +549,17 @@ class BenchmarkTest(parameterized.TestCase):
     out = pathlib.Path(self.create_tempdir().full_path, 'speed.json')
     status, screen, err = call(
         benchmark, '--workloads=W0', '--against=plain_jax,torch,fedjax',
-        '--repeat=2', f'--out={out}')
+        '--cohorts=3', '--repeat=2', f'--out={out}')
     self.assertEqual(status, 0, err)
     figures = json.loads(out.read_text())
     self.assertContainsSubset(['processor', 'cores'], figures['machine'])
     rows = {row['who']: row for row in figures['rows']}
     self.assertContainsSubset(['ours', 'plain_jax'], rows)
     for name, row in rows.items():
-      self.assertEqual((row['workload'], len(row['all_seconds'])), ('W0', 2))
+      self.assertEqual((row['workload'], row['cohort']), ('W0', 3))
+      self.assertLen(row['all_seconds'], 2)
       self.assertGreater(row['seconds'], 0)
+      self.assertGreater(row['peak_bytes'], 1e7)
       self.assertIn(name, screen)
     for name in {'torch', 'fedjax'} - rows.keys():
       self.assertIn(f'{name} left out: No module named', err)
@@ -567,6 +569,7 @@ class BenchmarkTest(parameterized.TestCase):
       ('--workloads=W9', '--workloads=W9: must be one of W1'),
       ('--against=tf', '--against=tf: must be one of torch'),
       ('--repeat=0', '--repeat=0: must be a positive'),
+      ('--cohorts=2,x', '--cohorts=x: must be positive integers'),
       ('--peer_python=/no/python', '--peer_python=/no/python: must be a Python'),
       ('--out=a.txt', '--out=a.txt: must end in .json'))
   def test_errors(self, argument, message):

@@ -19,12 +19,13 @@ GENERATOR = models.image_generator(
     bias_before_norm=False)
 FTG = fed_ftg.Options(iterations=1, student_steps=2, batch_size=6,
                       generator_optimizer=optax.sgd)
+JOINT = FTG._replace(gen_step='joint')
 
 
-def make(name, model=problems.LINEAR, **settings):
+def make(name, model=problems.LINEAR, options=FTG, **settings):
   method = recipes.build(name, recipes.Settings(
       model, problems.NUM_CLASSES, generator=GENERATOR,
-      options={'fed_ftg': dict(options=FTG)} if 'fed_ftg' in name else {}))
+      options={'fed_ftg': dict(options=options)} if 'fed_ftg' in name else {}))
   return problems.make(model, method, **settings)
 
 
@@ -72,14 +73,28 @@ class DevicesTest(parameterized.TestCase):
         fed, fed.init(KEY), problems.make_data(), problems.schedule(self.ROWS),
         KEY, every=2)
 
-  @parameterized.parameters('fed_avg', 'scaffold+fed_ftg', 'fed_dyn+fed_nova')
-  def test_same_on_any_number(self, name):
+  @parameterized.parameters(
+      ('fed_avg',), ('scaffold+fed_ftg',), ('fed_ftg', JOINT), ('fed_df',),
+      ('fed_dyn+fed_nova',))
+  def test_same_on_any_number(self, name, options=FTG):
     with enable_x64(True):
-      state, metrics = self.after(name, None)
+      state, metrics = self.after(name, None, options=options)
       for devices, chunk in ((1, 0), (2, 1), (4, 0), (8, 0)):
-        other, other_metrics = self.after(name, devices, client_chunk=chunk)
+        other, other_metrics = self.after(
+            name, devices, client_chunk=chunk, options=options)
         chex.assert_trees_all_close(other, state, atol=1e-9)
         chex.assert_trees_all_close(other_metrics, metrics, atol=1e-9)
+
+  def test_teachers_on_different_devices(self):
+    """Where they work at the same time, each device has its own share of them."""
+    mesh = stacking.make_mesh(4)
+    fed = make('fed_ftg', options=JOINT, mesh=mesh)
+    state, data = stacking.put((fed.init(KEY), problems.DATA), mesh)
+    text = fed.round.lower(
+        state, data, problems.row(range(4)), KEY).as_text()
+    kernel = '4x64x3xf32'  # four teachers' linear layers
+    self.assertRegex(
+        text, rf'sharding_constraint .*"clients".*: tensor<{kernel}>')
 
   def test_over_seeds(self):
     with enable_x64(True):

@@ -187,7 +187,8 @@ def fed_ftg(
         model, generator, variables, shared, teachers, counts, z, labels,
         arrived=received.arrived, options=options,
         student_lr=distillation.rate_of(options.student_lr, received),
-        generator_lr=distillation.rate_of(options.generator_lr, received))
+        generator_lr=distillation.rate_of(options.generator_lr, received),
+        spread=received.spread)
     present = distillation.present(received)
     student = terms.pop('student')
     metrics = {f'fed_ftg/{name}': jnp.mean(value @ present)
@@ -247,6 +248,7 @@ def fine_tune(
     options: Options = Options(),
     student_lr: float | jax.Array = .1,
     generator_lr: float | jax.Array = .01,
+    spread: Callable = lambda tree: tree,
 ) -> tuple[Variables, Variables, dict[str, jax.Array]]:
   """The server step: generator against student, I times.
 
@@ -265,6 +267,7 @@ def fine_tune(
       `z` and `labels`.
     student_lr: learning rate of the student in this round.
     generator_lr: learning rate of the generator in this round.
+    spread: see `base.Received`; for passes through all teachers at once.
 
   Returns:
     The fine-tuned student, the generator, and the losses before each step:
@@ -274,9 +277,10 @@ def fine_tune(
     arrived = jnp.ones(len(counts), bool)
   alpha = ensemble_weights(counts, arrived, options)
   optimizer = options.generator_optimizer(generator_lr)
+  apart = spread(teachers)
   train_generator = functools.partial(
-      _train_generator, model, generator, optimizer, options, teachers, alpha,
-      arrived)
+      _train_generator, model, generator, optimizer, options,
+      apart if options.gen_step == 'joint' else teachers, alpha, arrived)
   distil = functools.partial(
       distillation.distil, model,
       optimizer=distillation.sgd(student_lr, options.weight_decay),
@@ -292,7 +296,7 @@ def fine_tune(
         (made, opt_state), length=options.generator_steps)
     images, _ = generator.apply(made, z[-1], labels)
     target = distillation.ensemble(
-        distillation.teacher_logits(model, teachers, images),
+        distillation.teacher_logits(model, apart, images),
         alpha[:, labels], options.ensemble)
     student, loss = distil(student, examples=lambda _: (images, target))
     return (student, made, opt_state), {**terms, 'student': loss}

@@ -93,7 +93,8 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x):
     return nn.Dense(
-        self.features, x.dtype, jnp.result_type(float), name='linear',
+        self.features, dtype=x.dtype, param_dtype=jnp.result_type(float),
+        name='linear',
         kernel_init=kernel_init, bias_init=bias_init(x.shape[-1]))(x)
 
 

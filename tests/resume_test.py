@@ -1,0 +1,259 @@
+"""Runs that are stopped in any way go on to the same bytes."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from absl import flags as absl_flags
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import compare
+from experiments import files
+from experiments import records
+from experiments import resume
+from experiments import scoring
+from experiments import train
+from tests import programs_test
+
+# Whatever a run ends with, but for what has times in it.
+SAME = ('params.npz', 'metrics.jsonl', 'metrics.csv', 'clients.json',
+        'classes.json', 'partition.npz', 'schedule.npz')
+
+
+class PowerCut(BaseException):
+  """Nothing catches it."""
+
+
+class ResumeTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    absl_flags.FLAGS.mark_as_parsed()
+
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    self.args = [*programs_test.small(programs_test.write_data(self.folder)),
+                 '--rounds=5', '--eval_every=1', '--checkpoint_every=2']
+
+  def train(self, name, *changes, method='scaffold'):
+    return programs_test.call(
+        train, *self.args, f'--method={method}',
+        f'--workdir={self.folder / name}', *changes)
+
+  def assert_same(self, a, b, names=SAME):
+    for name in names:
+      self.assertEqual((self.folder / a / name).read_bytes(),
+                       (self.folder / b / name).read_bytes(), name)
+
+  def test_stopped_at_any_file(self):
+    """At whichever file the power goes, before or after it is in its place."""
+    self.assertEqual(self.train('whole')[0], 0)
+    replace, count = os.replace, 0
+
+    def cut(*paths):
+      nonlocal count
+      count += 1
+      if count == stop and not late:
+        raise PowerCut
+      replace(*paths)
+      if count == stop:
+        raise PowerCut
+
+    stop = None
+    late = False
+    with absltest.mock.patch.object(files.os, 'replace', cut):
+      self.train('counted')
+    total = count
+    self.assertGreater(total, 25)
+    for stop in (5, total // 3, total // 2 + 1, total - 8, total):
+      late, count = not late, 0
+      with absltest.mock.patch.object(files.os, 'replace', cut):
+        with self.assertRaises(PowerCut):
+          self.train(f'cut{stop}')
+      status, out, err = self.train(f'cut{stop}')
+      self.assertEqual(status, 0, err)
+      if total // 2 < stop < total:
+        self.assertIn('going on after round', out)
+      self.assert_same('whole', f'cut{stop}')
+
+  @parameterized.parameters(
+      ('fed_ftg', ['--tensorboard']), ('moon', ['--client_state=disk']),
+      ('fed_avg', ['--server_optimizer=adam', '--eval_every=2', '--rounds=7',
+                   '--dropout_rate=0.3']))
+  def test_all_that_a_run_holds_comes_back(self, method, changes):
+    self.assertEqual(self.train('whole', *changes, method=method)[0], 0)
+    written = records.Run.add_timing
+
+    def cut(run, timing):
+      written(run, timing)
+      if timing['round'] >= 3:
+        raise PowerCut
+
+    with absltest.mock.patch.object(records.Run, 'add_timing', cut):
+      with self.assertRaises(PowerCut):
+        self.train('cut', *changes, method=method)
+    status, out, err = self.train('cut', *changes, method=method)
+    self.assertEqual(status, 0, err)
+    self.assertIn('going on after round 2', out)
+    self.assert_same('whole', 'cut')
+    if method == 'fed_ftg':
+      with np.load(self.folder / 'whole/generated.npz') as whole, np.load(
+          self.folder / 'cut/generated.npz') as cut:
+        self.assertEqual(whole.files, cut.files)
+        for name in whole.files:
+          np.testing.assert_array_equal(whole[name], cut[name])
+
+  def test_seeds_at_once(self):
+    args = [*self.args, '--methods=scaffold', '--seeds=2', '--seeds_at_once=2']
+    def run(name):
+      return programs_test.call(
+          compare, *args, f'--workdir={self.folder / name}')
+    self.assertEqual(run('whole')[0], 0)
+    written = records.Run.add_timing
+
+    def cut(run, timing):
+      written(run, timing)
+      if timing['round'] == 5 and run._seed == 1:  # pylint: disable=protected-access
+        raise PowerCut
+
+    with absltest.mock.patch.object(records.Run, 'add_timing', cut):
+      with self.assertRaises(PowerCut):
+        run('cut')
+    status, out, err = run('cut')
+    self.assertEqual(status, 0, err)
+    self.assertIn('going on after round 4', out)
+    for seed in (0, 1):
+      self.assert_same(f'whole/scaffold/seed{seed}', f'cut/scaffold/seed{seed}')
+
+  def test_more_rounds_go_on(self):
+    self.assertEqual(self.train('whole', '--rounds=6')[0], 0)
+    self.assertEqual(self.train('more', '--rounds=4')[0], 0)
+    status, out, err = self.train('more', '--rounds=6')
+    self.assertEqual(status, 0, err)
+    self.assertIn('going on after round 4', out)
+    self.assert_same('whole', 'more')
+
+  def test_asked_to_end(self):
+    self.assertEqual(self.train('whole')[0], 0)
+    asked = threading.Event()
+    asked.set()
+    with absltest.mock.patch.object(
+        resume, 'listening', lambda: contextlib.nullcontext(asked)):
+      status, _, err = self.train('cut')
+    self.assertEqual(status, 143)
+    self.assertEqual(
+        err, 'terminated: round 1 of 5 is kept; the same command goes on\n')
+    status, out, _ = self.train('cut')
+    self.assertEqual(status, 0)
+    self.assertIn('going on after round 1', out)
+    self.assert_same('whole', 'cut')
+
+  def test_a_bad_checkpoint_is_named_and_the_one_before_used(self):
+    self.assertEqual(self.train('whole')[0], 0)
+    kept = self.folder / 'whole' / resume.FOLDER
+    self.assertCountEqual(os.listdir(kept), ['4', '5'])
+    self.train('other', '--seed=1')
+    for name, spoil in (
+        ('truncated', lambda: [p.write_bytes(p.read_bytes()[:100])
+                               for p in (kept / '5').rglob('*') if p.is_file()]),
+        ('foreign', lambda: (shutil.rmtree(kept / '5'), shutil.copytree(
+            self.folder / 'other' / resume.FOLDER / '5', kept / '5')))):
+      (self.folder / 'whole/summary.json').unlink()
+      spoil()
+      before = (self.folder / 'whole/params.npz').read_bytes()
+      status, out, err = self.train('whole')
+      self.assertEqual(status, 0, err)
+      why = 'cannot be read' if name == 'truncated' else (
+          'is the checkpoint of another run')
+      self.assertRegex(out, f'{kept}/5: {why}.*; it is left out\n'
+                       'going on after round 4')
+      self.assertEqual(
+          (self.folder / 'whole/params.npz').read_bytes(), before)
+      self.assertCountEqual(os.listdir(kept), ['4', '5'])
+
+  def test_rows_that_are_lost(self):
+    self.assertEqual(self.train('whole')[0], 0)
+    self.assertEqual(self.train('cut')[0], 0)
+    (self.folder / 'cut/summary.json').unlink()
+    (self.folder / 'cut/metrics.jsonl').write_text('{"round": 1, "half a li')
+    status, out, err = self.train('cut')
+    self.assertEqual(status, 0, err)
+    self.assertEqual(out.count('metrics.jsonl cannot be read'), 2)
+    self.assert_same('whole', 'cut')
+
+  def test_not_finite(self):
+    """The last finite checkpoint stays, the error names the rounds around."""
+    self.assertEqual(self.train('a', '--rounds=4')[0], 0)
+    with absltest.mock.patch.object(
+        scoring, '_all_finite', lambda tree: jnp.array(False)):
+      status, _, err = self.train('a')
+    self.assertEqual(status, 1)
+    self.assertRegex(err, 'no longer finite after a round between 5 and 5; ')
+    self.assertIn('4', os.listdir(self.folder / 'a' / resume.FOLDER))
+    self.assertNotIn('5', os.listdir(self.folder / 'a' / resume.FOLDER))
+    self.assertEqual(self.train('a')[0], 0)
+
+  def test_none(self):
+    self.assertEqual(self.train('a', '--checkpoint_every=0')[0], 0)
+    self.assertFalse((self.folder / 'a' / resume.FOLDER).exists())
+
+  def test_when(self):
+    config = {'eval_every': 4, 'rounds': 30}
+    due = [t for t in range(31) if t and resume.is_due(t, config, 10)]
+    self.assertEqual(due, [12, 24])
+    config = {'eval_every': 4, 'rounds': 32}
+    due = [t for t in range(33) if t and resume.is_due(t, config, 10)]
+    self.assertEqual(due, [12, 24, 32])
+
+  @pytest.mark.slow
+  @parameterized.parameters(signal.SIGKILL, signal.SIGTERM)
+  def test_killed_at_random(self, number):
+    """A real process, several times; then the bytes of one that was not."""
+    cache = {**os.environ, 'XDG_CACHE_HOME': str(self.folder / 'cache')}
+    args = [*self.args, '--rounds=400', '--checkpoint_every=3']
+    command = [sys.executable, '-m', 'experiments.train', *args,
+               '--method=scaffold']
+    def start(name):
+      return subprocess.Popen(
+          [*command, f'--workdir={self.folder / name}'], text=True, env=cache,
+          cwd=programs_test.ROOT, stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE)
+    whole = start('whole')
+    whole.communicate(timeout=300)
+    self.assertEqual(whole.returncode, 0)
+    draw = random.Random(time.time_ns())
+    for _ in range(4):
+      process = start('cut')
+      lines = draw.randrange(1, 80)  # of the screen, whatever they say
+      for _ in range(lines):
+        process.stdout.readline()
+      time.sleep(draw.random() / 50)
+      process.send_signal(number)
+      _, err = process.communicate(timeout=60)
+      wanted = -number if number == signal.SIGKILL else 143
+      self.assertIn(process.returncode, (wanted, 0), err)
+    last = start('cut')
+    _, err = last.communicate(timeout=300)
+    self.assertEqual(last.returncode, 0, err)
+    self.assert_same('whole', 'cut')
+    rounds = [json.loads(line)['round'] for line in (
+        self.folder / 'cut/metrics.jsonl').read_text().splitlines()]
+    self.assertEqual(rounds, list(range(1, 401)))
+
+
+if __name__ == '__main__':
+  absltest.main()

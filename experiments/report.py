@@ -326,7 +326,7 @@ def times_table(runs: Mapping[str, Sequence[Run]]) -> Table:
   """Seconds per stage and rounds per second, means over seeds."""
   rows = []
   for name, of_name in runs.items():
-    stages = [[sum(row[f'{stage}_seconds'] for row in run.timings)
+    stages = [[sum(row.get(f'{stage}_seconds', 0.) for row in run.timings)
                for stage in ('train', 'evaluate', 'checkpoint', 'compile')]
               for run in of_name]
     seconds = np.mean(stages, axis=0)

@@ -322,10 +322,10 @@ class TablesTest(absltest.TestCase):
 
   def test_times(self):
     timings = [{'train_seconds': 3., 'evaluate_seconds': 1.,
-                'compile_seconds': 2.}] * 2
+                'checkpoint_seconds': .5, 'compile_seconds': 2.}] * 2
     run = run_by_hand([.1, .2, .3], timings=timings)
     self.assertEqual(report.times_table({'a': [run]}).rows,
-                     [['a', '6.0', '2.0', '4.0', '0.5']])
+                     [['a', '6.0', '2.0', '1.0', '4.0', '0.5']])
 
   def test_strips_have_few_rounds_and_the_first_and_last(self):
     images = {t: np.full((2, 4, 4, 1), t, np.uint8) for t in range(1, 40)}

@@ -13,6 +13,7 @@ import numpy as np
 
 _PER_CLASS = 8
 _MANY_CLIENTS = 40  # from here on they are sorted, and numbers left out
+_POINTS = 400  # of a curve over clients, at most
 _PANEL = (5.4, 3.6)  # inches; a single picture that a phone shows well
 
 
@@ -107,6 +108,9 @@ def clients(path: Any, values: Mapping[str, np.ndarray]) -> None:
   for name, of_name in values.items():
     color, dashes = styles[name]
     share = 100 * (np.arange(len(of_name)) + .5) / len(of_name)
+    if len(of_name) > _POINTS:  # more cannot be seen
+      share = 100 * (np.arange(_POINTS) + .5) / _POINTS
+      of_name = np.percentile(of_name, share)
     axes.plot(share, np.sort(of_name), dashes, color=color, drawstyle='steps-mid',
               marker='' if len(of_name) > 1 else 'o')
   axes.set(xlabel='clients from worst to best, percent',

@@ -344,6 +344,20 @@ class TablesTest(absltest.TestCase):
       self.assertContainsSubset(kept - {rounds[length - 1]}, before)
       before = kept
 
+  def test_many_clients_make_no_large_page(self):
+    rng = np.random.RandomState(0)
+    counts = rng.poisson(3, (5000, 10))
+    accuracy = rng.rand(5000)
+    run = run_by_hand([.5, .6], counts={'train': counts}, clients={
+        'summary': {'broadcast': evaluation.fairness(accuracy)},
+        'accuracy': {'broadcast': accuracy.tolist()}})
+    run = run._replace(config={'seed': 0, 'partition': 'iid'})
+    entries = {'a': [(run, 'broadcast')]}
+    sections = report._sections(  # pylint: disable=protected-access
+        entries, {'': entries}, {'a': [run]})
+    self.assertStartsWith(sections['partition'], '<img src="data:image/png')
+    self.assertLess(sum(len(str(v)) for v in sections.values()), 5e5)
+
   def test_flat(self):
     self.assertEqual(records.flat({'a': 1, 'b': {'c': 2, 'd': {'e': None}}}),
                      {'a': 1, 'b/c': 2, 'b/d/e': None})

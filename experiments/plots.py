@@ -12,6 +12,7 @@ from matplotlib import ticker
 import numpy as np
 
 _PER_CLASS = 8
+_POINTS = 400  # of a curve over clients, at most
 _PANEL = (5.4, 3.6)  # inches; a single picture that a phone shows well
 _MANY_CLIENTS = 40   # from here on they are sorted
 
@@ -107,6 +108,9 @@ def clients(path: Any, values: Mapping[str, np.ndarray]) -> None:
   for name, of_name in values.items():
     color, dashes = styles[name]
     share = 100 * (np.arange(len(of_name)) + .5) / len(of_name)
+    if len(of_name) > _POINTS:  # more cannot be seen
+      share = 100 * (np.arange(_POINTS) + .5) / _POINTS
+      of_name = np.percentile(of_name, share)
     axes.plot(share, np.sort(of_name), dashes, color=color, drawstyle='steps-mid',
               marker='' if len(of_name) > 1 else 'o')
   axes.set(xlabel='clients from worst to best, percent',
@@ -176,6 +180,14 @@ def heatmap(path: Any, counts: np.ndarray) -> None:
   bar.minorticks_off()
   figure.savefig(path, dpi=110 if num_clients <= 500 else 300)
   plt.close(figure)
+
+
+def _write_numbers(axes, counts):
+  dark = np.sqrt(max(counts.max(), 2))
+  for client, label in np.argwhere(counts):
+    number = counts[client, label]
+    axes.text(client, label, str(number), ha='center', va='center', fontsize=6,
+              color='white' if number > dark else 'black')
 
 
 def generated(

@@ -30,6 +30,7 @@ from experiments import svg
 _STRIP_ROUNDS = 6  # rounds whose generated images are shown, at most
 _TARGETS = (.5, .7, .8, .9, .95, .97, .98, .99)  # accuracies that count rounds
 _SHOWN_TARGETS = 4
+_DRAWN_CLIENTS = 300  # of more the partition is shown in pixels
 _STRIP_PIXELS = 64  # at least so many across an image
 
 
@@ -198,9 +199,7 @@ def _sections(entries, clients, runs, target=None) -> dict[str, Any]:
       'targets': targets_table(entries, target),
       **_clients(clients),
       **_classes(entries),
-      'partition': len(first.counts) and svg.inline(
-          'partition', 'Training examples of each class that each client holds.',
-          plots.heatmap, first.counts['train']),
+      'partition': _partition_picture(first.counts),
       'partition_note': _partition_note(first),
       'strips': [(name, strip(of_name[0].images)) for name, of_name in runs.items()
                  if of_name[0].images],
@@ -324,7 +323,7 @@ def times_table(runs: Mapping[str, Sequence[Run]]) -> Table:
   """Seconds per stage and rounds per second, means over seeds."""
   rows = []
   for name, of_name in runs.items():
-    stages = [[sum(row[f'{stage}_seconds'] for row in run.timings)
+    stages = [[sum(row.get(f'{stage}_seconds', 0.) for row in run.timings)
                for stage in ('train', 'evaluate', 'checkpoint', 'compile')]
               for run in of_name]
     seconds = np.mean(stages, axis=0)
@@ -359,7 +358,11 @@ def _side_by_side(images) -> str:
   file = io.BytesIO()
   Image.fromarray(np.concatenate(list(images), axis=1)).save(
       file, 'PNG', optimize=True)
-  return 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
+  return _data_uri(file.getvalue())
+
+
+def _data_uri(png: bytes) -> str:
+  return 'data:image/png;base64,' + base64.b64encode(png).decode()
 
 
 def _legend(names: Iterable[str]) -> list[tuple[str, str]]:
@@ -374,6 +377,20 @@ def _bar_legend(names: Iterable[str]) -> list[tuple[str, str]]:
   return [(name, f'height: .8rem; opacity: {opacity:g}; '
            f'background: {matplotlib.colors.to_hex(color)}')
           for name, (color, opacity) in plots.bar_styles(names).items()]
+
+
+def _partition_picture(counts) -> markupsafe.Markup | None:
+  """Who holds what; of many clients in pixels, a line each is too much."""
+  if not counts:
+    return None
+  counts, label = counts['train'], (
+      'Training examples of each class that each client holds.')
+  if len(counts) <= _DRAWN_CLIENTS:
+    return svg.inline('partition', label, plots.heatmap, counts)
+  file = io.BytesIO()
+  plots.heatmap(file, counts)
+  return markupsafe.Markup('<img src="{}" alt="{}">').format(
+      _data_uri(file.getvalue()), label)
 
 
 def _partition_note(run) -> str:

@@ -1,5 +1,8 @@
 """Scores of models and clients: plain loops, identities, numbers by hand."""
 
+import functools
+from unittest import mock
+
 from absl.testing import absltest
 from absl.testing import parameterized
 import chex
@@ -8,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedftg_jax import evaluation, recipes, stacking
+from fedftg_jax import evaluation, federation, recipes, stacking
 from fedftg_jax.data import clients
 from tests import problems
 
@@ -24,6 +27,21 @@ def accuracy(model, variables, data, k):
     return np.nan
   logits = model.apply(variables, data.x[rows]).logits
   return np.mean(np.argmax(logits, -1) == data.y[rows])
+
+
+@functools.cache  # several tests look at the same
+def evaluated(method, chunk=1, num_devices=None):
+  """After one round of the clients 1 and 3: (federation, state, scores)."""
+  mesh = num_devices and stacking.make_mesh(num_devices)
+  method = recipes.build(method, recipes.Settings(NET, problems.NUM_CLASSES))
+  fed = problems.make(NET, method, mesh=mesh)
+  data, test = stacking.put((problems.DATA, TEST), mesh)
+  state, _ = fed.round(
+      stacking.put(fed.init(KEY), mesh), data, problems.row([1, 3]), KEY)
+  scores = evaluation.evaluate_clients(
+      NET, fed, state, data, test, KEY, personalise=True, chunk=chunk,
+      batch_size=4)
+  return fed, state, scores
 
 
 class GlobalTest(parameterized.TestCase):
@@ -49,21 +67,8 @@ class GlobalTest(parameterized.TestCase):
 
 class ClientsTest(parameterized.TestCase):
 
-  def evaluated(self, method, chunk=1, mesh=None, **kwargs):
-    """After one round of the clients 1 and 3: (federation, state, scores)."""
-    method = recipes.build(
-        method, recipes.Settings(NET, problems.NUM_CLASSES))
-    fed = problems.make(NET, method, mesh=mesh, **kwargs)
-    data, test = stacking.put((problems.DATA, TEST), mesh)
-    state, _ = fed.round(stacking.put(fed.init(KEY), mesh), data,
-                         problems.row([1, 3]), KEY)
-    scores = evaluation.evaluate_clients(
-        NET, fed, state, data, test, KEY, personalise=True, chunk=chunk,
-        batch_size=4)
-    return fed, state, scores
-
   def test_broadcast_is_a_plain_loop(self):
-    _, state, scores = self.evaluated('fed_avg')
+    _, state, scores = evaluated('fed_avg')
     want = [accuracy(NET, state.variables, TEST, k) for k in range(5)]
     np.testing.assert_allclose(scores['broadcast']['accuracy'], want, rtol=1e-6)
     self.assertTrue(np.isnan(want[2]))
@@ -78,7 +83,7 @@ class ClientsTest(parameterized.TestCase):
   def test_personalised_is_what_the_next_round_trains(self, method):
     """FedAvg of one client is that client's model; other methods' local models
     are seen in the mean that a round reports."""
-    fed, state, scores = self.evaluated(method)
+    fed, state, scores = evaluated(method)
     personalise = jax.jit(fed.personalise)
     for k in range(5):
       _, info = fed.round(state, problems.DATA, problems.row([k]), KEY)
@@ -93,7 +98,8 @@ class ClientsTest(parameterized.TestCase):
     """With all examples of a client in one batch, their order is nothing."""
     solve = problems.solver(batch_size=20, epochs=3, weight_decay=0.,
                             clip_norm=None)
-    fed, state, _ = self.evaluated('fed_avg', solve=solve)
+    fed = problems.make(NET, solve=solve)
+    state = fed.init(KEY)._replace(round=jnp.int32(1))
     personalise = jax.jit(fed.personalise)
     for k in (1, 2):  # several examples, and one alone
       rows = problems.DATA.index[k][:problems.DATA.count[k]]
@@ -114,22 +120,28 @@ class ClientsTest(parameterized.TestCase):
       chex.assert_trees_all_equal(begin, state.variables)
       chex.assert_trees_all_close(trained.params, params, atol=1e-5)
 
+  def test_slots_on_the_host(self):
+    """Block by block, a last one that is not full included."""
+    method = recipes.build('scaffold', recipes.Settings(NET, problems.NUM_CLASSES))
+    got = []
+    for place in ('device', 'host'):
+      fed = problems.make(NET, method, client_state=place)
+      state, _ = federation.run(
+          fed, fed.init(KEY), problems.DATA, problems.schedule([[1, 3], [0, 3]]),
+          KEY)
+      with mock.patch.object(evaluation, '_HOST_BLOCK', 2):
+        got.append(evaluation.evaluate_clients(
+            NET, fed, state, problems.DATA, TEST, KEY, personalise=True))
+    chex.assert_trees_all_close(*got, atol=1e-6)
+
   @parameterized.parameters((2, None), (0, None), (2, 2))
   def test_chunks_and_devices_agree(self, chunk, num_devices):
-    mesh = num_devices and stacking.make_mesh(num_devices)
-    _, _, one = self.evaluated('fed_avg')
-    _, _, other = self.evaluated('fed_avg', chunk, mesh)
+    _, _, one = evaluated('fed_avg')
+    _, _, other = evaluated('fed_avg', chunk, num_devices)
     chex.assert_trees_all_close(one, other, atol=1e-5)
 
-  def test_slots_on_the_host(self):
-    """Brought to the device a few clients at a time."""
-    _, _, one = self.evaluated('scaffold')
-    with absltest.mock.patch.object(evaluation, '_HOST_BLOCK', 2):
-      _, _, other = self.evaluated('scaffold', client_state='host')
-    chex.assert_trees_all_close(one, other, atol=1e-6)
-
   def test_nothing_is_trained_unless_asked_for(self):
-    fed, state, scores = self.evaluated('fed_avg')
+    fed, state, scores = evaluated('fed_avg')
     got = evaluation.evaluate_clients(
         NET, fed, state, problems.DATA, TEST, KEY, batch_size=4)
     chex.assert_trees_all_equal(got, {'broadcast': scores['broadcast']})

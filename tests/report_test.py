@@ -322,10 +322,10 @@ class TablesTest(absltest.TestCase):
 
   def test_times(self):
     timings = [{'train_seconds': 3., 'evaluate_seconds': 1.,
-                'compile_seconds': 2.}] * 2
+                'checkpoint_seconds': .5, 'compile_seconds': 2.}] * 2
     run = run_by_hand([.1, .2, .3], timings=timings)
     self.assertEqual(report.times_table({'a': [run]}).rows,
-                     [['a', '6.0', '2.0', '4.0', '0.5']])
+                     [['a', '6.0', '2.0', '1.0', '4.0', '0.5']])
 
   def test_strips_have_few_rounds_and_the_first_and_last(self):
     images = {t: np.full((2, 4, 4, 1), t, np.uint8) for t in range(1, 40)}
@@ -343,6 +343,20 @@ class TablesTest(absltest.TestCase):
       self.assertContainsSubset({2, rounds[length - 1]}, kept)
       self.assertContainsSubset(kept - {rounds[length - 1]}, before)
       before = kept
+
+  def test_many_clients_make_no_large_page(self):
+    rng = np.random.RandomState(0)
+    counts = rng.poisson(3, (5000, 10))
+    accuracy = rng.rand(5000)
+    run = run_by_hand([.5, .6], counts={'train': counts}, clients={
+        'summary': {'broadcast': evaluation.fairness(accuracy)},
+        'accuracy': {'broadcast': accuracy.tolist()}})
+    run = run._replace(config={'seed': 0, 'partition': 'iid'})
+    entries = {'a': [(run, 'broadcast')]}
+    sections = report._sections(  # pylint: disable=protected-access
+        entries, {'': entries}, {'a': [run]})
+    self.assertStartsWith(sections['partition'], '<img src="data:image/png')
+    self.assertLess(sum(len(str(v)) for v in sections.values()), 5e5)
 
   def test_flat(self):
     self.assertEqual(records.flat({'a': 1, 'b': {'c': 2, 'd': {'e': None}}}),

@@ -14,7 +14,7 @@ import numpy as np
 _PER_CLASS = 8
 _POINTS = 400  # of a curve over clients, at most
 _PANEL = (5.4, 3.6)  # inches; a single picture that a phone shows well
-_MANY_CLIENTS = 40   # from here on they are sorted
+_MANY_CLIENTS = 40  # from here on they are sorted
 
 
 def curves(
@@ -180,14 +180,6 @@ def heatmap(path: Any, counts: np.ndarray) -> None:
   bar.minorticks_off()
   figure.savefig(path, dpi=110 if num_clients <= 500 else 300)
   plt.close(figure)
-
-
-def _write_numbers(axes, counts):
-  dark = np.sqrt(max(counts.max(), 2))
-  for client, label in np.argwhere(counts):
-    number = counts[client, label]
-    axes.text(client, label, str(number), ha='center', va='center', fontsize=6,
-              color='white' if number > dark else 'black')
 
 
 def generated(

@@ -68,7 +68,8 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
       scores['own_statistics'] = {
           name: np.nanmean(v) for name, v in by_client['broadcast'].items()}
     return Scores(jax.device_get(scores), by_client if asked else {},
-                  bool(_all_finite((state.variables, state.shared))), draw and _images(draw, state.shared, dataset.num_classes))
+                  bool(_all_finite((state.variables, state.shared))),
+                  draw and _images(draw, state.shared, dataset.num_classes))
 
   return score
 

@@ -1,1 +1,1 @@
-"""Programs: `train` and `compare`."""
+"""Programs: `train`, `compare`, `partition` and `benchmark`."""

@@ -16,6 +16,7 @@ from fedftg_jax import federation
 from fedftg_jax import models
 from fedftg_jax import recipes
 from fedftg_jax import solvers
+from fedftg_jax.data import augment
 from fedftg_jax.data import clients
 from fedftg_jax.data import datasets
 from fedftg_jax.data import partition
@@ -27,7 +28,7 @@ class Experiment(NamedTuple):
   """All parts of a run, built and checked."""
   config: dict[str, Any]
   loaded: datasets.Dataset
-  dataset: datasets.Dataset  # without what became public
+  dataset: datasets.Dataset  # without what is public or for validation
   parts: list[np.ndarray]  # row indices of each client
   data: base.Data
   schedule: base.Cohort    # leading axis [T]
@@ -36,15 +37,20 @@ class Experiment(NamedTuple):
   federation: base.Federation
 
 
-def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
+def build(config: dict[str, Any], data_dir: str | None = None,
+          manual_dir: str | None = None) -> Experiment:
   """Loads the data and builds the federation that `config` asks for.
+
+  Args:
+    config: from `flags.config`.
+    data_dir: where data sets are prepared, see `datasets.load`.
+    manual_dir: what they are prepared from.
 
   Raises:
     cli.UsageError: where data and configuration do not fit.
   """
-  loaded = _checked('dataset', config, _load, config['dataset'], data_dir)
-  dataset, public = _public(config, loaded)
-  parts = _partition(config, dataset)
+  loaded = load(config, data_dir, manual_dir)
+  dataset, public, parts = share_out(config, loaded)
   schedule = _schedule(config, parts)
   model = _checked(
       'model', config, models.build, config['model'], dataset.image_shape,
@@ -59,7 +65,7 @@ def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
       batch_size=config['batch_size'],
       epochs=None if steps else config['local_epochs'], steps=steps,
       weight_decay=config['weight_decay'],
-      clip_norm=config['clip_norm'] or None)
+      clip_norm=config['clip_norm'] or None, **_augment(config, dataset))
   fed = federation.federation(
       model, method, solver, len(parts), weighting=config['weighting'],
       client_chunk=config['client_chunk'],
@@ -69,6 +75,13 @@ def build(config: dict[str, Any], data_dir: str | None = None) -> Experiment:
       dataset.train_x, dataset.train_y, parts, public)
   return Experiment(
       config, loaded, dataset, parts, data, schedule, model, method, fed)
+
+
+def load(config: dict[str, Any], data_dir: str | None,
+         manual_dir: str | None) -> datasets.Dataset:
+  """The data set that `config` names; cli.UsageError if that is impossible."""
+  return _checked(
+      'dataset', config, _load, config['dataset'], data_dir, manual_dir)
 
 
 _load = functools.lru_cache(maxsize=1)(datasets.load)
@@ -93,6 +106,14 @@ def matmul_precision(config: dict[str, Any]):
 
 def _decayed(rate, config):
   return lambda round_: rate * config['lr_decay'] ** round_
+
+
+def _augment(config, dataset) -> dict[str, Any]:
+  """The solver's argument `augment`, if any."""
+  if config.get('augment', 'none') == 'none':
+    return {}
+  return {'augment': lambda key, x: augment.flip_crop(
+      key, models.normalise(x, dataset.mean, dataset.std))}
 
 
 def _method(config, dataset, model) -> base.Method:
@@ -159,17 +180,42 @@ def _check_num_labels(config, num_examples) -> None:
             f'examples and batches of {config[batch]}')
 
 
+def share_out(
+    config: dict[str, Any], loaded: datasets.Dataset
+) -> tuple[datasets.Dataset, np.ndarray | tuple[()], list[np.ndarray]]:
+  """What the clients have: after validation and public images are taken away.
+
+  Returns:
+    The data set of the clients, the public images (or ()), and the rows of each
+    client.
+
+  Raises:
+    cli.UsageError: where data and configuration do not fit.
+  """
+  kept = _checked(
+      'validation_share', {'validation_share': 0, **config},
+      datasets.with_validation, loaded, config.get('validation_share', 0.),
+      config.get('partition_seed', 0))
+  dataset, public = _public(config, kept)
+  return dataset, public, _partition(config, dataset)
+
+
 def _partition(config, dataset) -> list[np.ndarray]:
   kind, labels = config['partition'], dataset.train_y
   if kind.startswith('file:'):
     return _checked('partition', config, partition.load, kind[len('file:'):],
                     len(labels))
-  shared = dict(seed=config['partition_seed'], sigma=config['size_sigma'])
-  if kind == 'iid':
-    return _checked('num_clients', config, partition.iid, labels,
-                    config['num_clients'], **shared)
-  return _checked('num_clients', config, partition.dirichlet, labels,
-                  config['num_clients'], config['dirichlet_alpha'], **shared)
+  if kind == 'natural':
+    return _checked('partition', config, partition.natural, dataset.train_clients,
+                    dataset.num_natural)
+  options = {argument: config[flag]
+             for flag, argument in flags.PARTITIONS[kind].items()}
+  try:
+    return getattr(partition, kind)(
+        labels, config['num_clients'], seed=config['partition_seed'], **options)
+  except ValueError as error:
+    flag = 'num_clients' if str(error).startswith('num_clients ') else 'partition'
+    raise cli.UsageError(flag, config[flag], str(error)) from error
 
 
 def _public(config, dataset):
@@ -188,9 +234,7 @@ def _public(config, dataset):
   order = np.random.RandomState([config.get('partition_seed', 0), 1]).permutation(
       total)
   kept = np.sort(order[num:])
-  return dataset._replace(
-      train_x=dataset.train_x[kept], train_y=dataset.train_y[kept]
-      ), dataset.train_x[order[:num]]
+  return dataset.take(kept), dataset.train_x[order[:num]]
 
 
 def _schedule(config, parts) -> base.Cohort:
@@ -217,8 +261,7 @@ def _schedule(config, parts) -> base.Cohort:
 
 def with_seeds(experiment: Experiment, config: dict[str, Any]) -> Experiment:
   """The same compiled parts with the partition and schedule of `config`."""
-  dataset, public = _public(config, experiment.loaded)
-  parts = _partition(config, dataset)
+  dataset, public, parts = share_out(config, experiment.loaded)
   return experiment._replace(
       config=config, dataset=dataset, parts=parts,
       schedule=_schedule(config, parts), data=clients.from_partition(

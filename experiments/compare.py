@@ -16,12 +16,12 @@ Writes into --workdir: report.html, table.md, summary.json, curves.png, and each
 run's files in METHOD/seedK/.
 """
 
-import pathlib
 import re
 from typing import Any
 
 from absl import flags as absl_flags
 import numpy as np
+from upath import UPath
 
 from experiments import assembly
 from experiments import cli
@@ -52,9 +52,10 @@ absl_flags.adopt_module_key_flags(flags)  # for --help
 FLAGS = absl_flags.FLAGS
 
 # What every method of a comparison shares.
-_SHARED = ('seed', 'rounds', 'eval_every', 'dataset', 'data_dir', 'workdir',
-           'public_data', 'dropout_rate', 'straggler_rate', 'min_availability',
-           'partition', 'dirichlet_alpha', 'size_sigma', 'partition_seed',
+_SHARED = ('seed', 'rounds', 'eval_every', 'dataset', 'data_dir', 'manual_dir',
+           'workdir', 'public_data', 'validation_share', 'dropout_rate',
+           'straggler_rate', 'min_availability', 'partition', 'partition_seed',
+           *sorted({flag for used in flags.PARTITIONS.values() for flag in used}),
            'num_clients', 'cohort', 'schedule', 'schedule_seed')
 
 
@@ -64,8 +65,7 @@ def main() -> None:
     raise cli.UsageError('seeds_at_once', FLAGS.seeds_at_once,
                          'must be 1 without --client_state=device')
   configs = parse_methods(FLAGS.methods)
-  folder = pathlib.Path(
-      FLAGS.workdir or folders.default_folder(base, 'compare', *configs))
+  folder = folders.workdir(FLAGS.workdir, base, 'compare', *configs)
   shared = {'program': 'compare', **{
       k: v for k, v in base.items() if k in _SHARED and k != 'seed'}}
   folders.check_folder(folder, {**shared, **folders.contents(shared)})
@@ -78,7 +78,8 @@ def main() -> None:
                      folders.is_finished(place, of_seed(config, seed)))]
           for name, config in configs.items()}
   experiments = {
-      name: assembly.build(of_seed(configs[name], todo[0][0]), FLAGS.data_dir)
+      name: assembly.build(of_seed(configs[name], todo[0][0]), FLAGS.data_dir,
+                           FLAGS.manual_dir)
       for name, todo in left.items() if todo}
   folders.claim_folder(folder, shared)
   for name, experiment in experiments.items():
@@ -137,7 +138,7 @@ def run_method(name, config, experiment, left) -> None:
                  runner.asked_for())
 
 
-def read_run(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
+def read_run(folder: UPath, rounds: int) -> dict[str, Any]:
   """A finished run's rows and figures, up to `rounds`."""
   run = html.read_run(folder, rounds)
   seconds = sum(row['train_seconds'] for row in run.timings)
@@ -170,11 +171,14 @@ def report(results, folder, shared, seeds) -> None:
 def summarise(runs: list[dict[str, Any]], target: float) -> dict[str, Any]:
   """One method's figures over its seeds."""
   variants = runs[0]['final_accuracy_of']
+  validation = 'final_validation_accuracy'
   return {
       'final_accuracy': spread([run['final_accuracy'] for run in runs]),
       'final_accuracy_of': {
           name: spread([run['final_accuracy_of'][name] for run in runs])
           for name in variants},
+      **({validation: spread([run[validation] for run in runs])}
+         if validation in runs[0] else {}),
       'best_accuracy': spread([run['best_accuracy'] for run in runs]),
       'rounds_to_target': [rounds_to(run['rows'], target) for run in runs],
       'megabytes_up': runs[0]['bytes_up'] / 1e6,
@@ -208,6 +212,10 @@ def table(summary, target) -> tuple[list[str], list[list[str]]]:
   """Header and rows, as text."""
   header = ['method', 'final accuracy', 'plain average', 'best',
             f'rounds to {target:.2f}', 'MB up', 's']
+  kept_apart = 'final_validation_accuracy'
+  validated = any(kept_apart in figures for figures in summary.values())
+  if validated:
+    header.insert(1, 'on validation data')
   rows = []
   for name, figures in summary.items():
     reached = [t for t in figures['rounds_to_target'] if t is not None]
@@ -220,6 +228,8 @@ def table(summary, target) -> tuple[list[str], list[list[str]]]:
             f' ({missed} never)' if reached and missed else ''),
         f'{figures["megabytes_up"]:.0f}',
         f'{figures["train_seconds"]["mean"]:.0f}'])
+    if validated:
+      rows[-1].insert(1, _percent(figures[kept_apart]))
   return header, rows
 
 

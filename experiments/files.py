@@ -1,24 +1,43 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, here or in any store of fsspec."""
 
 import contextlib
 import csv
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 from typing import Any, Iterator
 
 import jax
 import numpy as np
+from upath import UPath
+
+PathLike = str | os.PathLike[str]
+
+
+def is_local(path: PathLike) -> bool:
+  """Whether `path` is of this machine's file system."""
+  return isinstance(UPath(path), pathlib.Path)
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """A temporary path beside `path` that takes its place on success.
+def replacing(path: PathLike) -> Iterator[pathlib.Path]:
+  """A temporary local path whose file takes the place of `path` on success.
 
+  On this machine that is a rename; a store that has none gets the whole file.
   Where several processes train together all come here, since what is written may
   have to be computed by all; that of process 0 remains.
   """
-  path = pathlib.Path(path)
+  path = UPath(path)
+  if not is_local(path):
+    with tempfile.TemporaryDirectory() as folder:
+      temporary = pathlib.Path(folder, path.name)
+      yield temporary
+      if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(temporary.read_bytes())
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   # The suffix stays last: writers choose their format by it.
   temporary = path.with_name(
@@ -31,21 +50,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     temporary.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: PathLike, text: str) -> None:
   with replacing(path) as temporary:
     temporary.write_text(text)
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: PathLike, value: Any) -> None:
   write_text(path, json.dumps(value, indent=2, allow_nan=False) + '\n')
 
 
-def write_jsonl(path: str | os.PathLike[str], rows: list[dict[str, Any]]):
+def write_jsonl(path: PathLike, rows: list[dict[str, Any]]):
   write_text(path, ''.join(
       json.dumps(row, allow_nan=False) + '\n' for row in rows))
 
 
-def write_csv(path: str | os.PathLike[str], rows: list[dict[str, Any]]):
+def write_csv(path: PathLike, rows: list[dict[str, Any]]):
   """Writes flat rows under the columns of all of them; None is an empty cell."""
   columns = list(dict.fromkeys(name for row in rows for name in row))
   with replacing(path) as temporary:
@@ -55,19 +74,58 @@ def write_csv(path: str | os.PathLike[str], rows: list[dict[str, Any]]):
       writer.writerows(rows)
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-  return json.loads(pathlib.Path(path).read_text())
+def read_json(path: PathLike) -> Any:
+  return json.loads(UPath(path).read_text())
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  return [json.loads(line) for line in pathlib.Path(path).read_text().split('\n')
-          if line]
+def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
+  return [json.loads(line) for line in UPath(path).read_text().split('\n') if line]
 
 
-def write_tree(path: str | os.PathLike[str], tree: Any) -> None:
+def read_arrays(path: PathLike) -> dict[str, np.ndarray]:
+  """All arrays of an .npz that we wrote."""
+  with UPath(path).open('rb') as file:
+    with np.load(file, allow_pickle=False) as arrays:
+      return {name: arrays[name] for name in arrays.files}
+
+
+def write_tree(path: PathLike, tree: Any) -> None:
   """Writes arrays as .npz, named by their place: 'params/conv0/kernel'."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   arrays = {jax.tree_util.keystr(place, simple=True, separator='/'):
             np.asarray(leaf) for place, leaf in leaves}
   with replacing(path) as temporary:
     np.savez(temporary, **arrays)
+
+
+def names(folder: PathLike) -> list[str]:
+  """What is in a folder; nothing where there is none."""
+  folder = UPath(folder)
+  return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def remove(folder: PathLike) -> None:
+  """A folder with all that is in it."""
+  if is_local(folder):
+    shutil.rmtree(folder)
+  else:
+    UPath(folder).rmdir(recursive=True)
+
+
+def upload(folder: pathlib.Path, to: PathLike) -> None:
+  """Writes a local folder's files, in folders of the same names."""
+  for path in folder.rglob('*'):
+    if path.is_file():
+      there = UPath(to) / path.relative_to(folder).as_posix()
+      there.parent.mkdir(parents=True, exist_ok=True)
+      there.write_bytes(path.read_bytes())
+
+
+def download(folder: PathLike, to: pathlib.Path) -> None:
+  """The other way."""
+  folder = UPath(folder)
+  for path in folder.rglob('*'):
+    if path.is_file():
+      here = to / path.path.removeprefix(folder.path).lstrip('/')
+      here.parent.mkdir(parents=True, exist_ok=True)
+      here.write_bytes(path.read_bytes())

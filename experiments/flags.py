@@ -9,14 +9,26 @@ from absl import flags
 
 from experiments import cli
 from experiments import devices
+from experiments import files
 from fedftg_jax import federation, models, recipes, stacking
-from fedftg_jax.data import datasets
+from fedftg_jax.data import augment, datasets
 from fedftg_jax.methods import batch_norm, fed_df, fed_ftg, scaffold
 from fedftg_jax.models import convolution, layers
 
 CLIENT_STATES = ('device', 'host', 'disk')
 PRECISIONS = ('default', 'highest', 'bfloat16')
-PARTITIONS = ('dirichlet', 'iid', 'file:PATH')
+# The flags of a partition, and the arguments of its function that they are.
+PARTITIONS = {
+    'dirichlet': {'dirichlet_alpha': 'alpha', 'size_sigma': 'sigma'},
+    'dirichlet_class': {'dirichlet_alpha': 'alpha', 'min_size': 'min_size'},
+    'iid': {'size_sigma': 'sigma'},
+    'quantity': {'size_sigma': 'sigma', 'size_power': 'power',
+                 'min_size': 'min_size'},
+    'shards': {'shards_per_client': 'shards_per_client'},
+    'classes': {'classes_per_client': 'classes_per_client'},
+    'natural': {},
+    'file:PATH': {},
+}
 SCHEDULES = ('exact', 'bernoulli', 'file:PATH')
 FTG = 'ftg_'
 # The flags of a method, by what their names begin with; the rest of a name is
@@ -26,14 +38,15 @@ PREFIXES = {
     'moon': 'moon_', 'q_fed_avg': 'fair_', 'fed_df': 'df_',
     'fed_df_public': 'df_', 'fed_ftg': FTG}
 # Where a run writes and how it shows itself is no part of its configuration.
-_PRESENTATION = ('workdir', 'data_dir', 'tensorboard', 'checkpoint_every',
-                 'keep_checkpoints')
+_PRESENTATION = ('workdir', 'data_dir', 'manual_dir', 'tensorboard',
+                 'checkpoint_every', 'keep_checkpoints')
 EVALUATE_CLIENTS = ('none', 'final', 'every')
 
 
 def _define() -> None:
   """Defines the flags that every program has."""
   _define_data()
+  _define_partition()
   _define_federation()
   _define_training()
   _define_methods()
@@ -68,8 +81,12 @@ def _define_data() -> None:
   """What is learned from, and who holds it."""
   flags.DEFINE_string(
       'dataset', 'mnist5k', 'Data set: mnist5k (5,000 real MNIST images that come '
-      'with a Python package), or npz:PATH, an .npz with train_x, train_y, '
-      'test_x, test_y (images NHWC, uint8 or float32).')
+      'with a Python package); mnist, fashion_mnist, kmnist, emnist/*, cifar10 or '
+      'cifar100, prepared here from their original files; another '
+      'image-classification set of TensorFlow Datasets that is prepared already; '
+      'folder:PATH, with images in train/CLASS/ and test/CLASS/; or npz:PATH, an '
+      '.npz with train_x, train_y, test_x, test_y (images NHWC, uint8 or float32) '
+      'and perhaps train_client_id.')
   flags.DEFINE_string(
       'public_data', '', 'Unlabelled images on the server, for fed_df_public: '
       'train:NUM (taken from the training set before it is shared out) or '
@@ -78,16 +95,45 @@ def _define_data() -> None:
       'data_dir', None, 'Where prepared data sets are kept; default: that of '
       'TensorFlow Datasets (~/tensorflow_datasets).')
   flags.DEFINE_string(
-      'partition', 'dirichlet', 'Who holds what: dirichlet, iid, or file:PATH (an '
-      '.npz with one index array per client, such as the partition.npz that every '
-      'run writes).')
+      'manual_dir', None, 'Folder with the original files of the data set, as '
+      'published, from which it is prepared; default: downloads/manual in '
+      '--data_dir, and where a Debian package puts them.')
   flags.DEFINE_float(
-      'dirichlet_alpha', .1, 'Concentration of the Dirichlet partition: the '
+      'validation_share', 0., 'Share of the training set that is kept apart, the '
+      'same of each class, and evaluated beside the test set.', lower_bound=0)
+  flags.DEFINE_enum(
+      'augment', 'none', augment.KINDS, 'Augmentation of training images: '
+      'flip_crop mirrors with probability 1/2 and, with probability 1/2, pads by '
+      '4 and crops.')
+
+
+def _define_partition() -> None:
+  """Who holds what."""
+  flags.DEFINE_string(
+      'partition', 'dirichlet', 'Who holds what: dirichlet (class proportions of '
+      'each client), dirichlet_class (client proportions of each class), iid, '
+      'quantity (unequal sizes), shards (of examples sorted by class), classes '
+      '(exactly --classes_per_client each), natural (as the data say), or '
+      'file:PATH (an .npz with one index array per client, such as the '
+      'partition.npz that every run writes).')
+  flags.DEFINE_float(
+      'dirichlet_alpha', .1, 'Concentration of the Dirichlet partitions: the '
       'smaller, the fewer classes a client has.')
   flags.DEFINE_float(
-      'size_sigma', 0., 'Lognormal spread of the client sizes; 0 for equal ones.',
+      'size_sigma', 0., 'dirichlet, iid, quantity: lognormal spread of the client '
+      'sizes; 0 for equal ones.', lower_bound=0)
+  flags.DEFINE_float(
+      'size_power', 0., 'quantity: exponent of a power law of the client sizes.',
       lower_bound=0)
-  flags.DEFINE_integer('partition_seed', 0, 'Seed of the partition.',
+  flags.DEFINE_integer(
+      'min_size', 1, 'dirichlet_class, quantity: examples that each client has at '
+      'least.', lower_bound=0)
+  flags.DEFINE_integer('shards_per_client', 2, 'shards: how many each client has.',
+                       lower_bound=1)
+  flags.DEFINE_integer('classes_per_client', 2, 'classes: how many each client '
+                       'has.', lower_bound=1)
+  flags.DEFINE_integer('partition_seed', 0, 'Seed of the partition, and of what is '
+                       'kept apart before.',
                        lower_bound=0, upper_bound=2**31 - 1)
 
 
@@ -315,14 +361,32 @@ def _unused(values: dict[str, Any]) -> set[str]:
     unused.add('personalise')
   if values['norm'] != 'batch':
     unused |= {'batch_norm', 'torch_bn'}
-  if values['partition'] != 'dirichlet':
-    unused.add('dirichlet_alpha')
-  if values['partition'].startswith('file:'):
-    unused |= {'size_sigma', 'partition_seed', 'num_clients'}
+  unused |= _unused_by_partition(values)
+  if not values['validation_share']:
+    unused.add('validation_share')
+  if values['augment'] == 'none':
+    unused.add('augment')
   if values['schedule'].startswith('file:'):
     unused |= {'cohort', 'schedule_seed', 'dropout_rate', 'straggler_rate',
                'min_availability'}
   return unused
+
+
+def _unused_by_partition(values: dict[str, Any]) -> set[str]:
+  kind = values['partition']
+  unused = {flag for used in PARTITIONS.values() for flag in used}
+  unused -= PARTITIONS.get(kind, {}).keys()
+  if is_given(kind):
+    unused.add('num_clients')
+    if not (values['validation_share']
+            or values['public_data'].startswith('train:')):
+      unused.add('partition_seed')
+  return unused
+
+
+def is_given(kind: str) -> bool:
+  """Whether the partition is there already, with its number of clients."""
+  return kind == 'natural' or kind.startswith('file:')
 
 
 def _ours() -> list[flags.Flag]:
@@ -349,7 +413,14 @@ def _check(values: dict[str, Any]) -> None:
   for name, value in values.items():
     if isinstance(value, float):
       require(name, math.isfinite(value), 'must be a finite number')
-  _check_by('dataset', values, datasets.check_name)
+  folder = values['data_dir']
+  require('data_dir', folder is None or not os.path.exists(folder)
+          or os.path.isdir(folder), 'must be a folder')
+  folder = values['manual_dir']
+  require('manual_dir', folder is None or os.path.isdir(folder),
+          'must be a folder')
+  _check_by('dataset', values, datasets.check_name, values['data_dir'],
+            values['manual_dir'])
   _check_by('method', values, recipes.parse)
   for flag, allowed in (('partition', PARTITIONS), ('schedule', SCHEDULES)):
     value = values[flag]
@@ -357,9 +428,12 @@ def _check(values: dict[str, Any]) -> None:
       require(flag, os.path.isfile(value[len('file:'):]), 'no such file')
     else:
       require(flag, value in allowed, 'must be one of ' + ', '.join(allowed))
-  folder = values['data_dir']
-  require('data_dir', folder is None or not os.path.exists(folder)
-          or os.path.isdir(folder), 'must be a folder')
+  require('tensorboard', not values['tensorboard']
+          or files.is_local(values['workdir'] or '.'),
+          'needs a --workdir on this machine')
+  require('validation_share', values['validation_share'] < 1, 'must be below 1')
+  require('partition', values['partition'] != 'quantity' or values['size_sigma']
+          or values['size_power'], 'needs --size_sigma or --size_power above 0')
   require('moon_tau', values['moon_tau'] > 0, 'must be above 0')
   require('scaffold_lr0', not values['scaffold_lr0']
           or values['learning_rate'] > 0, 'needs a --learning_rate above 0')
@@ -369,8 +443,7 @@ def _check(values: dict[str, Any]) -> None:
   require('norm', values['norm'] == 'none' or values['model'] != 'mlp',
           'must be none for --model=mlp, which has no convolutions')
   require('dirichlet_alpha', values['dirichlet_alpha'] > 0, 'must be above 0')
-  if not values['schedule'].startswith('file:') and (
-      not values['partition'].startswith('file:')):
+  if not (values['schedule'].startswith('file:') or is_given(values['partition'])):
     require('cohort', values['cohort'] <= values['num_clients'],
             f'must be at most --num_clients={values["num_clients"]}')
 
@@ -390,9 +463,9 @@ def _check_public(values, require):
             'fed_df_public needs images: give train:NUM or npz:PATH')
 
 
-def _check_by(flag, values, function):
+def _check_by(flag, values, function, *args):
   try:
-    function(values[flag])
+    function(values[flag], *args)
   except ValueError as error:
     raise cli.UsageError(flag, values[flag], str(error)) from error
 

@@ -1,4 +1,4 @@
-"""Pictures: curves, bars, a heatmap, a grid of generated images."""
+"""Pictures: curves, bars, who holds what, a grid of generated images."""
 
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import matplotlib
 matplotlib.use('Agg')
 from matplotlib import colors as plt_colors  # pylint: disable=g-import-not-at-top
-from matplotlib import pyplot as plt
+from matplotlib import pyplot as plt  # pylint: disable=g-import-not-at-top
 from matplotlib import ticker
 import numpy as np
 
 _PER_CLASS = 8
-_MANY_CLIENTS = 40  # from here on they are sorted, and numbers left out
 _POINTS = 400  # of a curve over clients, at most
 _PANEL = (5.4, 3.6)  # inches; a single picture that a phone shows well
+_MANY_CLIENTS = 40  # from here on they are sorted
 
 
 def curves(
@@ -142,50 +142,44 @@ def classes(path: Any, values: Mapping[str, Sequence[float]]) -> None:
 
 
 def heatmap(path: Any, counts: np.ndarray) -> None:
-  """Draws how many examples of each class each client holds, and its size above.
+  """Draws how many examples of each class each client holds, and its size.
 
-  Few clients stand in their order, with the numbers. Many are sorted by the class
-  that they have most of, and by how large a part of theirs that is, so that the
-  picture shows the skew whatever order they came in.
+  Few clients stand in their order. Many are sorted by the class that they have
+  most of, and by how large a part of theirs that is, so that the picture shows
+  the skew whatever order they came in.
 
   Args:
     path: where to write.
     counts: [N, C] examples.
   """
-  num_clients, num_classes = counts.shape
+  num_clients = len(counts)
   many = num_clients > _MANY_CLIENTS
   if many:
     part = counts.max(1) / np.maximum(counts.sum(1), 1)
     counts = counts[np.lexsort((-part, counts.argmax(1)))]
-  height = min(.22 * num_classes, 6)
-  figure, (above, below) = plt.subplots(
-      2, 1, figsize=(min(5 + .2 * num_clients, 13), 2.6 + height),
-      height_ratios=(1, max(2, height)), sharex=True, layout='constrained')
-  above.bar(np.arange(num_clients), counts.sum(1), width=1., color='C0')
-  above.set(ylabel='examples')
-  image = below.imshow(
-      np.ma.masked_equal(counts.T, 0), aspect='auto', interpolation='nearest',
-      cmap='viridis_r', norm=plt_colors.LogNorm(1, max(counts.max(), 2)))
-  below.set(ylabel='class', xlabel='client' + (
+  height = min(max(1.2 + .16 * num_clients, 2.4), 8)
+  figure, (axes, beside) = plt.subplots(
+      1, 2, figsize=(_PANEL[0], height), width_ratios=(4, 1), sharey=True,
+      layout='constrained')
+  most = max(counts.max(), 2)
+  image = axes.imshow(
+      np.ma.masked_equal(counts, 0), aspect='auto', interpolation='nearest',
+      cmap=plt.get_cmap('viridis_r').with_extremes(bad='white'),
+      norm=plt_colors.LogNorm(1, most))
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_locator(ticker.MaxNLocator(10, integer=True))
+  axes.set(xlabel='class', ylabel='client' + (
       ', sorted by the class it has most of' if many else ''))
-  if not many:
-    below.set_xticks(np.arange(num_clients))
-    below.tick_params(axis='x', labelsize=7)
-  if num_classes <= 20:
-    below.set_yticks(np.arange(num_classes))
-  if not many and num_classes <= 20:
-    _write_numbers(below, counts)
-  figure.colorbar(image, ax=below, label='examples', pad=.01)
-  figure.savefig(path, dpi=180 if many else 110)  # a pixel for each of 2,000
+  beside.stairs(counts.sum(1), np.arange(num_clients + 1) - .5,
+                orientation='horizontal', fill=True, color='C0')
+  beside.xaxis.set_major_locator(ticker.MaxNLocator(2, integer=True))
+  beside.set(xlabel='examples', xlim=(0, None))
+  ticks = [d * 10**e for e in range(9) for d in (1, 2, 5) if d * 10**e <= most]
+  bar = figure.colorbar(image, ax=[axes, beside], label='examples of a class')
+  bar.set_ticks(ticks, labels=[f'{tick:,}' for tick in ticks])
+  bar.minorticks_off()
+  figure.savefig(path, dpi=110 if num_clients <= 500 else 300)
   plt.close(figure)
-
-
-def _write_numbers(axes, counts):
-  dark = np.sqrt(max(counts.max(), 2))
-  for client, label in np.argwhere(counts):
-    number = counts[client, label]
-    axes.text(client, label, str(number), ha='center', va='center', fontsize=6,
-              color='white' if number > dark else 'black')
 
 
 def generated(

@@ -1,9 +1,9 @@
 """What a run writes into its folder, and what its rows come to."""
 
-import pathlib
 from typing import Any
 
 import numpy as np
+from upath import UPath
 
 from experiments import cli
 from experiments import devices
@@ -16,6 +16,7 @@ from experiments.assembly import Experiment
 from fedftg_jax import evaluation
 from fedftg_jax.data import partition
 from fedftg_jax.data import schedules
+from fedftg_jax.data import skew
 
 FINAL_ROUNDS = 10  # the final accuracy is the mean over so many last rounds
 _KEPT_IMAGES = 12  # evaluations of which generated images are kept, at most
@@ -28,7 +29,7 @@ class Run:
   `_timings` timings.jsonl, `_clients` clients.json, `_images` generated.npz.
   """
 
-  def __init__(self, experiment: Experiment, folder: pathlib.Path, seed: int,
+  def __init__(self, experiment: Experiment, folder: UPath, seed: int,
                traffic: tuple[int, int], tensorboard: bool = False,
                done: int = 0):
     """What is there of the first `done` rounds, and nothing else, is kept.
@@ -71,10 +72,9 @@ class Run:
       clients = files.read_json(folder / 'clients.json')
       self._clients = clients if clients['round'] <= done else {}
     if (folder / 'generated.npz').exists():
-      with np.load(folder / 'generated.npz') as images:
-        rounds = {name: int(name.rpartition('_')[2]) for name in images.files}
-        self._images = {
-            t: images[name] for name, t in rounds.items() if t <= done}
+      images = files.read_arrays(folder / 'generated.npz')
+      rounds = {name: int(name.rpartition('_')[2]) for name in images}
+      self._images = {t: images[name] for name, t in rounds.items() if t <= done}
 
   @property
   def accuracy(self) -> float:
@@ -109,6 +109,8 @@ class Run:
         'test_accuracy': _number(broadcast['accuracy']),
         'accuracy': {
             k: _number(v['accuracy']) for k, v in scores.models.items()},
+        **{f'validation_{k}': _number(scores.validation[k])
+           for k in ('loss', 'accuracy') if scores.validation},
         'bytes_up': self._up, 'bytes_down': self._down, **losses})
     self._add_classes(done, scores.models)
     if scores.clients:
@@ -193,11 +195,11 @@ def label_counts(experiment: Experiment) -> dict[str, np.ndarray]:
   """How many examples of each class each client trains and is tested on, [N, C].
   """
   dataset = experiment.dataset
-  return {split: np.stack([
-      np.bincount(labels[part], minlength=dataset.num_classes) for part in parts
-      ]).astype(np.int32) for split, labels, parts in (
-          ('train', dataset.train_y, experiment.parts),
-          ('test', dataset.test_y, scoring.test_parts(experiment)))}
+  return {split: skew.class_counts(
+      labels, parts, dataset.num_classes).astype(np.int32)
+          for split, labels, parts in (
+              ('train', dataset.train_y, experiment.parts),
+              ('test', dataset.test_y, scoring.test_parts(experiment)))}
 
 
 def kept_rounds(rounds: list[int]) -> set[int]:
@@ -222,13 +224,16 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
   """The figures of a run, from the rows of its metrics.jsonl."""
   last = rows[-1]
   tail = [r for r in rows if r['round'] > last['round'] - FINAL_ROUNDS]
+  validation = {} if 'validation_accuracy' not in last else {
+      'final_validation_accuracy': _number(
+          np.mean([r['validation_accuracy'] for r in tail]))}
   return {
       'rounds': last['round'],
       'final_accuracy': _number(np.mean([r['test_accuracy'] for r in tail])),
       'best_accuracy': max(r['test_accuracy'] for r in rows),
       'final_accuracy_of': {
           name: _number(np.mean([r['accuracy'][name] for r in tail]))
-          for name in last['accuracy']},
+          for name in last['accuracy']}, **validation,
       'bytes_up': last['bytes_up'], 'bytes_down': last['bytes_down']}
 
 

@@ -18,6 +18,7 @@ import markupsafe
 import matplotlib
 import numpy as np
 from PIL import Image
+from upath import UPath
 
 from experiments import cli
 from experiments import files
@@ -56,11 +57,11 @@ Entries = Mapping[str, Sequence[tuple[Run, str]]]
 
 
 def main(folder: str) -> None:
-  path = write(pathlib.Path(folder))
+  path = write(UPath(folder))
   print(f'written: {path}')
 
 
-def write(folder: pathlib.Path) -> pathlib.Path:
+def write(folder: UPath) -> UPath:
   """Writes report.html into the folder of a run or a comparison.
 
   Args:
@@ -101,7 +102,7 @@ def _breakable(text: str) -> markupsafe.Markup:
   return markupsafe.Markup('<wbr>').join(re.split(r'(?<=[_:=+,/])', text))
 
 
-def read_run(folder: pathlib.Path, rounds: int | None = None) -> Run:
+def read_run(folder: UPath, rounds: int | None = None) -> Run:
   """A run's files, up to `rounds` (None: all).
 
   Raises:
@@ -132,10 +133,7 @@ def read_run(folder: pathlib.Path, rounds: int | None = None) -> Run:
 
 
 def _arrays(path):
-  if not path.exists():
-    return {}
-  with np.load(path, allow_pickle=False) as file:
-    return {name: file[name] for name in file.files}
+  return files.read_arrays(path) if path.exists() else {}
 
 
 def _of_run(folder) -> dict[str, Any]:

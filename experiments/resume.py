@@ -3,13 +3,14 @@
 import contextlib
 import hashlib
 import pathlib
-import shutil
 import signal
+import tempfile
 import threading
 from typing import Any, Iterator, Sequence
 
 import jax
 import numpy as np
+from upath import UPath
 
 from experiments import assembly
 from experiments import devices
@@ -35,16 +36,29 @@ def is_due(done: int, config: dict[str, Any], every: int) -> bool:
   return done % (-(-every // chunk) * chunk) == 0 or done == config['rounds']
 
 
-def save(folder: pathlib.Path, experiment: assembly.Experiment, seed: int,
+def save(folder: UPath, experiment: assembly.Experiment, seed: int,
          done: int, state: PyTree, keep: int) -> None:
   """Writes the checkpoint after `done` rounds of one seed's run."""
   state = jax.device_get(state)
-  if devices.is_first():
-    checkpoint.save(folder / FOLDER, done, state, _note(experiment, seed, done),
-                    keep)
+  if not devices.is_first():
+    return
+  note = _note(experiment, seed, done)
+  if files.is_local(folder):
+    checkpoint.save(folder / FOLDER, done, state, note, keep)
+    return
+  with tempfile.TemporaryDirectory() as here:  # a store gets whole files
+    checkpoint.save(here, done, state, note)
+    files.upload(pathlib.Path(here, str(done)), folder / FOLDER / str(done))
+  for old in _rounds(folder)[:-keep]:
+    files.remove(folder / FOLDER / str(old))
 
 
-def newest(workdirs: Sequence[pathlib.Path], experiment: assembly.Experiment,
+def _rounds(folder):
+  """The rounds of which a run has checkpoints, ascending."""
+  return sorted(int(n) for n in files.names(folder / FOLDER) if n.isdigit())
+
+
+def newest(workdirs: Sequence[UPath], experiment: assembly.Experiment,
            seeds: Sequence[int], states: Sequence[PyTree]
            ) -> tuple[int, list[PyTree]]:
   """The latest round from which all of some runs can go on.
@@ -60,7 +74,7 @@ def newest(workdirs: Sequence[pathlib.Path], experiment: assembly.Experiment,
     on the screen, and the one before it tried; 0 where there is none.
   """
   candidates = set.intersection(
-      *(set(checkpoint.rounds(folder / FOLDER)) for folder in workdirs))
+      *(set(_rounds(folder)) for folder in workdirs))
   for done in sorted(candidates, reverse=True):
     if done > experiment.config['rounds']:
       continue
@@ -81,15 +95,19 @@ def _restore(folder, seed, state, experiment, done):
   if done not in [row['round'] for row in rows]:
     raise checkpoint.Refused(
         f'{folder / FOLDER}/{done}: its metrics.jsonl does not reach that round')
-  return checkpoint.restore(
-      folder / FOLDER, done, state, _note(experiment, seed, done))
+  note = _note(experiment, seed, done)
+  if files.is_local(folder):
+    return checkpoint.restore(folder / FOLDER, done, state, note)
+  with tempfile.TemporaryDirectory() as here:
+    files.download(folder / FOLDER / str(done), pathlib.Path(here, str(done)))
+    return checkpoint.restore(here, done, state, note)
 
 
-def forget(folder: pathlib.Path, after: int) -> None:
+def forget(folder: UPath, after: int) -> None:
   """Removes the checkpoints of later rounds than `after`."""
-  for done in checkpoint.rounds(folder / FOLDER):
+  for done in _rounds(folder):
     if done > after:
-      shutil.rmtree(folder / FOLDER / str(done))
+      files.remove(folder / FOLDER / str(done))
 
 
 def _note(experiment, seed, done):

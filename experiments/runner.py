@@ -3,16 +3,19 @@
 import functools
 import pathlib
 import shutil
+import tempfile
 from typing import NamedTuple, Sequence
 
 from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+from upath import UPath
 
 from experiments import assembly
 from experiments import cli
 from experiments import devices
+from experiments import files
 from experiments import progress
 from experiments import resume
 from experiments import scoring
@@ -38,7 +41,7 @@ def asked_for() -> Keeping:
 def train(
     experiment: Experiment,
     seeds: Sequence[int],
-    folders: Sequence[pathlib.Path],
+    folders: Sequence[UPath],
     label: str,
     keeping: Keeping = Keeping(),
 ) -> None:
@@ -111,6 +114,8 @@ def train(
 
 def _initial_state(fed, key, config, folder):
   if config['client_state'] == 'disk':
+    if not files.is_local(folder):
+      folder = pathlib.Path(tempfile.mkdtemp())
     return fed.init(key, folder / CLIENTS / str(jax.process_index()))
   return fed.init(key)
 

@@ -23,6 +23,8 @@ class Scores(NamedTuple):
                                            # but for a mean of clients, per_class
   clients: Mapping[str, Mapping[str, np.ndarray]]  # see
                                 # `evaluation.evaluate_clients`; {} if not asked for
+  validation: Mapping[str, Any]  # loss and accuracy of the broadcast model on what
+                                 # is kept apart; {} if nothing is
   finite: bool  # whether all of the model and of the server's slot is
   images: np.ndarray | None  # [C', H, W, channels] uint8, of each class the same
                              # noise every time; None without a generator
@@ -42,6 +44,8 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
   config, dataset, model = experiment.config, experiment.dataset, experiment.model
   test = put(clients.from_partition(
       dataset.test_x, dataset.test_y, test_parts(experiment)))
+  validation = dataset.validation_x is not None and put(
+      (dataset.validation_x, dataset.validation_y))
   # The mean of statistics that clients keep to themselves says nothing.
   local = config.get('batch_norm') == 'local'
   when = config['evaluate_clients']
@@ -58,6 +62,8 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
     scores = {name: evaluation.evaluate(
         model, variables, test.x, test.y, _BATCH, local)
               for name, variables in variants.items()}
+    kept_apart = validation and evaluation.evaluate(
+        model, state.variables, *validation, _BATCH, local) or {}
     asked = when == 'every' or when == 'final' and done == config['rounds']
     by_client = {}
     if asked or local:
@@ -67,9 +73,10 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
     if local:
       scores['own_statistics'] = {
           name: np.nanmean(v) for name, v in by_client['broadcast'].items()}
-    return Scores(jax.device_get(scores), by_client if asked else {},
-                  bool(_all_finite((state.variables, state.shared))),
-                  draw and _images(draw, state.shared, dataset.num_classes))
+    return Scores(
+        *jax.device_get((scores, by_client if asked else {}, kept_apart)),
+        bool(_all_finite((state.variables, state.shared))),
+        draw and _images(draw, state.shared, dataset.num_classes))
 
   return score
 

@@ -10,7 +10,6 @@ lists.
 """
 
 import json
-import pathlib
 
 from absl import flags as absl_flags
 
@@ -30,12 +29,13 @@ FLAGS = absl_flags.FLAGS
 
 def main() -> None:
   config = flags.config()
-  folder = pathlib.Path(FLAGS.workdir or folders.default_folder(config))
+  folder = folders.workdir(FLAGS.workdir, config)
   if devices.agree(folders.is_finished(folder, config)):
     progress.say(f'already finished: {folder}')
   else:
-    runner.train(assembly.build(config, FLAGS.data_dir), [config['seed']],
-                 [folder], config['method'], runner.asked_for())
+    runner.train(
+        assembly.build(config, FLAGS.data_dir, FLAGS.manual_dir),
+        [config['seed']], [folder], config['method'], runner.asked_for())
   if not devices.is_first():
     return
   if not (folder / 'report.html').exists():

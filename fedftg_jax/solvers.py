@@ -24,6 +24,7 @@ def local_sgd(
     weight_decay: float = 0.,
     clip_norm: float | None = None,
     optimizer: optax.GradientTransformation = optax.identity(),
+    augment: Callable = lambda key, x: x,
 ) -> Callable:
   """Mini-batch descent, for whole epochs or for a fixed number of steps.
 
@@ -41,6 +42,8 @@ def local_sgd(
     clip_norm: largest global norm of a gradient; None for no clip.
     optimizer: direction from gradient, e.g. `optax.trace(0.9)`; without its
       own learning rate.
+    augment: (key, images of a batch) -> images, in each step anew. Only what is
+      trained on passes through it, not what a method measures on a client's data.
 
   Returns:
     The solver.
@@ -66,7 +69,9 @@ def local_sgd(
     batches = -(-count // batch_size)  # per epoch, this client
     wanted = epochs * batches if steps is None else jnp.where(count, steps, 0)
     num_steps = jnp.minimum(wanted, view.num_steps).astype(jnp.int32)
-    key_order, key_loss = jax.random.split(key)
+    # A split in three begins with the keys of a split in two: without
+    # augmentation the draws are those that they were before there was any.
+    key_order, key_loss, key_augment = jax.random.split(key, 3)
     order_of = _orders(key_order, view.data, epochs, batch_size)
     decay = weight_decay + objective.decay
     step_size = jnp.asarray(schedule(view.round))
@@ -83,6 +88,8 @@ def local_sgd(
           order_of(epoch), (first,), (batch_size,))
       batch = clients.batch(
           view.data, positions, first + jnp.arange(batch_size) < count)
+      batch = batch._replace(
+          x=augment(jax.random.fold_in(key_augment, i), batch.x))
       (_, aux), grads = grad_fn(
           params, stats, batch, jax.random.fold_in(key_loss, i))
       grads, _ = clip.update(grads, clip.init(params))

@@ -18,6 +18,7 @@ from absl.testing import parameterized
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from upath import UPath
 
 from experiments import compare
 from experiments import files
@@ -138,6 +139,44 @@ class ResumeTest(parameterized.TestCase):
     self.assertIn('going on after round 4', out)
     for seed in (0, 1):
       self.assert_same(f'whole/scaffold/seed{seed}', f'cut/scaffold/seed{seed}')
+
+  def test_in_a_store_without_rename(self):
+    """Of fsspec: the same files, and a run there goes on as well."""
+    self.assertEqual(self.train('whole')[0], 0)
+    there = UPath('memory://runs') / self.folder.name
+    args = [*self.args, '--method=scaffold', f'--workdir={there}']
+    written = records.Run.add_timing
+
+    def cut(run, timing):
+      written(run, timing)
+      if timing['round'] == 5:
+        raise PowerCut
+
+    with absltest.mock.patch.object(records.Run, 'add_timing', cut):
+      with self.assertRaises(PowerCut):
+        programs_test.call(train, *args)
+    status, out, err = programs_test.call(train, *args)
+    self.assertEqual(status, 0, err)
+    self.assertIn('going on after round 4', out)
+    self.assertCountEqual(
+        files.names(there), os.listdir(self.folder / 'whole'))
+    self.assertCountEqual(files.names(there / resume.FOLDER), ['4', '5'])
+    for name in SAME:
+      self.assertEqual((there / name).read_bytes(),
+                       (self.folder / 'whole' / name).read_bytes(), name)
+    status, out, _ = programs_test.call(train, *args)
+    self.assertEqual(status, 0)
+    self.assertIn('already finished', out)
+
+  @parameterized.parameters(
+      ('foo://a/b', 'cannot be reached .*Unsupported'),
+      ('memory://a/b --tensorboard', 'needs a --workdir on this machine'))
+  def test_stores_that_cannot_be(self, where, message):
+    status, _, err = programs_test.call(
+        train, *self.args, *f'--workdir={where}'.split())
+    self.assertEqual(status, 2)
+    self.assertRegex(err, f'^error: --.*{message}')
+    self.assertEqual(err.count('\n'), 1)
 
   def test_more_rounds_go_on(self):
     self.assertEqual(self.train('whole', '--rounds=6')[0], 0)

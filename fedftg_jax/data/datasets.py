@@ -1,17 +1,23 @@
 """Image data sets as NumPy arrays, by name."""
 
-import functools
-import io
 import os
-from typing import Any, NamedTuple
+import re
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from fedftg_jax.data import arrays as arrays_lib
+from fedftg_jax.data import image_folder
+from fedftg_jax.data import partition
 
-NAMES = ('mnist5k', 'npz:PATH')
 _NPZ_ARRAYS = ('train_x', 'train_y', 'test_x', 'test_y')
+_CLIENTS = 'train_client_id'
+# Mean and standard deviation that are customary for a data set, as the official
+# FedFTG code has them; the others are normalised by those of their train split.
+_CUSTOMARY = {
+    'cifar10': ((.491, .482, .447), (.247, .243, .262)),
+    'cifar100': ((.5071, .4867, .4408), (.2675, .2565, .2761)),
+}
 
 
 class Dataset(NamedTuple):
@@ -23,101 +29,138 @@ class Dataset(NamedTuple):
   num_classes: int
   mean: tuple[float, ...]  # per channel, of pixels in [0, 1]; for uint8 only
   std: tuple[float, ...]
+  # Where the data say whose an example is: 0 to num_natural - 1, in the order of
+  # the sorted names.
+  train_clients: np.ndarray | None = None  # [M] int32
+  num_natural: int = 0
+  # What `with_validation` has kept apart of the train split.
+  validation_x: np.ndarray | None = None
+  validation_y: np.ndarray | None = None
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
     return self.train_x.shape[1:]
 
+  def take(self, rows: np.ndarray) -> 'Dataset':
+    """The same with these rows of the train split alone."""
+    clients = self.train_clients
+    return self._replace(
+        train_x=self.train_x[rows], train_y=self.train_y[rows],
+        train_clients=None if clients is None else clients[rows])
 
-def check_name(name: str) -> None:
-  """Raises ValueError unless `name` is a data set whose file, if any, is there."""
-  if name.startswith('npz:'):
-    path = name[len('npz:'):]
+
+def check_name(name: str, data_dir: str | None = None,
+               manual_dir: str | None = None) -> None:
+  """Raises ValueError unless `load` will find the data set."""
+  kind, _, path = name.partition(':')
+  if kind == 'npz':
     if not os.path.isfile(path):
       raise ValueError(
           f'no such file: {path!r}; npz:PATH names an .npz with the arrays '
           f'{", ".join(_NPZ_ARRAYS)}')
-  elif name not in NAMES:
-    raise ValueError(f'must be one of {", ".join(NAMES)}')
+  elif kind == 'folder':
+    image_folder.classes(path)
+  else:
+    _prepared().check(name, data_dir, manual_dir)
 
 
-def load(name: str, data_dir: str | None = None) -> Dataset:
+def load(name: str, data_dir: str | None = None,
+         manual_dir: str | None = None) -> Dataset:
   """Loads a data set.
 
   Args:
-    name: 'mnist5k', or 'npz:PATH' for arrays of one's own: train_x and test_x
-      [M, H, W, channels] uint8 or float32, train_y and test_y [M] integers.
+    name: that of an image-classification set of TensorFlow Datasets, or
+      'mnist5k' (see `prepared`); 'npz:PATH' for arrays of one's own: train_x and
+      test_x [M, H, W, channels] uint8 or float32, train_y and test_y [M]
+      integers, and train_client_id [M], integers or strings, if it is known whose
+      each example is; 'folder:PATH' for images in folders (see `image_folder`).
     data_dir: where TensorFlow Datasets keeps prepared data; None for its
       default.
+    manual_dir: folder with a data set's original files, from which it is
+      prepared; None for the usual places.
 
   Returns:
-    The data set. uint8 images carry the train split's mean and standard
-    deviation per channel; float images are taken as normalised.
+    The data set. uint8 images carry the mean and standard deviation per channel
+    that are customary for the data set, else those of the train split; float
+    images are taken as normalised.
 
   Raises:
     ValueError: for an unknown name or an unfit file, saying what would be right.
   """
-  check_name(name)
-  if name.startswith('npz:'):
-    arrays = _read_npz(name[len('npz:'):])
+  check_name(name, data_dir, manual_dir)
+  kind, _, path = name.partition(':')
+  if kind == 'npz':
+    arrays, where = _read_npz(path), path
+  elif kind == 'folder':
+    arrays, where = image_folder.read(path), path
   else:
-    arrays = _read_mnist5k(data_dir)
-  train_x = arrays['train_x']
-  if train_x.dtype == np.uint8:
-    # Integer sums: exact, and without a float copy of the images.
-    axes, num = (0, 1, 2), train_x[..., 0].size
-    mean = train_x.sum(axes, dtype=np.int64) / num / 255
-    square = sum((x.astype(np.int64)**2).sum((0, 1)) for x in train_x)
-    std = np.sqrt(np.maximum(square / num / 255**2 - mean**2, 1e-12))
-  else:
-    mean, std = np.zeros(train_x.shape[-1]), np.ones(train_x.shape[-1])
+    arrays, where = _prepared().read(name, data_dir, manual_dir), name
+  arrays = _checked(arrays, where)
+  clients, num_natural = _natural(arrays.pop(_CLIENTS, None))
+  mean, std = _CUSTOMARY.get(re.split('[:/]', name)[0]) or _moments(
+      arrays['train_x'])
   num_classes = 1 + max(arrays['train_y'].max(), arrays['test_y'].max())
-  return Dataset(**arrays, num_classes=int(num_classes),
-                 mean=tuple(map(float, mean)), std=tuple(map(float, std)))
+  return Dataset(**arrays, num_classes=int(num_classes), mean=mean, std=std,
+                 train_clients=clients, num_natural=num_natural)
 
 
-def _read_mnist5k(data_dir: str | None) -> dict[str, Any]:
+def with_validation(dataset: Dataset, share: float, seed: int) -> Dataset:
+  """The data set where a part of the train split is kept apart.
+
+  Of every class the same share, up to rounding. `mean` and `std` stay as they
+  are, those of the whole train split.
+
+  Args:
+    dataset: the whole.
+    share: in [0, 1); 0 keeps nothing apart.
+    seed: of the draw.
+
+  Raises:
+    ValueError: if that leaves nothing on one side.
+  """
+  if not 0 <= share < 1:
+    raise ValueError(f'share must be at least 0 and below 1, got {share}.')
+  if not share:
+    return dataset
+  labels = dataset.train_y
+  if not 0 < round(share * len(labels)) < len(labels):
+    raise ValueError(
+        f'share must leave some of the {len(labels)} training examples on both '
+        f'sides, got {share}.')
+  order = np.random.RandomState([seed, 2]).permutation(len(labels))
+  sizes = partition.largest_remainders(share * np.bincount(labels))
+  kept = np.concatenate([
+      order[labels[order] == c][:size] for c, size in enumerate(sizes)])
+  kept.sort()
+  return dataset.take(np.setdiff1d(np.arange(len(labels)), kept))._replace(
+      validation_x=dataset.train_x[kept], validation_y=labels[kept])
+
+
+def _prepared():
   # Imported here: it takes a second, and npz users do not need it.
-  # pylint: disable=g-import-not-at-top
-  import tensorflow_datasets as tfds
-  from fedftg_jax.data import mnist5k
-  # pylint: enable=g-import-not-at-top
-  tfds.disable_progress_bar()
-  make = functools.partial(
-      mnist5k.Mnist5k, data_dir=data_dir, file_format='array_record')
-  builder = make()
-  try:
-    builder.download_and_prepare()
-  except OSError:
-    builder = make()  # another process may have been first to put it there
-    if not builder.is_prepared():
-      raise
-  arrays = {}
-  for split in ('train', 'test'):
-    try:
-      examples = list(builder.as_data_source(
-          split, decoders={'image': tfds.decode.SkipDecoding()}))
-      images = np.stack([
-          np.asarray(Image.open(io.BytesIO(e['image'])))[..., None]
-          for e in examples])
-    except Exception as error:  # whatever the reader makes of a damaged file
-      raise ValueError(
-          f'{builder.data_dir}: cannot read the {split} split '
-          f'({type(error).__name__}: {error}); delete this folder to have it '
-          'prepared again') from error
-    # TFDS stores examples in a shuffled order; ours is the label's, so that no
-    # partition depends on it.
-    labels = np.array([e['label'] for e in examples], np.int32)
-    order = np.lexsort((_digest(images), labels))
-    arrays[split + '_x'], arrays[split + '_y'] = images[order], labels[order]
-  return arrays
+  from fedftg_jax.data import prepared  # pylint: disable=g-import-not-at-top
+  return prepared
 
 
-def _digest(images: np.ndarray) -> np.ndarray:
-  """One integer per image that tells different images apart."""
-  flat = images.reshape(len(images), -1).astype(np.uint64)
-  powers = np.cumprod(np.full(flat.shape[1], 1_099_511_628_211, np.uint64))
-  return flat @ powers
+def _moments(x: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Mean and standard deviation per channel; 0 and 1 for float images."""
+  if x.dtype != np.uint8:
+    return (0.,) * x.shape[-1], (1.,) * x.shape[-1]
+  # Sums of integers: exact, and without a float copy of the images.
+  axes, num = (0, 1, 2), x[..., 0].size
+  mean = x.sum(axes, dtype=np.int64) / num / 255
+  square = sum((some.astype(np.int32)**2).sum(axes, dtype=np.int64)
+               for some in np.array_split(x, len(x) // 1024 + 1))
+  std = np.sqrt(np.maximum(square / num / 255**2 - mean**2, 1e-12))
+  return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _natural(ids: np.ndarray | None) -> tuple[np.ndarray | None, int]:
+  """Whose each example is, as 0 to N - 1, and N."""
+  if ids is None:
+    return None, 0
+  names, clients = np.unique(ids, return_inverse=True)
+  return clients.astype(np.int32), len(names)
 
 
 def _read_npz(path: str) -> dict[str, np.ndarray]:
@@ -127,7 +170,11 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
     raise ValueError(
         f'{path}: lacks the array(s) {", ".join(missing)}; it has '
         f'{", ".join(file) or "none"}')
-  arrays = {name: file[name] for name in _NPZ_ARRAYS}
+  return {name: file[name] for name in (*_NPZ_ARRAYS, _CLIENTS) if name in file}
+
+
+def _checked(arrays: dict[str, np.ndarray], path: str) -> dict[str, np.ndarray]:
+  """The arrays, labels as int32; ValueError where they do not fit."""
   for split in ('train', 'test'):
     x, y = arrays[split + '_x'], arrays[split + '_y']
     if x.ndim != 4 or x.dtype not in (np.uint8, np.float32):
@@ -142,6 +189,12 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
     if x.dtype == np.float32 and not np.isfinite(x).all():
       raise ValueError(f'{path}: {split}_x has values that are not finite')
     arrays[split + '_y'] = y.astype(np.int32)
+  ids, num = arrays.get(_CLIENTS), len(arrays['train_x'])
+  if ids is not None and (
+      ids.shape != (num,) or ids.dtype.kind not in 'iuSU'):
+    raise ValueError(
+        f'{path}: {_CLIENTS} must be one integer or string for each of the {num} '
+        f'training images, got {list(ids.shape)} of {ids.dtype}')
   train, test = arrays['train_x'], arrays['test_x']
   if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
     raise ValueError(

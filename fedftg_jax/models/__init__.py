@@ -3,6 +3,7 @@
 from typing import Sequence
 
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -115,19 +116,14 @@ def from_flax(
   weights. Weights, norms, the last layer and all losses keep theirs.
   """
 
-  def normalise(x):
-    if x.dtype == jnp.uint8:
-      wide = jnp.result_type(float)
-      x = (x.astype(wide) / 255 - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)
-    return x if dtype is None else x.astype(dtype)
-
   def init(key):
     tree = module.init(key, jnp.zeros((1, *image_shape)))
     return base.Variables(tree['params'], tree.get('batch_stats', {}))
 
   def apply(variables, x, mask=None, train=False):
     tree = {'params': variables.params, 'batch_stats': variables.stats}
-    x = normalise(x)
+    x = normalise(x, mean, std)
+    x = x if dtype is None else x.astype(dtype)
     if not train:
       logits, features = module.apply(tree, x, mask)
       return base.Output(logits, features, variables.stats)
@@ -136,3 +132,14 @@ def from_flax(
     return base.Output(logits, features, new.get('batch_stats', {}))
 
   return base.Model(init, apply)
+
+
+def normalise(
+    x: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+  """Raw pixels (uint8) scaled to [0, 1] and normalised per channel; floats are
+  taken as they are."""
+  if x.dtype != jnp.uint8:
+    return x
+  dtype = jnp.result_type(float)
+  return (x.astype(dtype) / 255 - jnp.asarray(mean, dtype)) / jnp.asarray(
+      std, dtype)

@@ -1,0 +1,68 @@
+"""Images in folders: PATH/train/CLASS/* and PATH/test/CLASS/*.
+
+TFDS's own ImageFolder reads through TensorFlow, hence this one.
+"""
+
+import pathlib
+
+import numpy as np
+
+from fedftg_jax.data import images as images_lib
+
+
+def classes(path: str) -> list[str]:
+  """The classes: names of the folders in PATH/train, sorted.
+
+  Raises:
+    ValueError: if PATH is no folder of that form.
+  """
+  root = pathlib.Path(path)
+  found = {}
+  for split in ('train', 'test'):
+    folder = root / split
+    if not folder.is_dir():
+      raise ValueError(
+          f'no such folder: {str(folder)!r}; folder:PATH names one with images in '
+          'train/CLASS/ and test/CLASS/')
+    found[split] = sorted(p.name for p in _visible(folder) if p.is_dir())
+    if not found[split]:
+      raise ValueError(f'{folder}: must have a folder of images for each class')
+  unknown = set(found['test']) - set(found['train'])
+  if unknown:
+    raise ValueError(
+        f'{root / "test"}: classes must be those of {root / "train"}, has '
+        f'{", ".join(sorted(unknown))} besides')
+  return found['train']
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+  """train_x, train_y, test_x, test_y; sorted by class, then by file name.
+
+  Every file counts but those whose names begin with a dot. Where any image has
+  colours, grey ones get three channels.
+
+  Raises:
+    ValueError: for a file that is no image, or images of unequal sizes.
+  """
+  names, images, labels, counts = classes(path), [], [], []
+  for split in ('train', 'test'):
+    before = len(images)
+    for label, name in enumerate(names):
+      folder = pathlib.Path(path, split, name)
+      files = _visible(folder) if folder.is_dir() else []
+      images += [images_lib.decode(file) for file in files]
+      labels += [label] * len(files)
+    counts.append(len(images) - before)
+    if not counts[-1]:
+      raise ValueError(f'{pathlib.Path(path, split)}: has no images')
+  try:
+    train_x, test_x = np.split(images_lib.stack(images), counts[:1])
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+  train_y, test_y = np.split(np.array(labels, np.int32), counts[:1])
+  return {'train_x': train_x, 'train_y': train_y,
+          'test_x': test_x, 'test_y': test_y}
+
+
+def _visible(folder):
+  return sorted(p for p in folder.iterdir() if not p.name.startswith('.'))

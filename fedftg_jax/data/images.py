@@ -1,0 +1,55 @@
+"""Single images: PNG bytes to arrays, and back."""
+
+import io
+import pathlib
+from typing import Sequence
+
+import numpy as np
+from PIL import Image
+from PIL import UnidentifiedImageError
+
+_GREY = ('1', 'L', 'LA')
+_COLOUR = ('RGB', 'RGBA', 'P', 'PA', 'CMYK', 'YCbCr', 'LAB', 'HSV')
+
+
+def encode(image: np.ndarray) -> bytes:
+  """An image [H, W, 1 or 3] of bytes as a PNG file."""
+  file = io.BytesIO()
+  Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
+      file, format='PNG')
+  return file.getvalue()
+
+
+def decode(source: bytes | pathlib.Path) -> np.ndarray:
+  """The image in a file's bytes, or in a file: [H, W, 1] if grey, else [H, W, 3].
+
+  Raises:
+    ValueError: if it is none, or one of more than 8 bits a channel.
+  """
+  file = io.BytesIO(source) if isinstance(source, bytes) else source
+  name = '' if isinstance(source, bytes) else f'{source}: '
+  try:
+    with Image.open(file) as image:
+      if image.mode not in _GREY + _COLOUR:
+        raise ValueError(f'{name}images of mode {image.mode} are not supported, '
+                         'only those of 8 bits a channel')
+      mode = 'L' if image.mode in _GREY else 'RGB'
+      pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+  except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    raise ValueError(f'{name}is not a readable image') from error
+  return pixels[..., None] if mode == 'L' else pixels
+
+
+def stack(images: Sequence[np.ndarray]) -> np.ndarray:
+  """Images of one size as [M, H, W, channels]; grey ones among colours get 3.
+
+  Raises:
+    ValueError: if sizes differ.
+  """
+  sizes = {image.shape[:2] for image in images}
+  if len(sizes) > 1:
+    some = ', '.join(f'{h} x {w}' for h, w in sorted(sizes)[:3])
+    raise ValueError(f'all images must have one size, got {some}')
+  channels = max(image.shape[2] for image in images)
+  shape = *images[0].shape[:2], channels
+  return np.stack([np.broadcast_to(image, shape) for image in images])

@@ -1,4 +1,4 @@
-"""What one looks at after a run: scores of clients and classes, tables, the page."""
+"""What one looks at after a run: scores of clients and classes, tables, a page."""
 
 import contextlib
 import csv

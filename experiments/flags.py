@@ -274,7 +274,8 @@ def _define_ftg() -> None:
   for name, text in (
       ('iterations', 'Outer iterations per round; 0 switches FedFTG off'),
       ('generator_steps', 'Generator passes per iteration'),
-      ('student_steps', 'Student steps per iteration')):
+      ('student_steps', 'Student steps per iteration'),
+      ('start_round', 'First round whose fine-tuned model is taken')):
     flags.DEFINE_integer(FTG + name, getattr(official, name), text + '.',
                          lower_bound=0)
   flags.DEFINE_integer(FTG + 'batch_size', 0, 'Generated images per step; 0 for '
@@ -283,7 +284,12 @@ def _define_ftg() -> None:
       ('student_lr', 'Learning rate of the student\'s SGD'),
       ('generator_lr', 'Learning rate of the generator\'s Adam'),
       ('lambda_cls', 'Weight of the fidelity term'),
-      ('lambda_dis', 'Weight of the diversity term')):
+      ('lambda_dis', 'Weight of the diversity term'),
+      ('temperature', 'Of the softmaxes in the student\'s loss'),
+      ('trust_region', 'How far the student may move, over the model\'s norm; 0 '
+       'for any way'),
+      ('min_recognised', 'The fine-tuned model is taken where the ensemble gives '
+       'the asked labels this mean probability')):
     flags.DEFINE_float(FTG + name, getattr(official, name), text + '.',
                        lower_bound=0)
   help_of = dict(re.findall(

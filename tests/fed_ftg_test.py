@@ -142,6 +142,7 @@ class FineTuneTest(parameterized.TestCase):
 
   @parameterized.parameters(
       dict(hard_samples=False), dict(generator_steps=2), dict(noise='fresh'),
+      dict(temperature=3., student_weight='recognised'),
       dict(md='kl', gen_step='joint', ensemble='logit', lambda_cls=.5,
            lambda_dis=0., student_reduction='batchmean', labels='iid',
            kl_direction='reverse', cls_weight='per_sample'))
@@ -388,13 +389,64 @@ class DiagnosticsTest(parameterized.TestCase):
         terms['gap'] + terms['ensemble_entropy'], terms['student'][:, 0],
         rtol=1e-4)
 
-  @parameterized.parameters('none', 'batch')
-  def test_distances(self, norm):
+  def round_with(self, norm='none', **changes):
     model = problems.make_model(norm)
     method = base.chain(fed_avg.fed_avg(), fed_ftg.fed_ftg(
-        model, GENERATOR, problems.NUM_CLASSES, fed_ftg.Options(**SMALL)))
+        model, GENERATOR, problems.NUM_CLASSES,
+        fed_ftg.Options(**SMALL, **changes)))
     fed = problems.make(model, method)
-    _, info = fed.round(fed.init(KEY), problems.DATA, problems.row(range(5)), KEY)
+    return fed.round(fed.init(KEY), problems.DATA, problems.row(range(5)), KEY)
+
+  def test_trust_region(self):
+    """The way is cut short, in its direction; a wide region changes nothing."""
+    _, plain = self.round_with()
+    moved = float(plain.metrics['fed_ftg/moved'])
+    _, wide = self.round_with(trust_region=1.01 * moved)
+    chex.assert_trees_all_close(
+        wide.models['fine_tuned'], plain.models['fine_tuned'], atol=1e-6)
+    _, cut = self.round_with(trust_region=moved / 4)
+    np.testing.assert_allclose(cut.metrics['fed_ftg/moved'], moved / 4, rtol=1e-4)
+    chex.assert_trees_all_close(
+        cut.models['fine_tuned'], jax.tree.map(
+            lambda new, old: old + (new - old) / 4, plain.models['fine_tuned'],
+            plain.models['average']), atol=1e-6)
+
+  @parameterized.parameters(
+      (dict(start_round=1), False), (dict(min_recognised=1.), False),
+      (dict(min_recognised=1e-6), True))
+  def test_when_it_is_taken(self, change, taken):
+    """The generator learns in any case; what is broadcast is the average."""
+    plain, with_it = self.round_with()
+    state, info = self.round_with(**change)
+    chex.assert_trees_all_close(state.shared, plain.shared, atol=1e-6)
+    chex.assert_trees_all_close(
+        info.models['fine_tuned'],
+        with_it.models['fine_tuned' if taken else 'average'], atol=1e-6)
+    self.assertEqual(float(info.metrics['fed_ftg/moved']) > 0, taken)
+
+  def test_recognised_images_count_more(self):
+    """An image whose label the ensemble denies is as if it were not there."""
+    target = jnp.array([[1., 0., 0.], [0., .5, 0.]])
+    weighted = target * fed_ftg._of_label(  # pylint: disable=protected-access
+        target, jnp.array([0, 0]))
+    np.testing.assert_array_equal(weighted, [[1, 0, 0], [0, 0, 0]])
+
+  def test_temperature(self):
+    """KL and its gradient in the limit of a high temperature: the mean square of
+    the difference of centred logits, halved (Hinton et al., section 2.1)."""
+    with enable_x64(True):
+      options = fed_ftg.Options(temperature=1e4, student_reduction='batchmean')
+      student, teacher = jax.random.normal(KEY, (2, 4, 3))
+      student, teacher = (
+          a - a.mean(1, keepdims=True) for a in (student, teacher))
+      gradient = jax.grad(fed_ftg.student_loss)(
+          student, jax.nn.softmax(teacher / 1e4), options)
+      np.testing.assert_allclose(
+          gradient, (student - teacher) / 3 / 4, atol=1e-4)
+
+  @parameterized.parameters('none', 'batch')
+  def test_distances(self, norm):
+    _, info = self.round_with(norm)
     average, tuned = (info.models[name] for name in ('average', 'fine_tuned'))
     for name, part in (('moved', 'params'), ('stats_moved', 'stats')):
       if name == 'stats_moved' and norm == 'none':

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedftg_jax import distillation, losses, models
+from fedftg_jax import distillation, losses, models, trees
 from fedftg_jax.base import Generator, Info, Method, Model, Variables
 
 
@@ -66,6 +66,16 @@ class Options(NamedTuple):
     student_bn: 'overwrite', the student is distilled in train mode and its
       BatchNorm statistics become those of generated images (code), or 'keep',
       it normalises by the aggregated statistics and keeps them.
+    student_weight: generated images count alike for the student ('all', code), or
+      as much as the ensemble gives the label that was asked for ('recognised').
+    temperature: of the softmaxes of ensemble and student in the student's loss,
+      which is then T^2 as large (Hinton et al., arXiv:1503.02531); 1 in the code.
+    trust_region: how far the student may end from the aggregated model, over that
+      model's norm; it is brought back to there. 0 for no bound (code).
+    min_recognised: the fine-tuned student is taken only in rounds in which the
+      ensemble gives the asked labels this probability in the mean; 0 in the code.
+    start_round: the first round of which it is taken; the generator learns
+      before, too. 0 in the code.
     gen_bn_bias: 'keep' biases in front of the generator's BatchNorms (code) or
       'drop' them; see `make_generator`.
     hard_samples: False takes the discrepancy out of the generator's loss
@@ -94,6 +104,11 @@ class Options(NamedTuple):
   labels: str = 'quota'
   noise: str = 'shared'
   student_bn: str = 'overwrite'
+  student_weight: str = 'all'
+  temperature: float = 1.
+  trust_region: float = 0.
+  min_recognised: float = 0.
+  start_round: int = 0
   gen_bn_bias: str = 'keep'
   hard_samples: bool = True
   label_sampling: str = 'customised'
@@ -111,13 +126,14 @@ CHOICES = {
     'labels': ('quota', 'iid'),
     'noise': ('shared', 'fresh'),
     'student_bn': ('overwrite', 'keep'),
+    'student_weight': ('all', 'recognised'),
     'gen_bn_bias': ('keep', 'drop'),
     'label_sampling': ('customised', 'uniform'),
     'teacher_weight': ('class', 'uniform'),
 }
 PER_TEACHER = ('md', 'cls', 'dis')  # terms with an axis of teachers
 LEAST = {'iterations': 0, 'generator_steps': 0, 'student_steps': 0,
-         'batch_size': 1}
+         'batch_size': 1, 'trust_region': 0, 'min_recognised': 0, 'start_round': 0}
 
 PRESETS = {
     'official': {},
@@ -138,6 +154,8 @@ def preset(name: str, **changes) -> Options:
 def check(options: Options) -> Options:
   """Returns `options`; ValueError names a wrong one and what would be right."""
   distillation.check_options(options, CHOICES, LEAST)
+  if not options.temperature > 0:
+    raise ValueError(f'temperature must be above 0, got {options.temperature}.')
   return options
 
 
@@ -192,6 +210,7 @@ def fed_ftg(
         student_lr=distillation.rate_of(options.student_lr, received),
         generator_lr=distillation.rate_of(options.generator_lr, received),
         spread=received.spread)
+    tuned = _taken(tuned, variables, terms, received.round, options)
     present = distillation.present(received)
     metrics = {name: jnp.mean(value @ present if name in PER_TEACHER else value)
                for name, value in terms.items()}
@@ -304,12 +323,16 @@ def fine_tune(
         lambda c, _: train_generator(student, z[0], labels, c),
         (made, opt_state), length=options.generator_steps)
     images, _ = generator.apply(made, z[-1], labels)
-    target = distillation.ensemble(
-        distillation.teacher_logits(model, apart, images),
-        alpha[:, labels], options.ensemble)
+    logits = distillation.teacher_logits(model, apart, images)
+    together = functools.partial(
+        distillation.ensemble, weight=alpha[:, labels], kind=options.ensemble)
+    target = together(logits / options.temperature)
+    if options.student_weight == 'recognised':
+      target *= _of_label(target, labels)
     tuned, loss = distil(student, examples=lambda _: (images, target))
     said = _what_is_said(
-        target, labels, *(model.apply(s, images).logits for s in (student, tuned)))
+        together(logits), labels,
+        *(model.apply(s, images).logits for s in (student, tuned)))
     return (tuned, made, opt_state), {**terms, 'student': loss, **said}
 
   start = (student, generator_variables,
@@ -318,10 +341,34 @@ def fine_tune(
   return student, made, terms
 
 
+def _taken(tuned, variables, terms, round_, options) -> Variables:
+  """What of the fine-tuned model is broadcast, instead of the aggregated one."""
+  if options.trust_region:
+    moved = _distance(tuned.params, variables.params)
+    share = jnp.minimum(1, options.trust_region / jnp.maximum(moved, 1e-12))
+    tuned = jax.tree.map(
+        lambda new, old: old + share.astype(old.dtype) * (new - old),
+        tuned, variables)
+  if options.min_recognised or options.start_round:
+    take = (round_ >= options.start_round) & (
+        jnp.mean(terms['recognised']) >= options.min_recognised)
+    tuned = trees.where(take, tuned, variables)
+  return tuned
+
+
+def _normalised(target):
+  """Rows that sum to 1."""
+  return target / jnp.maximum(jnp.sum(target, axis=1, keepdims=True), 1e-6)
+
+
+def _of_label(target, labels):
+  """[B, 1] the ensemble's probability of each label."""
+  return jnp.take_along_axis(_normalised(target), labels[:, None], axis=1)
+
+
 def _what_is_said(target, labels, before, after) -> dict[str, jax.Array]:
   """Of generated images, by ensemble and student; see `fine_tune`."""
-  target = target / jnp.maximum(jnp.sum(target, axis=1, keepdims=True), 1e-6)
-  of_label = jnp.take_along_axis(target, labels[:, None], axis=1)
+  of_label, target = _of_label(target, labels), _normalised(target)
   entropy = -jnp.sum(target * jnp.log(target + 1e-12), axis=1)
   gaps = [jnp.mean(-jnp.sum(target * jax.nn.log_softmax(logits), axis=1) - entropy)
           for logits in (before, after)]
@@ -424,7 +471,8 @@ def student_loss(
 ) -> jax.Array:
   """Distillation of `target` [B, C] into `logits` [B, C], a scalar."""
   chex.assert_equal_shape([logits, target])
-  log_student = jax.nn.log_softmax(logits)
+  scale = options.temperature**2
+  log_student = jax.nn.log_softmax(logits / options.temperature)
   if options.kl_direction == 'forward':
     per_class = -target * log_student  # cross-entropy: KL but for a constant
   else:
@@ -432,5 +480,5 @@ def student_loss(
     log_target = jnp.log(target / jnp.maximum(mass, 1e-6) + 1e-12)
     per_class = mass * jnp.exp(log_student) * (log_student - log_target)
   if options.student_reduction == 'mean_bc':
-    return jnp.mean(per_class)
-  return jnp.mean(jnp.sum(per_class, axis=-1))
+    return scale * jnp.mean(per_class)
+  return scale * jnp.mean(jnp.sum(per_class, axis=-1))

@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import subprocess
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -73,8 +74,16 @@ class NotebooksTest(parameterized.TestCase):
       nbclient.NotebookClient(
           notebook, timeout=120, kernel_name='python3',
           resources={'metadata': {'path': folder}}).execute()
-    # A copy of the repository beside the notebook is found.
-    shutil.copytree(ROOT / 'fedftg_jax', f'{folder}/code/fedftg_jax')
+    # With an address it is cloned, beside the notebook.
+    address = pathlib.Path(self.create_tempdir().full_path, 'anywhere')
+    shutil.copytree(ROOT / 'fedftg_jax', address / 'fedftg_jax')
+    shutil.copy(ROOT / 'requirements.txt', address)
+    for command in (['init', '-q'], ['add', '.'],
+                    ['-c', 'user.name=a', '-c', 'user.email=a@b.c', 'commit', '-qm',
+                     'all']):
+      subprocess.run(['git', *command], cwd=address, check=True)
+    notebook.cells[0].source = notebook.cells[0].source.replace(
+        "REPOSITORY = ''", f"REPOSITORY = 'file://{address}'", 1)
     nbclient.NotebookClient(
         notebook, timeout=120, kernel_name='python3',
         resources={'metadata': {'path': folder}}).execute()

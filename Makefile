@@ -17,10 +17,10 @@ demo: $(VENV)/installed
 	$(RUN) -m experiments.compare --flagfile=experiments/presets/demo.flags
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n 2 -m "not slow and not browser" tests
+	$(RUN) -m pytest -n 2 --dist loadscope -m "not slow and not browser" tests
 
 test-all: test
-	$(RUN) -m pytest -m "slow or browser" tests
+	$(RUN) -m pytest -n 2 --dist loadscope -m "slow or browser" tests
 
 clean:
 	rm -rf $(VENV)

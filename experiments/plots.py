@@ -51,6 +51,34 @@ def curve(path: Any, series: Mapping, ylabel: str, column: int) -> None:
   plt.close(figure)
 
 
+def metrics(path: Any, series: Mapping[str, Mapping[str, Sequence]]) -> None:
+  """Draws a small panel for each metric, with a curve for each name.
+
+  Args:
+    path: where to write.
+    series: by metric and name, the points (round, value); a mean over seeds.
+  """
+  columns = min(3, len(series))
+  rows = -(-len(series) // columns)
+  figure, panels = plt.subplots(
+      rows, columns, figsize=(2.9 * columns, 1.9 * rows), squeeze=False,
+      layout='constrained')
+  styles = line_styles(dict.fromkeys(
+      name for curves_ in series.values() for name in curves_))
+  for axes, (title, curves_) in zip(panels.flat, series.items()):
+    for name, points in curves_.items():
+      color, dashes = styles[name]
+      axes.plot(*np.array(points, float).T, dashes, color=color)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=.3)
+  for axes in panels.flat[len(series):]:
+    axes.set_visible(False)
+  for axes in panels[-1]:
+    axes.set_xlabel('round')
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
 def line_styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
   """Colour and dashes of each name, the same in all pictures of these names.
 

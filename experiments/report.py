@@ -266,6 +266,7 @@ def _sections(entries, clients, runs, target=None) -> dict[str, Any]:
       **_classes(entries),
       'partition': _partition_picture(first.counts),
       'partition_note': _partition_note(first),
+      **_own_metrics(runs),
       'strips': [(name, strip(of_name[0].images)) for name, of_name in runs.items()
                  if of_name[0].images],
       'times': times_table(runs),
@@ -382,6 +383,31 @@ def _classes(entries) -> dict[str, Any]:
       'classes_table': Table(['class', *values], [
           [str(c), *(f'{v[c]:.1f}' if np.isfinite(v[c]) else '–'
                      for v in values.values())] for c in range(num_classes)])}
+
+
+def _own_metrics(runs) -> dict[str, Any]:
+  """What methods measure of themselves in each round, means over seeds."""
+  names = dict.fromkeys(key for of_name in runs.values()
+                        for key in of_name[0].rows[-1] if '/' in key)
+  series = {}
+  for key in names:
+    curves = {name: _mean_points(of_name, key) for name, of_name in runs.items()}
+    series[key] = {name: points for name, points in curves.items() if points}
+  series = {key: curves for key, curves in series.items() if curves}
+  if not series:
+    return {'own': None, 'own_legend': []}
+  shown = dict.fromkeys(name for curves in series.values() for name in curves)
+  return {
+      'own': svg.inline('own', 'What the methods measure of themselves, round by '
+                        'round.', plots.metrics, series),
+      'own_legend': _legend(shown) if len(runs) > 1 else []}
+
+
+def _mean_points(of_name, key) -> list[tuple[int, float]]:
+  """(round, mean over seeds) where every seed has a value."""
+  values = [{row['round']: row.get(key) for row in run.rows} for run in of_name]
+  return [(t, float(np.mean([v[t] for v in values]))) for t in values[0]
+          if all(v.get(t) is not None for v in values)]
 
 
 def times_table(runs: Mapping[str, Sequence[Run]]) -> Table:

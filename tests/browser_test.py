@@ -22,10 +22,10 @@ from experiments import report
 
 # What the page says about itself once it is laid out at a width. A page in a
 # frame has the frame's width as its own.
-_PROBE = '''<!DOCTYPE html><title>probe</title><link rel="icon" href="data:,"><body style="margin:0">
+_PROBE = '''<!DOCTYPE html><title>probe</title>
+<link rel="icon" href="data:,"><body style="margin:0">
 <iframe src="report.html" style="border:0;width:%dpx;height:%dpx"></iframe>
 <script>
-const seen = [];
 const frame = document.querySelector("iframe");
 frame.onload = () => {
   const inner = frame.contentDocument, root = inner.documentElement;

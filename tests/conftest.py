@@ -1,7 +1,5 @@
 """What all tests share."""
 
-import tempfile
-
 from absl import flags
 import jax
 
@@ -11,6 +9,10 @@ flags.FLAGS.mark_as_parsed()
 # For tests of several devices; whatever does not ask for them uses the first.
 jax.config.update('jax_num_cpu_devices', 8)
 
-# Many tests build the same program anew; it is compiled once.
-jax.config.update('jax_compilation_cache_dir', tempfile.mkdtemp())
-jax.config.update('jax_persistent_cache_min_compile_time_secs', .2)
+
+def pytest_configure(config):
+  """Many tests build the same program anew; it is compiled once, for all workers
+  and for the next time (`pytest --cache-clear` forgets)."""
+  jax.config.update(
+      'jax_compilation_cache_dir', str(config.cache.mkdir('compiled')))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', .1)

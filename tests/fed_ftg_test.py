@@ -361,6 +361,53 @@ class PiecesTest(parameterized.TestCase):
       fed_ftg.preset('best')
 
 
+class DiagnosticsTest(parameterized.TestCase):
+
+  def test_by_hand(self):
+    """Two images: one recognised as asked for, one halved between two classes by
+    an ensemble whose weights sum to a half."""
+    target = jnp.array([[1., 0., 0.], [0., .25, .25]])
+    uniform, exact = jnp.zeros((2, 3)), jnp.log(jnp.array(
+        [[1., 1e-9, 1e-9], [1e-9, .5, .5]]))
+    said = fed_ftg._what_is_said(  # pylint: disable=protected-access
+        target, jnp.array([0, 1]), uniform, exact)
+    for name, want in (
+        ('recognised', .75), ('ensemble_ce', np.log(2) / 2),
+        ('ensemble_entropy', np.log(2) / 2),
+        ('gap', np.log(3) - np.log(2) / 2), ('gap_left', 0.)):
+      np.testing.assert_allclose(said[name], want, atol=1e-6, err_msg=name)
+
+  def test_gaps_are_before_and_after(self):
+    options = fed_ftg.Options(**SMALL, student_reduction='batchmean')
+    given = inputs(options)
+    _, _, terms = fine_tune(**given)
+    self.assertEqual(terms['gap'].shape, (2,))
+    self.assertTrue((terms['gap_left'] < terms['gap']).all())
+    # The student's loss is the gap and the entropy, before its first step.
+    np.testing.assert_allclose(
+        terms['gap'] + terms['ensemble_entropy'], terms['student'][:, 0],
+        rtol=1e-4)
+
+  @parameterized.parameters('none', 'batch')
+  def test_distances(self, norm):
+    model = problems.make_model(norm)
+    method = base.chain(fed_avg.fed_avg(), fed_ftg.fed_ftg(
+        model, GENERATOR, problems.NUM_CLASSES, fed_ftg.Options(**SMALL)))
+    fed = problems.make(model, method)
+    _, info = fed.round(fed.init(KEY), problems.DATA, problems.row(range(5)), KEY)
+    average, tuned = (info.models[name] for name in ('average', 'fine_tuned'))
+    for name, part in (('moved', 'params'), ('stats_moved', 'stats')):
+      if name == 'stats_moved' and norm == 'none':
+        self.assertNotIn('fed_ftg/stats_moved', info.metrics)
+        continue
+      before, after = (
+          np.concatenate([a.ravel() for a in jax.tree.leaves(getattr(v, part))])
+          for v in (average, tuned))
+      np.testing.assert_allclose(
+          info.metrics[f'fed_ftg/{name}'],
+          np.linalg.norm(after - before) / np.linalg.norm(before), rtol=1e-4)
+
+
 class InARoundTest(parameterized.TestCase):
 
   def part(self, **options):

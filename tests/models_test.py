@@ -426,6 +426,61 @@ class ConvolutionTest(parameterized.TestCase):
         self.assertEqual(text.count('dot_general'), 1)
 
 
+class Smooth(nn.Module):
+  """No maximum, whose winner a rounding may change."""
+  conv: str
+  norm: str
+
+  @nn.compact
+  def __call__(self, x, mask=None, train=False):
+    x = layers.Conv(16, 3, implementation=self.conv)(x)
+    x = nn.tanh(layers.Norm(self.norm)(x, mask, train))
+    x = layers.Conv(8, 3, stride=2, implementation=self.conv)(x)
+    x = nn.tanh(layers.Dense(8)(x.reshape(len(x), -1)))
+    return layers.head(x, 3)
+
+
+class PrecisionTest(parameterized.TestCase):
+
+  @parameterized.parameters(('winograd', 'batch'), ('slices', 'group'))
+  def test_bfloat16(self, conv, norm):
+    """Weights, statistics, logits and gradients stay float32; the gradient is
+    that of float32 but for rounding, and not the same."""
+    x = jax.random.normal(KEY, (12, 8, 8, 16))
+    y = jnp.arange(12) % 3
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(dtype):
+      model = models.from_flax(Smooth(conv, norm), x.shape[1:], dtype=dtype)
+      variables = model.init(KEY)
+      def loss(params):
+        output = model.apply(
+            variables._replace(params=params), x, jnp.arange(12) < 11, True)
+        return jnp.mean(jax.nn.log_softmax(output.logits)[jnp.arange(12), y]), output
+      grads, output = jax.grad(loss, has_aux=True)(variables.params)
+      return grads, output
+
+    (want, exact), (got, output) = run(None), run(jnp.bfloat16)
+    chex.assert_trees_all_equal_dtypes((got, output), (want, exact))
+    flat = [jnp.concatenate([a.ravel() for a in jax.tree.leaves(g)])
+            for g in (want, got)]
+    error = jnp.linalg.norm(flat[0] - flat[1]) / jnp.linalg.norm(flat[0])
+    self.assertBetween(error, 1e-4, .03)
+    np.testing.assert_allclose(output.logits, exact.logits, atol=.03)
+
+  def test_generator(self):
+    outputs = []
+    for dtype in (None, jnp.bfloat16):
+      generator = models.image_generator(
+          (8, 8, 1), 3, noise_dim=4, width=2, dtype=dtype)
+      variables = generator.init(KEY)
+      outputs.append(generator.apply(
+          variables, jnp.ones((2, 4)), jnp.arange(2), train=True))
+    chex.assert_trees_all_equal_dtypes(*outputs)
+    difference = abs(outputs[0][0] - outputs[1][0]).max()
+    self.assertBetween(difference, 1e-4, .1)
+
+
 class MaxPoolTest(parameterized.TestCase):
 
   def test_two_by_two(self):

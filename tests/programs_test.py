@@ -16,6 +16,7 @@ from absl.testing import absltest
 from absl.testing import flagsaver
 from absl.testing import parameterized
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
@@ -141,6 +142,31 @@ class TrainTest(parameterized.TestCase):
     if 'generator_steps' not in used:
       self.assertNoCommonElements(
           df, {'df_generator_steps', 'df_generator_lr', 'df_lambda_dis'})
+
+  @parameterized.parameters('fed_ftg', 'fed_df')
+  def test_prox_to_zero_reaches_the_student(self, method):
+    """As in the official code, where it is part of the decay."""
+    with flagsaver.flagsaver():
+      configs = [flags.config(
+          method=f'fed_prox+{method}', prox_mu=.25, weight_decay=.5,
+          prox_to_zero=to_zero) for to_zero in (False, True)]
+    decays = [assembly._options(method, config)['options'].weight_decay
+              for config in configs]  # pylint: disable=protected-access
+    self.assertEqual(decays, [.5, .75])
+
+  @parameterized.parameters('default', 'highest', 'bfloat16')
+  def test_precision(self, precision):
+    """What the compiler is asked for; results are near those of the default."""
+    status, _, err = self.train(
+        precision, '--method=fed_avg', f'--precision={precision}')
+    self.assertEqual(status, 0, err)
+    config = json.loads((self.folder / precision / 'config.json').read_text())
+    with assembly.matmul_precision(config['config']):
+      text = jax.jit(jnp.matmul).lower(jnp.ones((2, 2)), jnp.ones((2, 2))).as_text()
+    self.assertEqual('HIGHEST' in text, precision == 'highest')
+    row = json.loads((
+        self.folder / precision / 'metrics.jsonl').read_text().split('\n')[0])
+    self.assertGreater(row['test_accuracy'], .8)
 
   def test_files_and_repeats(self):
     status, out, err = self.train('a')

@@ -1,4 +1,4 @@
-"""What one looks at after a run: scores of clients and classes, tables, the page."""
+"""What one looks at after a run: scores of clients and classes, tables, a page."""
 
 import contextlib
 import csv
@@ -184,7 +184,8 @@ class RunTest(parameterized.TestCase):
     path = self.run_folder / 'report.html'
     self.assertLess(path.stat().st_size, 2e6)
     page = Page(path.read_text())
-    self.assertEqual(page.tags.count('svg'), 5)
+    self.assertEqual(page.tags.count('svg'), 6)
+    self.assertIn('Inside the methods', page.words)
     self.assertEqual(page.tags.count('img'), 2)
     self.assertNotIn('script', page.tags)
     for link in page.links:
@@ -213,7 +214,7 @@ class RunTest(parameterized.TestCase):
       shutil.copy(self.run_folder / name, bare)
     self.assertEqual(make(str(bare)), (0, ''))
     page = Page((bare / 'report.html').read_text())
-    self.assertEqual(page.tags.count('svg'), 2)
+    self.assertEqual(page.tags.count('svg'), 3)
     self.assertNotIn('Clients', page.words)
 
   def test_flags_are_text(self):

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -257,6 +258,26 @@ class ResumeTest(parameterized.TestCase):
     config = {'eval_every': 4, 'rounds': 32}
     due = [t for t in range(33) if t and resume.is_due(t, config, 10)]
     self.assertEqual(due, [12, 24, 32])
+
+  @pytest.mark.slow
+  def test_a_full_disk(self):
+    """One line, and nothing that was written before is lost."""
+    self.assertEqual(self.train('whole')[0], 0)
+    limit = 100_000  # bytes of a file: metrics fit, a checkpoint's models do not
+    process = subprocess.run(
+        [sys.executable, '-m', 'experiments.train', *self.args,
+         '--method=scaffold', '--compile_cache=',
+         f'--workdir={self.folder / "full"}'],
+        cwd=programs_test.ROOT, text=True, capture_output=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(
+            resource.RLIMIT_FSIZE, (limit, limit)))
+    self.assertEqual(process.returncode, 1, process.stderr)
+    self.assertRegex(process.stderr.splitlines()[-1],
+                     '^error: .*the checkpoint of round 2 cannot be written')
+    rows = (self.folder / 'full/metrics.jsonl').read_text().splitlines()
+    self.assertEqual([json.loads(row)['round'] for row in rows], [1, 2])
+    self.assertEqual(self.train('full')[0], 0)
+    self.assert_same('whole', 'full')
 
   @pytest.mark.slow
   @parameterized.parameters(signal.SIGKILL, signal.SIGTERM)

@@ -43,9 +43,9 @@ WORKLOADS = {
                    'mlp', (28, 28, 1), 100, 60, 20, 7.2),
     'W4': Workload('FedFTG server step, 10 FedAvg CNN teachers, batch 50, 10 x '
                    '(10 generator + 5 student steps)',
-                   'fedavg_cnn', (32, 32, 3), 10, 0, 50, None, 10),
+                   'fedavg_cnn', (32, 32, 3), 10, 0, 50, 5710, 10),
     'W5': Workload('10 clients x 500 images 32x32x3, batch 50, ResNet-18',
-                   'resnet18', (32, 32, 3), 10, 500, 50),
+                   'resnet18', (32, 32, 3), 10, 500, 50, 1116),
     'W0': Workload('no measure, only whether all start: 2 clients x 4 examples, '
                    'batch 2, MLP 200-200', 'mlp', (28, 28, 1), 2, 4, 2),
 }

@@ -115,6 +115,7 @@ CHOICES = {
     'label_sampling': ('customised', 'uniform'),
     'teacher_weight': ('class', 'uniform'),
 }
+PER_TEACHER = ('md', 'cls', 'dis')  # terms with an axis of teachers
 LEAST = {'iterations': 0, 'generator_steps': 0, 'student_steps': 0,
          'batch_size': 1}
 
@@ -167,7 +168,9 @@ def fed_ftg(
   Returns:
     The method. Its server slot is the generator (parameters and statistics;
     both optimisers begin anew in every round), its message the class counts.
-    Info holds the mean of each loss and the model 'fine_tuned'.
+    Info holds the model 'fine_tuned' and, as means over the round, the losses and
+    what `fine_tune` says of the images; 'moved' (and 'stats_moved', of BatchNorm
+    statistics) is the distance from the aggregated model over that model's norm.
 
   Raises:
     ValueError: for a wrong option.
@@ -190,10 +193,12 @@ def fed_ftg(
         generator_lr=distillation.rate_of(options.generator_lr, received),
         spread=received.spread)
     present = distillation.present(received)
-    student = terms.pop('student')
-    metrics = {f'fed_ftg/{name}': jnp.mean(value @ present)
+    metrics = {name: jnp.mean(value @ present if name in PER_TEACHER else value)
                for name, value in terms.items()}
-    metrics['fed_ftg/student'] = jnp.mean(student)
+    metrics['moved'] = _distance(tuned.params, variables.params)
+    if jax.tree.leaves(variables.stats):
+      metrics['stats_moved'] = _distance(tuned.stats, variables.stats)
+    metrics = {f'fed_ftg/{name}': value for name, value in metrics.items()}
     return tuned, shared, Info(metrics, {'fine_tuned': tuned})
 
   return Method(
@@ -271,7 +276,11 @@ def fine_tune(
 
   Returns:
     The fine-tuned student, the generator, and the losses before each step:
-    'md', 'cls', 'dis' [I, I_g, K] (0 for an absent teacher), 'student' [I, I_d].
+    'md', 'cls', 'dis' [I, I_g, K] (0 for an absent teacher), 'student' [I, I_d];
+    and of the images that the student saw, [I] each: 'recognised', the ensemble's
+    mean probability of the label that was asked for; 'ensemble_ce' and
+    'ensemble_entropy', its cross-entropy with that label and its entropy; 'gap'
+    and 'gap_left', KL(ensemble || student) before and after the student's steps.
   """
   if arrived is None:
     arrived = jnp.ones(len(counts), bool)
@@ -298,13 +307,34 @@ def fine_tune(
     target = distillation.ensemble(
         distillation.teacher_logits(model, apart, images),
         alpha[:, labels], options.ensemble)
-    student, loss = distil(student, examples=lambda _: (images, target))
-    return (student, made, opt_state), {**terms, 'student': loss}
+    tuned, loss = distil(student, examples=lambda _: (images, target))
+    said = _what_is_said(
+        target, labels, *(model.apply(s, images).logits for s in (student, tuned)))
+    return (tuned, made, opt_state), {**terms, 'student': loss, **said}
 
   start = (student, generator_variables,
            optimizer.init(generator_variables.params))
   (student, made, _), terms = jax.lax.scan(iteration, start, (z, labels))
   return student, made, terms
+
+
+def _what_is_said(target, labels, before, after) -> dict[str, jax.Array]:
+  """Of generated images, by ensemble and student; see `fine_tune`."""
+  target = target / jnp.maximum(jnp.sum(target, axis=1, keepdims=True), 1e-6)
+  of_label = jnp.take_along_axis(target, labels[:, None], axis=1)
+  entropy = -jnp.sum(target * jnp.log(target + 1e-12), axis=1)
+  gaps = [jnp.mean(-jnp.sum(target * jax.nn.log_softmax(logits), axis=1) - entropy)
+          for logits in (before, after)]
+  return {'recognised': jnp.mean(of_label),
+          'ensemble_ce': -jnp.mean(jnp.log(of_label + 1e-12)),
+          'ensemble_entropy': jnp.mean(entropy),
+          'gap': gaps[0], 'gap_left': gaps[1]}
+
+
+def _distance(tree, origin) -> jax.Array:
+  """Between two trees, over the norm of the second."""
+  norm = optax.tree.norm(origin)
+  return optax.tree.norm(optax.tree.sub(tree, origin)) / jnp.maximum(norm, 1e-12)
 
 
 def _train_generator(model, generator, optimizer, options, teachers, alpha,

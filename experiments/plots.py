@@ -263,3 +263,85 @@ def bars(
     axes.invert_yaxis()
   figure.savefig(path, dpi=110)
   plt.close(figure)
+
+
+SWEPT = 1, 2  # so many swept flags make a picture
+
+
+def sweep(path: Any, swept: Sequence[str],
+          points: Sequence[tuple[tuple, float, float]], label: str) -> None:
+  """Draws a score by the values of one or two flags.
+
+  Args:
+    path: where to write.
+    swept: the flags, one (points with bars of one standard deviation, joined
+      where the values are numbers) or two (a map).
+    points: (values of the flags, mean, standard deviation); a value is None
+      where the flag does not matter, a mean NaN where there is none.
+    label: what the score is.
+  """
+  axis_values = [_in_order({p[0][i] for p in points} - {None})
+                 for i in range(len(swept))]
+  figure, axes = plt.subplots(figsize=_PANEL, layout='constrained')
+  if len(swept) == 1:
+    _draw_line(axes, axis_values[0], {p[0][0]: p[1:] for p in points})
+    axes.set(xlabel=swept[0], ylabel=label)
+  else:
+    image = _draw_map(axes, axis_values, points)
+    axes.set(ylabel=swept[0], xlabel=swept[1])
+    figure.colorbar(image, label=label)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def _is_number(value) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _in_order(values: set) -> list:
+  """Numbers ascending; else by name."""
+  return sorted(values, key=lambda v: v if _is_number(v) else str(v))
+
+
+def _draw_line(axes, values, scores) -> None:
+  numbers = all(map(_is_number, values)) and len(values) > 1
+  x = values if numbers else range(len(values))
+  mean, spread = np.array([scores[v] for v in values], float).T
+  axes.errorbar(x, mean, spread if spread.any() else None, capsize=3, marker='o',
+                linestyle='-' if numbers else '')
+  for place in np.flatnonzero(np.isnan(mean)):
+    axes.annotate('diverged', (x[place], 0), xycoords=('data', 'axes fraction'),
+                  rotation=90, ha='center', va='bottom')
+  if numbers and min(values) > 0 and max(values) >= 8 * min(values):
+    axes.set_xscale('log')
+  _name_values(axes, x, values)
+  axes.minorticks_off()
+  axes.grid(alpha=.3)
+
+
+def _draw_map(axes, axis_values, points):
+  """A cell per pair of values, with its score in it; the image is returned."""
+  rows, columns = axis_values
+  scores = np.full((len(rows), len(columns)), np.nan)
+  diverged = np.zeros_like(scores, bool)
+  for (row, column), mean, _ in points:
+    # Where a flag does not matter the score is that of all its values.
+    place = (slice(None) if row is None else rows.index(row),
+             slice(None) if column is None else columns.index(column))
+    scores[place], diverged[place] = mean, np.isnan(mean)
+  image = axes.imshow(scores, aspect='auto', cmap='viridis')
+  for (i, j), score in np.ndenumerate(scores):
+    text = '×' if diverged[i, j] else '' if np.isnan(score) else f'{score:.1f}'
+    color = None if np.isnan(score) else (
+        'white' if image.norm(score) < .6 else 'black')
+    axes.text(j, i, text, ha='center', va='center', fontsize=8, color=color)
+  _name_values(axes, range(len(columns)), columns)
+  axes.set_yticks(range(len(rows)), labels=[str(v) for v in rows])
+  return image
+
+
+def _name_values(axes, places, values) -> None:
+  """Values under the picture; long ones aslant."""
+  labels = [str(v) for v in values]
+  aslant = {'rotation': 25, 'ha': 'right'} if max(map(len, labels)) > 8 else {}
+  axes.set_xticks(places, labels=labels, **aslant)

@@ -1,9 +1,10 @@
-"""Makes report.html of a run or a comparison, from the files in its folder.
+"""Makes report.html of a run, comparison or sweep, from the files in its folder.
 
   python -m experiments.report runs/demo
 
 One page that needs nothing else: no network, no scripts, pictures inside. It is
-written by `train` and `compare`; this makes it anew, also while a run goes on.
+written by `train`, `compare` and `sweep`; this makes it anew, also while a run
+goes on.
 """
 
 import base64
@@ -21,6 +22,7 @@ from PIL import Image
 from upath import UPath
 
 from experiments import cli
+from experiments import figures
 from experiments import files
 from experiments import folders
 from experiments import plots
@@ -30,6 +32,7 @@ from experiments import svg
 _STRIP_ROUNDS = 6  # rounds whose generated images are shown, at most
 _TARGETS = (.5, .7, .8, .9, .95, .97, .98, .99)  # accuracies that count rounds
 _SHOWN_TARGETS = 4
+_SHOWN_CONFIGURATIONS = 8  # of a sweep, with their curves; colours are ten
 _DRAWN_CLIENTS = 300  # of more the partition is shown in pixels
 _STRIP_PIXELS = 64  # at least so many across an image
 
@@ -62,25 +65,25 @@ def main(folder: str) -> None:
 
 
 def write(folder: UPath) -> UPath:
-  """Writes report.html into the folder of a run or a comparison.
+  """Writes report.html into the folder of a run, a comparison or a sweep.
 
   Args:
-    folder: as `train` or `compare` left it.
+    folder: as `train`, `compare` or `sweep` left it.
 
   Returns:
     Where the page is.
 
   Raises:
-    cli.ArgumentError: if the folder holds neither.
+    cli.ArgumentError: if the folder holds none of them.
   """
   try:
     config = files.read_json(folder / 'config.json')['config']
-    page = (_of_comparison(folder, config) if config.get('program') == 'compare'
-            else _of_run(folder))
+    pages = {'compare': _of_comparison, 'sweep': _of_sweep}
+    page = pages.get(config.get('program'), _of_run)(folder, config)
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise cli.ArgumentError(
-        folder, 'must be a folder that train or compare has written to, with at '
-        f'least one evaluation ({" ".join(str(error).split())})') from error
+        folder, 'must be a folder that train, compare or sweep has written to, '
+        f'with at least one evaluation ({" ".join(str(error).split())})') from error
   path = folder / 'report.html'
   files.write_text(path, render(page))
   return path
@@ -136,8 +139,9 @@ def _arrays(path):
   return files.read_arrays(path) if path.exists() else {}
 
 
-def _of_run(folder) -> dict[str, Any]:
+def _of_run(folder, config) -> dict[str, Any]:
   """The page of one run: its models side by side."""
+  del config
   run = read_run(folder)
   entries = {name: [(run, model)] for name, model in _models(run).items()}
   clients = {'': {
@@ -146,7 +150,7 @@ def _of_run(folder) -> dict[str, Any]:
       'title': f'{run.config["method"]} on {run.config["dataset"]}',
       'kind': 'Training run', 'verdict': _verdict_of_run(run),
       'final': final_table(entries, 'model'),
-      'configuration': _configuration([run]), 'differences': None,
+      'configuration': _configuration([run.config]), 'differences': None,
       **_sections(entries, clients, {run.config['method']: [run]})}
 
 
@@ -162,16 +166,10 @@ def _models(run) -> dict[str, str]:
 def _of_comparison(folder, config) -> dict[str, Any]:
   """The page of a comparison: the methods' broadcast models side by side."""
   summary = files.read_json(folder / 'summary.json')
-  runs = {name: [read_run(folder / folders.folder_name(name) / f'seed{seed}',
-                          config['rounds']) for seed in summary['seeds']]
-          for name in summary['methods']}
-  entries = {name: [(run, 'broadcast') for run in of_name]
-             for name, of_name in runs.items()}
-  clients = {model: {
-      name: [(run, model) for run in of_name] for name, of_name in runs.items()
-      if all(model in run.clients.get('accuracy', {}) for run in of_name)}
-             for model in ('broadcast', 'personalised')}
-  first = [of_name[0] for of_name in runs.values()]
+  runs = _read_runs(
+      folder, dict.fromkeys(summary['methods'], config['rounds']), summary['seeds'])
+  entries = _broadcast(runs)
+  first = [of_name[0].config for of_name in runs.values()]
   return {
       'title': f'{len(runs)} methods on {config["dataset"]}' if len(runs) > 1
                else f'{next(iter(runs))} on {config["dataset"]}',
@@ -179,7 +177,73 @@ def _of_comparison(folder, config) -> dict[str, Any]:
       'final': final_table(entries, 'method', average=True),
       'configuration': _configuration(first),
       'differences': _differences(runs),
-      **_sections(entries, clients, runs, summary['target_accuracy'])}
+      **_sections(entries, _broadcast_clients(runs), runs,
+                  summary['target_accuracy'])}
+
+
+def _of_sweep(folder, config) -> dict[str, Any]:
+  """The page of a sweep: all configurations, and the best few side by side."""
+  del config
+  summary = files.read_json(folder / 'summary.json')
+  ended = [row for row in summary['configurations'] if not row['diverged']]
+  rounds = {row['name']: row['rounds'] for row in ended[:_SHOWN_CONFIGURATIONS]}
+  runs = _read_runs(folder, rounds, summary['seeds'])
+  entries, swept = _broadcast(runs), summary['swept']
+  configs = [files.read_json(
+      folder / folders.folder_name(row['name']) / f'seed{summary["seeds"][0]}'
+      / 'config.json')['config'] for row in ended]
+  page = _sections(entries, _broadcast_clients(runs), runs,
+                   summary['target_accuracy'])
+  counts = [of_name[0].counts.get('train') for of_name in runs.values()]
+  if any(not np.array_equal(counts[0], other) for other in counts):
+    page['partition'] = None  # each has its own
+  return {
+      **page,
+      'title': f'{len(summary["configurations"])} configurations: '
+               + ', '.join(swept),
+      'kind': 'Sweep', 'verdict': _verdict_of_sweep(summary, len(ended)),
+      'final': Table(*figures.sweep_table(summary)),
+      'picture': svg.inline(
+          'sweep', f'Accuracy by {" and ".join(swept)}; numbers in the table.',
+          plots.sweep, swept, figures.sweep_points(summary),
+          figures.LABELS[summary['sorted_by']])
+                 if len(swept) in plots.SWEPT else None,
+      'note': f'Below, of the {len(ended)} configurations the best {len(runs)}.'
+              if len(ended) > len(runs) else None,
+      'configuration': _configuration(configs, without=swept),
+      'differences': _differences(runs)}
+
+
+def _verdict_of_sweep(summary, num_ended) -> str:
+  """The best, and what its rank says."""
+  best = summary['configurations'][0]
+  final = figures.percent(best['final_accuracy'])
+  if summary['sorted_by'] != 'final_accuracy':
+    chosen = figures.percent(best[summary['sorted_by']])
+    return (f'{best["name"]} ends highest on what is kept apart, at {chosen} %; '
+            f'on the test set it has {final} %.')
+  text = f'{best["name"]} ends highest, at {final} % test accuracy.'
+  return text if num_ended == 1 else (
+      f'{text} It was chosen on the test set, as the best of {num_ended}, which '
+      'flatters it; --validation_share keeps data apart to choose on.')
+
+
+def _read_runs(folder, rounds, seeds) -> dict[str, list[Run]]:
+  """Each seed's run of each name in `rounds`, up to its round."""
+  return {name: [read_run(folder / folders.folder_name(name) / f'seed{seed}', t)
+                 for seed in seeds] for name, t in rounds.items()}
+
+
+def _broadcast(runs) -> Entries:
+  return {name: [(run, 'broadcast') for run in of_name]
+          for name, of_name in runs.items()}
+
+
+def _broadcast_clients(runs) -> dict[str, Entries]:
+  return {model: {
+      name: [(run, model) for run in of_name] for name, of_name in runs.items()
+      if all(model in run.clients.get('accuracy', {}) for run in of_name)}
+          for model in ('broadcast', 'personalised')}
 
 
 def _sections(entries, clients, runs, target=None) -> dict[str, Any]:
@@ -190,6 +254,7 @@ def _sections(entries, clients, runs, target=None) -> dict[str, Any]:
   first = next(iter(runs.values()))[0]
   ylabel = 'test accuracy, percent'
   return {
+      'picture': None, 'note': None, 'several': len(runs) > 1,
       'legend': _legend(entries),
       'curves': [svg.inline(
           f'curve{column}', f'Test accuracy against {what}; numbers in the tables.',
@@ -308,7 +373,7 @@ def _classes(entries) -> dict[str, Any]:
     found = [run.classes.get('accuracy', {}).get(model) for run, model in of_name]
     if all(found):
       values[name] = 100 * np.mean(np.array(found, float), axis=0)
-  if not values:
+  if len({len(of_name) for of_name in values.values()}) != 1:  # none, or unlike
     return {'classes': None, 'classes_table': None, 'classes_legend': []}
   num_classes = len(next(iter(values.values())))
   return {
@@ -461,11 +526,11 @@ def _verdict_of_comparison(entries) -> str:
       f'{len(best)} seeds ({spread:.2f}).')
 
 
-def _configuration(runs) -> list[Table]:
-  """What all of `runs` have in common, in two halves."""
-  first = runs[0].config
-  rows = [[name, _text(value)] for name, value in sorted(first.items())
-          if all(run.config.get(name) == value for run in runs)]
+def _configuration(configs, without=()) -> list[Table]:
+  """What all of `configs` have in common, in two halves."""
+  rows = [[name, _text(value)] for name, value in sorted(configs[0].items())
+          if name not in without
+          and all(config.get(name) == value for config in configs)]
   half = -(-len(rows) // 2)
   return [Table(['flag', 'value'], part) for part in (rows[:half], rows[half:])
           if part]

@@ -25,6 +25,7 @@ from experiments import assembly
 from experiments import benchmark
 from experiments import cli
 from experiments import compare
+from experiments import figures
 from experiments import flags
 from experiments import plots
 from experiments import records
@@ -620,17 +621,17 @@ class ReportTest(absltest.TestCase):
     rows = [{'round': t, 'test_accuracy': a, 'accuracy': {'average': a / 2},
              'bytes_up': t, 'bytes_down': 2 * t}
             for t, a in ((2, .3), (4, .6), (6, .55), (14, .7))]
-    self.assertEqual(compare.rounds_to(rows, .6), 4)
-    self.assertIsNone(compare.rounds_to(rows, .8))
+    self.assertEqual(figures.rounds_to(rows, .6), 4)
+    self.assertIsNone(figures.rounds_to(rows, .8))
     # The last ten rounds are 5 to 14.
     self.assertEqual(records.summarise(rows), {
         'rounds': 14, 'final_accuracy': .625, 'best_accuracy': .7,
         'final_accuracy_of': {'average': .3125}, 'bytes_up': 14,
         'bytes_down': 28})
     runs = [{'best_accuracy': .71}, {'best_accuracy': .64}]
-    self.assertEqual(compare.common_target({'a': runs}), .6)
+    self.assertEqual(figures.common_target({'a': runs}), .6)
     self.assertEqual(
-        compare.spread([1., 3.]), {'mean': 2., 'std': 2**.5, 'per_seed': [1., 3.]})
+        figures.spread([1., 3.]), {'mean': 2., 'std': 2**.5, 'per_seed': [1., 3.]})
 
   def test_curves_with_bands(self):
     path = os.path.join(self.create_tempdir().full_path, 'c.png')

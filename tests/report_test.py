@@ -233,7 +233,8 @@ class RunTest(parameterized.TestCase):
   @parameterized.parameters(
       ([], 'error: no argument: must be one FOLDER'),
       (['a', 'b'], 'error: a b: must be one FOLDER'),
-      (['/no/folder'], 'error: /no/folder: must be a folder that train or compare'),
+      (['/no/folder'], 'error: /no/folder: must be a folder that train, '
+       'compare or sweep'),
       (['--workdir=x'], 'error: .*--workdir=x: no such flag|error: no argument'))
   def test_errors(self, argv, message):
     status, err = make(*argv)

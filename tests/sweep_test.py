@@ -1,0 +1,269 @@
+"""Sweeps: what is trained, in which order it is shown, what a wrong flag says."""
+
+import csv
+import itertools
+import pathlib
+
+from absl import flags as absl_flags
+from absl.testing import absltest
+from absl.testing import flagsaver
+from absl.testing import parameterized
+import numpy as np
+from PIL import Image
+
+from experiments import cli
+from experiments import figures
+from experiments import files
+from experiments import plots
+from experiments import suite
+from experiments import sweep
+from experiments import train
+from tests.programs_test import call, small, write_data
+
+
+class ParseTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    absl_flags.FLAGS.mark_as_parsed()
+
+  def test_a_grid_is_all_combinations(self):
+    entries = sweep.parse(
+        ['learning_rate=.03,0.1', 'cohort=2,3', 'method=fed_avg,fed_dyn'], [])
+    want = itertools.product((.03, .1), (2, 3), ('fed_avg', 'fed_dyn'))
+    found = [(c['learning_rate'], c['cohort'], c['method'])
+             for _, c in entries.values()]
+    self.assertEqual(found, list(want))
+    self.assertIn('learning_rate=0.03,cohort=2,method=fed_dyn', entries)
+
+  def test_a_flag_that_does_nothing_multiplies_nothing(self):
+    entries = sweep.parse(
+        ['method=fed_avg,fed_prox', 'prox_mu=0.01,0.1,1'], [])
+    self.assertEqual(list(entries), [
+        'method=fed_avg', 'method=fed_prox,prox_mu=0.01',
+        'method=fed_prox,prox_mu=0.1', 'method=fed_prox,prox_mu=1.0'])
+    self.assertEqual(entries['method=fed_avg'].settings, {'method': 'fed_avg'})
+
+  def test_a_list(self):
+    entries = sweep.parse([], [
+        'learning_rate=0.03:local_epochs=10', 'local_epochs=7',
+        'method=fed_avg:evaluate_all=true'])
+    settings = [entry.settings for entry in entries.values()]
+    # What an entry does not say is as for all.
+    base = {'learning_rate': .1, 'local_epochs': 5, 'method': 'fed_ftg'}
+    self.assertEqual(settings, [
+        {**base, 'learning_rate': .03, 'local_epochs': 10},
+        {**base, 'local_epochs': 7},
+        {**base, 'method': 'fed_avg', 'evaluate_all': True}])
+    self.assertEqual(list(entries)[2], 'method=fed_avg,evaluate_all=true')
+
+  def test_a_list_in_a_grid(self):
+    entries = sweep.parse(
+        ['cohort=2,3'], ['learning_rate=1:local_steps=3', 'learning_rate=2'])
+    self.assertEqual(list(entries), [
+        'learning_rate=1.0,local_steps=3,cohort=2',
+        'learning_rate=1.0,local_steps=3,cohort=3',
+        'learning_rate=2.0,cohort=2', 'learning_rate=2.0,cohort=3'])
+
+  @parameterized.parameters(
+      ('', '--grid=: must be FLAG=VALUE,VALUE, or give --list'),
+      ('--grid=cohort', '--grid=cohort: must be FLAG=VALUE,VALUE'),
+      ('--grid=cohort=', '--grid=cohort=: must be FLAG=VALUE,VALUE'),
+      ('--grid=cohrt=1', '--cohrt=1: no such flag'),
+      ('--grid=cohort=2,x', '--cohort=x: must be a positive integer'),
+      ('--grid=cohort=2,2', '--grid=cohort=2,2: a value is there twice'),
+      ('--grid=cohort=2 --grid=cohort=3', '--grid=cohort=3: cohort is given twice'),
+      ('--grid=seed=0,1', '--grid=seed=0,1: seeds are not swept; give --seeds'),
+      ('--grid=cohort=2,21', '--grid=cohort=21: --cohort=21: must be at most '
+       '--num_clients=20'),
+      ('--grid=method=fed_avg,nix', "--grid=method=nix: --method=nix: no method"),
+      ('--grid=dyn_alpha=1,2', '--grid=dyn_alpha: changes no result of these'),
+      ('--grid=workdir=a,b', '--grid=workdir: changes no result of these'),
+      ('--list=cohort', '--list=cohort: must be FLAG=VALUE:FLAG=VALUE'),
+      ('--list=cohort=2:cohort=3', 'cohort is given twice'),
+      ('--list=cohort=2,cohort=2', 'cohort=2 is there twice'),
+      ('--list=cohort=21', '--list=cohort=21: --cohort=21: must be at most'),
+      ('--list=cohort=2 --grid=cohort=3', '--list=cohort=2: cohort is in --grid'),
+      ('--grid=cohort=2 --seeds_at_once=2 --client_state=host',
+       '--seeds_at_once=2: must be 1 without --client_state=device'),
+      ('--grid=num_clients=20,5000', '--num_clients=5000: .*number of examples'))
+  def test_one_line_and_status_2(self, arguments, message):
+    folder = pathlib.Path(self.create_tempdir().full_path, 'w')
+    status, _, err = call(sweep, *arguments.split(), f'--workdir={folder}')
+    self.assertEqual(status, 2)
+    self.assertRegex(err, f'^error: .*{message}')
+    self.assertEqual(err.count('\n'), 1)
+    self.assertFalse(folder.exists())
+
+
+class SweepTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    self.args = [*small(write_data(self.folder)), '--method=fed_avg',
+                 '--evaluate_clients=none']
+
+  def sweep(self, name, *changes):
+    return call(sweep, *self.args, *changes, f'--workdir={self.folder / name}')
+
+  def table(self, name):
+    with open(self.folder / name / 'table.csv', encoding='utf-8') as file:
+      return list(csv.DictReader(file))
+
+  def test_from_the_first_run_to_the_page(self):
+    grid = ['--grid=learning_rate=0,0.1', '--grid=num_clients=3,4']
+    status, out, err = self.sweep('a', *grid)
+    self.assertEqual(status, 0, err)
+    self.assertIn('4 configurations', out)
+    summary = files.read_json(self.folder / 'a' / 'summary.json')
+    rows = summary['configurations']
+    self.assertLen(rows, 4)
+    finals = [row['final_accuracy']['mean'] for row in rows]
+    self.assertEqual(finals, sorted(finals, reverse=True))
+    # Each run is `train`'s own.
+    name = 'learning_rate=0.1,num_clients=3'
+    per_seed = next(row for row in rows if row['name'] == name)[
+        'final_accuracy']['per_seed']
+    self.assertEqual(per_seed, [files.read_json(
+        self.folder / f'a/{name}/seed0/summary.json')['final_accuracy']])
+    call(train, *self.args, '--num_clients=3', f'--workdir={self.folder}/alone')
+    self.assertEqual(
+        (self.folder / 'alone/metrics.jsonl').read_bytes(),
+        (self.folder / f'a/{name}/seed0/metrics.jsonl').read_bytes())
+    # The tables say the same, in the same order.
+    table = self.table('a')
+    self.assertEqual(
+        [(float(row['learning_rate']), int(row['num_clients'])) for row in table],
+        [tuple(row['settings'].values()) for row in rows])
+    np.testing.assert_allclose(
+        [float(row['final_accuracy']) for row in table], finals)
+    lines = (self.folder / 'a/table.md').read_text().splitlines()
+    self.assertStartsWith(lines[0], '| learning_rate | num_clients | final acc')
+    self.assertLen(lines, 6)
+    self.assertEqual(Image.open(self.folder / 'a/sweep.png').format, 'PNG')
+    page = (self.folder / 'a/report.html').read_text()
+    self.assertIn('4 configurations', page)
+    self.assertIn('as the best of 4, which flatters it', page)
+    self.assertNotIn('Who holds what', page)  # they hold different things
+    # More values in the same folder: only what is new is trained.
+    before = {path: path.stat().st_mtime_ns
+              for path in self.folder.glob('a/*/*/metrics.jsonl')}
+    (self.folder / f'a/{name}/seed0/summary.json').unlink()
+    status, out, err = self.sweep('a', '--grid=learning_rate=0,0.1,0.2', *grid[1:])
+    self.assertEqual(status, 0, err)
+    self.assertLen(self.table('a'), 6)
+    self.assertEqual(out.count('seed 0: compiling'), 3)
+    self.assertIn(f'{name} seed 0: ', out)
+    changed = {str(path.relative_to(self.folder / 'a').parent)
+               for path, time in before.items() if path.stat().st_mtime_ns != time}
+    self.assertEqual(changed, {f'{name}/seed0'})
+    # A folder of something else is refused.
+    for changes, message in (
+        (['--batch_size=5'], 'another configuration .batch_size: 10, not 5'),
+        (['--workdir=' + str(self.folder / 'alone')], 'holds a single run')):
+      status, _, err = self.sweep('a', *grid, *changes)
+      if changes[0].startswith('--workdir'):
+        status, _, err = call(sweep, *self.args, *grid, *changes)
+      self.assertEqual(status, 2)
+      self.assertRegex(err, message)
+
+  def test_validation_decides(self):
+    status, _, err = self.sweep(
+        'a', '--grid=method=fed_avg,fed_prox', '--validation_share=0.5')
+    self.assertEqual(status, 0, err)
+    summary = files.read_json(self.folder / 'a' / 'summary.json')
+    self.assertEqual(summary['sorted_by'], 'final_validation_accuracy')
+    self.assertIn('on validation data', (self.folder / 'a/table.md').read_text())
+    self.assertIn('on what is kept apart',
+                  (self.folder / 'a/report.html').read_text())
+    # By hand: the better on the test set is the worse on validation data.
+    spread = lambda *x: figures.spread(list(x))
+    runs = {name: [{
+        'final_accuracy_of': {}, 'final_accuracy': test, 'rounds': 1,
+        'final_validation_accuracy': validation, 'best_accuracy': test,
+        'rows': [], 'bytes_up': 0, 'train_seconds': 1., 'clients': {}}]
+            for name, test, validation in (('a', .8, .5), ('b', .7, .6))}
+    runs['c'] = [None]
+    entries = {name: sweep.Entry({'cohort': i}, {})
+               for i, name in enumerate('abc')}
+    with flagsaver.flagsaver():
+      summary = sweep.summarise(entries, runs)
+    self.assertEqual([r['name'] for r in summary['configurations']], list('bac'))
+    self.assertEqual(summary['target_accuracy'], .8)  # what half of two reach
+    self.assertEqual(summary['configurations'][0]['final_validation_accuracy'],
+                     spread(.6))
+
+  def test_one_diverges(self):
+    args = ['--grid=learning_rate=0.1,1e30', '--clip_norm=0', '--seeds=2',
+            '--seeds_at_once=2']
+    status, out, err = self.sweep('a', *args)
+    self.assertEqual(status, 0, err)
+    self.assertIn('no longer finite', out)
+    rows = files.read_json(self.folder / 'a/summary.json')['configurations']
+    self.assertEqual([row['diverged'] for row in rows], [0, 2])
+    self.assertIn('diverged (2 of 2)', (self.folder / 'a/table.md').read_text())
+    self.assertEqual(self.table('a')[1]['final_accuracy'], '')
+    # It is known from then on, but for fewer rounds.
+    status, out, _ = self.sweep('a', *args)
+    self.assertEqual(status, 0)
+    self.assertNotIn('compiling', out)
+    _, out, _ = self.sweep('a', *args, '--rounds=2')
+    self.assertIn('learning_rate=1e+30 seed 0,1: compiling', out)
+    self.assertNotIn('learning_rate=0.1 seed', out)
+    # Where all do there is a table, and an error.
+    status, _, err = self.sweep('b', '--grid=learning_rate=1e30', *args[1:2])
+    self.assertEqual(status, 1)
+    self.assertIn('every configuration diverged', err)
+    self.assertIn('| diverged |', (self.folder / 'b/table.md').read_text())
+
+  def test_rounds_can_be_swept(self):
+    status, _, err = self.sweep('a', '--grid=rounds=2,3')
+    self.assertEqual(status, 0, err)
+    rows = files.read_json(self.folder / 'a/summary.json')['configurations']
+    self.assertCountEqual([row['rounds'] for row in rows], [2, 3])
+    with self.assertRaisesRegex(cli.UsageError, '--rounds=1: .*no evaluation'):
+      suite.read_run(self.folder / 'a/rounds=3/seed0', 1)
+
+
+class FiguresTest(parameterized.TestCase):
+
+  def test_share_of_a_target(self):
+    runs = {name: [{'best_accuracy': a} for a in best] for name, best in
+            (('a', (.92, .97)), ('b', (.71,)), ('c', (.3,)))}
+    self.assertEqual(figures.common_target(runs), .3)
+    self.assertEqual(figures.common_target(runs, share=.5), .7)
+    self.assertEqual(figures.common_target(runs, share=.3), .9)
+
+  def test_names_do_not_collide(self):
+    self.assertEqual(sweep.name_of({'a': True, 'b': .1}), 'a=true,b=0.1')
+    self.assertNotEqual(sweep.name_of({'a': .1234567}),
+                        sweep.name_of({'a': .1234568}))
+
+  @parameterized.parameters(
+      (('a',), [((.1,), 50., 1.), ((1,), np.nan, 0.), ((.01,), 60., 0.)]),
+      (('a',), [(('mlp',), 50., 0.), (('resnet18_cifar',), 60., 0.)]),
+      (('a', 'b'), [(('x', .1), 50., 0.), (('y', None), 40., 0.),
+                    (('x', .2), np.nan, 0.)]))
+  def test_pictures(self, swept, points):
+    drawn = {}
+    with absltest.mock.patch.object(
+        plots.plt, 'close', side_effect=lambda f: drawn.update(axes=f.axes[0])):
+      plots.sweep(self.create_tempdir().full_path + '/p.png', swept, points, 's')
+    axes = drawn['axes']
+    ticks = [label.get_text() for label in axes.get_xticklabels()]
+    texts = [text.get_text() for text in axes.texts]
+    if len(swept) == 2:  # y has no b: its score is that of every b
+      self.assertEqual(ticks, ['0.1', '0.2'])
+      self.assertEqual(texts, ['50.0', '×', '40.0', '40.0'])
+    elif len(points) == 3:
+      self.assertEqual(ticks, ['0.01', '0.1', '1'])
+      self.assertEqual(axes.get_xscale(), 'log')
+      self.assertEqual(texts, ['diverged'])
+    else:
+      self.assertEqual(ticks, ['mlp', 'resnet18_cifar'])
+
+
+if __name__ == '__main__':
+  absltest.main()

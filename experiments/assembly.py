@@ -192,6 +192,9 @@ def share_out(
   Raises:
     cli.UsageError: where data and configuration do not fit.
   """
+  loaded = _checked(
+      'train_examples', {'train_examples': 0, **config}, datasets.with_examples,
+      loaded, config.get('train_examples', 0), config.get('partition_seed', 0))
   kept = _checked(
       'validation_share', {'validation_share': 0, **config},
       datasets.with_validation, loaded, config.get('validation_share', 0.),

@@ -98,6 +98,9 @@ def _define_data() -> None:
       'manual_dir', None, 'Folder with the original files of the data set, as '
       'published, from which it is prepared; default: downloads/manual in '
       '--data_dir, and where a Debian package puts them.')
+  flags.DEFINE_integer(
+      'train_examples', 0, 'So many training examples, of each class the same '
+      'share, instead of all; 0 for all.', lower_bound=0)
   flags.DEFINE_float(
       'validation_share', 0., 'Share of the training set that is kept apart, the '
       'same of each class, and evaluated beside the test set.', lower_bound=0)
@@ -368,6 +371,8 @@ def _unused(values: dict[str, Any]) -> set[str]:
   if values['norm'] != 'batch':
     unused |= {'batch_norm', 'torch_bn'}
   unused |= _unused_by_partition(values)
+  if not values['train_examples']:
+    unused.add('train_examples')
   if not values['validation_share']:
     unused.add('validation_share')
   if values['augment'] == 'none':

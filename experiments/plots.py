@@ -79,6 +79,50 @@ def metrics(path: Any, series: Mapping[str, Mapping[str, Sequence]]) -> None:
   plt.close(figure)
 
 
+def effects(path: Any, rows: Sequence[tuple[str, str, float, float]]) -> None:
+  """Draws effects with their intervals, one line each, grouped by colour.
+
+  Args:
+    path: where to write.
+    rows: (group, name, mean, half of the interval; infinite for none).
+  """
+  groups = list(dict.fromkeys(row[0] for row in rows))
+  figure, axes = plt.subplots(
+      figsize=(7, .26 * len(rows) + 1), layout='constrained')
+  for i, (group, _, mean, half) in enumerate(rows):
+    axes.errorbar(mean, i, xerr=half if np.isfinite(half) else None, fmt='o',
+                  color=f'C{groups.index(group) % 10}', markersize=4, capsize=2)
+  axes.axvline(0, color='0.5', linewidth=1)
+  axes.set_yticks(range(len(rows)), [
+      f'{group}: {name}' for group, name, *_ in rows], fontsize=8)
+  axes.invert_yaxis()
+  axes.grid(alpha=.3, axis='x')
+  axes.set(xlabel='effect of FedFTG on the final test accuracy, points')
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def scatters(path: Any, panels: Mapping[str, Sequence[tuple[float, float]]],
+             ylabel: str) -> None:
+  """Draws a panel of points for each title."""
+  columns = min(3, len(panels))
+  rows = -(-len(panels) // columns)
+  figure, grid = plt.subplots(
+      rows, columns, figsize=(3.4 * columns, 2.6 * rows), squeeze=False,
+      sharey=True, layout='constrained')
+  for axes, (title, points) in zip(grid.flat, panels.items()):
+    axes.plot(*np.array(points).T, 'o', markersize=3, alpha=.6)
+    axes.axhline(0, color='0.5', linewidth=1)
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=.3)
+  for axes in grid.flat[len(panels):]:
+    axes.set_visible(False)
+  for axes in grid[:, 0]:
+    axes.set_ylabel(ylabel)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
 def line_styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
   """Colour and dashes of each name, the same in all pictures of these names.
 

@@ -127,13 +127,33 @@ def with_validation(dataset: Dataset, share: float, seed: int) -> Dataset:
     raise ValueError(
         f'share must leave some of the {len(labels)} training examples on both '
         f'sides, got {share}.')
-  order = np.random.RandomState([seed, 2]).permutation(len(labels))
-  sizes = partition.largest_remainders(share * np.bincount(labels))
-  kept = np.concatenate([
-      order[labels[order] == c][:size] for c, size in enumerate(sizes)])
-  kept.sort()
+  kept = _stratified(labels, share, np.random.RandomState([seed, 2]))
   return dataset.take(np.setdiff1d(np.arange(len(labels)), kept))._replace(
       validation_x=dataset.train_x[kept], validation_y=labels[kept])
+
+
+def with_examples(dataset: Dataset, num: int, seed: int) -> Dataset:
+  """The data set with `num` training examples, of every class the same share up
+  to rounding; 0 for all. Normalisation stays that of the whole.
+
+  Raises:
+    ValueError: if there are fewer.
+  """
+  total = len(dataset.train_y)
+  if not 0 <= num <= total:
+    raise ValueError(f'there are {total} training examples, {num} are asked for.')
+  if not num:
+    return dataset
+  return dataset.take(_stratified(
+      dataset.train_y, num / total, np.random.RandomState([seed, 3])))
+
+
+def _stratified(labels, share, rng) -> np.ndarray:
+  """Rows of so large a share of every class, ascending."""
+  order = rng.permutation(len(labels))
+  sizes = partition.largest_remainders(share * np.bincount(labels))
+  return np.sort(np.concatenate([
+      order[labels[order] == c][:size] for c, size in enumerate(sizes)]))
 
 
 def _prepared():

@@ -1,0 +1,260 @@
+"""When does FedFTG help? One factor at a time around a centre, paired by seed.
+
+  python -m experiments.ablation --budget_hours=2 --seeds=5
+  python -m experiments.ablation --factors=dirichlet_alpha,switch --seeds=3
+
+The flags say the centre. In every cell one factor takes another value, and --base
+is trained with and without FedFTG, with equal seeds, partitions and schedules. An
+effect is the mean over seeds of the difference of their final accuracies, with a
+95 % interval (Student's t). Cells are trained in the order of the table until
+--budget_hours are used up; the same command goes on with the rest.
+
+Beside each effect stand what FedFTG says of itself (means over all rounds): how
+much of its images the ensemble recognises, how far student and ensemble are apart
+before and after, how far the student moves. Their rank correlations with the
+effect, over cells and seeds, say which of them goes with it; not that it is why.
+
+Writes into --workdir: table.md, effects.json, effects.png, explained.png, and each
+run's files in CONFIGURATION/seedK/.
+"""
+
+import time
+from typing import Any, Mapping, NamedTuple, Sequence
+
+from absl import flags as absl_flags
+import numpy as np
+from scipy import stats
+
+from experiments import cli
+from experiments import figures
+from experiments import files
+from experiments import flags
+from experiments import folders
+from experiments import plots
+from experiments import progress
+from experiments import suite
+
+CENTRE = 'centre'
+# By factor, what a cell changes: flags of `train`. `base` stands for --base.
+FACTORS: Mapping[str, list[dict[str, Any]]] = {
+    'norm': [
+        dict(norm='group'), dict(norm='batch'),
+        dict(norm='batch', ftg_student_bn='keep'),
+        dict(norm='batch', batch_norm='local'),
+        dict(norm='batch', batch_norm='reset')],
+    'dirichlet_alpha': [dict(dirichlet_alpha=a) for a in (.05, .1, .3, 1.)],
+    'local_epochs': [dict(local_epochs=n) for n in (1, 5, 20)],
+    'cohort': [dict(cohort=n) for n in (2, 5, 20)],
+    'dataset': [dict(dataset='fashion_mnist', train_examples=10_000),
+                dict(dataset='fashion_mnist')],
+    'base': [dict(base=name) for name in ('fed_prox', 'fed_dyn', 'scaffold', 'moon')],
+    'ftg_preset': [
+        dict(ftg_preset=name) for name in ('official', 'paper', 'intended')],
+    'switch': [
+        dict(ftg_hard_samples=False), dict(ftg_label_sampling='uniform'),
+        dict(ftg_teacher_weight='uniform'), dict(ftg_lambda_dis=0.),
+        dict(ftg_lambda_cls=0.), dict(ftg_generator_steps=5),
+        dict(ftg_generator_lr=.001), dict(ftg_student_lr=.01),
+        dict(ftg_student_reduction='batchmean'), dict(ftg_noise='fresh'),
+        dict(ftg_temperature=3.), dict(ftg_start_round=10),
+        dict(ftg_student_weight='recognised'), dict(ftg_min_recognised=.5),
+        dict(ftg_trust_region=.01)],
+}
+# What FedFTG says of itself, see `fed_ftg.fine_tune`.
+DIAGNOSTICS = ('recognised', 'ensemble_entropy', 'gap', 'gap_left', 'dis', 'moved')
+
+absl_flags.DEFINE_string('base', 'fed_avg', 'The method that FedFTG is put on.')
+absl_flags.DEFINE_list('factors', list(FACTORS), 'What to vary, of: '
+                       + ', '.join(FACTORS) + '.')
+absl_flags.DEFINE_float('budget_hours', 1., 'No cell begins later than this; what '
+                        'is finished already does not count.', lower_bound=0)
+absl_flags.adopt_module_key_flags(suite)  # for --help
+FLAGS = absl_flags.FLAGS
+
+
+class Cell(NamedTuple):
+  """One setting, with and without FedFTG."""
+  factor: str
+  value: str
+  base: tuple[str, dict[str, Any]]   # name and configuration
+  tuned: tuple[str, dict[str, Any]]
+
+
+class Effect(NamedTuple):
+  """What FedFTG changes in a cell; accuracies in points, by seed."""
+  final: list[float]     # in the end
+  early: list[float]     # mean over the first third of the evaluations
+  last_step: list[float]  # broadcast model less the average it was made from
+  base: list[float]      # final accuracy without
+  said: dict[str, list[float]]  # DIAGNOSTICS
+
+
+Effects = Sequence[tuple[Cell, Effect | None]]  # None where a run diverged
+
+
+def main() -> None:
+  cells = make_cells(FLAGS.base, FLAGS.factors)
+  names = [name for cell in cells for name, _ in (cell.base, cell.tuned)]
+  folder = folders.workdir(FLAGS.workdir, flags.config(), 'ablation', *names)
+  end = time.monotonic() + 3600 * FLAGS.budget_hours
+  effects = []
+  for i, cell in enumerate(cells):
+    if time.monotonic() > end:
+      progress.say(f'{len(cells) - i} of {len(cells)} cells are left for the next '
+                   'time: the budget is used up')
+      break
+    progress.say(f'cell {i + 1} of {len(cells)}: {cell.factor} {cell.value}')
+    results = suite.run(folder, {'program': 'ablation'},
+                        dict((cell.base, cell.tuned)), tolerant=True)
+    if results:
+      effects.append(
+          (cell, effect(results[cell.base[0]], results[cell.tuned[0]])))
+      report(effects, folder)  # what is there so far survives an interruption
+  if effects:
+    progress.show(*table(effects))
+    print(f'pictures: {folder}/effects.png, {folder}/explained.png')
+
+
+def make_cells(base: str, factors: list[str]) -> list[Cell]:
+  """The centre, and around it a cell for each value that is not the centre's.
+
+  Raises:
+    cli.UsageError: for an unknown factor, or a wrong configuration of any cell.
+  """
+  for factor in factors:
+    if factor not in FACTORS:
+      raise cli.UsageError('factors', factor, 'must be of ' + ', '.join(FACTORS))
+  if 'fed_ftg' in base.split('+'):
+    raise cli.UsageError('base', base, 'must be without fed_ftg')
+  centre = make_cell(CENTRE, base, {})
+  cells = [centre]
+  for factor in factors:
+    for changes in FACTORS[factor]:
+      cell = make_cell(factor, base, changes)
+      if all(cell.tuned[1] != other.tuned[1] for other in cells):
+        cells.append(cell)
+  return cells
+
+
+def make_cell(factor: str, base: str, changes: Mapping[str, Any]) -> Cell:
+  """The centre with some flags changed."""
+  changes = dict(changes)
+  base = changes.pop('base', base)
+  value = ','.join(f'{k}={figures.value_text(v)}' for k, v in changes.items())
+
+  def of_method(method):
+    config = flags.config(method=method, **changes)
+    used = {k: v for k, v in changes.items() if k in config}
+    name = ','.join([method, *(
+        f'{k}={figures.value_text(v)}' for k, v in used.items())])
+    return name, config
+
+  return Cell(factor, value or base, of_method(base), of_method(f'{base}+fed_ftg'))
+
+
+def effect(base: list, tuned: list) -> Effect | None:
+  """Differences by seed; None if a run diverged.
+
+  Args:
+    base: figures and rows of each seed's run, see `suite.read_run`.
+    tuned: likewise, with FedFTG.
+  """
+  if any(run is None for run in (*base, *tuned)):
+    return None
+
+  def points(run, model='broadcast'):
+    return 100 * np.array([row['accuracy'][model] for row in run['rows']])
+
+  pairs = list(zip(base, tuned))
+  third = max(1, len(base[0]['rows']) // 3)
+  return Effect(
+      [100 * (b['final_accuracy'] - a['final_accuracy']) for a, b in pairs],
+      [float(np.mean(points(b)[:third] - points(a)[:third])) for a, b in pairs],
+      [float(np.mean(points(b) - points(b, 'average'))) for b in tuned],
+      [100 * a['final_accuracy'] for a in base],
+      {name: [_mean_said(run, name) for run in tuned] for name in DIAGNOSTICS})
+
+
+def _mean_said(run, name) -> float:
+  values = [row.get(f'fed_ftg/{name}') for row in run['rows']]
+  return float(np.mean([v for v in values if v is not None] or [np.nan]))
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+  """Mean, and half of the 95 % interval of it; infinite for a single value."""
+  mean = float(np.mean(values))
+  if len(values) < 2:
+    return mean, np.inf
+  half = stats.t.ppf(.975, len(values) - 1) * stats.sem(values)
+  return mean, float(half)
+
+
+def correlations(effects: Effects) -> dict[str, float]:
+  """Spearman's rank correlation of each diagnostic with the effect in the end,
+  over cells and seeds."""
+  found = {}
+  for name in DIAGNOSTICS:
+    pairs = np.array(_pairs(effects, name))
+    if len(pairs) > 2 and len(np.unique(pairs[:, 0])) > 1:
+      found[name] = float(stats.spearmanr(pairs[:, 0], pairs[:, 1])[0])
+  return {name: value for name, value in found.items() if np.isfinite(value)}
+
+
+def _pairs(effects, name):
+  """(what FedFTG says, its effect), of all cells and seeds."""
+  return [pair for _, e in effects if e
+          for pair in zip(e.said[name], e.final) if np.isfinite(pair).all()]
+
+
+def table(effects: Effects) -> tuple[list[str], list[list[str]]]:
+  """Header and rows, as text."""
+  rows = []
+  for cell, found in effects:
+    if found is None:
+      rows.append([cell.factor, cell.value, 'diverged'] + [''] * 6)
+      continue
+    mean, half = interval(found.final)
+    rows.append([
+        cell.factor, cell.value, f'{np.mean(found.base):.2f}', f'{mean:+.2f}' + (
+            f' ± {half:.2f}' if np.isfinite(half) else ''),
+        *(f'{np.mean(v):+.2f}' for v in (found.early, found.last_step)),
+        *(f'{np.mean(found.said[name]):.3g}'
+          for name in ('recognised', 'gap', 'moved'))])
+  return ['factor', 'value', 'base', 'effect in the end', 'early',
+          'of fine-tuning', 'recognised', 'gap', 'moved'], rows
+
+
+def report(effects: Effects, folder) -> None:
+  """Writes the table, the figures and the pictures."""
+  found = [(cell, e) for cell, e in effects if e]
+  related = correlations(effects)
+  files.write_json(folder / 'effects.json', {
+      'seeds': list(suite.seeds()), 'rank_correlations': related,
+      'cells': [{'factor': cell.factor, 'value': cell.value, **(
+          _finite(e._asdict()) if e else {'diverged': True})}
+                for cell, e in effects]})
+  header, rows = table(effects)
+  figures.write_table(folder / 'table.md', header, rows)
+  if not found:
+    return
+  with files.replacing(folder / 'effects.png') as temporary:
+    plots.effects(temporary, [
+        (cell.factor, cell.value, *interval(e.final)) for cell, e in found])
+  if related:
+    with files.replacing(folder / 'explained.png') as temporary:
+      plots.scatters(temporary, {
+          f'{name} (rank correlation {value:+.2f})': _pairs(effects, name)
+          for name, value in related.items()}, 'effect, points')
+
+
+def _finite(value):
+  """JSON without NaN."""
+  if isinstance(value, dict):
+    return {k: _finite(v) for k, v in value.items()}
+  if isinstance(value, list):
+    return [v if np.isfinite(v) else None for v in value]
+  return value
+
+
+if __name__ == '__main__':
+  cli.run(main)

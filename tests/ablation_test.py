@@ -1,0 +1,135 @@
+"""Cells, paired effects and their intervals."""
+
+import json
+import pathlib
+
+from absl import flags as absl_flags
+from absl.testing import absltest
+from absl.testing import flagsaver
+from absl.testing import parameterized
+import numpy as np
+from PIL import Image
+
+from experiments import ablation
+from tests import programs_test
+
+
+def figures_of(final, accuracies, averages, recognised=()):
+  """As `suite.read_run` gives them."""
+  rows = [{'round': i, 'accuracy': {'broadcast': a, 'average': b}}
+          for i, (a, b) in enumerate(zip(accuracies, averages))]
+  for row, value in zip(rows, recognised):
+    row['fed_ftg/recognised'] = value
+  return {'final_accuracy': final, 'rows': rows}
+
+
+class EffectTest(parameterized.TestCase):
+
+  def test_by_hand(self):
+    base = [figures_of(.5, [.1, .2, .5, .5], [.1, .2, .5, .5])]
+    tuned = [figures_of(.53, [.2, .2, .5, .6], [.1, .2, .5, .4], (.5, None, .7))]
+    got = ablation.effect(base, tuned)
+    np.testing.assert_allclose(got.final, [3.])
+    np.testing.assert_allclose(got.early, [10.])
+    np.testing.assert_allclose(got.last_step, [7.5])
+    np.testing.assert_allclose(got.base, [50.])
+    np.testing.assert_allclose(got.said['recognised'], [.6])
+    self.assertTrue(np.isnan(got.said['moved']).all())
+    self.assertIsNone(ablation.effect([None], tuned))
+
+  def test_interval(self):
+    """Student's t with one degree of freedom: 12.706."""
+    mean, half = ablation.interval([1., 3.])
+    self.assertEqual(mean, 2.)
+    self.assertAlmostEqual(half, 12.706, delta=.001)
+    self.assertEqual(ablation.interval([5.]), (5., np.inf))
+    self.assertEqual(ablation.interval([4., 4., 4.]), (4., 0.))
+
+  def test_correlations(self):
+    """A diagnostic that falls as the effect rises, over two cells and seeds."""
+    def cell(final, gap):
+      nothing = [float('nan')] * 2
+      return None, ablation.Effect(final, final, final, final, {
+          name: gap if name == 'gap' else nothing
+          for name in ablation.DIAGNOSTICS})
+
+    got = ablation.correlations([
+        cell([1., 2.], [.9, .5]), cell([3., 4.], [.4, .1]), (None, None)])
+    self.assertEqual(got, {'gap': -1.})
+
+
+class ProgramTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    absl_flags.FLAGS.mark_as_parsed()
+
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    self.args = [a for a in programs_test.small(
+        programs_test.write_data(self.folder)) if 'rounds' not in a] + [
+            '--rounds=2', '--eval_every=1', f'--workdir={self.folder / "a"}']
+
+  def test_cells_and_effects(self):
+    factors = {'base': [dict(base='fed_avg'), dict(base='fed_prox')],
+               'switch': [dict(ftg_hard_samples=False)]}
+    with absltest.mock.patch.object(ablation, 'FACTORS', factors):
+      args = [*self.args, '--factors=base,switch', '--seeds=2']
+      status, out, err = programs_test.call(
+          ablation, *args, '--budget_hours=0')
+      self.assertEqual(status, 0, err)
+      self.assertIn('3 of 3 cells are left for the next time', out)
+      status, out, err = programs_test.call(ablation, *args)
+      self.assertEqual(status, 0, err)
+      work = self.folder / 'a'
+      self.assertCountEqual(
+          [p.name for p in work.iterdir() if p.is_dir()],
+          ['fed_avg', 'fed_avg+fed_ftg', 'fed_prox', 'fed_prox+fed_ftg',
+           'fed_avg+fed_ftg,ftg_hard_samples=false'])
+      report = json.loads((work / 'effects.json').read_text())
+      self.assertEqual(
+          [(cell['factor'], cell['value']) for cell in report['cells']],
+          [('centre', 'fed_avg'), ('base', 'fed_prox'),
+           ('switch', 'ftg_hard_samples=false')])
+      def final(name, seed):
+        path = work / name / f'seed{seed}' / 'summary.json'
+        return json.loads(path.read_text())['final_accuracy']
+      np.testing.assert_allclose(report['cells'][1]['final'], [
+          100 * (final('fed_prox+fed_ftg', s) - final('fed_prox', s))
+          for s in (0, 1)], atol=1e-9)
+      self.assertGreater(report['cells'][0]['said']['moved'][0], 0)
+      self.assertLen((work / 'table.md').read_text().splitlines(), 5)
+      self.assertGreater(Image.open(work / 'effects.png').size[0], 300)
+      # Again: nothing is trained.
+      status, out, _ = programs_test.call(ablation, *args)
+      self.assertEqual(status, 0)
+      self.assertNotIn('round 1/2', out)
+
+  @parameterized.parameters(
+      (['--factors=moon'], '--factors=moon: must be of norm, '),
+      (['--base=fed_avg+fed_ftg'], 'must be without fed_ftg'),
+      (['--base=nix'], "no method 'nix'"),
+      (['--factors=norm', '--model=mlp'], '--norm=group: must be none'))
+  def test_errors(self, changes, message):
+    status, _, err = programs_test.call(ablation, *self.args, *changes)
+    self.assertEqual(status, 2)
+    self.assertRegex(err, f'^error: .*{message}')
+    self.assertEqual(err.count('\n'), 1)
+
+  def test_the_whole_table(self):
+    """Each factor's cells differ from the centre, and are valid."""
+    factors = [f for f in ablation.FACTORS if f != 'dataset']
+    with flagsaver.flagsaver():
+      cells = ablation.make_cells('fed_avg', factors)
+    self.assertBetween(len(cells), 30, 40)
+    names = [cell.tuned[0] for cell in cells]
+    self.assertLen(set(names), len(names))
+    for cell in cells:
+      if cell.factor in ('switch', 'ftg_preset'):
+        self.assertEqual(cell.base, cells[0].base)
+
+
+if __name__ == '__main__':
+  absltest.main()

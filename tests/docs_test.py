@@ -44,7 +44,8 @@ class DocsTest(parameterized.TestCase):
       self.assertLess(abs(a - b).max(), 1e-6)
     self.assertGreater(abs(plain[0] - strong[0]).max(), 1e-3)
 
-  @parameterized.parameters('README.md', 'BUILD.md', 'docs/methods.md')
+  @parameterized.parameters(
+      'README.md', 'BUILD.md', 'docs/methods.md', 'docs/tpu.md')
   def test_links_and_pictures_exist(self, name):
     page = ROOT / name
     for target in re.findall(r'\]\(([^)#]+)', page.read_text()):

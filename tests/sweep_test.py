@@ -113,17 +113,29 @@ class SweepTest(parameterized.TestCase):
       return list(csv.DictReader(file))
 
   def test_from_the_first_run_to_the_page(self):
-    grid = ['--grid=learning_rate=0,0.1', '--grid=num_clients=3,4']
-    status, out, err = self.sweep('a', *grid)
+    rates, grid = '--grid=learning_rate=0,0.1', '--grid=num_clients=3,4'
+    status, out, err = self.sweep('a', rates, '--grid=num_clients=3')
     self.assertEqual(status, 0, err)
-    self.assertIn('4 configurations', out)
+    self.assertIn('2 configurations', out)
+    self.assertIn('Who holds what', (self.folder / 'a/report.html').read_text())
+    # More values in the same folder: only what is new is trained, or missing.
+    name = 'learning_rate=0.1,num_clients=3'
+    before = {path: path.stat().st_mtime_ns
+              for path in self.folder.glob('a/*/*/metrics.jsonl')}
+    (self.folder / f'a/{name}/seed0/summary.json').unlink()
+    status, out, err = self.sweep('a', rates, grid)
+    self.assertEqual(status, 0, err)
+    self.assertEqual(out.count('seed 0: compiling'), 3)
+    self.assertIn(f'{name} seed 0: ', out)
+    changed = {str(path.relative_to(self.folder / 'a').parent)
+               for path, time in before.items() if path.stat().st_mtime_ns != time}
+    self.assertEqual(changed, {f'{name}/seed0'})
     summary = files.read_json(self.folder / 'a' / 'summary.json')
     rows = summary['configurations']
     self.assertLen(rows, 4)
     finals = [row['final_accuracy']['mean'] for row in rows]
     self.assertEqual(finals, sorted(finals, reverse=True))
     # Each run is `train`'s own.
-    name = 'learning_rate=0.1,num_clients=3'
     per_seed = next(row for row in rows if row['name'] == name)[
         'final_accuracy']['per_seed']
     self.assertEqual(per_seed, [files.read_json(
@@ -147,25 +159,12 @@ class SweepTest(parameterized.TestCase):
     self.assertIn('4 configurations', page)
     self.assertIn('as the best of 4, which flatters it', page)
     self.assertNotIn('Who holds what', page)  # they hold different things
-    # More values in the same folder: only what is new is trained.
-    before = {path: path.stat().st_mtime_ns
-              for path in self.folder.glob('a/*/*/metrics.jsonl')}
-    (self.folder / f'a/{name}/seed0/summary.json').unlink()
-    status, out, err = self.sweep('a', '--grid=learning_rate=0,0.1,0.2', *grid[1:])
-    self.assertEqual(status, 0, err)
-    self.assertLen(self.table('a'), 6)
-    self.assertEqual(out.count('seed 0: compiling'), 3)
-    self.assertIn(f'{name} seed 0: ', out)
-    changed = {str(path.relative_to(self.folder / 'a').parent)
-               for path, time in before.items() if path.stat().st_mtime_ns != time}
-    self.assertEqual(changed, {f'{name}/seed0'})
     # A folder of something else is refused.
     for changes, message in (
         (['--batch_size=5'], 'another configuration .batch_size: 10, not 5'),
         (['--workdir=' + str(self.folder / 'alone')], 'holds a single run')):
-      status, _, err = self.sweep('a', *grid, *changes)
-      if changes[0].startswith('--workdir'):
-        status, _, err = call(sweep, *self.args, *grid, *changes)
+      status, _, err = call(sweep, *self.args, rates, grid,
+                            f'--workdir={self.folder}/a', *changes)
       self.assertEqual(status, 2)
       self.assertRegex(err, message)
 
@@ -212,6 +211,10 @@ class SweepTest(parameterized.TestCase):
     _, out, _ = self.sweep('a', *args, '--rounds=2')
     self.assertIn('learning_rate=1e+30 seed 0,1: compiling', out)
     self.assertNotIn('learning_rate=0.1 seed', out)
+    # What has ended after fewer rounds has not ended after all.
+    place = self.folder / 'a/learning_rate=1e+30/seed0'
+    files.write_json(place / 'summary.json', {'rounds': 1})
+    self.assertIsNone(suite.read_run(place, 3))
     # Where all do there is a table, and an error.
     status, _, err = self.sweep('b', '--grid=learning_rate=1e30', *args[1:2])
     self.assertEqual(status, 1)

@@ -10,6 +10,7 @@ import numpy as np
 from experiments import cli
 from experiments import devices
 from experiments import flags
+from experiments import folders
 from fedftg_jax import base
 from fedftg_jax import evaluation
 from fedftg_jax import federation
@@ -27,6 +28,7 @@ from fedftg_jax.methods import batch_norm, fed_df, fed_ftg
 class Experiment(NamedTuple):
   """All parts of a run, built and checked."""
   config: dict[str, Any]
+  contents: dict[str, str]  # fingerprints of the files that it names
   loaded: datasets.Dataset
   dataset: datasets.Dataset  # without what is public or for validation
   parts: list[np.ndarray]  # row indices of each client
@@ -74,7 +76,7 @@ def build(config: dict[str, Any], data_dir: str | None = None,
   data = clients.from_partition(
       dataset.train_x, dataset.train_y, parts, public)
   return Experiment(
-      config, loaded, dataset, parts, data, schedule, model, method, fed)
+      config, folders.contents(config), loaded, dataset, parts, data, schedule, model, method, fed)
 
 
 def load(config: dict[str, Any], data_dir: str | None,

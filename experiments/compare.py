@@ -68,6 +68,8 @@ def parse_methods(names: list[str]) -> dict[str, dict[str, Any]]:
     values = {'method': method}
     for change in changes:
       flag, _, text = change.partition('=')
+      if flag in flags.PRESENTATION:
+        raise cli.UsageError('methods', name, f'{flag} changes no result')
       if flag in _SHARED:
         raise cli.UsageError(
             'methods', name, f'{flag} must be the same for all methods')

@@ -83,12 +83,19 @@ def agree(value):
   return multihost_utils.broadcast_one_to_all(np.asarray(value))
 
 
-def from_first(make, like):
-  """What `make` gives in process 0: a tree of arrays with the types of `like`."""
+def from_first(tree):
+  """The arrays that process 0 has in a tree; all call with equal types.
+
+  As bytes, since a broadcast is a sum, which would lose the sign of a zero.
+  """
   if not several_processes():
-    return make()
-  like = jax.tree.map(np.asarray, like)
-  return multihost_utils.broadcast_one_to_all(make() if is_first() else like)
+    return tree
+  arrays = [np.asarray(a) for a in jax.tree.leaves(tree)]
+  sent = multihost_utils.broadcast_one_to_all(
+      [np.frombuffer(a.tobytes(), np.uint8) for a in arrays])
+  return jax.tree.structure(tree).unflatten(
+      np.frombuffer(bytearray(np.asarray(b)), a.dtype).reshape(a.shape)
+      for a, b in zip(arrays, sent))
 
 
 def any_of(value: bool) -> bool:

@@ -35,7 +35,8 @@ def summarise(runs: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
       'train_seconds': spread([run['train_seconds'] for run in runs]),
       'clients': {
           model: {name: spread([run['clients'][model][name] for run in runs])
-                  for name in figures}
+                  for name in figures
+                  if all(name in run['clients'][model] for run in runs)}
           for model, figures in runs[0]['clients'].items()
           if all(model in run['clients'] for run in runs)},
   }

@@ -38,7 +38,7 @@ PREFIXES = {
     'moon': 'moon_', 'q_fed_avg': 'fair_', 'fed_df': 'df_',
     'fed_df_public': 'df_', 'fed_ftg': FTG}
 # Where a run writes and how it shows itself is no part of its configuration.
-_PRESENTATION = ('workdir', 'data_dir', 'manual_dir', 'tensorboard',
+PRESENTATION = ('workdir', 'data_dir', 'manual_dir', 'tensorboard',
                  'checkpoint_every', 'keep_checkpoints')
 EVALUATE_CLIENTS = ('none', 'final', 'every')
 
@@ -355,7 +355,7 @@ def _num_devices(asked: int | None) -> int:
 
 def _unused(values: dict[str, Any]) -> set[str]:
   """Flags that nothing depends on, given the others."""
-  unused = set(_PRESENTATION)
+  unused = set(PRESENTATION)
   parts = recipes.parse(values['method'])
   used = tuple(PREFIXES[part] for part in parts if part in PREFIXES)
   unused |= {k for k in values if k.startswith(tuple(PREFIXES.values()))
@@ -439,6 +439,8 @@ def _check(values: dict[str, Any]) -> None:
       require(flag, os.path.isfile(value[len('file:'):]), 'no such file')
     else:
       require(flag, value in allowed, 'must be one of ' + ', '.join(allowed))
+  require('evaluate_all', not values['evaluate_all']
+          or values['client_state'] == 'device', 'needs --client_state=device')
   require('tensorboard', not values['tensorboard']
           or files.is_local(values['workdir'] or '.'),
           'needs a --workdir on this machine')

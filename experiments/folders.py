@@ -145,7 +145,23 @@ def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
 
 
 def claim_folder(folder: UPath, config: dict[str, Any]) -> None:
-  """Writes config.json, by which `check_folder` knows the folder again."""
-  files.write_json(folder / 'config.json', {
-      'config': config, 'contents': contents(config),
-      'versions': progress.versions()})
+  """Writes config.json, by which `check_folder` knows the folder again.
+
+  It keeps the versions that a run began with; where it goes on with others, those
+  are added, and it is said: the same bytes cannot be promised then.
+  """
+  path, versions = folder / 'config.json', progress.versions()
+  saved = files.read_json(path) if path.exists() else {}
+  began, later = saved.get('versions', versions), saved.get('went_on_with', [])
+  if versions not in (began, *later):
+    progress.say(f'{folder}: was begun with other versions '
+                 f'({_differences(began, versions)})')
+    later = [*later, versions]
+  files.write_json(path, {
+      'config': config, 'contents': contents(config), 'versions': began,
+      **({'went_on_with': later} if later else {})})
+
+
+def _differences(began, now) -> str:
+  return ', '.join(f'{name} {began.get(name)}, not {value}'
+                   for name, value in now.items() if began.get(name) != value)

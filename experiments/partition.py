@@ -10,8 +10,6 @@ examples of which class), partition.npz (for --partition=file:PATH) and
 config.json.
 """
 
-import pathlib
-
 from absl import flags as absl_flags
 
 from experiments import assembly
@@ -37,9 +35,9 @@ def main() -> None:
   used = {*_USED, *flags.PARTITIONS.get(config['partition'], {})}
   config = {'program': 'partition', **{
       name: value for name, value in config.items() if name in used}}
-  folder = pathlib.Path(FLAGS.workdir or folders.default_folder(
-      config, 'partition', config['dataset'].split(':')[0],
-      config['partition'].split(':')[0]))
+  folder = folders.workdir(
+      FLAGS.workdir, config, 'partition', config['dataset'].split(':')[0],
+      config['partition'].split(':')[0])
   folders.check_folder(folder, folders.identity(config))
   dataset, _, parts = assembly.share_out(
       config, assembly.load(config, FLAGS.data_dir, FLAGS.manual_dir))

@@ -42,9 +42,9 @@ class Run:
     self._down = self._up = 0  # bytes so far
     config = {**experiment.config, 'seed': seed}
     folders.claim_folder(folder, config)
-    if done:
-      self._read(done)
     if devices.is_first():
+      if done:
+        self._read(done)
       stale = ['summary.json', 'report.html']
       if not done:
         stale += ['clients.json', 'generated.npz']
@@ -58,7 +58,8 @@ class Run:
     files.write_tree(folder / 'counts.npz', self._counts)
     self._board = None
     if tensorboard and devices.is_first():
-      self._board = board.start(folder, [*map(flat, self._rows)])
+      self._board = board.start(
+          folder, [*map(flat, self._rows), *self._timings], self._images)
 
   def _read(self, done: int) -> None:
     """Takes up what the files say of the first `done` rounds."""
@@ -78,7 +79,7 @@ class Run:
 
   @property
   def accuracy(self) -> float:
-    return self._rows[-1]['test_accuracy']
+    return self._rows[-1]['test_accuracy'] if self._rows else np.nan
 
   @property
   def rounds(self) -> int:
@@ -174,6 +175,8 @@ class Run:
         plots.generated(
             temporary, experiment.method.synthesise, state.shared,
             experiment.dataset.num_classes)
+    if not devices.is_first():
+      return  # the rest is made of rows, which the first process has
     with files.replacing(folder / 'curves.png') as temporary:
       plots.curves(temporary, {
           name: [[(row['round'], megabytes(row), row['accuracy'][name])
@@ -187,7 +190,7 @@ class Run:
         **summarise(self._rows), **clients,
         'bits_down_per_client': self._bits_down,
         'bits_up_per_client': self._bits_up, **{
-            name: round(sum(row[name] for row in self._timings), 2)
+            name: round(sum(row.get(name, 0.) for row in self._timings), 2)
             for name in self._timings[-1] if name.endswith('_seconds')}})
 
 

@@ -60,8 +60,11 @@ Entries = Mapping[str, Sequence[tuple[Run, str]]]
 
 
 def main(folder: str) -> None:
-  path = write(UPath(folder))
-  print(f'written: {path}')
+  try:
+    place = UPath(folder)
+  except (ValueError, ImportError) as error:  # a store that is not known here
+    raise cli.ArgumentError(folder, str(error)) from error
+  print(f'written: {write(place)}')
 
 
 def write(folder: UPath) -> UPath:
@@ -345,7 +348,12 @@ def fairness_table(clients: Entries) -> Table:
 
 
 def _clients(groups: Mapping[str, Entries]) -> dict[str, Any]:
-  """A table for all, and for each group a picture of clients in order."""
+  """A table for all, and for each group a picture of clients in order; of those
+  whose clients have test examples."""
+  groups = {group: {
+      name: of_name for name, of_name in entries.items()
+      if all(run.clients['summary'][model]['clients'] for run, model in of_name)}
+            for group, entries in groups.items()}
   groups = {group: entries for group, entries in groups.items() if entries}
   return {
       'fairness': groups and fairness_table({

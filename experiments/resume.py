@@ -13,14 +13,16 @@ import numpy as np
 from upath import UPath
 
 from experiments import assembly
+from experiments import cli
 from experiments import devices
 from experiments import files
-from experiments import folders
 from experiments import progress
 from fedftg_jax import checkpoint
 from fedftg_jax.base import PyTree
 
 FOLDER = 'checkpoints'  # in a run's folder
+_WHOLE = 'whole'  # the last file of a checkpoint in a store without rename
+_REFUSED = '.refused'  # behind the name of a checkpoint that cannot be used
 
 
 def is_due(done: int, config: dict[str, Any], every: int) -> bool:
@@ -49,13 +51,16 @@ def save(folder: UPath, experiment: assembly.Experiment, seed: int,
   with tempfile.TemporaryDirectory() as here:  # a store gets whole files
     checkpoint.save(here, done, state, note)
     files.upload(pathlib.Path(here, str(done)), folder / FOLDER / str(done))
-  for old in _rounds(folder)[:-keep]:
+    files.write_text(folder / FOLDER / str(done) / _WHOLE, '')
+  for old in [r for r in _rounds(folder) if r <= done][:-keep]:
     files.remove(folder / FOLDER / str(old))
 
 
 def _rounds(folder):
   """The rounds of which a run has checkpoints, ascending."""
-  return sorted(int(n) for n in files.names(folder / FOLDER) if n.isdigit())
+  there = sorted(int(n) for n in files.names(folder / FOLDER) if n.isdigit())
+  return [done for done in there if files.is_local(folder)
+          or (folder / FOLDER / str(done) / _WHOLE).exists()]
 
 
 def newest(workdirs: Sequence[UPath], experiment: assembly.Experiment,
@@ -71,19 +76,45 @@ def newest(workdirs: Sequence[UPath], experiment: assembly.Experiment,
 
   Returns:
     Rounds done, and the states then. A checkpoint that cannot be used is named
-    on the screen, and the one before it tried; 0 where there is none.
+    on the screen and renamed, and the one before it tried; 0 where there is none.
+
+  Raises:
+    cli.UsageError: if there are checkpoints, but of more rounds than are asked
+      for alone.
   """
   candidates = set.intersection(
       *(set(_rounds(folder)) for folder in workdirs))
+  asked = experiment.config['rounds']
+  if candidates and min(candidates) > asked:
+    raise cli.UsageError(
+        'rounds', asked, f'{workdirs[0] / FOLDER} goes on from round '
+        f'{max(candidates)}; must be at least that, or choose another folder')
   for done in sorted(candidates, reverse=True):
-    if done > experiment.config['rounds']:
+    if done > asked:
       continue
-    try:
-      return done, [_restore(*run, experiment, done)
-                    for run in zip(workdirs, seeds, states)]
-    except checkpoint.Refused as error:
-      progress.say(f'{error}; it is left out')
+    states_then = []
+    for run in zip(workdirs, seeds, states):
+      try:
+        states_then.append(_restore(*run, experiment, done))
+      except checkpoint.Refused as error:
+        _set_aside(run[0], done, str(error))
+        break
+    else:
+      return done, states_then
   return 0, list(states)
+
+
+def _set_aside(folder, done, why) -> None:
+  """Names a checkpoint that cannot be used, and renames it."""
+  place = folder / FOLDER / str(done)
+  aside = place.with_name(place.name + _REFUSED)
+  if aside.exists():
+    files.remove(aside)
+  if files.is_local(place):
+    place.rename(aside)
+  else:
+    (place / _WHOLE).unlink(missing_ok=True)
+  progress.say(f'{why}; it is left out')
 
 
 def _restore(folder, seed, state, experiment, done):
@@ -103,21 +134,20 @@ def _restore(folder, seed, state, experiment, done):
     return checkpoint.restore(here, done, state, note)
 
 
-def forget(folder: UPath, after: int) -> None:
-  """Removes the checkpoints of later rounds than `after`."""
-  for done in _rounds(folder):
-    if done > after:
-      files.remove(folder / FOLDER / str(done))
-
-
 def _note(experiment, seed, done):
   """By what a run knows its checkpoints: configuration, files, who was in."""
   digest = hashlib.sha256()
-  rows = jax.tree.map(lambda a: a[:done], experiment.schedule)
-  for array in [*jax.tree.leaves(rows), *experiment.parts]:
-    digest.update(np.ascontiguousarray(array, np.int64))
-  return {**folders.identity({**experiment.config, 'seed': seed}),
-          'partition and schedule': digest.hexdigest()}
+  rows = experiment.schedule
+  arrays = list(experiment.parts)
+  for t in range(done):  # without padding, whose width depends on later rounds
+    selected = rows.client_id[t] < len(experiment.parts)
+    arrays += [a[t][selected] for a in (
+        rows.client_id, rows.arrived, rows.num_steps)]
+  for array in arrays:
+    digest.update(np.array([len(array), *array], np.int64))
+  identity = {**experiment.config, **experiment.contents, 'seed': seed}
+  del identity['rounds']
+  return {**identity, 'partition and schedule': digest.hexdigest()}
 
 
 @contextlib.contextmanager

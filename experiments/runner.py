@@ -1,10 +1,11 @@
 """Training: rounds, evaluation between them, and a record of both."""
 
+import contextlib
 import functools
 import pathlib
 import shutil
 import tempfile
-from typing import NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 from absl import flags
 import jax
@@ -58,7 +59,8 @@ def train(
 
   Raises:
     cli.RunError: if a model is no longer finite.
-    cli.Terminated: after SIGTERM, when a checkpoint has been written.
+    cli.Terminated: after SIGTERM, when a checkpoint has been written or all rounds
+      are done.
   """
   config = experiment.config
   put = functools.partial(devices.put, num_devices=config['num_devices'])
@@ -71,16 +73,18 @@ def train(
   key_init, key_run = jnp.moveaxis(_split(key), -1, 0) if several else _split(key)
   key_run = put(key_run)
   of_seed = functools.partial(_one_seed, several=several)
-  state = _initial_state(fed, key_init, config, folders[0])
-  first, state = _go_on(experiment, seeds, folders, state, several)
-  traffic = experiment.federation.traffic(of_seed(state, 0), experiment.data)
-  runs = [Run(experiment, folder, seed, traffic, keeping.tensorboard, first)
-          for folder, seed in zip(folders, seeds)]
-  score = scoring.scorer(experiment, put)
-  clock = progress.Clock(first)
 
   with (assembly.matmul_precision(config), resume.listening() as asked,
-        progress.Progress(label, config['rounds'], first) as bar):
+        _slots(config, folders[0]) as place):
+    state = fed.init(key_init, *place)
+    first, state = _go_on(experiment, seeds, folders, state, several)
+    traffic = experiment.federation.traffic(of_seed(state, 0), experiment.data)
+    runs = [Run(experiment, folder, seed, traffic, keeping.tensorboard, first)
+            for folder, seed in zip(folders, seeds)]
+    score = scoring.scorer(experiment, put)
+    clock = progress.Clock(first)
+    bar = progress.Progress(label, config['rounds'], first)
+
     def after_chunk(new, state, info):
       done = first + new
       jax.block_until_ready(state)
@@ -103,42 +107,54 @@ def train(
       if stop:
         raise cli.Terminated(f'round {done} of {config["rounds"]} is kept')
 
-    state, _ = federation.run(
-        fed, state, experiment.data,
-        jax.tree.map(lambda a: a[first:], experiment.schedule), key_run,
-        every=min(config['eval_every'], config['rounds']), callback=after_chunk)
-  for r, run in enumerate(runs):
-    run.finish(of_seed(state, r))
-  shutil.rmtree(folders[0] / CLIENTS, ignore_errors=True)
+    with bar:
+      state, _ = federation.run(
+          fed, state, experiment.data,
+          jax.tree.map(lambda a: a[first:], experiment.schedule), key_run,
+          every=min(config['eval_every'], config['rounds']), callback=after_chunk)
+    for r, run in enumerate(runs):
+      run.finish(of_seed(state, r))
+    if devices.any_of(asked.is_set()):
+      raise cli.Terminated(f'all {config["rounds"]} rounds of this run are done')
 
 
-def _initial_state(fed, key, config, folder):
-  if config['client_state'] == 'disk':
-    if not files.is_local(folder):
-      folder = pathlib.Path(tempfile.mkdtemp())
-    return fed.init(key, folder / CLIENTS / str(jax.process_index()))
-  return fed.init(key)
+@contextlib.contextmanager
+def _slots(config, folder) -> Iterator[list[pathlib.Path]]:
+  """Where `init` maps clients' slots from: a folder, gone afterwards, or none."""
+  if config['client_state'] != 'disk':
+    yield []
+    return
+  if files.is_local(folder):
+    place = pathlib.Path(folder) / f'{CLIENTS}{jax.process_index()}'
+  else:
+    place = pathlib.Path(tempfile.mkdtemp())
+  try:
+    yield [place]
+  finally:
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _go_on(experiment, seeds, folders, state, several):
-  """(rounds done, state) of the last checkpoint, or as it begins."""
-  begin = [_one_seed(state, r, several) for r in range(len(seeds))]
-  done, states = devices.from_first(
-      lambda: resume.newest(folders, experiment, seeds, begin),
-      (0, begin))
+  """(rounds done, state) of the last checkpoint, or as it begins.
+
+  Of several processes the first reads it, since the others may not see its disk.
+  """
+  states = [_one_seed(state, r, several) for r in range(len(seeds))]
+  done = 0
   if devices.is_first():
-    for folder in folders:
-      resume.forget(folder, after=done)
+    done, states = resume.newest(folders, experiment, seeds, states)
+  done = int(devices.agree(done))
   if not done:
     return 0, state
   progress.say(f'going on after round {done}')
+  states = devices.from_first(states)
   if several:
     return done, jax.tree.map(lambda *a: jnp.stack(a), *states)
-  if experiment.config['client_state'] == 'disk':  # back into the mapped files
-    jax.tree.map(lambda old, new: np.copyto(old, new),
-                 state.clients, states[0].clients)
-    return done, states[0]._replace(clients=state.clients)
-  return done, states[0]
+  if experiment.config['client_state'] == 'device':
+    return done, states[0]
+  # Into the arrays that are there, which may be mapped from files.
+  jax.tree.map(np.copyto, state.clients, states[0].clients)
+  return done, states[0]._replace(clients=state.clients)
 
 
 # Kept, so that a second group of seeds finds the program compiled.

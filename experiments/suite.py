@@ -63,19 +63,17 @@ def run(folder: UPath, claim: dict[str, Any],
   folders.check_folder(folder, {**claim, **folders.contents(claim)})
   places = {name: [folder / folders.folder_name(name) / f'seed{seed}'
                    for seed in seeds()] for name in configs}
-  left = {name: [(seed, place) for seed, place in zip(seeds(), places[name])
-                 if not devices.agree(
-                     _is_over(place, of_seed(config, seed), tolerant))]
+  left = {name: _groups(config, places[name], tolerant)
           for name, config in configs.items()}
-  left = {name: todo for name, todo in left.items() if todo}
+  left = {name: groups for name, groups in left.items() if groups}
   # Everything is built once before anything is trained, and again when its turn
   # comes: each holds the data, and there may be many.
-  for name, todo in left.items():
-    _build(configs[name], todo[0][0])
+  for name, groups in left.items():
+    _build(configs[name], groups[0][0][0])
   folders.claim_folder(folder, claim)
-  for i, (name, todo) in enumerate(left.items()):
+  for i, (name, groups) in enumerate(left.items()):
     label = f'{i + 1} of {len(left)}: {name}' if len(left) > 1 else name
-    _train(label, configs[name], todo, tolerant)
+    _train(label, configs[name], groups, tolerant)
     jax.clear_caches()  # the next compiles a program of its own
   if not devices.is_first():
     return {}
@@ -102,6 +100,20 @@ def _check(configs):
                            'must be 1 without --client_state=device')
 
 
+def _groups(config, places, tolerant) -> list[list[tuple[int, UPath]]]:
+  """The seeds that are trained at once, where one of them is not finished.
+
+  Groups do not depend on what is finished: a group that was stopped goes on from
+  checkpoints that all of it have.
+  """
+  at_once = 1 if FLAGS.vary_partition else FLAGS.seeds_at_once
+  runs = list(zip(seeds(), places))
+  groups = [runs[i:i + at_once] for i in range(0, len(runs), at_once)]
+  return [group for group in groups if not all([
+      devices.agree(_is_over(place, of_seed(config, seed), tolerant))
+      for seed, place in group])]
+
+
 def _is_over(place, config, tolerant) -> bool:
   """Whether there is nothing to train; refuses a folder of another run."""
   if folders.is_finished(place, config):
@@ -124,13 +136,11 @@ def _build(config, seed) -> assembly.Experiment:
   return assembly.build(of_seed(config, seed), FLAGS.data_dir, FLAGS.manual_dir)
 
 
-def _train(label, config, left, tolerant) -> None:
-  """Trains the seeds that are not finished yet, some at once."""
-  at_once = 1 if FLAGS.vary_partition else FLAGS.seeds_at_once
-  experiment = _build(config, left[0][0])
-  for first in range(0, len(left), at_once):
-    group = left[first:first + at_once]
-    if FLAGS.vary_partition and first:
+def _train(label, config, groups, tolerant) -> None:
+  """Trains groups of seeds."""
+  experiment = _build(config, groups[0][0][0])
+  for i, group in enumerate(groups):
+    if FLAGS.vary_partition and i:
       experiment = assembly.with_seeds(experiment, of_seed(config, group[0][0]))
     _train_group(label, experiment, group, tolerant)
 

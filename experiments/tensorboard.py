@@ -12,12 +12,14 @@ import numpy as np
 FOLDER = 'tensorboard'  # in a run's folder
 
 
-def start(folder: pathlib.Path, rows: list[dict[str, float]]):
+def start(folder: pathlib.Path, rows: list[dict[str, float]],
+          images: Mapping[int, np.ndarray]):
   """A writer into a run's folder, in place of what was there.
 
   Args:
     folder: of the run.
     rows: flat rows, each with its 'round', that come first.
+    images: generated ones by round, likewise.
 
   Returns:
     The writer, for `add`; to be closed.
@@ -28,6 +30,8 @@ def start(folder: pathlib.Path, rows: list[dict[str, float]]):
   writer = tensorboardX.SummaryWriter(str(folder / FOLDER))
   for row in rows:
     add(writer, row)
+  for done, some in images.items():
+    add(writer, {'round': done}, some)
   return writer
 
 

@@ -20,20 +20,25 @@ from orbax import checkpoint as ocp
 from fedftg_jax.base import PyTree
 
 
+_UNFINISHED = '.orbax-checkpoint-tmp'  # in the name of a save that was cut off
+
+
 class Refused(ValueError):
   """A checkpoint that cannot be used: which, and why."""
 
 
 def save(folder: str | os.PathLike[str], round_: int, tree: PyTree,
          note: Any, keep: int = 2) -> None:
-  """Writes a checkpoint and removes all but the last `keep`.
+  """Writes a checkpoint, and removes all but the last `keep` up to it.
+
+  One process calls this, where several train together.
 
   Args:
     folder: where checkpoints of this run are.
     round_: rounds done; a checkpoint of that name is replaced.
     tree: arrays.
     note: anything that JSON holds; `restore` asks for an equal one.
-    keep: how many to leave, at least 1.
+    keep: how many to leave, this one included; those of later rounds stay.
 
   Raises:
     OSError: if it cannot be written; those that are there stay.
@@ -50,10 +55,10 @@ def save(folder: str | os.PathLike[str], round_: int, tree: PyTree,
     raise OSError(
         f'{folder}: the checkpoint of round {round_} cannot be written '
         f'({_line(error)}); what was written before is still there') from error
-  for old in rounds(folder)[:-keep]:
+  for old in [r for r in rounds(folder) if r <= round_][:-keep]:
     shutil.rmtree(folder / str(old))
-  for name in os.listdir(folder):  # of a save that was cut off
-    if not name.isdigit():
+  for name in os.listdir(folder):
+    if _UNFINISHED in name:
       shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -111,11 +116,15 @@ def restore(folder: str | os.PathLike[str], round_: int, like: PyTree,
 
 
 def _checkpointer():
-  """Process 0 alone writes: all processes hold the same arrays."""
+  """For one process, which waits for no other."""
+  alone = ocp.options.MultiprocessingOptions(
+      primary_host=jax.process_index(), active_processes={jax.process_index()})
   return ocp.Checkpointer(
-      ocp.CompositeCheckpointHandler(),
-      multiprocessing_options=ocp.options.MultiprocessingOptions(
-          primary_host=0, active_processes={0}))
+      ocp.CompositeCheckpointHandler(
+          composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+          arrays=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+          about=ocp.JsonCheckpointHandler(multiprocessing_options=alone)),
+      multiprocessing_options=alone)
 
 
 def _names(tree: PyTree) -> PyTree:

@@ -30,6 +30,9 @@ def allocate(
 
   Returns:
     A tree of arrays [N, ...].
+
+  Raises:
+    OSError: if the files cannot be made, or the disk has no room for them.
   """
   leaves, structure = jax.tree.flatten(jax.device_get(slot))
 
@@ -39,10 +42,11 @@ def allocate(
     if folder is None:
       rows = np.empty(shape, leaf.dtype)
     else:
-      path = pathlib.Path(folder)
-      path.mkdir(parents=True, exist_ok=True)
-      rows = np.lib.format.open_memmap(
-          path / f'slot{i:03d}.npy', 'w+', leaf.dtype, shape)
+      path = pathlib.Path(folder) / f'slot{i:03d}.npy'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      rows = np.lib.format.open_memmap(path, 'w+', leaf.dtype, shape)
+      with open(path, 'r+b') as file:  # a full disk is an error now, not a crash
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     rows[:] = leaf
     return rows
 

@@ -48,8 +48,8 @@ class CheckpointTest(parameterized.TestCase):
     self.assertEqual(checkpoint.rounds(self.folder), [])
     (self.folder / '3.orbax-checkpoint-tmp').mkdir(parents=True)
     self.save(2, 10, 4, keep=2)
-    self.assertEqual(checkpoint.rounds(self.folder), [4, 10])
-    self.assertCountEqual(os.listdir(self.folder), ['4', '10'])
+    self.assertEqual(checkpoint.rounds(self.folder), [2, 4, 10])  # up to 4, two
+    self.assertCountEqual(os.listdir(self.folder), ['2', '4', '10'])
     self.save(10, keep=1)
     self.assertEqual(checkpoint.rounds(self.folder), [10])
 

@@ -32,6 +32,7 @@ from experiments import records
 from experiments import train
 from experiments.contestants import ours
 from experiments.contestants import workloads
+from fedftg_jax import federation
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -157,13 +158,20 @@ class TrainTest(parameterized.TestCase):
   @parameterized.parameters('default', 'highest', 'bfloat16')
   def test_precision(self, precision):
     """What the compiler is asked for; results are near those of the default."""
-    status, _, err = self.train(
-        precision, '--method=fed_avg', f'--precision={precision}')
+    asked = []
+    run = federation.run
+
+    def look(fed, state, data, schedule, key, **kwargs):
+      row = jax.tree.map(lambda a: jnp.asarray(a[0]), schedule)
+      asked.append(fed.round.lower(state, data, row, key).as_text())
+      return run(fed, state, data, schedule, key, **kwargs)
+
+    with absltest.mock.patch.object(federation, 'run', look):
+      status, _, err = self.train(
+          precision, '--method=fed_avg', f'--precision={precision}')
     self.assertEqual(status, 0, err)
-    config = json.loads((self.folder / precision / 'config.json').read_text())
-    with assembly.matmul_precision(config['config']):
-      text = jax.jit(jnp.matmul).lower(jnp.ones((2, 2)), jnp.ones((2, 2))).as_text()
-    self.assertEqual('HIGHEST' in text, precision == 'highest')
+    self.assertEqual('HIGHEST' in asked[0], precision == 'highest')
+    self.assertEqual('bf16' in asked[0], precision == 'bfloat16')
     row = json.loads((
         self.folder / precision / 'metrics.jsonl').read_text().split('\n')[0])
     self.assertGreater(row['test_accuracy'], .8)
@@ -357,6 +365,8 @@ class ErrorsTest(parameterized.TestCase):
       ('--rounds=abc', '--rounds=abc: must be a positive integer'),
       ('--rounds=0', '--rounds=0: must be a positive integer'),
       ('--cohort=21', '--cohort=21: must be at most --num_clients=20'),
+      ('--evaluate_all --client_state=host',
+       '--evaluate_all=True: needs --client_state=device'),
       ('--moon_tau=0', '--moon_tau=0.0: must be above 0'),
       ('--scaffold_option=3', '--scaffold_option=3'),
       ('--dropout_rate=1.5', '--dropout_rate=1.5'),
@@ -402,6 +412,7 @@ class ErrorsTest(parameterized.TestCase):
       ('--methods=fed_avg:ronds=3', '--ronds=3: no such flag'),
       ('--methods=fed_avg:batch_size=x', '--batch_size=x: .*integer'),
       ('--methods=fed_avg:rounds=3', 'rounds must be the same for all methods'),
+      ('--methods=fed_avg:tensorboard=true', 'tensorboard changes no result'),
       ('--methods=fed_avg:batch_size', "no method 'fed_avg:batch_size'"),
       ('--methods=fed_ftg:ftg_md=l2', '--ftg_md=l2: .*l1'),
       ('--seeds=0', '--seeds=0: must be a positive integer'))
@@ -478,7 +489,8 @@ class ErrorsTest(parameterized.TestCase):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     self.assertEqual(process.returncode, 130, err)
-    self.assertEqual(err, 'interrupted; the same command starts again\n')
+    self.assertEqual(
+        err, 'interrupted; the same command goes on from the last checkpoint\n')
     rows = metrics.read_text().splitlines()
     self.assertEqual(json.loads(rows[-1])['round'], len(rows))
     again = subprocess.run(command, cwd=ROOT, check=False)
@@ -531,18 +543,22 @@ class DevicesTest(parameterized.TestCase):
     with socket.socket() as free:
       free.bind(('localhost', 0))
       port = free.getsockname()[1]
-    command = [sys.executable, '-m', 'experiments.train', *self.args]
-    together = [subprocess.Popen(
-        [*command, f'--workdir={self.folder / "both"}', '--num_processes=2',
-         f'--process_id={i}', f'--coordinator=localhost:{port}'], cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-                for i in (0, 1)]
-    said = [process.communicate(timeout=300)[0] for process in together]
-    for process, text in zip(together, said):
-      self.assertEqual(process.returncode, 0, text)
-    self.assertIn('final accuracy', said[0])
-    self.assertNotIn('round', said[1])
-    status, _, err = self.train('one')
+    args = [*self.args, '--eval_every=1', '--checkpoint_every=1']
+    command = [sys.executable, '-m', 'experiments.train', *args,
+               '--num_processes=2', f'--coordinator=localhost:{port}']
+    for rounds in (2, 3):  # and they go on together
+      together = [subprocess.Popen(
+          [*command, f'--workdir={self.folder / "both"}', f'--process_id={i}',
+           f'--rounds={rounds}'], cwd=ROOT, stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT, text=True) for i in (0, 1)]
+      said = [process.communicate(timeout=300)[0] for process in together]
+      for process, text in zip(together, said):
+        self.assertEqual(process.returncode, 0, text)
+      self.assertIn('final accuracy', said[0])
+      self.assertNotIn('round', said[1])
+    self.assertIn('going on after round 2', said[0])
+    status, _, err = call(
+        train, *args, f'--workdir={self.folder / "one"}')
     self.assertEqual(status, 0, err)
     self.assert_same_run('one', 'both')
 

@@ -179,13 +179,25 @@ class ResumeTest(parameterized.TestCase):
     self.assertRegex(err, f'^error: --.*{message}')
     self.assertEqual(err.count('\n'), 1)
 
-  def test_more_rounds_go_on(self):
-    self.assertEqual(self.train('whole', '--rounds=6')[0], 0)
-    self.assertEqual(self.train('more', '--rounds=4')[0], 0)
-    status, out, err = self.train('more', '--rounds=6')
+  @parameterized.parameters('exact', 'bernoulli')
+  def test_more_rounds_go_on(self, kind):
+    """Also where later rounds are fuller, and the schedule wider."""
+    kind = [f'--schedule={kind}', '--schedule_seed=3']
+    self.assertEqual(self.train('whole', '--rounds=6', *kind)[0], 0)
+    self.assertEqual(self.train('more', '--rounds=4', *kind)[0], 0)
+    status, out, err = self.train('more', '--rounds=6', *kind)
     self.assertEqual(status, 0, err)
     self.assertIn('going on after round 4', out)
     self.assert_same('whole', 'more')
+
+  def test_fewer_rounds_than_are_there(self):
+    """Of a run that was stopped: refused, and nothing is lost."""
+    self.assertEqual(self.train('a')[0], 0)
+    (self.folder / 'a/summary.json').unlink()
+    status, _, err = self.train('a', '--rounds=3')
+    self.assertEqual(status, 2)
+    self.assertRegex(err, '^error: --rounds=3: .* goes on from round 5; must be')
+    self.assertEqual(self.train('a')[0], 0)
 
   def test_asked_to_end(self):
     self.assertEqual(self.train('whole')[0], 0)
@@ -223,7 +235,7 @@ class ResumeTest(parameterized.TestCase):
                        'going on after round 4')
       self.assertEqual(
           (self.folder / 'whole/params.npz').read_bytes(), before)
-      self.assertCountEqual(os.listdir(kept), ['4', '5'])
+      self.assertCountEqual(os.listdir(kept), ['4', '5', '5.refused'])
 
   def test_rows_that_are_lost(self):
     self.assertEqual(self.train('whole')[0], 0)
@@ -279,8 +291,8 @@ class ResumeTest(parameterized.TestCase):
     self.assertEqual(self.train('full')[0], 0)
     self.assert_same('whole', 'full')
 
-  @pytest.mark.slow
   @parameterized.parameters(signal.SIGKILL, signal.SIGTERM)
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
   def test_killed_at_random(self, number):
     """A real process, several times; then the bytes of one that was not."""
     cache = {**os.environ, 'XDG_CACHE_HOME': str(self.folder / 'cache')}
@@ -295,7 +307,8 @@ class ResumeTest(parameterized.TestCase):
     whole = start('whole')
     whole.communicate(timeout=300)
     self.assertEqual(whole.returncode, 0)
-    draw = random.Random(time.time_ns())
+    seed = time.time_ns()
+    draw = random.Random(seed)
     for _ in range(4):
       process = start('cut')
       lines = draw.randrange(1, 80)  # of the screen, whatever they say
@@ -305,7 +318,7 @@ class ResumeTest(parameterized.TestCase):
       process.send_signal(number)
       _, err = process.communicate(timeout=60)
       wanted = -number if number == signal.SIGKILL else 143
-      self.assertIn(process.returncode, (wanted, 0), err)
+      self.assertIn(process.returncode, (wanted, 0), f'{seed}: {err}')
     last = start('cut')
     _, err = last.communicate(timeout=300)
     self.assertEqual(last.returncode, 0, err)

@@ -328,7 +328,7 @@ def fine_tune(
         distillation.ensemble, weight=alpha[:, labels], kind=options.ensemble)
     target = together(logits / options.temperature)
     if options.student_weight == 'recognised':
-      target *= _of_label(target, labels)
+      target *= _of_label(together(logits), labels)
     tuned, loss = distil(student, examples=lambda _: (images, target))
     said = _what_is_said(
         together(logits), labels,

@@ -3,7 +3,6 @@
 import json
 import pathlib
 
-from absl import flags as absl_flags
 from absl.testing import absltest
 from absl.testing import flagsaver
 from absl.testing import parameterized
@@ -59,11 +58,6 @@ class EffectTest(parameterized.TestCase):
 
 
 class ProgramTest(parameterized.TestCase):
-
-  @classmethod
-  def setUpClass(cls):
-    super().setUpClass()
-    absl_flags.FLAGS.mark_as_parsed()
 
   def setUp(self):
     super().setUp()

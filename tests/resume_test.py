@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 
-from absl import flags as absl_flags
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax.numpy as jnp
@@ -39,11 +38,6 @@ class PowerCut(BaseException):
 
 
 class ResumeTest(parameterized.TestCase):
-
-  @classmethod
-  def setUpClass(cls):
-    super().setUpClass()
-    absl_flags.FLAGS.mark_as_parsed()
 
   def setUp(self):
     super().setUp()

@@ -1,7 +1,10 @@
 """What all tests share."""
 
+import gc
+
 from absl import flags
 import jax
+import pytest
 
 # absltest's temporary folders need parsed flags, also under pytest.
 flags.FLAGS.mark_as_parsed()
@@ -16,3 +19,12 @@ def pytest_configure(config):
   jax.config.update(
       'jax_compilation_cache_dir', str(config.cache.mkdir('compiled')))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', .1)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def forget_compiled():
+  """Frees a module's programs: each holds memory maps, of which the system gives a
+  process only so many (65,530; past that the compiler crashes)."""
+  yield
+  jax.clear_caches()
+  gc.collect()

@@ -19,10 +19,14 @@ from fedftg_jax.models.windows import taps
 # in blocks of at most _BLOCK.
 _CACHE, _BLOCK = 2**22, 2**19
 IMPLEMENTATIONS = ('winograd', 'blocked', 'matmul', 'im2col', 'slices', 'lax')
+# By backend; the CPU's is measured (BUILD.md), the others' are not. What suits a
+# layer's shape is chosen within: see `winograd.tiling` and `convolve`.
+DEFAULTS = {'cpu': 'winograd', 'gpu': 'matmul', 'tpu': 'matmul'}
+
 
 def default() -> str:
-  """What suits this device, as far as measured (BUILD.md)."""
-  return 'winograd' if jax.default_backend() == 'cpu' else 'matmul'
+  """What suits this device."""
+  return DEFAULTS.get(jax.default_backend(), 'matmul')
 
 
 def convolve(

@@ -3,6 +3,9 @@
 import gc
 
 from absl import flags
+# It defines flags, and TFDS imports it late: within a test's `flagsaver`, whose end
+# would take them away from the tests that follow.
+from array_record.python import array_record_data_source  # pylint: disable=unused-import
 import jax
 import pytest
 

@@ -170,12 +170,13 @@ def _options(part, config) -> dict[str, Any]:
 
 def _check_num_labels(config, num_examples) -> None:
   """Refuses more steps than labels can be counted for, see `distillation`."""
-  for flag, batch, of_all in (
-      ('ftg_iterations', 'ftg_batch_size', 1),
-      ('df_generator_steps', 'df_batch_size', 2),
-      ('df_student_steps', 'df_batch_size', 2)):
+  of_all = 1 / (1 - config.get('ftg_memory', 0))  # rounds that are counted
+  for flag, batch, factor, besides in (
+      ('ftg_iterations', 'ftg_batch_size', of_all, config.get('ftg_warm_up', 0)),
+      ('df_generator_steps', 'df_batch_size', 2, 0),
+      ('df_student_steps', 'df_batch_size', 2, 0)):
     if flag in config:
-      most = (2**32 - 1) // (of_all * num_examples * config[batch])
+      most = int((2**32 - 1) // (factor * num_examples * config[batch])) - besides
       if config[flag] > most:
         raise cli.UsageError(
             flag, config[flag], f'must be at most {most} with {num_examples} '

@@ -31,6 +31,10 @@ PARTITIONS = {
 }
 SCHEDULES = ('exact', 'bernoulli', 'file:PATH')
 FTG = 'ftg_'
+# Of `fed_ftg.Options`, what has a flag with the preset's value as its default; the
+# others follow from flags of clients or of the schedule.
+FTG_OPTIONS = tuple(name for name in fed_ftg.Options._fields if name not in (
+    'batch_size', 'weight_decay', 'generator_optimizer'))
 # The flags of a method, by what their names begin with; the rest of a name is
 # that of the argument, see `assembly`.
 PREFIXES = {
@@ -269,40 +273,26 @@ def _define_methods() -> None:
 
 
 def _define_ftg() -> None:
-  """FedFTG's own flags; those left out take the preset's value."""
-  official = fed_ftg.Options()
+  """FedFTG's own flags: an option each, the preset's value where left out."""
   flags.DEFINE_enum(FTG + 'preset', 'official', list(fed_ftg.PRESETS),
                     'official: the released code; paper: the equations as far as '
                     'known; intended: the code with its defects mended.')
-  for name, text in (
-      ('iterations', 'Outer iterations per round; 0 switches FedFTG off'),
-      ('generator_steps', 'Generator passes per iteration'),
-      ('student_steps', 'Student steps per iteration'),
-      ('start_round', 'First round whose fine-tuned model is taken')):
-    flags.DEFINE_integer(FTG + name, getattr(official, name), text + '.',
-                         lower_bound=0)
   flags.DEFINE_integer(FTG + 'batch_size', 0, 'Generated images per step; 0 for '
                        '--batch_size.', lower_bound=0)
-  for name, text in (
-      ('student_lr', 'Learning rate of the student\'s SGD'),
-      ('generator_lr', 'Learning rate of the generator\'s Adam'),
-      ('lambda_cls', 'Weight of the fidelity term'),
-      ('lambda_dis', 'Weight of the diversity term'),
-      ('temperature', 'Of the softmaxes in the student\'s loss'),
-      ('trust_region', 'How far the student may move, over the model\'s norm; 0 '
-       'for any way'),
-      ('min_recognised', 'The fine-tuned model is taken where the ensemble gives '
-       'the asked labels this mean probability')):
-    flags.DEFINE_float(FTG + name, getattr(official, name), text + '.',
-                       lower_bound=0)
   help_of = dict(re.findall(
       r'^ {4}(\w+): (.*?)(?=^ {4}\w|\Z)', fed_ftg.Options.__doc__ or '',
       re.M | re.S))
-  for name, allowed in fed_ftg.CHOICES.items():
-    flags.DEFINE_enum(FTG + name, None, allowed, ' '.join(
-        help_of.get(name, '').split()) + ' Default: the preset\'s.')
-  flags.DEFINE_bool(FTG + 'hard_samples', True, 'Whether the generator looks for '
-                    'hard samples (ablation).')
+  for name in FTG_OPTIONS:
+    default, allowed = getattr(fed_ftg.Options(), name), fed_ftg.CHOICES.get(name)
+    text = ' '.join(help_of.get(name, '').split()) + ' Default: the preset\'s.'
+    if allowed:
+      flags.DEFINE_enum(FTG + name, None, allowed, text)
+    elif isinstance(default, bool):
+      flags.DEFINE_bool(FTG + name, None, text)
+    else:
+      define = (flags.DEFINE_integer if isinstance(default, int)
+                else flags.DEFINE_float)
+      define(FTG + name, None, text, lower_bound=0)
 
 
 def config(**changes) -> dict[str, Any]:
@@ -319,7 +309,7 @@ def config(**changes) -> dict[str, Any]:
   """
   values = {f.name: f.value for f in _ours()} | changes
   preset = fed_ftg.Options(**fed_ftg.PRESETS[values[FTG + 'preset']])
-  for name in fed_ftg.CHOICES:
+  for name in FTG_OPTIONS:
     if values[FTG + name] is None:
       values[FTG + name] = getattr(preset, name)
   for name in (FTG + 'batch_size', 'df_batch_size'):
@@ -447,6 +437,9 @@ def _check(values: dict[str, Any]) -> None:
   require('validation_share', values['validation_share'] < 1, 'must be below 1')
   require('partition', values['partition'] != 'quantity' or values['size_sigma']
           or values['size_power'], 'needs --size_sigma or --size_power above 0')
+  require('ftg_temperature', values['ftg_temperature'] > 0, 'must be above 0')
+  for name in FTG + 'memory', FTG + 'generator_average':
+    require(name, values[name] < 1, 'must be below 1')
   require('moon_tau', values['moon_tau'] > 0, 'must be above 0')
   require('scaffold_lr0', not values['scaffold_lr0']
           or values['learning_rate'] > 0, 'needs a --learning_rate above 0')

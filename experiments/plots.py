@@ -213,6 +213,31 @@ def classes(path: Any, values: Mapping[str, Sequence[float]]) -> None:
   plt.close(figure)
 
 
+def class_changes(path: Any, rounds: Sequence[int], changes: np.ndarray) -> None:
+  """Draws which classes gain and which lose, round by round.
+
+  Args:
+    path: where to write.
+    rounds: [R], of the evaluations.
+    changes: [R, C] of accuracy, in points; NaN for classes without examples.
+  """
+  num_classes = changes.shape[1]
+  figure, axes = plt.subplots(
+      figsize=(_PANEL[0], min(max(1.2 + .16 * num_classes, 2.2), 6)),
+      layout='constrained')
+  most = max(np.nanmax(np.abs(changes), initial=0), 1)
+  image = axes.imshow(
+      changes.T, aspect='auto', interpolation='nearest', vmin=-most, vmax=most,
+      cmap=plt.get_cmap('RdBu').with_extremes(bad='white'))
+  axes.yaxis.set_major_locator(ticker.MaxNLocator(10, integer=True))
+  places = np.unique(np.linspace(0, len(rounds) - 1, 10).astype(int))
+  axes.set(xlabel='round', ylabel='class', xticks=places,
+           xticklabels=[rounds[i] for i in places])
+  figure.colorbar(image, ax=axes, label='change, points')
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
 def heatmap(path: Any, counts: np.ndarray) -> None:
   """Draws how many examples of each class each client holds, and its size.
 

@@ -45,7 +45,7 @@ class Run:
     if devices.is_first():
       if done:
         self._read(done)
-      stale = ['summary.json', 'report.html']
+      stale = ['summary.json', 'report.html', 'nearest.npz']
       if not done:
         stale += ['clients.json', 'generated.npz']
       for name in stale:
@@ -112,7 +112,8 @@ class Run:
             k: _number(v['accuracy']) for k, v in scores.models.items()},
         **{f'validation_{k}': _number(scores.validation[k])
            for k in ('loss', 'accuracy') if scores.validation},
-        'bytes_up': self._up, 'bytes_down': self._down, **losses})
+        'bytes_up': self._up, 'bytes_down': self._down, **losses,
+        **_class_change(scores.models)})
     self._add_classes(done, scores.models)
     if scores.clients:
       self._add_clients(done, scores.clients)
@@ -175,6 +176,9 @@ class Run:
         plots.generated(
             temporary, experiment.method.synthesise, state.shared,
             experiment.dataset.num_classes)
+      if len(experiment.dataset.train_x) > 1:
+        files.write_tree(
+            folder / 'nearest.npz', scoring.nearest_real(experiment, state))
     if not devices.is_first():
       return  # the rest is made of rows, which the first process has
     with files.replacing(folder / 'curves.png') as temporary:
@@ -214,12 +218,23 @@ def kept_rounds(rounds: list[int]) -> set[int]:
   return {*rounds[::stride], rounds[-1]}
 
 
+def _class_change(models) -> dict[str, list[float | None]]:
+  """What fine-tuning on the server changes in the accuracy on each class."""
+  if 'fine_tuned' not in models:
+    return {}
+  return {'class_change': [*map(_number, np.subtract(
+      *(models[name]['per_class'] for name in ('fine_tuned', 'average'))))]}
+
+
 def flat(row: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  """A row without dictionaries in it: their names are joined with '/'."""
+  """A row without dictionaries in it: their names are joined with '/'. What has a
+  number per class is left to metrics.jsonl."""
   columns = {}
   for name, value in row.items():
-    columns |= flat(value, f'{prefix}{name}/') if isinstance(value, dict) else {
-        prefix + name: value}
+    if isinstance(value, dict):
+      columns |= flat(value, f'{prefix}{name}/')
+    elif not isinstance(value, list):
+      columns[prefix + name] = value
   return columns
 
 

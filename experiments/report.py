@@ -47,6 +47,7 @@ class Run(NamedTuple):
   classes: dict[str, Any]
   counts: dict[str, np.ndarray]
   images: dict[int, np.ndarray]  # by round
+  nearest: dict[str, np.ndarray]  # see `scoring.nearest_real`
 
 
 class Table(NamedTuple):
@@ -135,7 +136,8 @@ def read_run(folder: UPath, rounds: int | None = None) -> Run:
   return Run(
       saved['config'], saved['versions'], rows, lines('timings.jsonl'),
       last('clients.json'), last('classes.json'), _arrays(folder / 'counts.npz'),
-      {t: a for t, a in images.items() if t <= rows[-1]['round']})
+      {t: a for t, a in images.items() if t <= rows[-1]['round']},
+      _arrays(folder / 'nearest.npz') if rounds in (None, rows[-1]['round']) else {})
 
 
 def _arrays(path):
@@ -270,8 +272,9 @@ def _sections(entries, clients, runs, target=None) -> dict[str, Any]:
       'partition': _partition_picture(first.counts),
       'partition_note': _partition_note(first),
       **_own_metrics(runs),
-      'strips': [(name, strip(of_name[0].images)) for name, of_name in runs.items()
-                 if of_name[0].images],
+      'class_changes': _class_changes(runs),
+      'strips': [(name, strip(of_name[0].images), nearest(of_name[0].nearest))
+                 for name, of_name in runs.items() if of_name[0].images],
       'times': times_table(runs),
       'versions': first.versions}
 
@@ -393,6 +396,21 @@ def _classes(entries) -> dict[str, Any]:
                      for v in values.values())] for c in range(num_classes)])}
 
 
+def _class_changes(runs) -> list[tuple[str, markupsafe.Markup]]:
+  """By name what fine-tuning changes in each class, means over seeds."""
+  pictures = []
+  for i, (name, of_name) in enumerate(runs.items()):
+    if all('class_change' in row for run in of_name for row in run.rows):
+      changes = 100 * np.mean([
+          np.array([row['class_change'] for row in run.rows], float)
+          for run in of_name], axis=0)
+      rounds = [row['round'] for row in of_name[0].rows]
+      pictures.append((name, svg.inline(
+          f'change{i}', f'{name}: what fine-tuning changes in the accuracy on each '
+          'class, round by round.', plots.class_changes, rounds, changes)))
+  return pictures
+
+
 def _own_metrics(runs) -> dict[str, Any]:
   """What methods measure of themselves in each round, means over seeds."""
   names = dict.fromkeys(key for of_name in runs.values()
@@ -447,6 +465,20 @@ def strip(images: Mapping[int, np.ndarray]) -> list[tuple[int, str]]:
   places = np.linspace(0, len(rounds) - 1, min(len(rounds), _STRIP_ROUNDS))
   return [(rounds[i], _side_by_side(images[rounds[i]]))
           for i in np.round(places).astype(int)]
+
+
+def nearest(found: Mapping[str, np.ndarray]) -> dict[str, str] | None:
+  """What `scoring.nearest_real` found, as data URIs and a sentence."""
+  if not found:
+    return None
+  return {
+      'generated': _side_by_side(found['generated']),
+      'real': _side_by_side(found['real']),
+      'note': 'Labels of the real ones: ' + ', '.join(map(str, found['label'])) + (
+          f'. Distances: {found["distance"].min():.2f} to '
+          f'{found["distance"].max():.2f}; of a real image from the nearest other '
+          f'one {float(found["between_real"]):.2f} (root mean square over pixels, '
+          'normalised as for the model).')}
 
 
 def _side_by_side(images) -> str:

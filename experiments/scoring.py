@@ -15,6 +15,7 @@ from fedftg_jax.data import partition
 
 _BATCH = 500     # examples at once
 _PICTURED = 10   # classes, at most, of which an image is kept per evaluation
+_COMPARED = 100  # training images whose nearest other ones are looked for
 
 
 class Scores(NamedTuple):
@@ -103,6 +104,63 @@ def _mean_of_all(experiment, state):
 
 def _images(draw, shared, num_classes):
   """One image of each of the first classes, as bytes."""
+  return _as_bytes(_drawn(draw, shared, num_classes))
+
+
+def _drawn(draw, shared, num_classes):
   labels = jnp.arange(min(num_classes, _PICTURED))
-  images = plots.scaled(np.asarray(draw(shared, labels, jax.random.key(0))))
-  return np.round(255 * images).astype(np.uint8)
+  return np.asarray(draw(shared, labels, jax.random.key(0)))
+
+
+def _as_bytes(images):
+  return np.round(255 * plots.scaled(images)).astype(np.uint8)
+
+
+def nearest_real(experiment: Experiment, state) -> dict[str, np.ndarray]:
+  """Of some generated images the training images nearest to them.
+
+  Only a simulation can say this: no real server has the clients' images.
+  Distances are root mean squares over pixels, as the model sees them.
+
+  Returns:
+    generated and real, [C', H, W, channels] uint8, each scaled to its own range;
+    label and distance of the real ones, [C']; and between_real, the median
+    distance of a training image from the nearest other one.
+  """
+  dataset = experiment.dataset
+  made = _drawn(jax.jit(experiment.method.synthesise), state.shared,
+                dataset.num_classes)
+  seen = functools.partial(_as_seen, dataset)
+  nearest, distance = _nearest(made, dataset.train_x, seen)
+  some = np.unique(np.linspace(
+      0, len(dataset.train_x) - 1, _COMPARED).astype(int))
+  between = _nearest(seen(dataset.train_x[some]), dataset.train_x, seen, some)[1]
+  return {
+      'generated': _as_bytes(made),
+      'real': _as_bytes(seen(dataset.train_x[nearest])),
+      'label': dataset.train_y[nearest], 'distance': distance,
+      'between_real': np.median(between)}
+
+
+def _as_seen(dataset, x):
+  """Images as the model sees them, normalised."""
+  if x.dtype != np.uint8:
+    return x
+  return (x / np.float32(255) - np.float32(dataset.mean)) / np.float32(dataset.std)
+
+
+def _nearest(images, real, seen, without=None):
+  """Place in `real` and distance of what is nearest to each of `images`, but for
+  the rows `without`, one each."""
+  flat = images.reshape(len(images), -1)
+  squares = []
+  for first in range(0, len(real), _BATCH):
+    part = seen(real[first:first + _BATCH]).reshape(-1, flat.shape[1])
+    squares.append(
+        np.sum(flat**2, 1)[:, None] - 2 * flat @ part.T + np.sum(part**2, 1))
+  square = np.concatenate(squares, axis=1)
+  if without is not None:
+    square[np.arange(len(flat)), without] = np.inf
+  found = np.argmin(square, axis=1)
+  least = np.maximum(square[np.arange(len(flat)), found], 0)
+  return found, np.sqrt(least / flat.shape[1])

@@ -58,18 +58,26 @@ def count_labels(num_classes: int, num_labels: int) -> Callable:
   return upload
 
 
-def draw_images(generator: Generator) -> Callable:
-  """The hook `Method.synthesise` where the server slot is a generator's
-  variables."""
+def draw_images(
+    generator: Generator, variables: Callable = lambda shared: shared) -> Callable:
+  """The hook `Method.synthesise`.
+
+  Args:
+    generator: the generator.
+    variables: server slot -> the generator's variables.
+
+  Returns:
+    The hook.
+  """
   def synthesise(shared, labels, key):
     z = jax.random.normal(key, (len(labels), generator.noise_dim))
-    return generator.apply(shared, z, labels)[0]
+    return generator.apply(variables(shared), z, labels)[0]
   return synthesise
 
 
-def present(received: Received) -> jax.Array:
-  """[S] 1 / K for the K teachers that arrived, 0 for the others."""
-  return received.arrived / jnp.maximum(jnp.sum(received.arrived), 1)
+def present(arrived: jax.Array) -> jax.Array:
+  """[K] one over the number of those that arrived, 0 for the others."""
+  return arrived / jnp.maximum(jnp.sum(arrived), 1)
 
 
 def rate_of(rate: float | Callable, received: Received) -> jax.Array | float:

@@ -46,7 +46,7 @@ class ChainTest(absltest.TestCase):
     sent = base.Sent(*[None] * 5)._replace(message=(1, 2))
     self.assertEqual(method.summed(sent), (5, 10))
     self.assertEqual(method.stacked(sent), (7, 14))
-    received = base.Received(*[None] * 7)._replace(summed=(3, 4), stacked=(5, 6))
+    received = base.Received(*[None] * 8)._replace(summed=(3, 4), stacked=(5, 6))
     variables, shared, info = method.update(1, shared, received, KEY)
     self.assertEqual((variables, shared), (134, (2, 3)))
     self.assertEqual(info.metrics, {'seen1': 5, 'seen2': 6})

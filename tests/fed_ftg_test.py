@@ -33,9 +33,10 @@ def teachers(model=problems.LINEAR, num=3):
 @functools.partial(jax.jit, static_argnames=('model', 'options'))
 def fine_tune(student, made, taught, counts, arrived, z, labels,
               model=problems.LINEAR, options=fed_ftg.Options()):
-  return fed_ftg.fine_tune(
-      model, GENERATOR, student, made, taught, counts, z, labels,
-      arrived=arrived, options=options)
+  student, shared, terms = fed_ftg.fine_tune(
+      model, GENERATOR, student, fed_ftg.start(made, options), taught, counts, z,
+      labels, arrived=arrived, options=options)
+  return student, shared.generator, terms
 
 
 def inputs(options, model=problems.LINEAR, num=3):
@@ -143,6 +144,7 @@ class FineTuneTest(parameterized.TestCase):
   @parameterized.parameters(
       dict(hard_samples=False), dict(generator_steps=2), dict(noise='fresh'),
       dict(temperature=3., student_weight='recognised'),
+      dict(noise='every_step', teacher_weight='confident', warm_up=1),
       dict(md='kl', gen_step='joint', ensemble='logit', lambda_cls=.5,
            lambda_dis=0., student_reduction='batchmean', labels='iid',
            kl_direction='reverse', cls_weight='per_sample'))
@@ -423,6 +425,102 @@ class DiagnosticsTest(parameterized.TestCase):
         info.models['fine_tuned'],
         with_it.models['fine_tuned' if taken else 'average'], atol=1e-6)
     self.assertEqual(float(info.metrics['fed_ftg/moved']) > 0, taken)
+
+  def test_memory(self):
+    """The broadcast model is one more teacher, once there are earlier rounds."""
+    _, plain = self.round_with()
+    state, first = self.round_with(memory=.5)
+    chex.assert_trees_all_close(first.models, plain.models, atol=1e-6)
+    y = np.asarray(problems.DATA.y)
+    totals = np.bincount(y, minlength=problems.NUM_CLASSES)
+    np.testing.assert_allclose(state.shared[-1].past, totals / 2)
+
+  def test_all_teachers(self):
+    options = fed_ftg.Options(memory=.5)
+    sent = problems.LINEAR.init(jax.random.key(1))
+    received = base.Received(
+        sent, None, (), (teachers(), COUNTS), jnp.array([True, True, False]),
+        jnp.int32(1), 5, ())
+    past = jnp.array([3., .2, 0.])
+    (taught, counts, arrived), after = fed_ftg._all_teachers(  # pylint: disable=protected-access
+        received, past, options)
+    chex.assert_trees_all_equal(jax.tree.map(lambda a: a[3], taught), sent)
+    chex.assert_trees_all_equal(jax.tree.map(lambda a: a[:3], taught), teachers())
+    np.testing.assert_array_equal(counts, [*COUNTS, [3, 0, 0]])
+    np.testing.assert_array_equal(arrived, [True, True, False, True])
+    np.testing.assert_allclose(after, (past + COUNTS.sum(0)) / 2)
+
+  def test_warm_up(self):
+    """The generator learns as in iterations without a student's step."""
+    options = fed_ftg.Options(**SMALL, warm_up=2, generator_optimizer=optax.sgd)
+    given = inputs(options)
+    student, made, terms = fine_tune(**given)
+    self.assertEqual(terms['student'].shape, (2, 2))
+    alone = {**given, 'z': given['z'][:2], 'labels': given['labels'][:2],
+             'options': options._replace(warm_up=0, student_steps=0)}
+    _, warm, _ = fine_tune(**alone)
+    after = {**given, 'made': warm, 'z': given['z'][2:],
+             'labels': given['labels'][2:], 'options': options._replace(warm_up=0)}
+    chex.assert_trees_all_close(
+        (student, made), fine_tune(**after)[:2], atol=1e-6)
+
+  def test_mean_generator(self):
+    options = fed_ftg.Options(iterations=1, student_steps=1, batch_size=6,
+                              generator_average=.75)
+    given = inputs(options)
+    student, shared, _ = fed_ftg.fine_tune(
+        problems.LINEAR, GENERATOR, given['student'],
+        fed_ftg.start(given['made'], options), given['taught'], given['counts'],
+        given['z'], given['labels'], options=options)
+    mean = jax.tree.map(
+        lambda a, b: .75 * a + .25 * b, given['made'], shared.generator)
+    chex.assert_trees_all_close(shared.mean_generator, mean, atol=1e-6)
+    chex.assert_trees_all_equal(shared.seen, shared.mean_generator)
+    # It made the student's images, without learning.
+    plain = {**given, 'made': mean, 'options': options._replace(
+        generator_average=0., generator_steps=0)}
+    chex.assert_trees_all_close(student, fine_tune(**plain)[0], atol=1e-6)
+
+  def test_generator_optimizer_goes_on(self):
+    options = fed_ftg.Options(**SMALL, generator_state='kept', gen_step='joint')
+    given = inputs(options)
+
+    def run(shared, part):
+      return fed_ftg.fine_tune(
+          problems.LINEAR, GENERATOR, given['student'], shared, given['taught'],
+          given['counts'], given['z'][part], given['labels'][part],
+          options=options._replace(student_steps=0))[1]
+
+    whole = run(fed_ftg.start(given['made'], options), slice(None))
+    halves = run(run(fed_ftg.start(given['made'], options), slice(1)), slice(1, 2))
+    chex.assert_trees_all_close(whole, halves, atol=1e-6)
+    fresh = run(run(fed_ftg.start(given['made'], options), slice(1))._replace(
+        opt_state=fed_ftg.start(given['made'], options).opt_state), slice(1, 2))
+    self.assertGreater(optax.tree.norm(optax.tree.sub(
+        fresh.generator, whole.generator)), 1e-4)
+
+  def test_noise_of_every_step(self):
+    """Step by step on images of its own."""
+    options = fed_ftg.Options(iterations=1, student_steps=2, batch_size=6,
+                              generator_steps=0, noise='every_step')
+    given = inputs(options)
+    self.assertEqual(given['z'].shape, (1, 3, 6, 4))
+    student, _, _ = fine_tune(**given)
+    one = given['student']
+    for i in 1, 2:
+      one, _, _ = fine_tune(**{
+          **given, 'student': one, 'z': given['z'][:, i:i + 1],
+          'options': options._replace(noise='shared', student_steps=1)})
+    chex.assert_trees_all_close(student, one, atol=1e-6)
+
+  def test_confident_teachers_say_more(self):
+    """As much in all as before; who denies the label says nothing."""
+    weight = jnp.array([[.5, .2], [.5, .2], [0., .2]])
+    logits = jnp.log(jnp.array([
+        [[.8, .2], [.5, .5]], [[.2, .8], [.5, .5]], [[1., 0.], [1., 0.]]]))
+    np.testing.assert_allclose(
+        fed_ftg._confident(weight, logits, jnp.array([0, 1])),  # pylint: disable=protected-access
+        [[.8, .3], [.2, .3], [0., 0.]], atol=1e-6)
 
   def test_recognised_images_count_more(self):
     """An image whose label the ensemble denies is as if it were not there."""

@@ -428,13 +428,13 @@ class ServerStepTest(parameterized.TestCase):
           weight_decay=float(g['hp_weight_decay']),
           generator_optimizer=getattr(optax, optimizer))
       student, after, terms = fed_ftg.fine_tune(
-          linear_model(), generator, net('student0'), made('gen0'),
+          linear_model(), generator, net('student0'), fed_ftg.Shared(made('gen0')),
           jax.tree.map(lambda *a: jnp.stack(a), net('teacher0'), net('teacher1')),
           jnp.asarray(g['counts']), jnp.asarray(g['z'], float)[:, None],
           jnp.asarray(g['labels']).reshape(-1, batch), options=options,
           student_lr=float(g['hp_glb_lr']), generator_lr=float(g['hp_gen_lr']))
       chex.assert_trees_all_close(student, net('student1'), atol=1e-9)
-      chex.assert_trees_all_close(after, made('gen1'), atol=1e-7)
+      chex.assert_trees_all_close(after.generator, made('gen1'), atol=1e-7)
       parts = [terms[name].reshape(-1) for name in ('md', 'cls', 'dis')]
       want = g['gen_losses_total_md_cls_ap'].T
       np.testing.assert_allclose(parts, want[1:], rtol=1e-8)

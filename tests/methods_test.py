@@ -179,7 +179,7 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
         jnp.asarray(mass[slot] / mass.sum()), view.share))
   add = lambda trees_: jax.tree.map(lambda *a: sum(a), *trees_)
   received = base.Received(
-      add([optax.tree.scale(s.weight, s.model) for s in uploads]),
+      state.variables, add([optax.tree.scale(s.weight, s.model) for s in uploads]),
       add([method.summed(s) for s in uploads]),
       jax.tree.map(lambda *a: jnp.stack(a), *[method.stacked(s) for s in uploads]),
       jnp.ones(len(ids), bool), state.round, num_clients, data.public)
@@ -435,7 +435,7 @@ class FedDfTest(parameterized.TestCase):
     arrived = jnp.array([True, False, True])
     counts = jnp.array([[4, 0, 2], [0, 0, 0], [2, 2, 0]])
     return base.Received(
-        None, (), (teachers, counts), arrived, jnp.int32(0), 5,
+        None, None, (), (teachers, counts), arrived, jnp.int32(0), 5,
         jnp.asarray(PUBLIC))
 
   def student_steps(self, student, teachers, images, combine):

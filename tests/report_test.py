@@ -21,8 +21,10 @@ import numpy as np
 from experiments import cli
 from experiments import compare
 from experiments import files
+from experiments import plots
 from experiments import records
 from experiments import report
+from experiments import scoring
 from experiments import svg
 from experiments import train
 from fedftg_jax import evaluation
@@ -36,7 +38,7 @@ def run_by_hand(accuracy, seed=0, megabytes=1., **fields):
            'bytes_down': megabytes * 5e5 * (t + 1)}
           for t, a in enumerate(accuracy)]
   empty = dict(versions={}, timings=[], clients={}, classes={}, counts={},
-               images={})
+               images={}, nearest={})
   return report.Run(**{
       'config': {'seed': seed}, 'rows': rows, **empty, **fields})
 
@@ -180,13 +182,48 @@ class RunTest(parameterized.TestCase):
         self.assertEqual(images[name].dtype, np.uint8)
         np.testing.assert_array_equal(images[name].max((1, 2, 3)), 255)
 
+  def test_classes_together_are_the_change(self):
+    counts = np.array(self.json('classes.json')['test_examples'])
+    for row in self.rows:
+      change = np.array(row['class_change'], float)
+      np.testing.assert_allclose(
+          np.nansum(change * counts) / counts.sum(),
+          row['accuracy']['fine_tuned'] - row['accuracy']['average'], atol=1e-5)
+    header, *_ = (self.run_folder / 'metrics.csv').read_text().splitlines()
+    self.assertNotIn('class', header)
+
+  def test_nearest_real_images(self):
+    found = files.read_arrays(self.run_folder / 'nearest.npz')
+    self.assertEqual(found['generated'].shape, (3, 8, 8, 1))
+    self.assertEqual(found['real'].shape, (3, 8, 8, 1))
+    with np.load(self.folder / 'own.npz') as data:
+      scaled, labels = 255 * plots.scaled(data['train_x'] / 1.), data['train_y']
+    for image, label in zip(found['real'], found['label']):
+      alike = (np.abs(scaled - image) <= 1).all((1, 2, 3))
+      self.assertIn(label, labels[alike])
+
+  def test_nearest_against_all_pairs(self):
+    rng = np.random.RandomState(0)
+    real = rng.randint(0, 256, (700, 3, 2, 1)).astype(np.uint8)
+    seen = lambda x: x / np.float32(255)
+    apart = np.sqrt(((seen(real)[:, None] - seen(real)[None])**2).mean((2, 3, 4)))
+    place, distance = scoring._nearest(seen(real[5:8]), real, seen)  # pylint: disable=protected-access
+    np.testing.assert_array_equal(place, [5, 6, 7])
+    np.testing.assert_allclose(distance, 0, atol=1e-3)
+    place, distance = scoring._nearest(  # pylint: disable=protected-access
+        seen(real[5:8]), real, seen, np.arange(5, 8))
+    np.fill_diagonal(apart, np.inf)
+    np.testing.assert_array_equal(place, apart[5:8].argmin(1))
+    np.testing.assert_allclose(distance, apart[5:8].min(1), rtol=1e-4)
+
   def test_page(self):
     path = self.run_folder / 'report.html'
     self.assertLess(path.stat().st_size, 2e6)
     page = Page(path.read_text())
-    self.assertEqual(page.tags.count('svg'), 6)
+    self.assertEqual(page.tags.count('svg'), 7)
+    self.assertIn('What fine-tuning changes, class by class', page.words)
     self.assertIn('Inside the methods', page.words)
-    self.assertEqual(page.tags.count('img'), 2)
+    self.assertEqual(page.tags.count('img'), 2 + 2)  # rounds; nearest
     self.assertNotIn('script', page.tags)
     for link in page.links:
       self.assertRegex(link, '^(data:|#)')
@@ -214,7 +251,7 @@ class RunTest(parameterized.TestCase):
       shutil.copy(self.run_folder / name, bare)
     self.assertEqual(make(str(bare)), (0, ''))
     page = Page((bare / 'report.html').read_text())
-    self.assertEqual(page.tags.count('svg'), 3)
+    self.assertEqual(page.tags.count('svg'), 4)
     self.assertNotIn('Clients', page.words)
 
   def test_flags_are_text(self):

@@ -77,8 +77,8 @@ def _server_step(workload, model, conv):
     z, labels = fed_ftg.draw(
         key, counts.sum(0), generator.noise_dim, options)
     return fed_ftg.fine_tune(
-        model, generator, student, made, teachers, counts, z, labels,
-        options=options)[:2]
+        model, generator, student, fed_ftg.Shared(made), teachers, counts, z,
+        labels, options=options)[:2]
 
   def round_():
     jax.block_until_ready(step(student, made, keys[1]))

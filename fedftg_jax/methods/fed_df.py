@@ -177,7 +177,7 @@ def train_generator(
   Returns:
     The generator's variables, and the loss terms before each step.
   """
-  present = distillation.present(received)
+  present = distillation.present(received.arrived)
   rate = distillation.rate_of(options.generator_lr, received)
   optimizer = optax.chain(
       optax.add_decayed_weights(options.weight_decay), optax.adam(rate))
@@ -216,7 +216,7 @@ def _repeated(old, new, times):
 def _distil(model, student, teachers, received, images, options):
   """The student's steps on `images(i)`; the student and its mean loss."""
   weight = jnp.broadcast_to(
-      distillation.present(received)[:, None],
+      distillation.present(received.arrived)[:, None],
       (len(received.arrived), options.batch_size))
 
   def examples(i):

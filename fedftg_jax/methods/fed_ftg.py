@@ -23,6 +23,7 @@ Privacy: the server learns every client's class counts.
 """
 
 import functools
+import math
 from typing import Callable, NamedTuple
 
 import chex
@@ -42,8 +43,9 @@ class Options(NamedTuple):
     generator_steps: I_g, passes of generator updates in an iteration.
     student_steps: I_d, student updates in an iteration.
     batch_size: B, generated images at once.
-    student_lr: of the student's SGD; a float or a function of the round.
-    generator_lr: of the generator's Adam; likewise.
+    student_lr: learning rate of the student's SGD; a float or a function of the
+      round.
+    generator_lr: learning rate of the generator's Adam; in the same forms.
     weight_decay: of the student's SGD.
     lambda_cls: weight of the fidelity term.
     lambda_dis: weight of the diversity term.
@@ -62,7 +64,8 @@ class Options(NamedTuple):
     labels: 'quota', deterministic class counts in random order (code), or
       'iid' draws (paper).
     noise: 'shared', the student sees the z that the generator was trained on
-      (code, and as far as known the paper), or 'fresh'.
+      (code, and as far as known the paper), 'fresh', one of its own in an
+      iteration, or 'every_step', another in each of its steps.
     student_bn: 'overwrite', the student is distilled in train mode and its
       BatchNorm statistics become those of generated images (code), or 'keep',
       it normalises by the aggregated statistics and keeps them.
@@ -72,19 +75,29 @@ class Options(NamedTuple):
       which is then T^2 as large (Hinton et al., arXiv:1503.02531); 1 in the code.
     trust_region: how far the student may end from the aggregated model, over that
       model's norm; it is brought back to there. 0 for no bound (code).
+    memory: the model that was broadcast is one more teacher, with the class counts
+      of earlier rounds, discounted by this factor a round; 0 for no such teacher
+      (code).
+    warm_up: iterations at the beginning of a round in which the generator learns
+      alone; 0 in the code.
+    generator_average: decay, per iteration, of the running mean of generators that
+      makes the student's images; 0 for the generator itself (code).
+    generator_state: the generator's optimiser begins anew in every round ('fresh',
+      code) or goes on ('kept').
     min_recognised: the fine-tuned student is taken only in rounds in which the
       ensemble gives the asked labels this probability in the mean; 0 in the code.
     start_round: the first round of which it is taken; the generator learns
       before, too. 0 in the code.
     gen_bn_bias: 'keep' biases in front of the generator's BatchNorms (code) or
       'drop' them; see `make_generator`.
-    hard_samples: False takes the discrepancy out of the generator's loss
-      (ablation of hard sample mining).
+    hard_samples: whether the discrepancy is a part of the generator's loss, so
+      that it looks for hard samples (code).
     label_sampling: 'customised', classes as frequent as the cohort has them, or
       'uniform' over all classes (ablation).
-    teacher_weight: 'class', alpha_k^y = n_k^y / sum_i n_i^y, or 'uniform', 1 / K
-      (ablation of the class-level ensemble).
-    generator_optimizer: learning rate -> optax optimiser; fresh every round.
+    teacher_weight: 'class', alpha_k^y = n_k^y / sum_i n_i^y, 'uniform', 1 / K
+      (ablation of the class-level ensemble), or 'confident', the class weights
+      times the probability that the teacher gives the asked label (ensemble only).
+    generator_optimizer: learning rate -> optax optimiser.
   """
   iterations: int = 10
   generator_steps: int = 1
@@ -108,6 +121,10 @@ class Options(NamedTuple):
   temperature: float = 1.
   trust_region: float = 0.
   min_recognised: float = 0.
+  memory: float = 0.
+  warm_up: int = 0
+  generator_average: float = 0.
+  generator_state: str = 'fresh'
   start_round: int = 0
   gen_bn_bias: str = 'keep'
   hard_samples: bool = True
@@ -124,16 +141,18 @@ CHOICES = {
     'ensemble': ('prob', 'logit'),
     'student_reduction': ('mean_bc', 'batchmean'),
     'labels': ('quota', 'iid'),
-    'noise': ('shared', 'fresh'),
+    'noise': ('shared', 'fresh', 'every_step'),
     'student_bn': ('overwrite', 'keep'),
     'student_weight': ('all', 'recognised'),
+    'generator_state': ('fresh', 'kept'),
     'gen_bn_bias': ('keep', 'drop'),
     'label_sampling': ('customised', 'uniform'),
-    'teacher_weight': ('class', 'uniform'),
+    'teacher_weight': ('class', 'uniform', 'confident'),
 }
 PER_TEACHER = ('md', 'cls', 'dis')  # terms with an axis of teachers
 LEAST = {'iterations': 0, 'generator_steps': 0, 'student_steps': 0,
-         'batch_size': 1, 'trust_region': 0, 'min_recognised': 0, 'start_round': 0}
+         'batch_size': 1, 'trust_region': 0, 'warm_up': 0, 'min_recognised': 0,
+         'start_round': 0}
 
 PRESETS = {
     'official': {},
@@ -142,6 +161,19 @@ PRESETS = {
     'intended': dict(cls_weight='per_sample', student_reduction='batchmean',
                      student_bn='keep', gen_bn_bias='drop'),
 }
+
+
+class Shared(NamedTuple):
+  """The server slot; () where the options do without."""
+  generator: Variables
+  mean_generator: Variables | tuple = ()  # see `Options.generator_average`
+  opt_state: optax.OptState | tuple = ()  # see `Options.generator_state`
+  past: jax.Array | tuple = ()  # [C] class counts, see `Options.memory`
+
+  @property
+  def seen(self) -> Variables:
+    """The generator that makes the student's images."""
+    return self.mean_generator or self.generator
 
 
 def preset(name: str, **changes) -> Options:
@@ -156,6 +188,10 @@ def check(options: Options) -> Options:
   distillation.check_options(options, CHOICES, LEAST)
   if not options.temperature > 0:
     raise ValueError(f'temperature must be above 0, got {options.temperature}.')
+  for name in ('memory', 'generator_average'):
+    if not 0 <= getattr(options, name) < 1:
+      raise ValueError(f'{name} must be from 0 to below 1, got '
+                       f'{getattr(options, name)}.')
   return options
 
 
@@ -184,10 +220,9 @@ def fed_ftg(
     options: see `Options`.
 
   Returns:
-    The method. Its server slot is the generator (parameters and statistics;
-    both optimisers begin anew in every round), its message the class counts.
-    Info holds the model 'fine_tuned' and, as means over the round, the losses and
-    what `fine_tune` says of the images; 'moved' (and 'stats_moved', of BatchNorm
+    The method. Its server slot is `Shared`, its message the class counts. Info
+    holds the model 'fine_tuned' and, as means over the round, the losses and what
+    `fine_tune` says of the images; 'moved' (and 'stats_moved', of BatchNorm
     statistics) is the distance from the aggregated model over that model's norm.
 
   Raises:
@@ -197,51 +232,89 @@ def fed_ftg(
 
   def init(key, variables):
     del variables
-    return generator.init(key), ()
+    shared = start(generator.init(key), options)
+    if options.memory:
+      shared = shared._replace(past=jnp.zeros(num_classes))
+    return shared, ()
 
   def update(variables, shared, received, key):
     if not options.iterations:
       return variables, shared, Info(models={'fine_tuned': variables})
-    teachers, counts = received.stacked  # [K, ...], [K, C] zero for the absent
+    (teachers, counts, arrived), past = _all_teachers(
+        received, shared.past, options)
     z, labels = draw(key, counts.sum(0), generator.noise_dim, options)
     tuned, shared, terms = fine_tune(
         model, generator, variables, shared, teachers, counts, z, labels,
-        arrived=received.arrived, options=options,
+        arrived=arrived, options=options,
         student_lr=distillation.rate_of(options.student_lr, received),
         generator_lr=distillation.rate_of(options.generator_lr, received),
         spread=received.spread)
     tuned = _taken(tuned, variables, terms, received.round, options)
-    present = distillation.present(received)
+    present = distillation.present(arrived)
     metrics = {name: jnp.mean(value @ present if name in PER_TEACHER else value)
                for name, value in terms.items()}
     metrics['moved'] = _distance(tuned.params, variables.params)
     if jax.tree.leaves(variables.stats):
       metrics['stats_moved'] = _distance(tuned.stats, variables.stats)
     metrics = {f'fed_ftg/{name}': value for name, value in metrics.items()}
-    return tuned, shared, Info(metrics, {'fine_tuned': tuned})
+    return (tuned, shared._replace(past=past),
+            Info(metrics, {'fine_tuned': tuned}))
 
+  # Every label is drawn from the counts of at most so many rounds.
+  rounds = 1 / (1 - options.memory)
   return Method(
-      init=init, update=update, synthesise=distillation.draw_images(generator),
+      init=init, update=update,
+      synthesise=distillation.draw_images(generator, lambda shared: shared.seen),
       upload=distillation.count_labels(
-          num_classes, options.iterations * options.batch_size),
+          num_classes, math.ceil(rounds * _num_labels(options))),
       stacked=lambda sent: (sent.model, sent.message))
 
 
-def draw(key, counts, noise_dim, options):
-  """Noise [I, 1 or 2, B, noise] and labels [I, B] of one round.
+def start(generator_variables: Variables, options: Options) -> Shared:
+  """The server slot of a generator that is not trained yet, without `past`."""
+  shared = Shared(generator_variables)
+  if options.generator_average:
+    shared = shared._replace(mean_generator=generator_variables)
+  if options.generator_state == 'kept':
+    shared = shared._replace(
+        opt_state=options.generator_optimizer(0.).init(generator_variables.params))
+  return shared
 
-  The second noise, if there is one, is the student's.
+
+def _all_teachers(received, past, options):
+  """((teachers [K, ...], counts [K, C] zero for the absent, arrived [K]), past):
+  the cohort, and with `memory` the model that was broadcast."""
+  teachers, counts = received.stacked
+  if not options.memory:
+    return (teachers, counts, received.arrived), past
+  remembered = jnp.round(past).astype(counts.dtype)
+  last = received.broadcast, remembered, jnp.any(remembered)
+  return jax.tree.map(
+      lambda cohort, one: jnp.concatenate([cohort, one[None]]),
+      (teachers, counts, received.arrived), last
+  ), options.memory * (past + jnp.sum(counts, axis=0))
+
+
+def _num_labels(options):
+  return (options.warm_up + options.iterations) * options.batch_size
+
+
+def draw(key, counts, noise_dim, options):
+  """Noise [W + I, D, B, noise] and labels [W + I, B] of one round.
+
+  The first of D noises is the generator's, the others, if any, the student's.
   """
   key_noise, key_labels = jax.random.split(key)
-  num_draws = 2 if options.noise == 'fresh' else 1
-  shape = options.iterations, num_draws, options.batch_size, noise_dim
+  num_draws = 1 + {'shared': 0, 'fresh': 1,
+                   'every_step': options.student_steps}[options.noise]
+  iterations = options.warm_up + options.iterations
+  shape = iterations, num_draws, options.batch_size, noise_dim
   if options.label_sampling == 'uniform':
     counts = jnp.ones_like(counts)
   sample = (distillation.quota_labels if options.labels == 'quota'
             else distillation.iid_labels)
-  labels = sample(key_labels, counts, options.iterations * options.batch_size)
-  return jax.random.normal(key_noise, shape), labels.reshape(
-      options.iterations, options.batch_size)
+  labels = sample(key_labels, counts, _num_labels(options))
+  return jax.random.normal(key_noise, shape), labels.reshape(iterations, -1)
 
 
 def ensemble_weights(
@@ -262,7 +335,7 @@ def fine_tune(
     model: Model,
     generator: Generator,
     student: Variables,
-    generator_variables: Variables,
+    shared: Shared,
     teachers: Variables,
     counts: jax.Array,
     z: jax.Array,
@@ -273,19 +346,19 @@ def fine_tune(
     student_lr: float | jax.Array = .1,
     generator_lr: float | jax.Array = .01,
     spread: Callable = lambda tree: tree,
-) -> tuple[Variables, Variables, dict[str, jax.Array]]:
+) -> tuple[Variables, Shared, dict[str, jax.Array]]:
   """The server step: generator against student, I times.
 
   Args:
     model: the classifier.
     generator: the generator.
     student: variables of the aggregated model.
-    generator_variables: variables of the generator.
+    shared: what the server keeps, see `start`.
     teachers: variables of the clients' models, every leaf [K, ...].
     counts: [K, C] examples of each class that each teacher was trained on.
-    z: [I, D, B, noise]; the generator is trained on z[:, 0], the student on
-      images from z[:, -1].
-    labels: [I, B].
+    z: [W + I, D, B, noise]; the generator is trained on z[:, 0], the student on
+      images from the last ones, see `draw`; the first W iterations are warm-up.
+    labels: [W + I, B].
     arrived: [K] bool, False for teachers to be left out; None for none.
     options: see `Options`; the numbers of iterations and examples are those of
       `z` and `labels`.
@@ -294,10 +367,10 @@ def fine_tune(
     spread: see `base.Received`; for passes through all teachers at once.
 
   Returns:
-    The fine-tuned student, the generator, and the losses before each step:
+    The fine-tuned student, what the server keeps, and the losses before each step:
     'md', 'cls', 'dis' [I, I_g, K] (0 for an absent teacher), 'student' [I, I_d];
-    and of the images that the student saw, [I] each: 'recognised', the ensemble's
-    mean probability of the label that was asked for; 'ensemble_ce' and
+    and of the images of the student's first steps, [I] each: 'recognised', the
+    ensemble's mean probability of the label that was asked for; 'ensemble_ce' and
     'ensemble_entropy', its cross-entropy with that label and its entropy; 'gap'
     and 'gap_left', KL(ensemble || student) before and after the student's steps.
   """
@@ -316,29 +389,65 @@ def fine_tune(
       num_steps=options.student_steps,
       train=options.student_bn == 'overwrite')
 
-  def iteration(carry, draws):
-    student, made, opt_state = carry
-    z, labels = draws
+  def learn(student, shared, z, labels):
     (made, opt_state), terms = jax.lax.scan(
-        lambda c, _: train_generator(student, z[0], labels, c),
-        (made, opt_state), length=options.generator_steps)
-    images, _ = generator.apply(made, z[-1], labels)
-    logits = distillation.teacher_logits(model, apart, images)
-    together = functools.partial(
-        distillation.ensemble, weight=alpha[:, labels], kind=options.ensemble)
-    target = together(logits / options.temperature)
-    if options.student_weight == 'recognised':
-      target *= _of_label(together(logits), labels)
-    tuned, loss = distil(student, examples=lambda _: (images, target))
-    said = _what_is_said(
-        together(logits), labels,
-        *(model.apply(s, images).logits for s in (student, tuned)))
-    return (tuned, made, opt_state), {**terms, 'student': loss, **said}
+        lambda c, _: train_generator(student, z, labels, c),
+        (shared.generator, shared.opt_state), length=options.generator_steps)
+    mean = shared.mean_generator and optax.incremental_update(
+        made, shared.mean_generator, 1 - options.generator_average)
+    return Shared(made, mean, opt_state), terms
 
-  start = (student, generator_variables,
-           optimizer.init(generator_variables.params))
-  (student, made, _), terms = jax.lax.scan(iteration, start, (z, labels))
-  return student, made, terms
+  def example(made, z, labels):
+    """Images, what the ensemble says of them, and what of that is the target."""
+    images, _ = generator.apply(made, z, labels)
+    logits = distillation.teacher_logits(model, apart, images)
+    weight = alpha[:, labels]
+    if options.teacher_weight == 'confident':
+      weight = _confident(weight, logits, labels)
+    together = functools.partial(
+        distillation.ensemble, weight=weight, kind=options.ensemble)
+    said, target = together(logits), together(logits / options.temperature)
+    if options.student_weight == 'recognised':
+      target *= _of_label(said, labels)
+    return images, said, target
+
+  def iteration(carry, draws):
+    student, shared = carry
+    z, labels = draws
+    shared, terms = learn(student, shared, z[0], labels)
+    images, said, target = example(shared.seen, z[min(1, len(z) - 1)], labels)
+
+    def examples(i):
+      if options.noise != 'every_step':
+        return images, target
+      images_i, _, target_i = example(shared.seen, z[1 + i], labels)
+      return images_i, target_i
+
+    tuned, loss = distil(student, examples=examples)
+    terms.update(student=loss, **_what_is_said(
+        said, labels, *(model.apply(s, images).logits for s in (student, tuned))))
+    return (tuned, shared), terms
+
+  kept = options.generator_state == 'kept'
+  begun = shared._replace(past=(), opt_state=(
+      shared.opt_state if kept else optimizer.init(shared.generator.params)))
+  alone, both = (
+      jax.tree.map(lambda a, part=part: a[part], (z, labels))
+      for part in (slice(options.warm_up), slice(options.warm_up, None)))
+  begun, _ = jax.lax.scan(
+      lambda carry, draws: (learn(student, carry, draws[0][0], draws[1])[0], None),
+      begun, alone)
+  (student, made), terms = jax.lax.scan(iteration, (student, begun), both)
+  return student, made._replace(
+      past=shared.past, opt_state=made.opt_state if kept else ()), terms
+
+
+def _confident(weight, logits, labels):
+  """[K, B] `weight`, each image's in proportion to the probability of its label."""
+  of_label = jnp.take_along_axis(
+      jax.nn.softmax(logits), labels[None, :, None], axis=2)[..., 0]
+  sure = weight * of_label
+  return sure * jnp.sum(weight, axis=0) / jnp.maximum(jnp.sum(sure, axis=0), 1e-12)
 
 
 def _taken(tuned, variables, terms, round_, options) -> Variables:

@@ -4,10 +4,12 @@
   python -m experiments.ablation --factors=dirichlet_alpha,switch --seeds=3
 
 The flags say the centre. In every cell one factor takes another value, and --base
-is trained with and without FedFTG, with equal seeds, partitions and schedules. An
-effect is the mean over seeds of the difference of their final accuracies, with a
-95 % interval (Student's t). Cells are trained in the order of the table until
---budget_hours are used up; the same command goes on with the rest.
+is trained with and without FedFTG, with equal seeds, partitions and schedules.
+Data, model, participation and base are varied with each of --presets, FedFTG's own
+options around --ftg_preset. An effect is the mean over seeds of the difference of
+their final accuracies, with a 95 % interval (Student's t). Cells are trained in the
+order of the table until --budget_hours are used up; the same command goes on with
+the rest.
 
 Beside each effect stand what FedFTG says of itself (means over all rounds): how
 much of its images the ensemble recognises, how far student and ensemble are apart
@@ -33,13 +35,15 @@ from experiments import folders
 from experiments import plots
 from experiments import progress
 from experiments import suite
+from fedftg_jax.methods import fed_ftg
 
 CENTRE = 'centre'
 # By factor, what a cell changes: flags of `train`. `base` stands for --base.
-FACTORS: Mapping[str, list[dict[str, Any]]] = {
+SETTINGS: Mapping[str, list[dict[str, Any]]] = {
     'norm': [
         dict(norm='group'), dict(norm='batch'),
         dict(norm='batch', ftg_student_bn='keep'),
+        dict(norm='batch', ftg_student_bn='overwrite'),
         dict(norm='batch', batch_norm='local'),
         dict(norm='batch', batch_norm='reset')],
     'dirichlet_alpha': [dict(dirichlet_alpha=a) for a in (.05, .1, .3, 1.)],
@@ -48,22 +52,32 @@ FACTORS: Mapping[str, list[dict[str, Any]]] = {
     'dataset': [dict(dataset='fashion_mnist', train_examples=10_000),
                 dict(dataset='fashion_mnist')],
     'base': [dict(base=name) for name in ('fed_prox', 'fed_dyn', 'scaffold', 'moon')],
-    'ftg_preset': [
-        dict(ftg_preset=name) for name in ('official', 'paper', 'intended')],
-    'switch': [
-        dict(ftg_hard_samples=False), dict(ftg_label_sampling='uniform'),
-        dict(ftg_teacher_weight='uniform'), dict(ftg_lambda_dis=0.),
-        dict(ftg_lambda_cls=0.), dict(ftg_generator_steps=5),
-        dict(ftg_generator_lr=.001), dict(ftg_student_lr=.01),
-        dict(ftg_student_reduction='batchmean'), dict(ftg_noise='fresh'),
-        dict(ftg_temperature=3.), dict(ftg_start_round=10),
-        dict(ftg_student_weight='recognised'), dict(ftg_min_recognised=.5),
-        dict(ftg_trust_region=.01)],
 }
+OWN: Mapping[str, list[dict[str, Any]]] = {
+    'preset': [dict(ftg_preset=name) for name in fed_ftg.PRESETS],
+    'switch': [
+        dict(ftg_hard_samples=True), dict(ftg_hard_samples=False),
+        dict(ftg_memory=0.), dict(ftg_memory=.5), dict(ftg_memory=.9),
+        dict(ftg_student_reduction='mean_bc'),
+        dict(ftg_student_reduction='batchmean'),
+        dict(ftg_gen_step='sequential'), dict(ftg_gen_step='joint'),
+        dict(ftg_generator_steps=1), dict(ftg_generator_steps=5),
+        dict(ftg_label_sampling='uniform'), dict(ftg_teacher_weight='uniform'),
+        dict(ftg_teacher_weight='confident'), dict(ftg_lambda_dis=0.),
+        dict(ftg_lambda_cls=0.), dict(ftg_generator_lr=.001),
+        dict(ftg_student_lr=.01), dict(ftg_temperature=3.),
+        dict(ftg_noise='every_step'), dict(ftg_warm_up=5),
+        dict(ftg_generator_average=.9), dict(ftg_generator_state='kept'),
+        dict(ftg_student_weight='recognised'), dict(ftg_min_recognised=.5),
+        dict(ftg_trust_region=.01), dict(ftg_start_round=10)],
+}
+FACTORS = {**SETTINGS, **OWN}
 # What FedFTG says of itself, see `fed_ftg.fine_tune`.
 DIAGNOSTICS = ('recognised', 'ensemble_entropy', 'gap', 'gap_left', 'dis', 'moved')
 
 absl_flags.DEFINE_string('base', 'fed_avg', 'The method that FedFTG is put on.')
+absl_flags.DEFINE_list('presets', [], 'Presets of FedFTG with which data, model, '
+                       'participation and base are varied; none for --ftg_preset.')
 absl_flags.DEFINE_list('factors', list(FACTORS), 'What to vary, of: '
                        + ', '.join(FACTORS) + '.')
 absl_flags.DEFINE_float('budget_hours', 1., 'No cell begins later than this; what '
@@ -76,6 +90,7 @@ class Cell(NamedTuple):
   """One setting, with and without FedFTG."""
   factor: str
   value: str
+  preset: str
   base: tuple[str, dict[str, Any]]   # name and configuration
   tuned: tuple[str, dict[str, Any]]
 
@@ -93,7 +108,7 @@ Effects = Sequence[tuple[Cell, Effect | None]]  # None where a run diverged
 
 
 def main() -> None:
-  cells = make_cells(FLAGS.base, FLAGS.factors)
+  cells = make_cells(FLAGS.base, FLAGS.factors, FLAGS.presets)
   names = [name for cell in cells for name, _ in (cell.base, cell.tuned)]
   folder = folders.workdir(FLAGS.workdir, flags.config(), 'ablation', *names)
   end = time.monotonic() + 3600 * FLAGS.budget_hours
@@ -103,7 +118,8 @@ def main() -> None:
       progress.say(f'{len(cells) - i} of {len(cells)} cells are left for the next '
                    'time: the budget is used up')
       break
-    progress.say(f'cell {i + 1} of {len(cells)}: {cell.factor} {cell.value}')
+    progress.say(f'cell {i + 1} of {len(cells)}: {cell.factor} {cell.value}, '
+                 f'{cell.preset}')
     results = suite.run(folder, {'program': 'ablation'},
                         dict((cell.base, cell.tuned)), tolerant=True)
     if results:
@@ -115,41 +131,51 @@ def main() -> None:
     print(f'pictures: {folder}/effects.png, {folder}/explained.png')
 
 
-def make_cells(base: str, factors: list[str]) -> list[Cell]:
+def make_cells(base: str, factors: list[str], presets: list[str]) -> list[Cell]:
   """The centre, and around it a cell for each value that is not the centre's.
 
   Raises:
-    cli.UsageError: for an unknown factor, or a wrong configuration of any cell.
+    cli.UsageError: for an unknown factor or preset, or a wrong configuration of
+      any cell.
   """
   for factor in factors:
     if factor not in FACTORS:
       raise cli.UsageError('factors', factor, 'must be of ' + ', '.join(FACTORS))
   if 'fed_ftg' in base.split('+'):
     raise cli.UsageError('base', base, 'must be without fed_ftg')
-  centre = make_cell(CENTRE, base, {})
-  cells = [centre]
+  wrong = [name for name in presets if name not in fed_ftg.PRESETS]
+  if wrong:
+    raise cli.UsageError(
+        'presets', wrong[0], 'must be of ' + ', '.join(fed_ftg.PRESETS))
+  around = [dict(ftg_preset=name) for name in presets or [FLAGS.ftg_preset]]
+  asked = [(CENTRE, preset) for preset in [{}, *around]]
   for factor in factors:
-    for changes in FACTORS[factor]:
-      cell = make_cell(factor, base, changes)
-      if all(cell.tuned[1] != other.tuned[1] for other in cells):
-        cells.append(cell)
+    asked += [(factor, {**preset, **changes}) for changes in FACTORS[factor]
+              for preset in (around if factor in SETTINGS else [{}])]
+  cells = []
+  for factor, changes in asked:
+    cell = make_cell(factor, base, changes)
+    if all(cell.tuned[1] != other.tuned[1] for other in cells):
+      cells.append(cell)
   return cells
 
 
 def make_cell(factor: str, base: str, changes: Mapping[str, Any]) -> Cell:
   """The centre with some flags changed."""
-  changes = dict(changes)
-  base = changes.pop('base', base)
-  value = ','.join(f'{k}={figures.value_text(v)}' for k, v in changes.items())
+  changes = {'ftg_preset': FLAGS.ftg_preset, **changes}
+  base, preset = changes.pop('base', base), changes['ftg_preset']
+
+  def named(*first, without=(), among=changes):
+    return ','.join([*first, *(
+        f'{k}={figures.value_text(v)}' for k, v in changes.items()
+        if k in among and k not in without)])
 
   def of_method(method):
     config = flags.config(method=method, **changes)
-    used = {k: v for k, v in changes.items() if k in config}
-    name = ','.join([method, *(
-        f'{k}={figures.value_text(v)}' for k, v in used.items())])
-    return name, config
+    return named(method, among=config), config
 
-  return Cell(factor, value or base, of_method(base), of_method(f'{base}+fed_ftg'))
+  return Cell(factor, named(without=['ftg_preset']) or base, preset,
+              of_method(base), of_method(f'{base}+fed_ftg'))
 
 
 def effect(base: list, tuned: list) -> Effect | None:
@@ -195,7 +221,7 @@ def correlations(effects: Effects) -> dict[str, float]:
   found = {}
   for name in DIAGNOSTICS:
     pairs = np.array(_pairs(effects, name))
-    if len(pairs) > 2 and len(np.unique(pairs[:, 0])) > 1:
+    if len(pairs) > 2 and (np.ptp(pairs, axis=0) > 0).all():
       found[name] = float(stats.spearmanr(pairs[:, 0], pairs[:, 1])[0])
   return {name: value for name, value in found.items() if np.isfinite(value)}
 
@@ -211,16 +237,17 @@ def table(effects: Effects) -> tuple[list[str], list[list[str]]]:
   rows = []
   for cell, found in effects:
     if found is None:
-      rows.append([cell.factor, cell.value, 'diverged'] + [''] * 6)
+      rows.append([cell.factor, cell.value, cell.preset, 'diverged'] + [''] * 6)
       continue
     mean, half = interval(found.final)
     rows.append([
-        cell.factor, cell.value, f'{np.mean(found.base):.2f}', f'{mean:+.2f}' + (
+        cell.factor, cell.value, cell.preset, f'{np.mean(found.base):.2f}',
+        f'{mean:+.2f}' + (
             f' ± {half:.2f}' if np.isfinite(half) else ''),
         *(f'{np.mean(v):+.2f}' for v in (found.early, found.last_step)),
         *(f'{np.mean(found.said[name]):.3g}'
           for name in ('recognised', 'gap', 'moved'))])
-  return ['factor', 'value', 'base', 'effect in the end', 'early',
+  return ['factor', 'value', 'preset', 'base', 'effect in the end', 'early',
           'of fine-tuning', 'recognised', 'gap', 'moved'], rows
 
 
@@ -230,7 +257,8 @@ def report(effects: Effects, folder) -> None:
   related = correlations(effects)
   files.write_json(folder / 'effects.json', {
       'seeds': list(suite.seeds()), 'rank_correlations': related,
-      'cells': [{'factor': cell.factor, 'value': cell.value, **(
+      'cells': [{'factor': cell.factor, 'value': cell.value,
+                 'preset': cell.preset, **(
           _finite(e._asdict()) if e else {'diverged': True})}
                 for cell, e in effects]})
   header, rows = table(effects)
@@ -239,7 +267,8 @@ def report(effects: Effects, folder) -> None:
     return
   with files.replacing(folder / 'effects.png') as temporary:
     plots.effects(temporary, [
-        (cell.factor, cell.value, *interval(e.final)) for cell, e in found])
+        (cell.preset, f'{cell.factor}: {cell.value}', *interval(e.final))
+        for cell, e in found])
   if related:
     with files.replacing(folder / 'explained.png') as temporary:
       plots.scatters(temporary, {

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import matplotlib
 matplotlib.use('Agg')
 from matplotlib import colors as plt_colors  # pylint: disable=g-import-not-at-top
+from matplotlib import lines  # pylint: disable=g-import-not-at-top
 from matplotlib import pyplot as plt  # pylint: disable=g-import-not-at-top
 from matplotlib import ticker
 import numpy as np
@@ -80,21 +81,24 @@ def metrics(path: Any, series: Mapping[str, Mapping[str, Sequence]]) -> None:
 
 
 def effects(path: Any, rows: Sequence[tuple[str, str, float, float]]) -> None:
-  """Draws effects with their intervals, one line each, grouped by colour.
+  """Draws effects with their intervals, one line each, a colour for each group.
 
   Args:
     path: where to write.
     rows: (group, name, mean, half of the interval; infinite for none).
   """
-  groups = list(dict.fromkeys(row[0] for row in rows))
+  color = {group: f'C{i}' for i, group in enumerate(dict.fromkeys(
+      row[0] for row in rows))}
   figure, axes = plt.subplots(
       figsize=(7, .26 * len(rows) + 1), layout='constrained')
   for i, (group, _, mean, half) in enumerate(rows):
     axes.errorbar(mean, i, xerr=half if np.isfinite(half) else None, fmt='o',
-                  color=f'C{groups.index(group) % 10}', markersize=4, capsize=2)
+                  color=color[group], markersize=4, capsize=2)
   axes.axvline(0, color='0.5', linewidth=1)
-  axes.set_yticks(range(len(rows)), [
-      f'{group}: {name}' for group, name, *_ in rows], fontsize=8)
+  axes.set_yticks(range(len(rows)), [name for _, name, *_ in rows], fontsize=8)
+  axes.legend(handles=[
+      lines.Line2D([], [], color=c, marker='o', linestyle='', label=group)
+      for group, c in color.items()], fontsize=8)
   axes.invert_yaxis()
   axes.grid(alpha=.3, axis='x')
   axes.set(xlabel='effect of FedFTG on the final test accuracy, points')

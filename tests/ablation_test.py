@@ -69,32 +69,42 @@ class ProgramTest(parameterized.TestCase):
   def test_cells_and_effects(self):
     factors = {'base': [dict(base='fed_avg'), dict(base='fed_prox')],
                'switch': [dict(ftg_hard_samples=False)]}
-    with absltest.mock.patch.object(ablation, 'FACTORS', factors):
-      args = [*self.args, '--factors=base,switch', '--seeds=2']
+    with absltest.mock.patch.object(
+        ablation, 'FACTORS', factors), absltest.mock.patch.object(
+            ablation, 'SETTINGS', {'base': factors['base']}):
+      args = [*self.args, '--factors=base,switch', '--seeds=2',
+              '--presets=official,robust']
       status, out, err = programs_test.call(
           ablation, *args, '--budget_hours=0')
       self.assertEqual(status, 0, err)
-      self.assertIn('3 of 3 cells are left for the next time', out)
+      self.assertIn('5 of 5 cells are left for the next time', out)
       status, out, err = programs_test.call(ablation, *args)
       self.assertEqual(status, 0, err)
       work = self.folder / 'a'
       self.assertCountEqual(
           [p.name for p in work.iterdir() if p.is_dir()],
-          ['fed_avg', 'fed_avg+fed_ftg', 'fed_prox', 'fed_prox+fed_ftg',
-           'fed_avg+fed_ftg,ftg_hard_samples=false'])
+          ['fed_avg', 'fed_prox',
+           'fed_avg+fed_ftg,ftg_preset=official',
+           'fed_avg+fed_ftg,ftg_preset=robust',
+           'fed_prox+fed_ftg,ftg_preset=official',
+           'fed_prox+fed_ftg,ftg_preset=robust',
+           'fed_avg+fed_ftg,ftg_preset=official,ftg_hard_samples=false'])
       report = json.loads((work / 'effects.json').read_text())
       self.assertEqual(
-          [(cell['factor'], cell['value']) for cell in report['cells']],
-          [('centre', 'fed_avg'), ('base', 'fed_prox'),
-           ('switch', 'ftg_hard_samples=false')])
+          [(cell['factor'], cell['value'], cell['preset'])
+           for cell in report['cells']],
+          [('centre', 'fed_avg', 'official'), ('centre', 'fed_avg', 'robust'),
+           ('base', 'fed_prox', 'official'), ('base', 'fed_prox', 'robust'),
+           ('switch', 'ftg_hard_samples=false', 'official')])
       def final(name, seed):
         path = work / name / f'seed{seed}' / 'summary.json'
         return json.loads(path.read_text())['final_accuracy']
-      np.testing.assert_allclose(report['cells'][1]['final'], [
-          100 * (final('fed_prox+fed_ftg', s) - final('fed_prox', s))
+      np.testing.assert_allclose(report['cells'][3]['final'], [
+          100 * (final('fed_prox+fed_ftg,ftg_preset=robust', s)
+                 - final('fed_prox', s))
           for s in (0, 1)], atol=1e-9)
       self.assertGreater(report['cells'][0]['said']['moved'][0], 0)
-      self.assertLen((work / 'table.md').read_text().splitlines(), 5)
+      self.assertLen((work / 'table.md').read_text().splitlines(), 7)
       self.assertGreater(Image.open(work / 'effects.png').size[0], 300)
       # Again: nothing is trained.
       status, out, _ = programs_test.call(ablation, *args)
@@ -104,6 +114,7 @@ class ProgramTest(parameterized.TestCase):
   @parameterized.parameters(
       (['--factors=moon'], '--factors=moon: must be of norm, '),
       (['--base=fed_avg+fed_ftg'], 'must be without fed_ftg'),
+      (['--presets=best'], '--presets=best: must be of official, '),
       (['--base=nix'], "no method 'nix'"),
       (['--factors=norm', '--model=mlp'], '--norm=group: must be none'))
   def test_errors(self, changes, message):
@@ -116,12 +127,12 @@ class ProgramTest(parameterized.TestCase):
     """Each factor's cells differ from the centre, and are valid."""
     factors = [f for f in ablation.FACTORS if f != 'dataset']
     with flagsaver.flagsaver():
-      cells = ablation.make_cells('fed_avg', factors)
-    self.assertBetween(len(cells), 30, 40)
+      cells = ablation.make_cells('fed_avg', factors, [])
+    self.assertBetween(len(cells), 35, 45)
     names = [cell.tuned[0] for cell in cells]
     self.assertLen(set(names), len(names))
     for cell in cells:
-      if cell.factor in ('switch', 'ftg_preset'):
+      if cell.factor in ablation.OWN:
         self.assertEqual(cell.base, cells[0].base)
 
 

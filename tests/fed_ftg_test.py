@@ -187,7 +187,8 @@ class PlainLoopTest(parameterized.TestCase):
         nll = -t[jnp.arange(len(y)), y]
         value += (nll * weight).mean() if options.cls_weight == 'per_sample' else (
             nll.mean() * weight.mean())
-        value -= (gap * weight).mean()
+        if options.hard_samples:
+          value -= (gap * weight).mean()
       return value, stats
 
     grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=(4, 6))

@@ -160,6 +160,9 @@ PRESETS = {
                   student_reduction='batchmean', labels='iid'),
     'intended': dict(cls_weight='per_sample', student_reduction='batchmean',
                      student_bn='keep', gen_bn_bias='drop'),
+    'robust': dict(cls_weight='per_sample', student_reduction='batchmean',
+                   student_bn='keep', gen_bn_bias='drop', hard_samples=False,
+                   memory=.9),
 }
 
 

@@ -51,7 +51,7 @@ SETTINGS: Mapping[str, list[dict[str, Any]]] = {
     'cohort': [dict(cohort=n) for n in (2, 5, 20)],
     'dataset': [dict(dataset='fashion_mnist', train_examples=10_000),
                 dict(dataset='fashion_mnist')],
-    'base': [dict(base=name) for name in ('fed_prox', 'fed_dyn', 'scaffold', 'moon')],
+    'base': [dict(base=name) for name in ('scaffold', 'fed_dyn', 'fed_prox', 'moon')],
 }
 OWN: Mapping[str, list[dict[str, Any]]] = {
     'preset': [dict(ftg_preset=name) for name in fed_ftg.PRESETS],
@@ -61,7 +61,8 @@ OWN: Mapping[str, list[dict[str, Any]]] = {
         dict(ftg_student_reduction='mean_bc'),
         dict(ftg_student_reduction='batchmean'),
         dict(ftg_gen_step='sequential'), dict(ftg_gen_step='joint'),
-        dict(ftg_generator_steps=1), dict(ftg_generator_steps=5),
+        dict(ftg_generator_steps=0), dict(ftg_generator_steps=1),
+        dict(ftg_generator_steps=5),
         dict(ftg_label_sampling='uniform'), dict(ftg_teacher_weight='uniform'),
         dict(ftg_teacher_weight='confident'), dict(ftg_lambda_dis=0.),
         dict(ftg_lambda_cls=0.), dict(ftg_generator_lr=.001),

@@ -276,7 +276,8 @@ def _define_ftg() -> None:
   """FedFTG's own flags: an option each, the preset's value where left out."""
   flags.DEFINE_enum(FTG + 'preset', 'official', list(fed_ftg.PRESETS),
                     'official: the released code; paper: the equations as far as '
-                    'known; intended: the code with its defects mended.')
+                    'known; intended: the code with its defects mended; robust: '
+                    'what was found to help, see docs/when_it_pays.md.')
   flags.DEFINE_integer(FTG + 'batch_size', 0, 'Generated images per step; 0 for '
                        '--batch_size.', lower_bound=0)
   help_of = dict(re.findall(

@@ -32,6 +32,12 @@ GENERATOR = models.image_generator(
 # loop that adds up in another order.
 FTG = fed_ftg.Options(iterations=1, student_steps=2, batch_size=6,
                       generator_optimizer=optax.sgd)
+# All that the server can keep between rounds, and the teacher from the last one.
+KEEPING = fed_ftg.preset(
+    'robust', iterations=1, student_steps=2, batch_size=6, warm_up=1,
+    generator_optimizer=lambda rate: optax.sgd(rate, momentum=.5),
+    generator_state='kept', generator_average=.5, noise='every_step',
+    teacher_weight='confident')
 DF = fed_df.Options(generator_steps=2, student_steps=2, batch_size=6,
                     student_lr=1., generator_lr=1e-4)
 PUBLIC = problems.make_data((9,), seed=4).x
@@ -87,6 +93,8 @@ ROWS = {
     'scaffold+fed_df': Row('scaffold+fed_df', WORDS, WORDS + CLASSES),
     'fed_dyn+fed_nova+fed_prox': Row('fed_dyn+fed_nova+fed_prox', up=1),
     **WITH_FTG,
+    'fed_ftg_keeping': Row(
+        'fed_ftg', up=CLASSES, options={'fed_ftg': dict(options=KEEPING)}),
     'local': Row('fed_avg', policy='local'),
     'reset': Row('fed_avg', policy='reset'),
     'local+fed_ftg': Row('fed_ftg', up=CLASSES, policy='local'),

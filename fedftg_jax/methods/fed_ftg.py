@@ -9,7 +9,8 @@ distilled on them. Each of I outer iterations draws z and y, then
   I_g times   theta <- Adam(theta, grad(l_md + lambda_cls l_cls + lambda_dis l_dis))
   I_d times   w <- SGD(w, grad(l_student)).
 `Options` names every point where the paper and the official code (commit
-1e6347c of ZhangLin-PKU/FedFTG) differ; `PRESETS` are three choices of them:
+1e6347c of ZhangLin-PKU/FedFTG) differ, and ways out of what goes wrong with both;
+`PRESETS` are four choices of them:
   official  the released code, number by number;
   paper     the published equations as far as they are known: the text could not
             be checked, so this preset is a reading of it, not a reference (the
@@ -17,7 +18,11 @@ distilled on them. Each of I outer iterations draws z and y, then
             absolute; with md='kl' gradients pass through the teachers too);
   intended  the official code with its defects mended: fidelity weighted per
             sample, student loss not divided by C, aggregated BatchNorm
-            statistics kept, no bias in front of a BatchNorm.
+            statistics kept, no bias in front of a BatchNorm;
+  robust    ours, neither the paper's nor the code's: 'intended' without hard
+            samples, which move the student away from what it knows of real
+            images, and with the broadcast model as one more teacher, for the
+            classes that earlier cohorts knew (docs/when_it_pays.md).
 
 Privacy: the server learns every client's class counts.
 """
@@ -371,7 +376,8 @@ def fine_tune(
 
   Returns:
     The fine-tuned student, what the server keeps, and the losses before each step:
-    'md', 'cls', 'dis' [I, I_g, K] (0 for an absent teacher), 'student' [I, I_d];
+    'md' (with hard samples), 'cls', 'dis' [I, I_g, K] (0 for an absent teacher),
+    'student' [I, I_d];
     and of the images of the student's first steps, [I] each: 'recognised', the
     ensemble's mean probability of the label that was asked for; 'ensemble_ce' and
     'ensemble_entropy', its cross-entropy with that label and its entropy; 'gap'
@@ -512,9 +518,9 @@ def _train_generator(model, generator, optimizer, options, teachers, alpha,
             teacher_logits, alpha)
     dis = losses.diversity(z, images)
     total = options.lambda_cls * jnp.sum(cls) + lambda_dis * dis
-    if options.hard_samples:
-      total += jnp.sum(md)
-    terms = {'md': md, 'cls': cls, 'dis': jnp.broadcast_to(dis, md.shape)}
+    terms = {'cls': cls, 'dis': jnp.broadcast_to(dis, cls.shape)}
+    if options.hard_samples:  # otherwise the student need not be asked
+      total, terms['md'] = total + jnp.sum(md), md
     return total, (stats, terms)
 
   def step(carry, teachers, alpha, lambda_dis):
@@ -532,7 +538,8 @@ def _train_generator(model, generator, optimizer, options, teachers, alpha,
   def one_teacher(carry, teacher):
     teacher, alpha, here = teacher
     only = jax.tree.map(lambda a: a[None], (teacher, alpha))
-    nothing = {name: jnp.zeros(1, z.dtype) for name in ('md', 'cls', 'dis')}
+    nothing = {name: jnp.zeros(1, z.dtype) for name in PER_TEACHER
+               if name != 'md' or options.hard_samples}
     return jax.lax.cond(
         here, lambda: step(carry, *only, options.lambda_dis / num_teachers),
         lambda: (carry, nothing))

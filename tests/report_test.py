@@ -221,23 +221,7 @@ class RunTest(parameterized.TestCase):
     self.assertLess(path.stat().st_size, 2e6)
     page = Page(path.read_text())
     self.assertEqual(page.tags.count('svg'), 7)
-    self.assertIn('What fine-tuning changes, class ScoringTest(parameterized.TestCase):
-
-  def test_a_model_under_two_names_is_scored_once(self):
-    folder = self.create_tempdir().full_path
-    args = programs_test.small(programs_test.write_data(folder))
-    with absltest.mock.patch.object(
-        evaluation, 'evaluate', wraps=evaluation.evaluate) as evaluate:
-      status, _, err = programs_test.call(
-          train, *args, '--method=fed_avg', '--evaluate_clients=none',
-          f'--workdir={folder}/run')
-    self.assertEqual(status, 0, err)
-    for row in files.read_jsonl(pathlib.Path(folder) / 'run' / 'metrics.jsonl'):
-      self.assertEqual(row['accuracy']['average'], row['accuracy']['broadcast'])
-    self.assertEqual(evaluate.call_count, 2)  # after rounds 2 and 3
-
-
-class by class', page.words)
+    self.assertIn('What fine-tuning changes, class by class', page.words)
     self.assertIn('Inside the methods', page.words)
     self.assertEqual(page.tags.count('img'), 2 + 2)  # rounds; nearest
     self.assertNotIn('script', page.tags)
@@ -307,6 +291,22 @@ class by class', page.words)
         files.read_jsonl(folder / 'metrics.jsonl'), self.rows):
       self.assertEqual(row, {k: v for k, v in watched.items() if k != 'clients'})
     self.assertFalse((folder / 'tensorboard').exists())
+
+
+class ScoringTest(parameterized.TestCase):
+
+  def test_a_model_under_two_names_is_scored_once(self):
+    folder = self.create_tempdir().full_path
+    args = programs_test.small(programs_test.write_data(folder))
+    with absltest.mock.patch.object(
+        evaluation, 'evaluate', wraps=evaluation.evaluate) as evaluate:
+      status, _, err = programs_test.call(
+          train, *args, '--method=fed_avg', '--evaluate_clients=none',
+          f'--workdir={folder}/run')
+    self.assertEqual(status, 0, err)
+    for row in files.read_jsonl(pathlib.Path(folder) / 'run' / 'metrics.jsonl'):
+      self.assertEqual(row['accuracy']['average'], row['accuracy']['broadcast'])
+    self.assertEqual(evaluate.call_count, 2)  # after rounds 2 and 3
 
 
 class ComparisonTest(absltest.TestCase):

@@ -100,7 +100,7 @@ class Effect(NamedTuple):
   """What FedFTG changes in a cell; accuracies in points, by seed."""
   final: list[float]     # in the end
   early: list[float]     # mean over the first third of the evaluations
-  last_step: list[float]  # broadcast model less the average it was made from
+  last_step: list[float]  # broadcast model less the one it was made from
   base: list[float]      # final accuracy without
   said: dict[str, list[float]]  # DIAGNOSTICS
 
@@ -197,7 +197,7 @@ def effect(base: list, tuned: list) -> Effect | None:
   return Effect(
       [100 * (b['final_accuracy'] - a['final_accuracy']) for a, b in pairs],
       [float(np.mean(points(b)[:third] - points(a)[:third])) for a, b in pairs],
-      [float(np.mean(points(b) - points(b, 'average'))) for b in tuned],
+      [float(np.mean(points(b) - points(b, 'aggregated'))) for b in tuned],
       [100 * a['final_accuracy'] for a in base],
       {name: [_mean_said(run, name) for run in tuned] for name in DIAGNOSTICS})
 

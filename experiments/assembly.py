@@ -124,7 +124,7 @@ def _method(config, dataset, model) -> base.Method:
              for part in recipes.parse(config['method'])}
   generator = None
   if recipes.generates(config['method']):
-    _check_num_labels(config, len(dataset.train_y))
+    _check_num_labels(config, dataset)
     ftg = options.get('fed_ftg', {'options': fed_ftg.Options()})['options']
     generator = _checked(
         'dataset', config, fed_ftg.make_generator, ftg, dataset.image_shape,
@@ -168,19 +168,25 @@ def _options(part, config) -> dict[str, Any]:
   return {'options': kind(**chosen, weight_decay=decay)}
 
 
-def _check_num_labels(config, num_examples) -> None:
+def _check_num_labels(config, dataset) -> None:
   """Refuses more steps than labels can be counted for, see `distillation`."""
-  of_all = 1 / (1 - config.get('ftg_memory', 0))  # rounds that are counted
-  for flag, batch, factor, besides in (
-      ('ftg_iterations', 'ftg_batch_size', of_all, config.get('ftg_warm_up', 0)),
-      ('df_generator_steps', 'df_batch_size', 2, 0),
-      ('df_student_steps', 'df_batch_size', 2, 0)):
+  num_examples = len(dataset.train_y)
+  bound = (2**32 - 1) // (num_examples + dataset.num_classes)
+  memory, warm_up = config.get('ftg_memory', 0), config.get('ftg_warm_up', 0)
+  besides = (f', --ftg_memory={memory:g} and --ftg_warm_up={warm_up}'
+             if memory or warm_up else '')
+  for flag, batch, labels in (
+      ('ftg_iterations', 'ftg_batch_size', bound * (1 - memory)),
+      ('df_generator_steps', 'df_batch_size', bound / 2),
+      ('df_student_steps', 'df_batch_size', bound / 2)):
     if flag in config:
-      most = int((2**32 - 1) // (factor * num_examples * config[batch])) - besides
+      most = int(labels // config[batch])
+      if flag == 'ftg_iterations':
+        most = max(most - warm_up, 0)
       if config[flag] > most:
         raise cli.UsageError(
             flag, config[flag], f'must be at most {most} with {num_examples} '
-            f'examples and batches of {config[batch]}')
+            f'examples and batches of {config[batch]}{besides}')
 
 
 def share_out(

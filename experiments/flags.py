@@ -1,5 +1,6 @@
 """The flags of all programs, their checks, and the configuration they make."""
 
+import inspect
 import math
 import os
 import re
@@ -31,8 +32,7 @@ PARTITIONS = {
 }
 SCHEDULES = ('exact', 'bernoulli', 'file:PATH')
 FTG = 'ftg_'
-# Of `fed_ftg.Options`, what has a flag with the preset's value as its default; the
-# others follow from flags of clients or of the schedule.
+# Of `fed_ftg.Options`, what has a flag with the preset's value as its default.
 FTG_OPTIONS = tuple(name for name in fed_ftg.Options._fields if name not in (
     'batch_size', 'weight_decay', 'generator_optimizer'))
 # The flags of a method, by what their names begin with; the rest of a name is
@@ -280,12 +280,14 @@ def _define_ftg() -> None:
                     'what was found to help, see docs/when_it_pays.md.')
   flags.DEFINE_integer(FTG + 'batch_size', 0, 'Generated images per step; 0 for '
                        '--batch_size.', lower_bound=0)
+  described = inspect.cleandoc(fed_ftg.Options.__doc__ or '')
   help_of = dict(re.findall(
-      r'^ {4}(\w+): (.*?)(?=^ {4}\w|\Z)', fed_ftg.Options.__doc__ or '',
-      re.M | re.S))
+      r'^ {2}(\w+): (.*?)(?=^ {2}\w|\Z)', described, re.M | re.S))
   for name in FTG_OPTIONS:
     default, allowed = getattr(fed_ftg.Options(), name), fed_ftg.CHOICES.get(name)
-    text = ' '.join(help_of.get(name, '').split()) + ' Default: the preset\'s.'
+    text = ' '.join(help_of.get(name, '').split()).replace(
+        ' (here also a function of the round)', '') + (
+            f' Default: the preset\'s ({default} in the code\'s).')
     if allowed:
       flags.DEFINE_enum(FTG + name, None, allowed, text)
     elif isinstance(default, bool):

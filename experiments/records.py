@@ -178,7 +178,9 @@ class Run:
             experiment.dataset.num_classes)
       if len(experiment.dataset.train_x) > 1:
         files.write_tree(
-            folder / 'nearest.npz', scoring.nearest_real(experiment, state))
+            folder / 'nearest.npz',
+            {'round': np.int32(self.rounds),
+             **scoring.nearest_real(experiment, state)})
     if not devices.is_first():
       return  # the rest is made of rows, which the first process has
     with files.replacing(folder / 'curves.png') as temporary:
@@ -223,7 +225,7 @@ def _class_change(models) -> dict[str, list[float | None]]:
   if 'fine_tuned' not in models:
     return {}
   return {'class_change': [*map(_number, np.subtract(
-      *(models[name]['per_class'] for name in ('fine_tuned', 'average'))))]}
+      *(models[name]['per_class'] for name in ('fine_tuned', 'aggregated'))))]}
 
 
 def flat(row: dict[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -131,13 +131,16 @@ def read_run(folder: UPath, rounds: int | None = None) -> Run:
     value = files.read_json(path) if path.exists() else {}
     return value if value.get('round') == rows[-1]['round'] else {}
 
+  nearest_real = _arrays(folder / 'nearest.npz')
+  if nearest_real and nearest_real['round'] != rows[-1]['round']:
+    nearest_real = {}
   images = {int(name.removeprefix('round_')): a
             for name, a in _arrays(folder / 'generated.npz').items()}
   return Run(
       saved['config'], saved['versions'], rows, lines('timings.jsonl'),
       last('clients.json'), last('classes.json'), _arrays(folder / 'counts.npz'),
       {t: a for t, a in images.items() if t <= rows[-1]['round']},
-      _arrays(folder / 'nearest.npz') if rounds in (None, rows[-1]['round']) else {})
+      nearest_real)
 
 
 def _arrays(path):
@@ -400,11 +403,12 @@ def _class_changes(runs) -> list[tuple[str, markupsafe.Markup]]:
   """By name what fine-tuning changes in each class, means over seeds."""
   pictures = []
   for i, (name, of_name) in enumerate(runs.items()):
-    if all('class_change' in row for run in of_name for row in run.rows):
-      changes = 100 * np.mean([
-          np.array([row['class_change'] for row in run.rows], float)
-          for run in of_name], axis=0)
-      rounds = [row['round'] for row in of_name[0].rows]
+    by_round = [{row['round']: row['class_change'] for row in run.rows
+                 if 'class_change' in row} for run in of_name]
+    rounds = [t for t in by_round[0] if all(t in of_run for of_run in by_round)]
+    if rounds:
+      changes = 100 * np.mean([np.array(
+          [of_run[t] for t in rounds], float) for of_run in by_round], axis=0)
       pictures.append((name, svg.inline(
           f'change{i}', f'{name}: what fine-tuning changes in the accuracy on each '
           'class, round by round.', plots.class_changes, rounds, changes)))

@@ -124,7 +124,7 @@ class Sent(NamedTuple):
 
 class Received(NamedTuple):
   """What the server gets from a cohort."""
-  broadcast: Variables  # what it had sent
+  broadcast: Variables  # the model that the clients had received
   average: Variables  # weighted mean of the models; as broadcast if none arrived
   summed: PyTree      # the method's `summed`, added up over the clients
   stacked: PyTree     # the method's `stacked`, each leaf [S, ...]

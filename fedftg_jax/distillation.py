@@ -43,17 +43,19 @@ def count_labels(num_classes: int, num_labels: int) -> Callable:
 
   Args:
     num_classes: C.
-    num_labels: how many labels the server draws from the counts in a round.
+    num_labels: at most how many labels the server draws in a round, times the
+      rounds whose counts it draws them from.
 
   Returns:
     The hook. It raises ValueError where `quota_labels` would count past 2**32.
   """
   def upload(view, local, objective, key):
     del local, objective, key
-    if num_labels * len(view.data.y) >= 2**32:
+    num_counted = len(view.data.y) + num_classes  # where counts are rounded
+    if num_labels * num_counted >= 2**32:
       raise ValueError(
-          'labels drawn in a round times number of examples must stay below '
-          f'2**32, got {num_labels} * {len(view.data.y)}.')
+          'labels drawn in a round times number of examples and classes must stay '
+          f'below 2**32, got {num_labels} * {num_counted}.')
     return view.own, clients.label_counts(view.data, num_classes)
   return upload
 

@@ -126,8 +126,8 @@ def federation(
     average = optax.tree.add(state.variables, change)
     stacked = jax.tree.map(lambda a: a[:size], stacked)
     received = Received(
-        state.variables, average, summed, stacking.everywhere(stacked, mesh), arrived[:size],
-        state.round, num_clients, data.public,
+        state.variables, average, summed, stacking.everywhere(stacked, mesh),
+        arrived[:size], state.round, num_clients, data.public,
         functools.partial(stacking.spread, mesh=mesh))
     variables, shared, info = method.update(
         state.variables, state.shared, received,

@@ -15,7 +15,7 @@ from tests import programs_test
 
 def figures_of(final, accuracies, averages, recognised=()):
   """As `suite.read_run` gives them."""
-  rows = [{'round': i, 'accuracy': {'broadcast': a, 'average': b}}
+  rows = [{'round': i, 'accuracy': {'broadcast': a, 'aggregated': b}}
           for i, (a, b) in enumerate(zip(accuracies, averages))]
   for row, value in zip(rows, recognised):
     row['fed_ftg/recognised'] = value

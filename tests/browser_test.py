@@ -95,7 +95,8 @@ def write_run(folder, method, seed, accuracy, long):
   values = np.minimum(.98, accuracy * (1 - np.exp(-np.arange(1, 21) / 5)))
   rows = [{'round': 2 * t + 2, 'test_accuracy': a, 'bytes_up': 1e7 * (t + 1),
            'bytes_down': 1e7 * (t + 1), 'accuracy': {
-               name: a - i / 50 for i, name in enumerate(names)}}
+               name: a - i / 50 for i, name in enumerate(names)},
+           'class_change': rng.normal(0, .05, 10).tolist()}
           for t, a in enumerate(values)]
   files.write_jsonl(folder / 'metrics.jsonl', rows)
   files.write_jsonl(folder / 'timings.jsonl', [{
@@ -116,6 +117,11 @@ def write_run(folder, method, seed, accuracy, long):
   files.write_tree(folder / 'generated.npz', {
       f'round_{t:06d}': rng.randint(0, 255, (10, 28, 28, 1)).astype(np.uint8)
       for t in range(2, 42, 4)})
+  files.write_tree(folder / 'nearest.npz', {
+      **{name: rng.randint(0, 255, (10, 28, 28, 1)).astype(np.uint8)
+         for name in ('generated', 'real')},
+      'label': np.arange(10), 'distance': rng.uniform(.5, 1, 10),
+      'between_real': np.float32(.7), 'round': np.int32(40)})
 
 
 @pytest.mark.browser

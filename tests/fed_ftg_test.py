@@ -34,9 +34,13 @@ def teachers(model=problems.LINEAR, num=3):
 def fine_tune(student, made, taught, counts, arrived, z, labels,
               model=problems.LINEAR, options=fed_ftg.Options()):
   student, shared, terms = fed_ftg.fine_tune(
-      model, GENERATOR, student, fed_ftg.start(made, options), taught, counts, z,
+      model, GENERATOR, student, init_shared(made, options), taught, counts, z,
       labels, arrived=arrived, options=options)
   return student, shared.generator, terms
+
+
+def init_shared(made, options):
+  return fed_ftg.init_shared(made, problems.NUM_CLASSES, options)
 
 
 def inputs(options, model=problems.LINEAR, num=3):
@@ -144,7 +148,7 @@ class FineTuneTest(parameterized.TestCase):
   @parameterized.parameters(
       dict(hard_samples=False), dict(generator_steps=2), dict(noise='fresh'),
       dict(temperature=3., student_weight='recognised'),
-      dict(noise='every_step', teacher_weight='confident', warm_up=1),
+      dict(noise='every_step'), dict(teacher_weight='confident'), dict(warm_up=1),
       dict(md='kl', gen_step='joint', ensemble='logit', lambda_cls=.5,
            lambda_dis=0., student_reduction='batchmean', labels='iid',
            kl_direction='reverse', cls_weight='per_sample'))
@@ -358,7 +362,11 @@ class PiecesTest(parameterized.TestCase):
         fed_ftg.preset('intended', md='kl').student_bn, 'keep')
     for bad, message in (
         (dict(md='l2'), r"md must be one of \('l1', 'kl'\), got 'l2'"),
-        (dict(iterations=-1), 'iterations must be at least 0, got -1')):
+        (dict(iterations=-1), 'iterations must be at least 0, got -1'),
+        (dict(warm_up=-1), 'warm_up must be at least 0, got -1'),
+        (dict(memory=1.), 'memory must be from 0 to below 1, got 1'),
+        (dict(generator_average=-.1), 'generator_average must be from 0 to below'),
+        (dict(temperature=0.), 'temperature must be above 0, got 0')):
       with self.assertRaisesRegex(ValueError, message):
         fed_ftg.preset('official', **bad)
     with self.assertRaisesRegex(ValueError, "intended.*got 'best'"):
@@ -451,6 +459,33 @@ class DiagnosticsTest(parameterized.TestCase):
     np.testing.assert_array_equal(arrived, [True, True, False, True])
     np.testing.assert_allclose(after, (past + COUNTS.sum(0)) / 2)
 
+  def test_memory_teaches(self):
+    """The step is that of the cohort's teachers and one more."""
+    options = fed_ftg.Options(**SMALL, memory=.5)
+    method = fed_ftg.fed_ftg(
+        problems.LINEAR, GENERATOR, problems.NUM_CLASSES, options)
+    given, sent = inputs(options), problems.LINEAR.init(jax.random.key(7))
+    arrived, counts = jnp.array([True, True, False]), COUNTS.at[2].set(0)
+    received = base.Received(
+        sent, None, (), (given['taught'], counts), arrived, jnp.int32(1), 5, ())
+    shared, _ = method.init(KEY, given['student'])
+    tuned, after, _ = method.update(
+        given['student'], shared._replace(past=jnp.array([3., .2, 1.])), received,
+        KEY)
+    counts = jnp.concatenate([counts, jnp.array([[3, 0, 1]])])
+    z, labels = fed_ftg.draw(KEY, counts.sum(0), GENERATOR.noise_dim, options)
+    student, made, _ = fine_tune(
+        given['student'], shared.generator, jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b[None]]), given['taught'], sent),
+        counts, jnp.append(arrived, True), z, labels, options=options)
+    chex.assert_trees_all_close(
+        (tuned, after.generator), (student, made), atol=1e-6)
+    np.testing.assert_allclose(after.past, [4., 1.6, 1.5])
+
+  def test_count_bound(self):
+    self.assertEqual(fed_ftg.count_bound(fed_ftg.Options(
+        iterations=2, warm_up=1, batch_size=6, memory=.5)), 36)
+
   def test_warm_up(self):
     """The generator learns as in iterations without a student's step."""
     options = fed_ftg.Options(**SMALL, warm_up=2, generator_optimizer=optax.sgd)
@@ -466,21 +501,46 @@ class DiagnosticsTest(parameterized.TestCase):
         (student, made), fine_tune(**after)[:2], atol=1e-6)
 
   def test_mean_generator(self):
-    options = fed_ftg.Options(iterations=1, student_steps=1, batch_size=6,
+    """Of both iterations, bias corrected, from the first one on."""
+    options = fed_ftg.Options(iterations=2, student_steps=0, batch_size=6,
                               generator_average=.75)
     given = inputs(options)
+
+    def run(part):
+      return fed_ftg.fine_tune(
+          problems.LINEAR, GENERATOR, given['student'],
+          init_shared(given['made'], options), given['taught'], given['counts'],
+          given['z'][part], given['labels'][part], options=options)[1]
+
+    first, both = run(slice(1)), run(slice(2))
+    chex.assert_trees_all_close(
+        fed_ftg.image_generator(first, options), first.generator, atol=1e-6)
+    chex.assert_trees_all_close(
+        fed_ftg.image_generator(both, options), jax.tree.map(
+            lambda a, b: (.75 * a + b) / 1.75, first.generator, both.generator),
+        atol=1e-6)
+
+  def test_mean_generator_makes_the_images(self):
+    """Those of the student, and those that are looked at."""
+    options = fed_ftg.Options(iterations=1, student_steps=1, batch_size=6,
+                              generator_steps=0, generator_average=.75)
+    given, other = inputs(options), GENERATOR.init(jax.random.key(9))
+    shared = fed_ftg.Shared(given['made'], average=optax.EmaState(
+        jnp.int32(1), jax.tree.map(lambda a: .25 * a, other)))
     student, shared, _ = fed_ftg.fine_tune(
-        problems.LINEAR, GENERATOR, given['student'],
-        fed_ftg.start(given['made'], options), given['taught'], given['counts'],
-        given['z'], given['labels'], options=options)
-    mean = jax.tree.map(
-        lambda a, b: .75 * a + .25 * b, given['made'], shared.generator)
-    chex.assert_trees_all_close(shared.mean_generator, mean, atol=1e-6)
-    chex.assert_trees_all_equal(shared.seen, shared.mean_generator)
-    # It made the student's images, without learning.
-    plain = {**given, 'made': mean, 'options': options._replace(
-        generator_average=0., generator_steps=0)}
+        problems.LINEAR, GENERATOR, given['student'], shared, given['taught'],
+        given['counts'], given['z'], given['labels'], options=options)
+    mean = jax.tree.map(lambda a, b: (.75 * a + b) / 1.75, other, given['made'])
+    plain = {**given, 'made': mean,
+             'options': options._replace(generator_average=0.)}
     chex.assert_trees_all_close(student, fine_tune(**plain)[0], atol=1e-6)
+    method = fed_ftg.fed_ftg(
+        problems.LINEAR, GENERATOR, problems.NUM_CLASSES, options)
+    labels = jnp.arange(3)
+    noise = jax.random.normal(KEY, (3, GENERATOR.noise_dim))
+    np.testing.assert_allclose(
+        method.synthesise(shared, labels, KEY),
+        GENERATOR.apply(mean, noise, labels)[0], atol=1e-5)
 
   def test_generator_optimizer_goes_on(self):
     options = fed_ftg.Options(**SMALL, generator_state='kept', gen_step='joint')
@@ -492,11 +552,11 @@ class DiagnosticsTest(parameterized.TestCase):
           given['counts'], given['z'][part], given['labels'][part],
           options=options._replace(student_steps=0))[1]
 
-    whole = run(fed_ftg.start(given['made'], options), slice(None))
-    halves = run(run(fed_ftg.start(given['made'], options), slice(1)), slice(1, 2))
+    whole = run(init_shared(given['made'], options), slice(None))
+    halves = run(run(init_shared(given['made'], options), slice(1)), slice(1, 2))
     chex.assert_trees_all_close(whole, halves, atol=1e-6)
-    fresh = run(run(fed_ftg.start(given['made'], options), slice(1))._replace(
-        opt_state=fed_ftg.start(given['made'], options).opt_state), slice(1, 2))
+    fresh = run(run(init_shared(given['made'], options), slice(1))._replace(
+        opt_state=init_shared(given['made'], options).opt_state), slice(1, 2))
     self.assertGreater(optax.tree.norm(optax.tree.sub(
         fresh.generator, whole.generator)), 1e-4)
 
@@ -522,6 +582,8 @@ class DiagnosticsTest(parameterized.TestCase):
     np.testing.assert_allclose(
         fed_ftg._confident(weight, logits, jnp.array([0, 1])),  # pylint: disable=protected-access
         [[.8, .3], [.2, .3], [0., 0.]], atol=1e-6)
+    nobody = fed_ftg._confident(0 * weight, logits, jnp.array([0, 1]))  # pylint: disable=protected-access
+    np.testing.assert_array_equal(nobody, 0 * weight)
 
   def test_recognised_images_count_more(self):
     """An image whose label the ensemble denies is as if it were not there."""
@@ -591,14 +653,20 @@ class InARoundTest(parameterized.TestCase):
         fed.traffic(state, problems.DATA)[1] - fed.traffic(
             state, problems.DATA)[0], 32 * problems.NUM_CLASSES)
 
-  def test_over_seeds(self):
+  @parameterized.parameters(
+      {}, dict(memory=.9, generator_average=.5, generator_state='kept'))
+  def test_over_seeds(self, **changes):
     fed = problems.make(method=base.chain(fed_avg.fed_avg(), self.part(
-        generator_optimizer=optax.sgd)))
+        generator_optimizer=optax.sgd, **changes)))
     seeds = jnp.stack([jax.random.key(s) for s in (3, 4)])
     both, cohort = federation.over_seeds(fed), problems.row([0, 1, 4, -1])
-    state, _ = both.round(both.init(seeds), problems.DATA, cohort, seeds)
+    state = both.init(seeds)
+    for _ in range(2):
+      state, _ = both.round(state, problems.DATA, cohort, seeds)
     for r, key in enumerate(seeds):
-      alone, _ = fed.round(fed.init(key), problems.DATA, cohort, key)
+      alone = fed.init(key)
+      for _ in range(2):
+        alone, _ = fed.round(alone, problems.DATA, cohort, key)
       chex.assert_trees_all_close(
           jax.tree.map(lambda a: a[r], state.variables), alone.variables,
           atol=1e-5)

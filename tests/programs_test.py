@@ -194,7 +194,7 @@ class TrainTest(parameterized.TestCase):
           ['round', 'train_loss', 'test_loss', 'test_accuracy', 'accuracy',
            'bytes_up', 'bytes_down'], row)
       self.assertCountEqual(
-          row['accuracy'], ['average', 'broadcast', 'fine_tuned'])
+          row['accuracy'], ['average', 'broadcast', 'aggregated', 'fine_tuned'])
       self.assertEqual(row['test_accuracy'], row['accuracy']['broadcast'])
     # Bytes by hand: an MLP 64-200-200-3 in float32, and three counts.
     model = 4 * (64 * 200 + 200 + 200 * 200 + 200 + 200 * 3 + 3)
@@ -388,6 +388,9 @@ class ErrorsTest(parameterized.TestCase):
       ('--schedule=poisson', '--schedule=poisson: must be one of'),
       ('--ftg_preset=best', '--ftg_preset=best: .*official.*paper.*intended'),
       ('--ftg_md=l2', '--ftg_md=l2: .*l1.*kl'),
+      ('--ftg_memory=1', '--ftg_memory=1.0: must be below 1'),
+      ('--ftg_generator_average=1', '--ftg_generator_average=1.0: must be below 1'),
+      ('--ftg_temperature=0', '--ftg_temperature=0.0: must be above 0'),
       ('--norm=batch --model=mlp', '--norm=batch: must be none for --model=mlp'),
       ('--server_learning_rate=0', '--server_learning_rate=0.0: must be above 0'),
       ('--flagfile=/no/file', '--flagfile: .*/no/file.*must name a file'),
@@ -441,7 +444,9 @@ class ErrorsTest(parameterized.TestCase):
         ([f'--schedule=file:{ids}'], 'client 0 is twice in round 0'),
         ([f'--schedule=file:{ids}', '--rounds=9'], 'has 3 rounds, 9 are asked'),
         (['--ftg_iterations=99999999'], '--ftg_iterations=99999999: must be at '
-         'most 7158278 with 60 examples'),
+         'most 6817408 with 60 examples'),
+        (['--ftg_memory=.5', '--ftg_warm_up=99999999'],
+         'must be at most 0 with 60 .* --ftg_memory=0.5 and --ftg_warm_up=99999999'),
         ([f'--dataset=npz:{odd}', '--model=lenet', '--num_clients=2',
           '--method=fed_avg', '--norm=group'], None),
         (['--num_clients=61'], '--num_clients=61: .*number of examples')):
@@ -456,6 +461,8 @@ class ErrorsTest(parameterized.TestCase):
 
   def test_as_a_process(self):
     """Status and line are what a shell sees; help is there."""
+    for name in flags.FTG_OPTIONS:  # what it is, and what if it is left out
+      self.assertRegex(absl_flags.FLAGS[f'ftg_{name}'].help, r'\w.*\. Default: ')
     command = [sys.executable, '-m', 'experiments.train']
     wrong = subprocess.run([*command, '--rounds=-3'], cwd=ROOT, text=True,
                            capture_output=True, check=False)

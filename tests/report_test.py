@@ -188,7 +188,7 @@ class RunTest(parameterized.TestCase):
       change = np.array(row['class_change'], float)
       np.testing.assert_allclose(
           np.nansum(change * counts) / counts.sum(),
-          row['accuracy']['fine_tuned'] - row['accuracy']['average'], atol=1e-5)
+          row['accuracy']['fine_tuned'] - row['accuracy']['aggregated'], atol=1e-5)
     header, *_ = (self.run_folder / 'metrics.csv').read_text().splitlines()
     self.assertNotIn('class', header)
 

@@ -87,7 +87,10 @@ class ResumeTest(parameterized.TestCase):
       self.assert_same('whole', f'cut{stop}')
 
   @parameterized.parameters(
-      ('fed_ftg', ['--tensorboard']), ('moon', ['--client_state=disk']),
+      ('fed_ftg', ['--tensorboard']),
+      ('fed_ftg', ['--ftg_preset=robust', '--ftg_generator_state=kept',
+                   '--ftg_generator_average=0.5']),
+      ('moon', ['--client_state=disk']),
       ('fed_avg', ['--server_optimizer=adam', '--eval_every=2', '--rounds=7',
                    '--dropout_rate=0.3']))
   def test_all_that_a_run_holds_comes_back(self, method, changes):
@@ -107,6 +110,7 @@ class ResumeTest(parameterized.TestCase):
     self.assertIn('going on after round 2', out)
     self.assert_same('whole', 'cut')
     if method == 'fed_ftg':
+      self.assert_same('whole', 'cut', ('nearest.npz',))
       with np.load(self.folder / 'whole/generated.npz') as whole, np.load(
           self.folder / 'cut/generated.npz') as cut:
         self.assertEqual(whole.files, cut.files)

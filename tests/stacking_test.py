@@ -20,6 +20,7 @@ GENERATOR = models.image_generator(
 FTG = fed_ftg.Options(iterations=1, student_steps=2, batch_size=6,
                       generator_optimizer=optax.sgd)
 JOINT = FTG._replace(gen_step='joint')
+MEMORY = JOINT._replace(memory=.9)  # one more teacher than clients
 
 
 def make(name, model=problems.LINEAR, options=FTG, **settings):
@@ -74,7 +75,7 @@ class DevicesTest(parameterized.TestCase):
         KEY, every=2)
 
   @parameterized.parameters(
-      ('fed_avg',), ('scaffold+fed_ftg',), ('fed_ftg', JOINT), ('fed_df',),
+      ('fed_avg',), ('scaffold+fed_ftg',), ('fed_ftg', MEMORY), ('fed_df',),
       ('fed_dyn+fed_nova',))
   def test_same_on_any_number(self, name, options=FTG):
     with enable_x64(True):

@@ -48,9 +48,10 @@ class Options(NamedTuple):
     generator_steps: I_g, passes of generator updates in an iteration.
     student_steps: I_d, student updates in an iteration.
     batch_size: B, generated images at once.
-    student_lr: learning rate of the student's SGD; a float or a function of the
-      round.
-    generator_lr: learning rate of the generator's Adam; in the same forms.
+    student_lr: learning rate of the student's SGD (here also a function of the
+      round).
+    generator_lr: learning rate of the generator's Adam (here also a function of
+      the round).
     weight_decay: of the student's SGD.
     lambda_cls: weight of the fidelity term.
     lambda_dis: weight of the diversity term.
@@ -80,13 +81,15 @@ class Options(NamedTuple):
       which is then T^2 as large (Hinton et al., arXiv:1503.02531); 1 in the code.
     trust_region: how far the student may end from the aggregated model, over that
       model's norm; it is brought back to there. 0 for no bound (code).
-    memory: the model that was broadcast is one more teacher, with the class counts
-      of earlier rounds, discounted by this factor a round; 0 for no such teacher
-      (code).
+    memory: the model that was broadcast is one more teacher, the last, with the
+      class counts of earlier rounds, discounted by this factor a round. Its weight
+      tends to this factor where cohorts are alike, and to 1 for classes that the
+      cohort lacks; 0 for no such teacher (code).
     warm_up: iterations at the beginning of a round in which the generator learns
       alone; 0 in the code.
-    generator_average: decay, per iteration, of the running mean of generators that
-      makes the student's images; 0 for the generator itself (code).
+    generator_average: decay, per iteration, of the running mean (bias corrected)
+      of generators that makes the student's images; 0 for the generator itself
+      (code).
     generator_state: the generator's optimiser begins anew in every round ('fresh',
       code) or goes on ('kept').
     min_recognised: the fine-tuned student is taken only in rounds in which the
@@ -102,7 +105,8 @@ class Options(NamedTuple):
     teacher_weight: 'class', alpha_k^y = n_k^y / sum_i n_i^y, 'uniform', 1 / K
       (ablation of the class-level ensemble), or 'confident', the class weights
       times the probability that the teacher gives the asked label (ensemble only).
-    generator_optimizer: learning rate -> optax optimiser.
+    generator_optimizer: learning rate -> optax optimiser, whose state must not hold
+      the rate.
   """
   iterations: int = 10
   generator_steps: int = 1
@@ -174,14 +178,9 @@ PRESETS = {
 class Shared(NamedTuple):
   """The server slot; () where the options do without."""
   generator: Variables
-  mean_generator: Variables | tuple = ()  # see `Options.generator_average`
+  average: optax.EmaState | tuple = ()  # see `Options.generator_average`
   opt_state: optax.OptState | tuple = ()  # see `Options.generator_state`
   past: jax.Array | tuple = ()  # [C] class counts, see `Options.memory`
-
-  @property
-  def seen(self) -> Variables:
-    """The generator that makes the student's images."""
-    return self.mean_generator or self.generator
 
 
 def preset(name: str, **changes) -> Options:
@@ -229,9 +228,10 @@ def fed_ftg(
 
   Returns:
     The method. Its server slot is `Shared`, its message the class counts. Info
-    holds the model 'fine_tuned' and, as means over the round, the losses and what
-    `fine_tune` says of the images; 'moved' (and 'stats_moved', of BatchNorm
-    statistics) is the distance from the aggregated model over that model's norm.
+    holds the models 'aggregated' (by the parts before) and 'fine_tuned' and, as
+    means over the round, the losses and what `fine_tune` says of the images;
+    'moved' (and 'stats_moved', of BatchNorm statistics) is the distance between
+    the two over the norm of the first.
 
   Raises:
     ValueError: for a wrong option.
@@ -240,14 +240,12 @@ def fed_ftg(
 
   def init(key, variables):
     del variables
-    shared = start(generator.init(key), options)
-    if options.memory:
-      shared = shared._replace(past=jnp.zeros(num_classes))
-    return shared, ()
+    return init_shared(generator.init(key), num_classes, options), ()
 
   def update(variables, shared, received, key):
     if not options.iterations:
-      return variables, shared, Info(models={'fine_tuned': variables})
+      return variables, shared, Info(
+          models={'aggregated': variables, 'fine_tuned': variables})
     (teachers, counts, arrived), past = _all_teachers(
         received, shared.past, options)
     z, labels = draw(key, counts.sum(0), generator.noise_dim, options)
@@ -266,27 +264,45 @@ def fed_ftg(
       metrics['stats_moved'] = _distance(tuned.stats, variables.stats)
     metrics = {f'fed_ftg/{name}': value for name, value in metrics.items()}
     return (tuned, shared._replace(past=past),
-            Info(metrics, {'fine_tuned': tuned}))
+            Info(metrics, {'aggregated': variables, 'fine_tuned': tuned}))
 
-  # Every label is drawn from the counts of at most so many rounds.
-  rounds = 1 / (1 - options.memory)
   return Method(
       init=init, update=update,
-      synthesise=distillation.draw_images(generator, lambda shared: shared.seen),
-      upload=distillation.count_labels(
-          num_classes, math.ceil(rounds * _num_labels(options))),
+      synthesise=distillation.draw_images(
+          generator, lambda shared: image_generator(shared, options)),
+      upload=distillation.count_labels(num_classes, count_bound(options)),
       stacked=lambda sent: (sent.model, sent.message))
 
 
-def start(generator_variables: Variables, options: Options) -> Shared:
-  """The server slot of a generator that is not trained yet, without `past`."""
+def init_shared(
+    generator_variables: Variables, num_classes: int, options: Options) -> Shared:
+  """The server slot of a generator that is not trained yet."""
   shared = Shared(generator_variables)
   if options.generator_average:
-    shared = shared._replace(mean_generator=generator_variables)
-  if options.generator_state == 'kept':
     shared = shared._replace(
-        opt_state=options.generator_optimizer(0.).init(generator_variables.params))
+        average=optax.ema(options.generator_average).init(generator_variables))
+  if options.generator_state == 'kept':
+    rate = options.generator_lr
+    optimizer = options.generator_optimizer(rate(0) if callable(rate) else rate)
+    shared = shared._replace(opt_state=optimizer.init(generator_variables.params))
+  if options.memory:
+    shared = shared._replace(past=jnp.zeros(num_classes))
   return shared
+
+
+def image_generator(shared: Shared, options: Options) -> Variables:
+  """The generator that makes the student's images."""
+  if not options.generator_average:
+    return shared.generator
+  return optax.tree.bias_correction(
+      shared.average.ema, options.generator_average,
+      jnp.maximum(shared.average.count, 1))
+
+
+def count_bound(options: Options) -> int:
+  """What `distillation.count_labels` has to allow for: the labels of a round, times
+  the rounds whose counts they are drawn from."""
+  return math.ceil(_num_labels(options) / (1 - options.memory))
 
 
 def _all_teachers(received, past, options):
@@ -314,7 +330,7 @@ def draw(key, counts, noise_dim, options):
   """
   key_noise, key_labels = jax.random.split(key)
   num_draws = 1 + {'shared': 0, 'fresh': 1,
-                   'every_step': options.student_steps}[options.noise]
+                   'every_step': max(1, options.student_steps)}[options.noise]
   iterations = options.warm_up + options.iterations
   shape = iterations, num_draws, options.batch_size, noise_dim
   if options.label_sampling == 'uniform':
@@ -361,7 +377,7 @@ def fine_tune(
     model: the classifier.
     generator: the generator.
     student: variables of the aggregated model.
-    shared: what the server keeps, see `start`.
+    shared: what the server keeps, see `init_shared`.
     teachers: variables of the clients' models, every leaf [K, ...].
     counts: [K, C] examples of each class that each teacher was trained on.
     z: [W + I, D, B, noise]; the generator is trained on z[:, 0], the student on
@@ -388,75 +404,83 @@ def fine_tune(
   alpha = ensemble_weights(counts, arrived, options)
   optimizer = options.generator_optimizer(generator_lr)
   apart = spread(teachers)
-  train_generator = functools.partial(
-      _train_generator, model, generator, optimizer, options,
+  learn = functools.partial(
+      _learn, model, generator, optimizer, options,
       apart if options.gen_step == 'joint' else teachers, alpha, arrived)
+  example = functools.partial(_example, model, generator, options, apart, alpha)
   distil = functools.partial(
       distillation.distil, model,
       optimizer=distillation.sgd(student_lr, options.weight_decay),
       loss=functools.partial(student_loss, options=options),
       num_steps=options.student_steps,
       train=options.student_bn == 'overwrite')
-
-  def learn(student, shared, z, labels):
-    (made, opt_state), terms = jax.lax.scan(
-        lambda c, _: train_generator(student, z, labels, c),
-        (shared.generator, shared.opt_state), length=options.generator_steps)
-    mean = shared.mean_generator and optax.incremental_update(
-        made, shared.mean_generator, 1 - options.generator_average)
-    return Shared(made, mean, opt_state), terms
-
-  def example(made, z, labels):
-    """Images, what the ensemble says of them, and what of that is the target."""
-    images, _ = generator.apply(made, z, labels)
-    logits = distillation.teacher_logits(model, apart, images)
-    weight = alpha[:, labels]
-    if options.teacher_weight == 'confident':
-      weight = _confident(weight, logits, labels)
-    together = functools.partial(
-        distillation.ensemble, weight=weight, kind=options.ensemble)
-    said, target = together(logits), together(logits / options.temperature)
-    if options.student_weight == 'recognised':
-      target *= _of_label(said, labels)
-    return images, said, target
+  every_step = options.noise == 'every_step'
 
   def iteration(carry, draws):
-    student, shared = carry
+    student, kept = carry
     z, labels = draws
-    shared, terms = learn(student, shared, z[0], labels)
-    images, said, target = example(shared.seen, z[min(1, len(z) - 1)], labels)
+    kept, terms = learn(student, kept, z[0], labels)
+    draw_one = functools.partial(
+        example, image_generator(kept, options), labels=labels)
+    images, said, target = jax.lax.map(draw_one, z[1:] if every_step else z[-1:])
+    tuned, loss = distil(student, examples=lambda i: jax.tree.map(
+        lambda a: a[i] if every_step else a[0], (images, target)))
+    answers = [model.apply(s, images[0]).logits for s in (student, tuned)]
+    return (tuned, kept), {
+        **terms, 'student': loss, **_what_is_said(said[0], labels, *answers)}
 
-    def examples(i):
-      if options.noise != 'every_step':
-        return images, target
-      images_i, _, target_i = example(shared.seen, z[1 + i], labels)
-      return images_i, target_i
+  fresh = options.generator_state == 'fresh'
+  kept = shared._replace(past=())
+  if fresh:
+    kept = kept._replace(opt_state=optimizer.init(shared.generator.params))
+  if options.warm_up:
+    first, z, labels = (z, labels), z[options.warm_up:], labels[options.warm_up:]
+    kept, _ = jax.lax.scan(
+        lambda kept, draws: (learn(student, kept, draws[0][0], draws[1])[0], None),
+        kept, jax.tree.map(lambda a: a[:options.warm_up], first))
+  (student, kept), terms = jax.lax.scan(iteration, (student, kept), (z, labels))
+  return student, kept._replace(
+      past=shared.past, opt_state=() if fresh else kept.opt_state), terms
 
-    tuned, loss = distil(student, examples=examples)
-    terms.update(student=loss, **_what_is_said(
-        said, labels, *(model.apply(s, images).logits for s in (student, tuned))))
-    return (tuned, shared), terms
 
-  kept = options.generator_state == 'kept'
-  begun = shared._replace(past=(), opt_state=(
-      shared.opt_state if kept else optimizer.init(shared.generator.params)))
-  alone, both = (
-      jax.tree.map(lambda a, part=part: a[part], (z, labels))
-      for part in (slice(options.warm_up), slice(options.warm_up, None)))
-  begun, _ = jax.lax.scan(
-      lambda carry, draws: (learn(student, carry, draws[0][0], draws[1])[0], None),
-      begun, alone)
-  (student, made), terms = jax.lax.scan(iteration, (student, begun), both)
-  return student, made._replace(
-      past=shared.past, opt_state=made.opt_state if kept else ()), terms
+def _learn(model, generator, optimizer, options, teachers, alpha, arrived, student,
+           kept, z, labels):
+  """The generator's part of an iteration: I_g passes, and the running mean."""
+  train = functools.partial(
+      _train_generator, model, generator, optimizer, options, teachers, alpha,
+      arrived, student, z, labels)
+  (made, opt_state), terms = jax.lax.scan(
+      lambda carry, _: train(carry), (kept.generator, kept.opt_state),
+      length=options.generator_steps)
+  average = kept.average
+  if options.generator_average:
+    _, average = optax.ema(options.generator_average).update(made, average)
+  return Shared(made, average, opt_state), terms
+
+
+def _example(model, generator, options, teachers, alpha, made, z, labels):
+  """Images, what the ensemble says of them, and the student's target."""
+  images, _ = generator.apply(made, z, labels)
+  logits = distillation.teacher_logits(model, teachers, images)
+  weight = alpha[:, labels]
+  if options.teacher_weight == 'confident':
+    weight = _confident(weight, logits, labels)
+  together = functools.partial(
+      distillation.ensemble, weight=weight, kind=options.ensemble)
+  said, target = together(logits), together(logits / options.temperature)
+  if options.student_weight == 'recognised':
+    target *= _of_label(said, labels)
+  return images, said, target
 
 
 def _confident(weight, logits, labels):
   """[K, B] `weight`, each image's in proportion to the probability of its label."""
   of_label = jnp.take_along_axis(
-      jax.nn.softmax(logits), labels[None, :, None], axis=2)[..., 0]
-  sure = weight * of_label
-  return sure * jnp.sum(weight, axis=0) / jnp.maximum(jnp.sum(sure, axis=0), 1e-12)
+      jax.nn.log_softmax(logits), labels[None, :, None], axis=2)[..., 0]
+  some = weight > 0
+  shares = jax.nn.softmax(  # of logarithms: all may be next to nothing
+      of_label + jnp.log(weight), axis=0, where=some)
+  return jnp.sum(weight, axis=0) * jnp.where(some, shares, 0)
 
 
 def _taken(tuned, variables, terms, round_, options) -> Variables:
@@ -520,7 +544,8 @@ def _train_generator(model, generator, optimizer, options, teachers, alpha,
     total = options.lambda_cls * jnp.sum(cls) + lambda_dis * dis
     terms = {'cls': cls, 'dis': jnp.broadcast_to(dis, cls.shape)}
     if options.hard_samples:  # otherwise the student need not be asked
-      total, terms['md'] = total + jnp.sum(md), md
+      total += jnp.sum(md)
+      terms['md'] = md
     return total, (stats, terms)
 
   def step(carry, teachers, alpha, lambda_dis):

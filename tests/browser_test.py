@@ -172,7 +172,7 @@ class BrowserTest(absltest.TestCase):
   def test_run(self):
     write_run(self.folder, 'fed_ftg', 0, .9, 'x' * 200)
     report.write(self.folder)
-    self.assert_fine(tables=7, pictures=5, images=6)
+    self.assert_fine(tables=7, pictures=6, images=6 + 2)
 
   def test_comparison(self):
     """Long names, many methods, several seeds."""
@@ -190,7 +190,8 @@ class BrowserTest(absltest.TestCase):
         'seeds': [0, 1]})
     report.write(self.folder)
     self.assertLess((self.folder / 'report.html').stat().st_size, 2e6)
-    self.assert_fine(tables=8, pictures=6, images=6 * len(methods))
+    self.assert_fine(tables=8, pictures=6 + len(methods),
+                     images=8 * len(methods))
 
   def test_the_probe_sees_what_is_wrong(self):
     """A page that is too wide, fetches a picture and complains."""

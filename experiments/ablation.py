@@ -14,7 +14,8 @@ the rest.
 Beside each effect stand what FedFTG says of itself (means over all rounds): how
 much of its images the ensemble recognises, how far student and ensemble are apart
 before and after, how far the student moves. Their rank correlations with the
-effect, over cells and seeds, say which of them goes with it; not that it is why.
+effect, and that of the base's accuracy, over cells and seeds, say which of them goes
+with it; not that it is why.
 
 Writes into --workdir: table.md, effects.json, effects.png, explained.png, and each
 run's files in CONFIGURATION/seedK/.
@@ -74,6 +75,7 @@ OWN: Mapping[str, list[dict[str, Any]]] = {
 }
 FACTORS = {**SETTINGS, **OWN}
 # What FedFTG says of itself, see `fed_ftg.fine_tune`.
+BASE = 'accuracy of the base'
 DIAGNOSTICS = ('recognised', 'ensemble_entropy', 'gap', 'gap_left', 'dis', 'moved')
 
 absl_flags.DEFINE_string('base', 'fed_avg', 'The method that FedFTG is put on.')
@@ -217,10 +219,10 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def correlations(effects: Effects) -> dict[str, float]:
-  """Spearman's rank correlation of each diagnostic with the effect in the end,
-  over cells and seeds."""
+  """Spearman's rank correlation of each diagnostic, and of the base's final
+  accuracy, with the effect in the end, over cells and seeds."""
   found = {}
-  for name in DIAGNOSTICS:
+  for name in (BASE, *DIAGNOSTICS):
     pairs = np.array(_pairs(effects, name))
     if len(pairs) > 2 and (np.ptp(pairs, axis=0) > 0).all():
       found[name] = float(stats.spearmanr(pairs[:, 0], pairs[:, 1])[0])
@@ -230,7 +232,8 @@ def correlations(effects: Effects) -> dict[str, float]:
 def _pairs(effects, name):
   """(what FedFTG says, its effect), of all cells and seeds."""
   return [pair for _, e in effects if e
-          for pair in zip(e.said[name], e.final) if np.isfinite(pair).all()]
+          for pair in zip(e.base if name == BASE else e.said[name], e.final)
+          if np.isfinite(pair).all()]
 
 
 def table(effects: Effects) -> tuple[list[str], list[list[str]]]:

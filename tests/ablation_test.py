@@ -54,7 +54,7 @@ class EffectTest(parameterized.TestCase):
 
     got = ablation.correlations([
         cell([1., 2.], [.9, .5]), cell([3., 4.], [.4, .1]), (None, None)])
-    self.assertEqual(got, {'gap': -1.})
+    self.assertEqual(got, {ablation.BASE: 1., 'gap': -1.})
 
 
 class ProgramTest(parameterized.TestCase):

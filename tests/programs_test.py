@@ -183,7 +183,7 @@ class TrainTest(parameterized.TestCase):
     run = self.folder / 'a'
     self.assertCountEqual([p.name for p in run.iterdir()], [
         'classes.json', 'clients.json', 'config.json', 'counts.npz',
-        'curves.png', 'generated.npz', 'generated.png', 'metrics.csv',
+        'curves.png', 'generated.npz', 'generated.png', 'nearest.npz', 'metrics.csv',
         'metrics.jsonl', 'params.npz', 'partition.npz', 'report.html',
         'schedule.npz', 'summary.json', 'timings.jsonl'])
     rows = [json.loads(r) for r in (run / 'metrics.jsonl').read_text().split(

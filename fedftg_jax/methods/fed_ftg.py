@@ -20,9 +20,8 @@ distilled on them. Each of I outer iterations draws z and y, then
             sample, student loss not divided by C, aggregated BatchNorm
             statistics kept, no bias in front of a BatchNorm;
   robust    ours, neither the paper's nor the code's: 'intended' without hard
-            samples, which move the student away from what it knows of real
-            images, and with the broadcast model as one more teacher, for the
-            classes that earlier cohorts knew (docs/when_it_pays.md).
+            samples, and with the broadcast model as one more teacher, for what
+            earlier cohorts knew (measured in docs/when_it_pays.md).
 
 Privacy: the server learns every client's class counts.
 """

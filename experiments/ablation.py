@@ -58,10 +58,9 @@ OWN: Mapping[str, list[dict[str, Any]]] = {
     'preset': [dict(ftg_preset=name) for name in fed_ftg.PRESETS],
     'switch': [
         dict(ftg_hard_samples=True), dict(ftg_hard_samples=False),
-        dict(ftg_memory=0.), dict(ftg_memory=.5), dict(ftg_memory=.9),
+        dict(ftg_memory=0.), dict(ftg_memory=.5),
         dict(ftg_student_reduction='mean_bc'),
         dict(ftg_student_reduction='batchmean'),
-        dict(ftg_gen_step='sequential'), dict(ftg_gen_step='joint'),
         dict(ftg_generator_steps=0), dict(ftg_generator_steps=1),
         dict(ftg_generator_steps=5),
         dict(ftg_label_sampling='uniform'), dict(ftg_teacher_weight='uniform'),
@@ -70,11 +69,12 @@ OWN: Mapping[str, list[dict[str, Any]]] = {
         dict(ftg_student_lr=.01), dict(ftg_temperature=3.),
         dict(ftg_noise='every_step'), dict(ftg_warm_up=5),
         dict(ftg_generator_average=.9), dict(ftg_generator_state='kept'),
-        dict(ftg_student_weight='recognised'), dict(ftg_min_recognised=.5),
+        dict(ftg_student_weight='recognised'),
         dict(ftg_trust_region=.01), dict(ftg_start_round=10)],
 }
 FACTORS = {**SETTINGS, **OWN}
-# What FedFTG says of itself, see `fed_ftg.fine_tune`.
+# What may go with an effect: this, and what FedFTG says of itself, see
+# `fed_ftg.fine_tune`.
 BASE = 'accuracy of the base'
 DIAGNOSTICS = ('recognised', 'ensemble_entropy', 'gap', 'gap_left', 'dis', 'moved')
 

@@ -10,6 +10,7 @@ import numpy as np
 from experiments import plots
 from experiments.assembly import Experiment
 from fedftg_jax import evaluation
+from fedftg_jax import models as models_lib
 from fedftg_jax.data import clients
 from fedftg_jax.data import partition
 
@@ -139,7 +140,10 @@ def nearest_real(experiment: Experiment, state) -> dict[str, np.ndarray]:
   dataset = experiment.dataset
   made = _drawn(jax.jit(experiment.method.synthesise), state.shared,
                 dataset.num_classes)
-  seen = functools.partial(_as_seen, dataset)
+
+  def seen(x):
+    return np.asarray(models_lib.normalise(x, dataset.mean, dataset.std))
+
   nearest, distance = _nearest(made, dataset.train_x, seen)
   some = np.unique(np.linspace(
       0, len(dataset.train_x) - 1, _COMPARED).astype(int))
@@ -149,13 +153,6 @@ def nearest_real(experiment: Experiment, state) -> dict[str, np.ndarray]:
       'real': _as_bytes(seen(dataset.train_x[nearest])),
       'label': dataset.train_y[nearest], 'distance': distance,
       'between_real': np.median(between)}
-
-
-def _as_seen(dataset, x):
-  """Images as the model sees them, normalised."""
-  if x.dtype != np.uint8:
-    return x
-  return (x / np.float32(255) - np.float32(dataset.mean)) / np.float32(dataset.std)
 
 
 def _nearest(images, real, seen, without=None):

@@ -58,7 +58,9 @@ OWN: Mapping[str, list[dict[str, Any]]] = {
     'preset': [dict(ftg_preset=name) for name in fed_ftg.PRESETS],
     'switch': [
         dict(ftg_hard_samples=True), dict(ftg_hard_samples=False),
-        dict(ftg_memory=0.), dict(ftg_memory=.5),
+        dict(ftg_memory=0.), dict(ftg_weight_decay=0.),
+        dict(ftg_weight_decay=.001), dict(ftg_ensemble='prob'),
+        dict(ftg_ensemble='logit'),
         dict(ftg_student_reduction='mean_bc'),
         dict(ftg_student_reduction='batchmean'),
         dict(ftg_generator_steps=0), dict(ftg_generator_steps=1),
@@ -70,7 +72,7 @@ OWN: Mapping[str, list[dict[str, Any]]] = {
         dict(ftg_noise='every_step'), dict(ftg_warm_up=5),
         dict(ftg_generator_average=.9), dict(ftg_generator_state='kept'),
         dict(ftg_student_weight='recognised'),
-        dict(ftg_trust_region=.01), dict(ftg_start_round=10)],
+        dict(ftg_trust_region=.01)],
 }
 FACTORS = {**SETTINGS, **OWN}
 # What may go with an effect: this, and what FedFTG says of itself, see

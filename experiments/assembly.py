@@ -162,7 +162,7 @@ def _options(part, config) -> dict[str, Any]:
   chosen = {k: v for k, v in values.items() if k in kind._fields}
   for name in {'student_lr', 'generator_lr'} & chosen.keys():
     chosen[name] = _decayed(chosen[name], config)
-  decay = config['weight_decay']
+  decay = chosen.pop('weight_decay', config['weight_decay'])
   if config.get('prox_to_zero'):  # official: part of the decay, also here
     decay += config['prox_mu']
   return {'options': kind(**chosen, weight_decay=decay)}

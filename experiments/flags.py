@@ -280,6 +280,9 @@ def _define_ftg() -> None:
                     'what was found to help, see docs/when_it_pays.md.')
   flags.DEFINE_integer(FTG + 'batch_size', 0, 'Generated images per step; 0 for '
                        '--batch_size.', lower_bound=0)
+  flags.DEFINE_float(FTG + 'weight_decay', None, 'Of the student\'s SGD. Default: '
+                     '0 with --ftg_preset=robust, else --weight_decay (code).',
+                     lower_bound=0)
   described = inspect.cleandoc(fed_ftg.Options.__doc__ or '')
   help_of = dict(re.findall(
       r'^ {2}(\w+): (.*?)(?=^ {2}\w|\Z)', described, re.M | re.S))
@@ -315,6 +318,9 @@ def config(**changes) -> dict[str, Any]:
   for name in FTG_OPTIONS:
     if values[FTG + name] is None:
       values[FTG + name] = getattr(preset, name)
+  if values[FTG + 'weight_decay'] is None:
+    values[FTG + 'weight_decay'] = fed_ftg.PRESETS[values[FTG + 'preset']].get(
+        'weight_decay', values['weight_decay'])
   for name in (FTG + 'batch_size', 'df_batch_size'):
     values[name] = values[name] or values['batch_size']
   if values['norm'] is None:

@@ -155,6 +155,17 @@ class TrainTest(parameterized.TestCase):
               for config in configs]  # pylint: disable=protected-access
     self.assertEqual(decays, [.5, .75])
 
+  @parameterized.parameters(
+      ({}, .5), ({'ftg_preset': 'robust'}, 0.), ({'ftg_weight_decay': .25}, .25),
+      ({'ftg_preset': 'robust', 'ftg_weight_decay': .25}, .25))
+  def test_the_students_weight_decay(self, changes, decay):
+    """That of clients as in the official code, where nothing else is said."""
+    with flagsaver.flagsaver():
+      config = flags.config(method='fed_ftg', weight_decay=.5, **changes)
+    options = assembly._options('fed_ftg', config)['options']  # pylint: disable=protected-access
+    self.assertEqual(options.weight_decay, decay)
+    self.assertEqual(config['weight_decay'], .5)
+
   @parameterized.parameters('default', 'highest', 'bfloat16')
   def test_precision(self, precision):
     """What the compiler is asked for; results are near those of the default."""

@@ -20,8 +20,9 @@ distilled on them. Each of I outer iterations draws z and y, then
             sample, student loss not divided by C, aggregated BatchNorm
             statistics kept, no bias in front of a BatchNorm;
   robust    ours, neither the paper's nor the code's: 'intended' without hard
-            samples, and with the broadcast model as one more teacher, for what
-            earlier cohorts knew (measured in docs/when_it_pays.md).
+            samples and without weight decay, teachers combined by their logits,
+            and with the broadcast model as one more teacher, for what earlier
+            cohorts knew (measured in docs/when_it_pays.md).
 
 Privacy: the server learns every client's class counts.
 """
@@ -51,7 +52,8 @@ class Options(NamedTuple):
       round).
     generator_lr: learning rate of the generator's Adam (here also a function of
       the round).
-    weight_decay: of the student's SGD.
+    weight_decay: of the student's SGD (code: the clients'). It shrinks the model
+      by about I I_d student_lr weight_decay in a round, wherever else it goes.
     lambda_cls: weight of the fidelity term.
     lambda_dis: weight of the diversity term.
     gen_step: 'sequential', one Adam step per teacher in the order of client ids
@@ -170,7 +172,7 @@ PRESETS = {
                      student_bn='keep', gen_bn_bias='drop'),
     'robust': dict(cls_weight='per_sample', student_reduction='batchmean',
                    student_bn='keep', gen_bn_bias='drop', hard_samples=False,
-                   memory=.9),
+                   weight_decay=0., memory=.9, ensemble='logit'),
 }
 
 

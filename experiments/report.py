@@ -168,7 +168,8 @@ def _models(run) -> dict[str, str]:
   for name in run.rows[-1]['accuracy']:
     values = json.dumps([row['accuracy'][name] for row in run.rows])
     alike.setdefault(values, []).append(name)
-  return {' = '.join(names): names[0] for names in alike.values()}
+  return {' = '.join(names): 'broadcast' if 'broadcast' in names else names[0]
+          for names in alike.values()}
 
 
 def _of_comparison(folder, config) -> dict[str, Any]:
@@ -283,12 +284,14 @@ def _sections(entries, clients, runs, target=None) -> dict[str, Any]:
 
 
 def final_table(entries: Entries, kind: str, average: bool = False) -> Table:
-  """Accuracies in percent: final with every seed's, best, and `average` the
-  plain average of the models."""
+  """Accuracies in percent: final with every seed's, best, `average` the plain
+  average of the models, and of broadcast models that on validation data."""
+  validated = any('validation_accuracy' in run.rows[-1]
+                  for of_name in entries.values() for run, _ in of_name)
   rows = []
   for name, of_name in entries.items():
     final = _final(of_name)
-    row = [name, _spread(final)]
+    row = [name, *([_on_validation(of_name)] if validated else []), _spread(final)]
     if average:
       row.append(_spread(_final([(run, 'average') for run, _ in of_name])))
     row.append(_spread([max(r['accuracy'][model] for r in run.rows)
@@ -296,7 +299,7 @@ def final_table(entries: Entries, kind: str, average: bool = False) -> Table:
     rows.append([*row, *map(_percent, final)] if len(final) > 1 else row)
   seeds = [run.config['seed'] for run, _ in next(iter(entries.values()))]
   return Table(
-      [kind, 'final', *(['plain average'] if average else []), 'best',
+      [kind, *(['on validation data'] if validated else []), 'final', *(['plain average'] if average else []), 'best',
        *([f'seed {seed}' for seed in seeds] if len(seeds) > 1 else [])], rows)
 
 
@@ -589,6 +592,13 @@ def _differences(runs) -> Table | None:
           for name in names
           if len({json.dumps(config.get(name)) for config in configs.values()}) > 1]
   return Table(['flag', *configs], rows) if rows else None
+
+
+def _on_validation(of_name) -> str:
+  """As `_final`, which only the broadcast model is measured for."""
+  values = [records.summarise(run.rows).get('final_validation_accuracy')
+            if model == 'broadcast' else None for run, model in of_name]
+  return '–' if None in values else _spread(values)
 
 
 def _final(of_name) -> list[float]:

@@ -340,6 +340,18 @@ class ComparisonTest(absltest.TestCase):
 class TablesTest(absltest.TestCase):
   """Numbers on paper."""
 
+  def test_on_validation_data(self):
+    """Only the broadcast model is measured on it: mean of the last rounds."""
+    run = run_by_hand([.5, .5])
+    for row, accuracy in zip(run.rows, (.6, .7)):
+      row['validation_accuracy'] = accuracy
+    entries = {name: [(run, name)] for name in ('broadcast', 'average')}
+    self.assertEqual(
+        report.final_table(entries, 'model'),
+        (['model', 'on validation data', 'final', 'best'],
+         [['broadcast', '65.00', '50.00', '50.00'],
+          ['average', '–', '50.00', '50.00']]))
+
   def test_rounds_to_targets(self):
     entries = {'a': [(run_by_hand([.4, .6, .8]), 'broadcast'),
                      (run_by_hand([.4, .5, .6]), 'broadcast')],

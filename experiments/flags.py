@@ -223,8 +223,8 @@ def _define_training() -> None:
   flags.DEFINE_float('learning_rate', .1, 'Of local SGD.', lower_bound=0)
   flags.DEFINE_float('lr_decay', .998, 'Factor of all learning rates per round.',
                      lower_bound=0, upper_bound=1)
-  flags.DEFINE_float('weight_decay', 1e-3, 'Of local SGD and of the fine-tuned '
-                     'student.', lower_bound=0)
+  flags.DEFINE_float('weight_decay', 1e-3, 'Of local SGD, and of students on the '
+                     'server (but see --ftg_weight_decay).', lower_bound=0)
   flags.DEFINE_float('clip_norm', 10., 'Largest norm of a local gradient, before '
                      'weight decay; 0 for no clip.', lower_bound=0)
 

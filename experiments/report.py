@@ -299,7 +299,8 @@ def final_table(entries: Entries, kind: str, average: bool = False) -> Table:
     rows.append([*row, *map(_percent, final)] if len(final) > 1 else row)
   seeds = [run.config['seed'] for run, _ in next(iter(entries.values()))]
   return Table(
-      [kind, *(['on validation data'] if validated else []), 'final', *(['plain average'] if average else []), 'best',
+      [kind, *(['on validation data'] if validated else []), 'final',
+       *(['plain average'] if average else []), 'best',
        *([f'seed {seed}' for seed in seeds] if len(seeds) > 1 else [])], rows)
 
 

@@ -59,8 +59,8 @@ OWN: Mapping[str, list[dict[str, Any]]] = {
     'switch': [
         dict(ftg_hard_samples=True), dict(ftg_hard_samples=False),
         dict(ftg_memory=0.), dict(ftg_weight_decay=0.),
-        dict(ftg_weight_decay=.001), dict(ftg_ensemble='prob'),
-        dict(ftg_ensemble='logit'),
+        dict(ftg_weight_decay=.001),  # the clients', if --weight_decay is its default
+        dict(ftg_ensemble='prob'), dict(ftg_ensemble='logit'),
         dict(ftg_student_reduction='mean_bc'),
         dict(ftg_student_reduction='batchmean'),
         dict(ftg_generator_steps=0), dict(ftg_generator_steps=1),
@@ -70,8 +70,7 @@ OWN: Mapping[str, list[dict[str, Any]]] = {
         dict(ftg_lambda_cls=0.), dict(ftg_generator_lr=.001),
         dict(ftg_student_lr=.01), dict(ftg_temperature=3.),
         dict(ftg_noise='every_step'), dict(ftg_warm_up=5),
-        dict(ftg_generator_average=.9), dict(ftg_generator_state='kept'),
-        dict(ftg_student_weight='recognised'),
+        dict(ftg_generator_average=.9), dict(ftg_student_weight='recognised'),
         dict(ftg_trust_region=.01)],
 }
 FACTORS = {**SETTINGS, **OWN}
@@ -104,7 +103,7 @@ class Effect(NamedTuple):
   """What FedFTG changes in a cell; accuracies in points, by seed."""
   final: list[float]     # in the end
   early: list[float]     # mean over the first third of the evaluations
-  last_step: list[float]  # broadcast model less the one it was made from
+  step: list[float]      # broadcast model less the one it was made from, mean of all
   base: list[float]      # final accuracy without
   said: dict[str, list[float]]  # DIAGNOSTICS
 
@@ -250,7 +249,7 @@ def table(effects: Effects) -> tuple[list[str], list[list[str]]]:
         cell.factor, cell.value, cell.preset, f'{np.mean(found.base):.2f}',
         f'{mean:+.2f}' + (
             f' ± {half:.2f}' if np.isfinite(half) else ''),
-        *(f'{np.mean(v):+.2f}' for v in (found.early, found.last_step)),
+        *(f'{np.mean(v):+.2f}' for v in (found.early, found.step)),
         *(f'{np.mean(found.said[name]):.3g}'
           for name in ('recognised', 'gap', 'moved'))])
   return ['factor', 'value', 'preset', 'base', 'effect in the end', 'early',

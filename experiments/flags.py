@@ -223,8 +223,9 @@ def _define_training() -> None:
   flags.DEFINE_float('learning_rate', .1, 'Of local SGD.', lower_bound=0)
   flags.DEFINE_float('lr_decay', .998, 'Factor of all learning rates per round.',
                      lower_bound=0, upper_bound=1)
-  flags.DEFINE_float('weight_decay', 1e-3, 'Of local SGD, of students on the server '
-                     '(but see --ftg_weight_decay), and of FedDF\'s generator.', lower_bound=0)
+  flags.DEFINE_float('weight_decay', 1e-3, 'Of local SGD, of students on the '
+                     'server (but see --ftg_weight_decay), and of FedDF\'s '
+                     'generator.', lower_bound=0)
   flags.DEFINE_float('clip_norm', 10., 'Largest norm of a local gradient, before '
                      'weight decay; 0 for no clip.', lower_bound=0)
 
@@ -282,8 +283,7 @@ def _define_ftg() -> None:
                        '--batch_size.', lower_bound=0)
   flags.DEFINE_float(FTG + 'weight_decay', None, 'Of the student\'s SGD. Default: '
                      '0 with --ftg_preset=robust, else --weight_decay (code). '
-                     '--prox_to_zero adds --prox_mu.',
-                     lower_bound=0)
+                     '--prox_to_zero adds --prox_mu.', lower_bound=0)
   described = inspect.cleandoc(fed_ftg.Options.__doc__ or '')
   help_of = dict(re.findall(
       r'^ {2}(\w+): (.*?)(?=^ {2}\w|\Z)', described, re.M | re.S))

@@ -30,7 +30,7 @@ class EffectTest(parameterized.TestCase):
     got = ablation.effect(base, tuned)
     np.testing.assert_allclose(got.final, [3.])
     np.testing.assert_allclose(got.early, [10.])
-    np.testing.assert_allclose(got.last_step, [7.5])
+    np.testing.assert_allclose(got.step, [7.5])
     np.testing.assert_allclose(got.base, [50.])
     np.testing.assert_allclose(got.said['recognised'], [.6])
     self.assertTrue(np.isnan(got.said['moved']).all())
@@ -123,12 +123,16 @@ class ProgramTest(parameterized.TestCase):
     self.assertRegex(err, f'^error: .*{message}')
     self.assertEqual(err.count('\n'), 1)
 
-  def test_the_whole_table(self):
+  @parameterized.parameters(('official', 0.), ('robust', .001))
+  def test_the_whole_table(self, preset, other_decay):
     """Each factor's cells differ from the centre, and are valid."""
     factors = [f for f in ablation.FACTORS if f != 'dataset']
-    with flagsaver.flagsaver():
+    with flagsaver.flagsaver(ftg_preset=preset):
       cells = ablation.make_cells('fed_avg', factors, [])
     self.assertBetween(len(cells), 30, 40)
+    decays = [cell.tuned[1]['ftg_weight_decay'] for cell in cells
+              if 'ftg_weight_decay' in cell.value]
+    self.assertEqual(decays, [other_decay])
     names = [cell.tuned[0] for cell in cells]
     self.assertLen(set(names), len(names))
     for cell in cells:

@@ -144,16 +144,17 @@ class TrainTest(parameterized.TestCase):
       self.assertNoCommonElements(
           df, {'df_generator_steps', 'df_generator_lr', 'df_lambda_dis'})
 
-  @parameterized.parameters('fed_ftg', 'fed_df')
-  def test_prox_to_zero_reaches_the_student(self, method):
+  @parameterized.parameters(
+      ('fed_ftg', {}, .5), ('fed_df', {}, .5), ('fed_ftg', {'ftg_weight_decay': 0.}, 0.))
+  def test_prox_to_zero_reaches_the_student(self, method, changes, decay):
     """As in the official code, where it is part of the decay."""
     with flagsaver.flagsaver():
       configs = [flags.config(
           method=f'fed_prox+{method}', prox_mu=.25, weight_decay=.5,
-          prox_to_zero=to_zero) for to_zero in (False, True)]
+          prox_to_zero=to_zero, **changes) for to_zero in (False, True)]
     decays = [assembly._options(method, config)['options'].weight_decay
               for config in configs]  # pylint: disable=protected-access
-    self.assertEqual(decays, [.5, .75])
+    self.assertEqual(decays, [decay, decay + .25])
 
   @parameterized.parameters(
       ({}, .5), ({'ftg_preset': 'robust'}, 0.), ({'ftg_weight_decay': .25}, .25),

@@ -351,6 +351,24 @@ class TablesTest(absltest.TestCase):
         (['model', 'on validation data', 'final', 'best'],
          [['broadcast', '65.00', '50.00', '50.00'],
           ['average', '–', '50.00', '50.00']]))
+    # Models that are one, and several seeds.
+    models = report._models(run)  # pylint: disable=protected-access
+    self.assertEqual(models, {'broadcast = average': 'broadcast'})
+    entries = {'a': [(run, 'broadcast')] * 2}
+    self.assertEqual(
+        report.final_table(entries, 'method', average=True),
+        (['method', 'on validation data', 'final', 'plain average', 'best',
+          'seed 0', 'seed 0'],
+         [['a', '65.00 ± 0.00', '50.00 ± 0.00', '50.00 ± 0.00', '50.00 ± 0.00',
+           '50.00', '50.00']]))
+
+  def test_the_broadcast_model_among_equals(self):
+    """It is the one that is measured on validation data."""
+    run = run_by_hand([.5])
+    run.rows[0]['accuracy'] = {'average': .5, 'broadcast': .5, 'other': .4}
+    self.assertEqual(
+        report._models(run),  # pylint: disable=protected-access
+        {'average = broadcast': 'broadcast', 'other': 'other'})
 
   def test_rounds_to_targets(self):
     entries = {'a': [(run_by_hand([.4, .6, .8]), 'broadcast'),

@@ -145,7 +145,8 @@ class TrainTest(parameterized.TestCase):
           df, {'df_generator_steps', 'df_generator_lr', 'df_lambda_dis'})
 
   @parameterized.parameters(
-      ('fed_ftg', {}, .5), ('fed_df', {}, .5), ('fed_ftg', {'ftg_weight_decay': 0.}, 0.))
+      ('fed_ftg', {}, .5), ('fed_df', {}, .5),
+      ('fed_ftg', {'ftg_weight_decay': 0.}, 0.))
   def test_prox_to_zero_reaches_the_student(self, method, changes, decay):
     """As in the official code, where it is part of the decay."""
     with flagsaver.flagsaver():

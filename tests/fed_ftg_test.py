@@ -206,8 +206,13 @@ class PlainLoopTest(parameterized.TestCase):
           updates, opt_state = adam.update(grads, opt_state)
           made = base.Variables(optax.apply_updates(made.params, updates), stats)
       x, _ = GENERATOR.apply(made, noise[-1], y)
-      q = sum(jax.nn.softmax(model.apply(teacher[k], x).logits)
-              * jnp.asarray(alpha[k])[y][:, None] for k in here)
+      weight = {k: jnp.asarray(alpha[k])[y][:, None] for k in here}
+      logits = {k: model.apply(teacher[k], x).logits for k in here}
+      if options.ensemble == 'prob':
+        q = sum(weight[k] * jax.nn.softmax(logits[k]) for k in here)
+      else:
+        q = sum(weight.values()) * jax.nn.softmax(
+            sum(weight[k] * logits[k] for k in here))
       for _ in range(options.student_steps):
         def distil(params, stats=student.stats, x=x, q=q):
           out = model.apply(base.Variables(params, stats), x,
@@ -217,7 +222,8 @@ class PlainLoopTest(parameterized.TestCase):
           return ce / over, out.stats
         grads, stats = jax.grad(distil, has_aux=True)(student.params)
         student = base.Variables(jax.tree.map(
-            lambda p, g: p - .1 * (g + 1e-3 * p), student.params, grads), stats)
+            lambda p, g: p - .1 * (g + options.weight_decay * p), student.params,
+            grads), stats)
     return student, made
 
   @parameterized.product(

@@ -6,12 +6,14 @@ them, and a note of the caller's by which it knows its own. What is damaged,
 belongs to somebody else or has another structure is refused, by name.
 """
 
+from concurrent import futures
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from typing import Any
+import tempfile
+from typing import Any, Callable
 
 import jax
 import numpy as np
@@ -31,7 +33,8 @@ def save(folder: str | os.PathLike[str], round_: int, tree: PyTree,
          note: Any, keep: int = 2) -> None:
   """Writes a checkpoint, and removes all but the last `keep` up to it.
 
-  One process calls this, where several train together.
+  One process calls this, where several train together. An interruption (Ctrl-C)
+  takes effect after the writing.
 
   Args:
     folder: where checkpoints of this run are.
@@ -47,11 +50,13 @@ def save(folder: str | os.PathLike[str], round_: int, tree: PyTree,
   about = {'note': note, 'fingerprint': _fingerprint(arrays)}
   folder = pathlib.Path(os.path.abspath(folder))
   folder.mkdir(parents=True, exist_ok=True)
+  args = ocp.args.Composite(
+      arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
   try:
-    with _checkpointer() as checkpointer:
-      checkpointer.save(folder / str(round_), force=True, args=ocp.args.Composite(
-          arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)))
-  except Exception as error:  # whatever the store's driver makes of a full disk
+    _reserve(folder, sum(array.nbytes for array in arrays.values()))
+    _to_its_end(lambda checkpointer: checkpointer.save(
+        folder / str(round_), force=True, args=args))
+  except Exception as error:  # whatever the store's driver makes of a broken disk
     raise OSError(
         f'{folder}: the checkpoint of round {round_} cannot be written '
         f'({_line(error)}); what was written before is still there') from error
@@ -88,12 +93,12 @@ def restore(folder: str | os.PathLike[str], round_: int, like: PyTree,
   def refuse(why):
     raise Refused(f'{folder}/{round_}: {why}')
 
+  place = pathlib.Path(os.path.abspath(folder), str(round_))
+  args = ocp.args.Composite(
+      about=ocp.args.JsonRestore(), arrays=ocp.args.StandardRestore())
   try:
-    with _checkpointer() as checkpointer:
-      found = checkpointer.restore(
-          pathlib.Path(os.path.abspath(folder), str(round_)),
-          args=ocp.args.Composite(
-              about=ocp.args.JsonRestore(), arrays=ocp.args.StandardRestore()))
+    found = _to_its_end(
+        lambda checkpointer: checkpointer.restore(place, args=args))
   except Exception as error:  # whatever it makes of a damaged folder
     refuse(f'cannot be read ({_line(error)})')
   about, arrays = found['about'], {
@@ -113,6 +118,27 @@ def restore(folder: str | os.PathLike[str], round_: int, like: PyTree,
   return jax.tree.map(
       lambda leaf, name: arrays.get(name, np.zeros(leaf.shape, leaf.dtype)),
       like, _names(like))
+
+
+def _reserve(folder: pathlib.Path, num_bytes: int) -> None:
+  """OSError if there is no room for a file of that size.
+
+  Asked beforehand, because threads of orbax which fail while it writes print
+  their tracebacks whenever they end.
+  """
+  if hasattr(os, 'posix_fallocate'):
+    with tempfile.TemporaryFile(dir=folder) as file:
+      os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
+
+
+def _to_its_end(act: Callable[[ocp.Checkpointer], Any]) -> Any:
+  """Calls `act` in a thread: orbax cannot be interrupted without noise."""
+  def run():
+    with _checkpointer() as checkpointer:
+      return act(checkpointer)
+
+  with futures.ThreadPoolExecutor(1) as thread:  # waits for it, come what may
+    return thread.submit(run).result()
 
 
 def _checkpointer():

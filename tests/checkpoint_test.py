@@ -4,6 +4,9 @@ import os
 import pathlib
 import resource
 import shutil
+import signal
+import threading
+import time
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -105,7 +108,7 @@ class CheckpointTest(parameterized.TestCase):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
       with self.assertRaisesRegex(
-          OSError, 'the checkpoint of round 4 cannot be written'):
+          OSError, 'the checkpoint of round 4 cannot be written .*File too large'):
         checkpoint.save(self.folder, 4, {
             'noise': np.random.RandomState(0).rand(10_000)}, NOTE)
     finally:
@@ -113,6 +116,31 @@ class CheckpointTest(parameterized.TestCase):
     checkpoint.restore(self.folder, 2, make_state(), NOTE)
     self.save(4)
     self.assertCountEqual(os.listdir(self.folder), ['2', '4'])
+
+  def test_ctrl_c_lets_it_end(self):
+    """The signal comes while the folder is not whole yet; then it is."""
+    self.save(2)
+    caught = []
+
+    def interrupt():
+      deadline = time.time() + 60
+      while time.time() < deadline and not caught:
+        caught.extend(n for n in os.listdir(self.folder) if n.startswith('4.'))
+      os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=interrupt)
+    try:
+      with self.assertRaises(KeyboardInterrupt):
+        thread.start()
+        checkpoint.save(self.folder, 4, make_state(4), NOTE)
+        thread.join()
+    finally:
+      thread.join()
+      signal.signal(signal.SIGINT, before)
+    self.assertTrue(caught)
+    self.assertCountEqual(os.listdir(self.folder), ['2', '4'])
+    checkpoint.restore(self.folder, 4, make_state(), NOTE)
 
 
 if __name__ == '__main__':

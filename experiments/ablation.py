@@ -71,7 +71,7 @@ OWN: Mapping[str, list[dict[str, Any]]] = {
         dict(ftg_student_lr=.01), dict(ftg_temperature=3.),
         dict(ftg_noise='every_step'), dict(ftg_warm_up=5),
         dict(ftg_generator_average=.9), dict(ftg_student_weight='recognised'),
-        dict(ftg_trust_region=.01)],
+        dict(ftg_start_round=5)],
 }
 FACTORS = {**SETTINGS, **OWN}
 # What may go with an effect: this, and what FedFTG says of itself, see

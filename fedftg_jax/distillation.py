@@ -173,7 +173,10 @@ def distil(
   return student, values
 
 
-def sgd(learning_rate, weight_decay: float) -> optax.GradientTransformation:
-  """SGD whose weight decay is a part of the gradient, as in PyTorch."""
+def sgd(learning_rate, weight_decay: float,
+        clip_norm: float = 0.) -> optax.GradientTransformation:
+  """SGD whose weight decay is a part of the gradient, as in PyTorch, but is not
+  clipped; 0 for no clip."""
+  clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
   return optax.chain(
-      optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate))
+      clip, optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate))

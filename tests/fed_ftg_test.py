@@ -103,7 +103,7 @@ class FineTuneTest(parameterized.TestCase):
 
   def test_student_statistics(self):
     model = problems.make_model('batch')
-    for student_bn, same in (('keep', True), ('overwrite', False)):
+    for student_bn, same in (('keep', True), ('batch', True), ('overwrite', False)):
       options = fed_ftg.Options(**SMALL, student_bn=student_bn)
       given = inputs(options, model)
       student, _, _ = fine_tune(**given)
@@ -114,6 +114,26 @@ class FineTuneTest(parameterized.TestCase):
       self.assertFalse(np.array_equal(
           jax.tree.leaves(student.params)[0],
           jax.tree.leaves(given['student'].params)[0]))
+
+  def test_student_clip_bounds_every_step(self):
+    """Small variances, which the student does not renew, make its gradients
+    large: it leaves in one round, where one step after another is bounded not."""
+    model = problems.make_model('batch')
+
+    def way(student_clip):
+      options = fed_ftg.Options(
+          **SMALL, student_bn='keep', student_reduction='batchmean',
+          weight_decay=0., student_clip=student_clip)
+      given = inputs(options, model)
+      given['student'] = given['student']._replace(stats=jax.tree.map(
+          lambda a: jnp.full_like(a, 1e-3), given['student'].stats))
+      student, _, _ = fine_tune(**given)
+      return float(optax.tree.norm(optax.tree.sub(
+          student.params, given['student'].params)))
+
+    bound = .1 * .5 * SMALL['iterations'] * SMALL['student_steps']
+    self.assertLess(way(.5), 1.0001 * bound)
+    self.assertFalse(way(0.) < 2 * bound)  # NaN is far, too
 
   def test_teachers_are_evaluated_with_their_own_statistics(self):
     model = problems.make_model('batch')
@@ -216,11 +236,16 @@ class PlainLoopTest(parameterized.TestCase):
       for _ in range(options.student_steps):
         def distil(params, stats=student.stats, x=x, q=q):
           out = model.apply(base.Variables(params, stats), x,
-                            train=options.student_bn == 'overwrite')
+                            train=options.student_bn != 'keep')
           ce = -(q * jax.nn.log_softmax(out.logits)).sum(-1).mean()
           over = 1 if options.student_reduction == 'batchmean' else q.shape[1]
           return ce / over, out.stats
         grads, stats = jax.grad(distil, has_aux=True)(student.params)
+        if options.student_clip:
+          share = min(1, options.student_clip / float(optax.tree.norm(grads)))
+          grads = jax.tree.map(lambda g, share=share: share * g, grads)
+        if options.student_bn != 'overwrite':
+          stats = student.stats
         student = base.Variables(jax.tree.map(
             lambda p, g: p - .1 * (g + options.weight_decay * p), student.params,
             grads), stats)
@@ -230,11 +255,18 @@ class PlainLoopTest(parameterized.TestCase):
       preset=list(fed_ftg.PRESETS), arrived=([True, False, True],))
   def test_presets(self, preset, arrived):
     """Two iterations, two generator passes, an absent teacher, BatchNorm."""
+    self.compare(preset, arrived)
+
+  def test_bounded_student_in_train_mode(self):
+    self.compare('official', [True, False, True], student_bn='batch',
+                 student_clip=.01)
+
+  def compare(self, preset, arrived, **changes):
     with enable_x64(True):
       model = problems.make_model('batch')
       options = fed_ftg.preset(
           preset, iterations=2, generator_steps=2, student_steps=2, batch_size=6,
-          noise='fresh')
+          noise='fresh', **changes)
       given = {**inputs(options, model), 'arrived': jnp.array(arrived)}
       student, made, _ = fine_tune(**given)
       given.pop('options'), given.pop('model')

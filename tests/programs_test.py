@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 
 from absl import flags as absl_flags
 from absl.testing import absltest
@@ -343,6 +344,15 @@ class TrainTest(parameterized.TestCase):
     self.assertEqual(status, 1)
     self.assertRegex(err, r'^error: .*/d: the model is no longer finite after a '
                      'round between 1 and 2; ')
+    self.assertEqual(err.count('\n'), 1)
+
+  def test_diverged_student_and_generator(self):
+    """One line, although there are no images to show."""
+    with warnings.catch_warnings(action='error', category=RuntimeWarning):
+      status, _, err = self.train(
+          'd', '--method=fed_ftg', '--ftg_preset=intended', '--ftg_student_lr=1e30')
+    self.assertEqual(status, 1)
+    self.assertRegex(err, 'no longer finite .* --ftg_student_clip=3 on the server$')
     self.assertEqual(err.count('\n'), 1)
 
   def test_seeds_at_once(self):

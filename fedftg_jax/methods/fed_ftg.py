@@ -18,11 +18,13 @@ distilled on them. Each of I outer iterations draws z and y, then
             absolute; with md='kl' gradients pass through the teachers too);
   intended  the official code with its defects mended: fidelity weighted per
             sample, student loss not divided by C, aggregated BatchNorm
-            statistics kept, no bias in front of a BatchNorm;
+            statistics kept (where a deep net can diverge, see `student_clip`),
+            no bias in front of a BatchNorm;
   robust    ours, neither the paper's nor the code's: 'intended' without hard
             samples and without weight decay, teachers combined by their logits,
-            and with the broadcast model as one more teacher, for what earlier
-            cohorts knew (measured in docs/when_it_pays.md).
+            the student's gradient bounded, and with the broadcast model as one
+            more teacher, for what earlier cohorts knew (measured in
+            docs/when_it_pays.md).
 
 Privacy: the server learns every client's class counts.
 """
@@ -75,7 +77,10 @@ class Options(NamedTuple):
       iteration, or 'every_step', another in each of its steps.
     student_bn: 'overwrite', the student is distilled in train mode and its
       BatchNorm statistics become those of generated images (code), or 'keep',
-      it normalises by the aggregated statistics and keeps them.
+      it normalises by the aggregated statistics and keeps them; 'batch', it is
+      distilled in train mode and the aggregated statistics are kept.
+    student_clip: largest norm of the student's gradient, before weight decay; 0 for
+      no clip (code).
     student_weight: generated images count alike for the student ('all', code), or
       as much as the ensemble gives the label that was asked for ('recognised').
     temperature: of the softmaxes of ensemble and student in the student's loss,
@@ -127,6 +132,7 @@ class Options(NamedTuple):
   labels: str = 'quota'
   noise: str = 'shared'
   student_bn: str = 'overwrite'
+  student_clip: float = 0.
   student_weight: str = 'all'
   temperature: float = 1.
   trust_region: float = 0.
@@ -152,7 +158,7 @@ CHOICES = {
     'student_reduction': ('mean_bc', 'batchmean'),
     'labels': ('quota', 'iid'),
     'noise': ('shared', 'fresh', 'every_step'),
-    'student_bn': ('overwrite', 'keep'),
+    'student_bn': ('overwrite', 'keep', 'batch'),
     'student_weight': ('all', 'recognised'),
     'generator_state': ('fresh', 'kept'),
     'gen_bn_bias': ('keep', 'drop'),
@@ -161,8 +167,8 @@ CHOICES = {
 }
 PER_TEACHER = ('md', 'cls', 'dis')  # terms with an axis of teachers
 LEAST = {'iterations': 0, 'generator_steps': 0, 'student_steps': 0,
-         'batch_size': 1, 'trust_region': 0, 'warm_up': 0, 'min_recognised': 0,
-         'start_round': 0}
+         'batch_size': 1, 'student_clip': 0, 'trust_region': 0, 'warm_up': 0,
+         'min_recognised': 0, 'start_round': 0}
 
 PRESETS = {
     'official': {},
@@ -171,8 +177,9 @@ PRESETS = {
     'intended': dict(cls_weight='per_sample', student_reduction='batchmean',
                      student_bn='keep', gen_bn_bias='drop'),
     'robust': dict(cls_weight='per_sample', student_reduction='batchmean',
-                   student_bn='keep', gen_bn_bias='drop', hard_samples=False,
-                   weight_decay=0., memory=.9, ensemble='logit'),
+                   student_bn='keep', student_clip=3., gen_bn_bias='drop',
+                   hard_samples=False, weight_decay=0., memory=.9,
+                   ensemble='logit'),
 }
 
 
@@ -411,10 +418,11 @@ def fine_tune(
   example = functools.partial(_example, model, generator, options, apart, alpha)
   distil = functools.partial(
       distillation.distil, model,
-      optimizer=distillation.sgd(student_lr, options.weight_decay),
+      optimizer=distillation.sgd(
+          student_lr, options.weight_decay, options.student_clip),
       loss=functools.partial(student_loss, options=options),
       num_steps=options.student_steps,
-      train=options.student_bn == 'overwrite')
+      train=options.student_bn != 'keep')
   every_step = options.noise == 'every_step'
 
   def iteration(carry, draws):
@@ -426,6 +434,8 @@ def fine_tune(
     images, said, target = jax.lax.map(draw_one, z[1:] if every_step else z[-1:])
     tuned, loss = distil(student, examples=lambda i: jax.tree.map(
         lambda a: a[i] if every_step else a[0], (images, target)))
+    if options.student_bn != 'overwrite':
+      tuned = tuned._replace(stats=student.stats)
     answers = [model.apply(s, images[0]).logits for s in (student, tuned)]
     return (tuned, kept), {
         **terms, 'student': loss, **_what_is_said(said[0], labels, *answers)}

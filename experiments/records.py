@@ -95,13 +95,13 @@ class Run:
     """
     broadcast = scores.models['broadcast']
     if not (scores.finite and np.isfinite(broadcast['loss'])):
-      on_server = ('ftg_student_clip' in self._experiment.config) * (
-          ', or --ftg_student_clip=3 on the server')
+      rates = '--learning_rate or --clip_norm'
+      if 'ftg_student_lr' in self._experiment.config:
+        rates += ', --ftg_student_lr or --ftg_student_clip (0 is none)'
       raise cli.RunError(
           f'{self._folder}: the model is no longer finite after a round between '
           f'{self.rounds + 1} and {done}; the rows up to round {self.rounds} and '
-          'the checkpoints are kept. A smaller --learning_rate or --clip_norm may '
-          f'help{on_server}')
+          f'the checkpoints are kept. A smaller {rates} may help')
     self._down += int(metrics.pop('num_selected').sum()) * self._bits_down // 8
     self._up += int(metrics.pop('num_arrived').sum()) * self._bits_up // 8
     losses = {k: _number(np.nanmean(v) if np.isfinite(v).any() else np.nan)

@@ -123,8 +123,8 @@ def _drawn(draw, shared, num_classes):
 
 
 def _as_bytes(images):
-  scaled = np.nan_to_num(plots.scaled(images))  # of a generator that diverged
-  return np.round(255 * scaled).astype(np.uint8)
+  images = np.nan_to_num(images, posinf=0, neginf=0)  # a generator that diverged
+  return np.round(255 * plots.scaled(images)).astype(np.uint8)
 
 
 def nearest_real(experiment: Experiment, state) -> dict[str, np.ndarray]:

@@ -173,10 +173,18 @@ def distil(
   return student, values
 
 
-def sgd(learning_rate, weight_decay: float,
+def sgd(learning_rate: float | jax.Array, weight_decay: float,
         clip_norm: float = 0.) -> optax.GradientTransformation:
-  """SGD whose weight decay is a part of the gradient, as in PyTorch, but is not
-  clipped; 0 for no clip."""
-  clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+  """SGD whose weight decay is a part of the gradient, as in PyTorch.
+
+  Args:
+    learning_rate: step size.
+    weight_decay: factor of the parameters that is added to the gradient.
+    clip_norm: largest global norm of the gradient before that; 0 for no bound.
+
+  Returns:
+    The optimiser.
+  """
+  clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
   return optax.chain(
-      clip, optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate))
+      *clip, optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate))

@@ -45,7 +45,7 @@ class DocsTest(parameterized.TestCase):
     self.assertGreater(abs(plain[0] - strong[0]).max(), 1e-3)
 
   @parameterized.parameters(
-      'README.md', 'BUILD.md', 'docs/methods.md', 'docs/tpu.md',
+      'README.md', 'BUILD.md', 'docs/methods.md', 'docs/speed.md', 'docs/tpu.md',
       'docs/when_it_pays.md')
   def test_links_and_pictures_exist(self, name):
     page = ROOT / name

@@ -343,7 +343,8 @@ class TrainTest(parameterized.TestCase):
         'd', '--method=fed_avg', '--learning_rate=1e30', '--clip_norm=0')
     self.assertEqual(status, 1)
     self.assertRegex(err, r'^error: .*/d: the model is no longer finite after a '
-                     'round between 1 and 2; ')
+                     'round between 1 and 2; .* A smaller --learning_rate or '
+                     '--clip_norm may help$')
     self.assertEqual(err.count('\n'), 1)
 
   def test_diverged_student_and_generator(self):
@@ -352,7 +353,7 @@ class TrainTest(parameterized.TestCase):
       status, _, err = self.train(
           'd', '--method=fed_ftg', '--ftg_preset=intended', '--ftg_student_lr=1e30')
     self.assertEqual(status, 1)
-    self.assertRegex(err, 'no longer finite .* --ftg_student_clip=3 on the server$')
+    self.assertRegex(err, r'no longer finite .* --ftg_student_clip \(0 is none\) may')
     self.assertEqual(err.count('\n'), 1)
 
   def test_seeds_at_once(self):

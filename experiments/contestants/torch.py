@@ -19,9 +19,11 @@ PACKAGES = ('torch',)
 
 def device():
   torch.set_num_threads(len(os.sched_getaffinity(0)))
-  torch.set_float32_matmul_precision('high')  # TF32 on a GPU, as ours by default
+  if not torch.cuda.is_available():
+    return 'cpu'
+  torch.set_float32_matmul_precision('high')  # TF32, as ours by default
   torch.backends.cudnn.benchmark = True
-  return 'cuda' if torch.cuda.is_available() else 'cpu'
+  return 'cuda'
 
 
 def finish():

@@ -76,11 +76,12 @@ class Options(NamedTuple):
       (code, and as far as known the paper), 'fresh', one of its own in an
       iteration, or 'every_step', another in each of its steps.
     student_bn: 'overwrite', the student is distilled in train mode and its
-      BatchNorm statistics become those of generated images (code), or 'keep',
-      it normalises by the aggregated statistics and keeps them; 'batch', it is
-      distilled in train mode and the aggregated statistics are kept.
-    student_clip: largest norm of the student's gradient, before weight decay; 0 for
-      no clip (code).
+      BatchNorm statistics become those of generated images (code), 'batch', it is
+      distilled alike, but the aggregated statistics are kept, or 'keep', it
+      normalises by them, too.
+    student_clip: largest global norm of the student's gradient in a step, before
+      weight decay is added; 0 for no bound (code), with which a deep net that
+      normalises by kept statistics can diverge.
     student_weight: generated images count alike for the student ('all', code), or
       as much as the ensemble gives the label that was asked for ('recognised').
     temperature: of the softmaxes of ensemble and student in the student's loss,
@@ -158,7 +159,7 @@ CHOICES = {
     'student_reduction': ('mean_bc', 'batchmean'),
     'labels': ('quota', 'iid'),
     'noise': ('shared', 'fresh', 'every_step'),
-    'student_bn': ('overwrite', 'keep', 'batch'),
+    'student_bn': ('overwrite', 'batch', 'keep'),
     'student_weight': ('all', 'recognised'),
     'generator_state': ('fresh', 'kept'),
     'gen_bn_bias': ('keep', 'drop'),

@@ -19,8 +19,9 @@ from fedftg_jax.models.windows import taps
 # in blocks of at most _BLOCK.
 _CACHE, _BLOCK = 2**22, 2**19
 IMPLEMENTATIONS = ('winograd', 'blocked', 'matmul', 'im2col', 'slices', 'lax')
-# By backend; the CPU's and the GPU's are measured (BUILD.md, docs/speed.md), the TPU's
-# is not. What suits a layer's shape is chosen within: see `winograd.tiling`.
+# By backend; the CPU's is measured (BUILD.md), the GPU's in part (docs/speed.md), the
+# TPU's is not. What suits a layer's shape is chosen within: see `winograd.tiling`
+# and `convolve`.
 DEFAULTS = {'cpu': 'winograd', 'gpu': 'matmul', 'tpu': 'matmul'}
 
 

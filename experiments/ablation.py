@@ -36,7 +36,7 @@ from experiments import folders
 from experiments import plots
 from experiments import progress
 from experiments import suite
-from fedftg_jax.methods import fed_ftg
+from fedftg_jax import recipes
 
 CENTRE = 'centre'
 # By factor, what a cell changes: flags of `train`. `base` stands for --base.
@@ -55,7 +55,7 @@ SETTINGS: Mapping[str, list[dict[str, Any]]] = {
     'base': [dict(base=name) for name in ('scaffold', 'fed_dyn', 'fed_prox', 'moon')],
 }
 OWN: Mapping[str, list[dict[str, Any]]] = {
-    'preset': [dict(ftg_preset=name) for name in fed_ftg.PRESETS],
+    'preset': [dict(ftg_preset=name) for name in recipes.FTG_PRESETS],
     'switch': [
         dict(ftg_hard_samples=True), dict(ftg_hard_samples=False),
         dict(ftg_memory=0.), dict(ftg_weight_decay=0.),
@@ -66,16 +66,13 @@ OWN: Mapping[str, list[dict[str, Any]]] = {
         dict(ftg_generator_steps=0), dict(ftg_generator_steps=1),
         dict(ftg_generator_steps=5),
         dict(ftg_label_sampling='uniform'), dict(ftg_teacher_weight='uniform'),
-        dict(ftg_teacher_weight='confident'), dict(ftg_lambda_dis=0.),
+        dict(ftg_lambda_dis=0.),
         dict(ftg_lambda_cls=0.), dict(ftg_generator_lr=.001),
-        dict(ftg_student_lr=.01), dict(ftg_temperature=3.),
-        dict(ftg_noise='every_step'), dict(ftg_warm_up=5),
-        dict(ftg_generator_average=.9), dict(ftg_student_weight='recognised'),
-        dict(ftg_start_round=5)],
+        dict(ftg_student_lr=.01), dict(ftg_temperature=3.)],
 }
 FACTORS = {**SETTINGS, **OWN}
 # What may go with an effect: this, and what FedFTG says of itself, see
-# `fed_ftg.fine_tune`.
+# `diagnostics.of_images`.
 BASE = 'accuracy of the base'
 DIAGNOSTICS = ('recognised', 'ensemble_entropy', 'gap', 'gap_left', 'dis', 'moved')
 
@@ -147,10 +144,10 @@ def make_cells(base: str, factors: list[str], presets: list[str]) -> list[Cell]:
       raise cli.UsageError('factors', factor, 'must be of ' + ', '.join(FACTORS))
   if 'fed_ftg' in base.split('+'):
     raise cli.UsageError('base', base, 'must be without fed_ftg')
-  wrong = [name for name in presets if name not in fed_ftg.PRESETS]
+  wrong = [name for name in presets if name not in recipes.FTG_PRESETS]
   if wrong:
     raise cli.UsageError(
-        'presets', wrong[0], 'must be of ' + ', '.join(fed_ftg.PRESETS))
+        'presets', wrong[0], 'must be of ' + ', '.join(recipes.FTG_PRESETS))
   around = [dict(ftg_preset=name) for name in presets or [FLAGS.ftg_preset]]
   asked = [(CENTRE, preset) for preset in [{}, *around]]
   for factor in factors:

@@ -22,7 +22,7 @@ from fedftg_jax.data import clients
 from fedftg_jax.data import datasets
 from fedftg_jax.data import partition
 from fedftg_jax.data import schedules
-from fedftg_jax.methods import batch_norm, fed_df, fed_ftg
+from fedftg_jax.methods import batch_norm, fed_df
 
 
 class Experiment(NamedTuple):
@@ -124,12 +124,11 @@ def _method(config, dataset, model) -> base.Method:
              for part in recipes.parse(config['method'])}
   generator = None
   if recipes.generates(config['method']):
-    _check_num_labels(config, dataset)
-    ftg = options.get('fed_ftg', {'options': fed_ftg.Options()})['options']
     generator = _checked(
-        'dataset', config, fed_ftg.make_generator, ftg, dataset.image_shape,
+        'dataset', config, models.image_generator, dataset.image_shape,
         dataset.num_classes, noise_dim=config['noise_dim'],
-        width=config['generator_width'], conv=config['conv'],
+        width=config['generator_width'],
+        bias_before_norm=config['generator_bias'], conv=config['conv'],
         dtype=_dtype(config))
   settings = recipes.Settings(
       model, dataset.num_classes, recipes.server_optimizer(
@@ -155,38 +154,19 @@ def _options(part, config) -> dict[str, Any]:
         'learning_rate': config['learning_rate'] if values['lr0'] else None}
   if part == 'q_fed_avg':
     return {**values, 'batch_size': config['batch_size']}
-  kind = {'fed_ftg': fed_ftg.Options, 'fed_df': fed_df.Options,
-          'fed_df_public': fed_df.Options}.get(part)
-  if kind is None:
+  known = {
+      'fed_ftg': recipes.FtgOptions._fields,
+      'fed_df': (*fed_df.Options._fields, 'memory'),
+      'fed_df_public': fed_df.Options._fields}.get(part)
+  if known is None:
     return values
-  chosen = {k: v for k, v in values.items() if k in kind._fields}
+  chosen = {k: v for k, v in values.items() if k in known}
   for name in {'student_lr', 'generator_lr'} & chosen.keys():
     chosen[name] = _decayed(chosen[name], config)
   decay = chosen.pop('weight_decay', config['weight_decay'])
   if config.get('prox_to_zero'):  # official: part of the decay, also here
     decay += config['prox_mu']
-  return {'options': kind(**chosen, weight_decay=decay)}
-
-
-def _check_num_labels(config, dataset) -> None:
-  """Refuses more steps than labels can be counted for, see `distillation`."""
-  num_examples = len(dataset.train_y)
-  bound = (2**32 - 1) // (num_examples + dataset.num_classes)
-  memory, warm_up = config.get('ftg_memory', 0), config.get('ftg_warm_up', 0)
-  besides = (f', --ftg_memory={memory:g} and --ftg_warm_up={warm_up}'
-             if memory or warm_up else '')
-  for flag, batch, labels in (
-      ('ftg_iterations', 'ftg_batch_size', bound * (1 - memory)),
-      ('df_generator_steps', 'df_batch_size', bound / 2),
-      ('df_student_steps', 'df_batch_size', bound / 2)):
-    if flag in config:
-      most = int(labels // config[batch])
-      if flag == 'ftg_iterations':
-        most = max(most - warm_up, 0)
-      if config[flag] > most:
-        raise cli.UsageError(
-            flag, config[flag], f'must be at most {most} with {num_examples} '
-            f'examples and batches of {config[batch]}{besides}')
+  return {**chosen, 'weight_decay': decay}
 
 
 def share_out(

@@ -11,9 +11,9 @@ from absl import flags
 from experiments import cli
 from experiments import devices
 from experiments import files
-from fedftg_jax import federation, models, recipes, stacking
+from fedftg_jax import distillation, federation, models, recipes, stacking
 from fedftg_jax.data import augment, datasets
-from fedftg_jax.methods import batch_norm, fed_df, fed_ftg, scaffold
+from fedftg_jax.methods import batch_norm, fed_df, scaffold
 from fedftg_jax.models import convolution, layers
 
 CLIENT_STATES = ('device', 'host', 'disk')
@@ -32,9 +32,9 @@ PARTITIONS = {
 }
 SCHEDULES = ('exact', 'bernoulli', 'file:PATH')
 FTG = 'ftg_'
-# Of `fed_ftg.Options`, what has a flag with the preset's value as its default.
-FTG_OPTIONS = tuple(name for name in fed_ftg.Options._fields if name not in (
-    'batch_size', 'weight_decay', 'generator_optimizer'))
+# Of `recipes.FtgOptions`, what has a flag with the preset's value as its default.
+FTG_OPTIONS = tuple(name for name in recipes.FtgOptions._fields if name not in (
+    'batch_size', 'weight_decay'))
 # The flags of a method, by what their names begin with; the rest of a name is
 # that of the argument, see `assembly`.
 PREFIXES = {
@@ -265,17 +265,24 @@ def _define_methods() -> None:
       ('lambda_dis', 'weight of the diversity term')):
     flags.DEFINE_float('df_' + name, getattr(options, name), f'FedDF: {text}.',
                        lower_bound=0)
-  flags.DEFINE_enum('df_ensemble', options.ensemble, fed_df.CHOICES['ensemble'],
+  flags.DEFINE_enum('df_ensemble', 'prob', list(distillation.ENSEMBLES),
                     'FedDF: teachers combine as probabilities or as logits.')
+  flags.DEFINE_float('df_memory', 0., 'FedDF on generated images: the broadcast '
+                     'model is one more teacher, as with --ftg_memory.',
+                     lower_bound=0)
   flags.DEFINE_integer('generator_width', 16, 'Channels of the generator\'s last '
                        'block (64 in FedFTG\'s official code).', lower_bound=1)
   flags.DEFINE_integer('noise_dim', 100, 'Length of the generator\'s noise.',
                        lower_bound=1)
+  flags.DEFINE_bool('generator_bias', None, 'Biases in front of the generator\'s '
+                    'BatchNorms, as in FedFTG\'s official code; they do nothing but '
+                    'take part in Adam\'s rounding. Default: --ftg_preset\'s (no in '
+                    'intended and robust, else yes).')
 
 
 def _define_ftg() -> None:
   """FedFTG's own flags: an option each, the preset's value where left out."""
-  flags.DEFINE_enum(FTG + 'preset', 'official', list(fed_ftg.PRESETS),
+  flags.DEFINE_enum(FTG + 'preset', 'official', list(recipes.FTG_PRESETS),
                     'official: the released code; paper: the equations as far as '
                     'known; intended: the code with its defects mended; robust: '
                     'what was found to help, see docs/when_it_pays.md.')
@@ -284,16 +291,16 @@ def _define_ftg() -> None:
   flags.DEFINE_float(FTG + 'weight_decay', None, 'Of the student\'s SGD. Default: '
                      '0 with --ftg_preset=robust, else --weight_decay (code). '
                      '--prox_to_zero adds --prox_mu.', lower_bound=0)
-  described = inspect.cleandoc(fed_ftg.Options.__doc__ or '')
+  described = inspect.cleandoc(recipes.FtgOptions.__doc__ or '')
   help_of = dict(re.findall(
       r'^ {2}(\w+): (.*?)(?=^ {2}\w|\Z)', described, re.M | re.S))
   for name in FTG_OPTIONS:
-    default, allowed = getattr(fed_ftg.Options(), name), fed_ftg.CHOICES.get(name)
+    default, allowed = getattr(recipes.FtgOptions(), name), recipes.PARTS.get(name)
     text = ' '.join(help_of.get(name, '').split()).replace(
         ' (here also a function of the round)', '') + (
             f' Default: the preset\'s ({default} in the code\'s).')
     if allowed:
-      flags.DEFINE_enum(FTG + name, None, allowed, text)
+      flags.DEFINE_enum(FTG + name, None, list(allowed), text)
     elif isinstance(default, bool):
       flags.DEFINE_bool(FTG + name, None, text)
     else:
@@ -315,13 +322,16 @@ def config(**changes) -> dict[str, Any]:
     cli.UsageError: for a wrong value.
   """
   values = {f.name: f.value for f in _ours()} | changes
-  preset = fed_ftg.Options(**fed_ftg.PRESETS[values[FTG + 'preset']])
+  preset = recipes.ftg_options(values[FTG + 'preset'])
   for name in FTG_OPTIONS:
     if values[FTG + name] is None:
       values[FTG + name] = getattr(preset, name)
+  around = recipes.FTG_PRESETS[values[FTG + 'preset']]
   if values[FTG + 'weight_decay'] is None:
-    values[FTG + 'weight_decay'] = fed_ftg.PRESETS[values[FTG + 'preset']].get(
-        'weight_decay', values['weight_decay'])
+    values[FTG + 'weight_decay'] = around.get('weight_decay', values['weight_decay'])
+  if values['generator_bias'] is None:
+    values['generator_bias'] = (
+        'fed_ftg' not in values['method'] or around['generator_bias'])
   for name in (FTG + 'batch_size', 'df_batch_size'):
     values[name] = values[name] or values['batch_size']
   if values['norm'] is None:
@@ -361,9 +371,10 @@ def _unused(values: dict[str, Any]) -> set[str]:
   unused |= {k for k in values if k.startswith(tuple(PREFIXES.values()))
              and not k.startswith(used)}
   if not recipes.generates(values['method']):
-    unused |= {'generator_width', 'noise_dim'}
+    unused |= {'generator_width', 'noise_dim', 'generator_bias'}
   if 'fed_df' not in parts:
-    unused |= {'df_lambda_dis', 'df_generator_steps', 'df_generator_lr'}
+    unused |= {'df_lambda_dis', 'df_generator_steps', 'df_generator_lr',
+               'df_memory'}
   if not values['evaluate_all']:
     unused.add('evaluate_all')
   if values['evaluate_clients'] == 'none':
@@ -448,8 +459,14 @@ def _check(values: dict[str, Any]) -> None:
   require('partition', values['partition'] != 'quantity' or values['size_sigma']
           or values['size_power'], 'needs --size_sigma or --size_power above 0')
   require('ftg_temperature', values['ftg_temperature'] > 0, 'must be above 0')
-  for name in FTG + 'memory', FTG + 'generator_average':
+  for name in FTG + 'memory', 'df_memory':
     require(name, values[name] < 1, 'must be below 1')
+  for name, batch in ((FTG + 'iterations', FTG + 'batch_size'),
+                      ('df_generator_steps', 'df_batch_size'),
+                      ('df_student_steps', 'df_batch_size')):
+    most = 2**30 // values[batch]
+    require(name, values[name] <= most,
+            f'must be at most {most} with batches of {values[batch]}')
   require('moon_tau', values['moon_tau'] > 0, 'must be above 0')
   require('scaffold_lr0', not values['scaffold_lr0']
           or values['learning_rate'] > 0, 'needs a --learning_rate above 0')

@@ -4,76 +4,41 @@ Labels for generated images, what teachers say together, and the student's
 training. Teachers are variables with a leading axis [K].
 """
 
-from typing import Callable, NamedTuple
+from typing import Any, Callable
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedftg_jax.base import Generator, Model, Received, Variables
+from fedftg_jax.base import Generator, Model, Output, Received, Variables
 from fedftg_jax.data import clients
 
 
-def check_options(
-    options: NamedTuple, choices: dict[str, tuple[str, ...]],
-    least: dict[str, int]) -> None:
-  """Checks the options of a method.
-
-  Args:
-    options: of the method.
-    choices: what the named options may be.
-    least: what the named options must be at least.
+def check_least(**bounds: tuple[float, float]) -> None:
+  """Checks that every value (value, least) is at least what it must be.
 
   Raises:
-    ValueError: names a wrong option and what would be right.
+    ValueError: names the value that is not.
   """
-  for name, allowed in choices.items():
-    if getattr(options, name) not in allowed:
-      raise ValueError(
-          f'{name} must be one of {allowed}, got {getattr(options, name)!r}.')
-  for name, bound in least.items():
-    if getattr(options, name) < bound:
-      raise ValueError(
-          f'{name} must be at least {bound}, got {getattr(options, name)}.')
+  for name, (value, least) in bounds.items():
+    if value < least:
+      raise ValueError(f'{name} must be at least {least}, got {value}.')
 
 
-def count_labels(num_classes: int, num_labels: int) -> Callable:
-  """The hook `Method.upload` that sends a client's class counts [C].
-
-  Args:
-    num_classes: C.
-    num_labels: at most how many labels the server draws in a round, times the
-      rounds whose counts it draws them from.
-
-  Returns:
-    The hook. It raises ValueError where `quota_labels` would count past 2**32.
-  """
+def count_labels(num_classes: int) -> Callable:
+  """Makes the hook `Method.upload` that sends a client's class counts [C]."""
   def upload(view, local, objective, key):
     del local, objective, key
-    num_counted = len(view.data.y) + num_classes  # where counts are rounded
-    if num_labels * num_counted >= 2**32:
-      raise ValueError(
-          'labels drawn in a round times number of examples and classes must stay '
-          f'below 2**32, got {num_labels} * {num_counted}.')
     return view.own, clients.label_counts(view.data, num_classes)
   return upload
 
 
-def draw_images(
-    generator: Generator, variables: Callable = lambda shared: shared) -> Callable:
-  """The hook `Method.synthesise`.
-
-  Args:
-    generator: the generator.
-    variables: server slot -> the generator's variables.
-
-  Returns:
-    The hook.
-  """
+def draw_images(generator: Generator) -> Callable:
+  """Makes the hook `Method.synthesise` of a server slot that is the generator."""
   def synthesise(shared, labels, key):
     z = jax.random.normal(key, (len(labels), generator.noise_dim))
-    return generator.apply(variables(shared), z, labels)[0]
+    return generator.apply(shared, z, labels)[0]
   return synthesise
 
 
@@ -87,18 +52,39 @@ def rate_of(rate: float | Callable, received: Received) -> jax.Array | float:
   return rate(received.round) if callable(rate) else rate
 
 
+def at_round(optimizer: Any, received: Received) -> optax.GradientTransformation:
+  """An optimiser that may be a function of the round."""
+  return optimizer(received.round) if callable(optimizer) else optimizer
+
+
 def quota_labels(key: jax.Array, counts: jax.Array, num: int) -> jax.Array:
   """`num` labels with class shares as in integer `counts` [C], shuffled.
 
   Class c gets floor(num * cumsum_c / total) less what the classes before it
-  got; computed in integers, so that no share is off by a rounding. `num` times
-  the total must stay below 2**32.
+  got, in integers, so that no share is off by a rounding. The total must stay
+  below 2**30.
   """
   chex.assert_type(counts, int)
-  cumulative = jnp.cumsum(counts).astype(jnp.uint32)
-  ends = cumulative * jnp.uint32(num) // jnp.maximum(cumulative[-1], 1)
+  ends = _share(num, jnp.cumsum(counts))
   labels = jnp.searchsorted(ends, jnp.arange(num, dtype=jnp.uint32), 'right')
   return jax.random.permutation(key, labels.astype(jnp.int32))
+
+
+def _share(num: int, cumulative: jax.Array) -> jax.Array:
+  """floor(num * cumulative / cumulative[-1]), by long division: the product may
+  not fit into 32 bits."""
+  part = cumulative.astype(jnp.uint32)
+  total = jnp.maximum(part[-1], 1)
+  bits = num.bit_length()
+
+  def one_bit(i, carry):
+    quotient, rest = carry
+    bit = jnp.uint32(num) >> (bits - 1 - i).astype(jnp.uint32) & 1
+    rest = 2 * rest + bit * part
+    return 2 * quotient + rest // total, rest % total
+
+  return jax.lax.fori_loop(
+      0, bits, one_bit, (jnp.zeros_like(part), jnp.zeros_like(part)))[0]
 
 
 def iid_labels(key: jax.Array, counts: jax.Array, num: int) -> jax.Array:
@@ -106,28 +92,58 @@ def iid_labels(key: jax.Array, counts: jax.Array, num: int) -> jax.Array:
   return jax.random.categorical(key, jnp.log(counts), shape=(num,))
 
 
+def of_all_classes(draw_labels: Callable) -> Callable:
+  """Draws as if all classes were equally frequent, for ablations."""
+  return lambda key, counts, num: draw_labels(key, jnp.ones_like(counts), num)
+
+
 def teacher_logits(model: Model, teachers: Variables, x: jax.Array) -> jax.Array:
   """[K, B, C] what each teacher says of the images `x`, in eval mode."""
   return jax.vmap(lambda teacher: model.apply(teacher, x).logits)(teachers)
 
 
-def ensemble(logits: jax.Array, weight: jax.Array, kind: str) -> jax.Array:
-  """What teachers say together, [B, C].
+def mean_of_probabilities(logits: jax.Array, weight: jax.Array) -> jax.Array:
+  """The weighted mean of the teachers' probabilities.
 
   Args:
     logits: [K, B, C].
     weight: [K, B].
-    kind: 'prob', the weighted mean of probabilities, or 'logit', the
-      probabilities of the weighted sum of logits.
 
   Returns:
-    Rows sum to sum_k weight_k.
+    [B, C]; rows sum to sum_k weight_k.
   """
   chex.assert_equal_shape_prefix([logits, weight], 2)
-  if kind == 'prob':
-    return jnp.einsum('kbc,kb->bc', jax.nn.softmax(logits), weight)
+  return jnp.einsum('kbc,kb->bc', jax.nn.softmax(logits), weight)
+
+
+def mean_of_logits(logits: jax.Array, weight: jax.Array) -> jax.Array:
+  """The probabilities of the weighted sum of logits; as `mean_of_probabilities`.
+  """
+  chex.assert_equal_shape_prefix([logits, weight], 2)
   mass = jnp.sum(weight, axis=0)[:, None]
   return mass * jax.nn.softmax(jnp.einsum('kbc,kb->bc', logits, weight))
+
+
+ENSEMBLES = {'prob': mean_of_probabilities, 'logit': mean_of_logits}
+
+
+def renewed_statistics(model: Model, variables: Variables, x: jax.Array) -> Output:
+  """Normalises by the batch; the running statistics become those of the batches."""
+  return model.apply(variables, x, train=True)
+
+
+def batch_statistics(model: Model, variables: Variables, x: jax.Array) -> Output:
+  """Normalises by the batch; the running statistics stay as they are."""
+  return model.apply(variables, x, train=True)._replace(stats=variables.stats)
+
+
+def kept_statistics(model: Model, variables: Variables, x: jax.Array) -> Output:
+  """Normalises by the running statistics, which stay as they are."""
+  return model.apply(variables, x)
+
+
+STATISTICS = {'overwrite': renewed_statistics, 'batch': batch_statistics,
+              'keep': kept_statistics}
 
 
 def distil(
@@ -138,7 +154,7 @@ def distil(
     examples: Callable,
     num_steps: int,
     *,
-    train: bool = True,
+    forward: Callable = renewed_statistics,
 ) -> tuple[Variables, jax.Array]:
   """Trains the student on images with soft targets.
 
@@ -149,15 +165,15 @@ def distil(
     loss: (logits [B, C], target [B, C]) -> scalar.
     examples: (step) -> (images, target).
     num_steps: number of updates.
-    train: whether the student normalises by the batch and renews its BatchNorm
-      statistics.
+    forward: (model, variables, images) -> Output: how the student normalises, one
+      of `STATISTICS`.
 
   Returns:
     The student, and the loss before each step [num_steps].
   """
 
   def loss_fn(params, stats, images, target):
-    output = model.apply(Variables(params, stats), images, train=train)
+    output = forward(model, Variables(params, stats), images)
     return loss(output.logits, target), output.stats
 
   def step(carry, i):
@@ -173,7 +189,7 @@ def distil(
   return student, values
 
 
-def sgd(learning_rate: float | jax.Array, weight_decay: float,
+def sgd(learning_rate: float | jax.Array, weight_decay: float = 0.,
         clip_norm: float = 0.) -> optax.GradientTransformation:
   """SGD whose weight decay is a part of the gradient, as in PyTorch.
 
@@ -184,7 +200,11 @@ def sgd(learning_rate: float | jax.Array, weight_decay: float,
 
   Returns:
     The optimiser.
+
+  Raises:
+    ValueError: for a negative bound.
   """
+  check_least(clip_norm=(clip_norm, 0))
   clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
   return optax.chain(
       *clip, optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate))

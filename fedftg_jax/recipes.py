@@ -11,6 +11,7 @@ from typing import Any, Callable, Mapping, NamedTuple
 import optax
 
 from fedftg_jax import base
+from fedftg_jax import distillation
 from fedftg_jax.base import Generator, Method, Model
 from fedftg_jax.methods import fed_avg as fed_avg_lib
 from fedftg_jax.methods import fed_df as fed_df_lib
@@ -20,6 +21,7 @@ from fedftg_jax.methods import fed_nova as fed_nova_lib
 from fedftg_jax.methods import fed_prox as fed_prox_lib
 from fedftg_jax.methods import moon as moon_lib
 from fedftg_jax.methods import q_fed_avg as q_fed_avg_lib
+from fedftg_jax.methods import remembering as remembering_lib
 from fedftg_jax.methods import scaffold as scaffold_lib
 
 # 'local' parts add to local training only; the server runs the others in this
@@ -36,7 +38,9 @@ class Settings(NamedTuple):
     server_optimizer: of the aggregating part; None for the plain mean.
     generator: for methods that generate images.
     options: by method, the keyword arguments of its function that differ from
-      their defaults (for fed_df and fed_ftg: 'options').
+      their defaults; for fed_ftg the fields of `FtgOptions` and 'preset', for
+      fed_df those of `fed_df.Options` and 'memory', for both with the names of
+      `PARTS` instead of functions.
   """
   model: Model
   num_classes: int
@@ -59,9 +63,180 @@ def _aggregator(make):
       server_optimizer=s.server_optimizer, **options)
 
 
-def _generating(make):
-  return lambda s, **options: make(
-      s.model, s.generator, s.num_classes, **options)
+# Options that are functions, by the names that flags give them.
+PARTS: dict[str, dict[str, Any]] = {
+    'gen_step': {'sequential': False, 'joint': True},
+    'md': {'l1': fed_ftg_lib.l1, 'kl': fed_ftg_lib.kl},
+    'cls_weight': {'mean': fed_ftg_lib.mean_times_mean,
+                   'per_sample': fed_ftg_lib.per_sample},
+    'student_reduction': {'mean_bc': fed_ftg_lib.over_classes,
+                          'batchmean': fed_ftg_lib.soft_cross_entropy},
+    'teacher_weight': {'class': fed_ftg_lib.class_weights,
+                       'uniform': fed_ftg_lib.uniform_weights},
+    'ensemble': distillation.ENSEMBLES,
+    'student_bn': distillation.STATISTICS,
+    'labels': {'quota': distillation.quota_labels,
+               'iid': distillation.iid_labels},
+    'label_sampling': {'customised': lambda draw_labels: draw_labels,
+                       'uniform': distillation.of_all_classes},
+}
+
+
+class FtgOptions(NamedTuple):
+  """FedFTG by names and numbers; the defaults are those of the released code.
+
+  Attributes:
+    iterations: I, outer iterations a round; 0 switches the fine-tuning off.
+    generator_steps: I_g, passes of generator updates in an iteration.
+    student_steps: I_d, student updates in an iteration.
+    batch_size: B, generated images at once.
+    student_lr: learning rate of the student's SGD (here also a function of the
+      round).
+    generator_lr: learning rate of the generator's Adam (here also a function of
+      the round).
+    weight_decay: of the student's SGD (code: the clients'). It shrinks the model
+      by about I I_d student_lr weight_decay in a round, wherever else it goes.
+    student_clip: largest global norm of the student's gradient in a step, before
+      weight decay is added; 0 for no bound (code), with which a deep net that
+      normalises by kept statistics can diverge.
+    lambda_cls: weight of the fidelity term.
+    lambda_dis: weight of the diversity term.
+    gen_step: 'sequential', one Adam step per teacher in the order of client ids
+      with lambda_dis / K in each (code), or 'joint', one step on the sum over
+      teachers with lambda_dis once (paper).
+    hard_samples: whether the generator raises the discrepancy of student and
+      teachers, so that it looks for hard samples (code).
+    md: this discrepancy: 'l1' of logits, mean over classes, teacher held fixed
+      (code), or 'kl' of predictions (paper).
+    cls_weight: fidelity as mean(CE) * mean(alpha) ('mean', code) or as
+      mean(CE * alpha) ('per_sample').
+    ensemble: teachers combine as probabilities ('prob', code) or 'logit'.
+    teacher_weight: 'class', alpha_k^y = n_k^y / sum_i n_i^y, or 'uniform', 1 / K
+      (ablation of the class-level ensemble).
+    student_reduction: student loss as mean over batch and classes ('mean_bc',
+      code) or over the batch alone ('batchmean', C times larger).
+    temperature: of the softmaxes of ensemble and student in the student's loss,
+      which is then T^2 as large (Hinton et al., arXiv:1503.02531); 1 in the code.
+    student_bn: 'overwrite', the student is distilled in train mode and its
+      BatchNorm statistics become those of generated images (code), 'batch', it is
+      distilled alike, but the aggregated statistics are kept, or 'keep', it
+      normalises by them, too.
+    labels: 'quota', deterministic class counts in random order (code), or
+      'iid' draws (paper).
+    label_sampling: 'customised', classes as frequent as the cohort has them, or
+      'uniform' over all classes (ablation).
+    memory: the model that was broadcast is one more teacher, with the class counts
+      of earlier rounds, discounted by this factor a round (see `remembering`); 0
+      for no such teacher (code).
+  """
+  iterations: int = 10
+  generator_steps: int = 1
+  student_steps: int = 5
+  batch_size: int = 50
+  student_lr: float | Callable = .1
+  generator_lr: float | Callable = .01
+  weight_decay: float = 1e-3
+  student_clip: float = 0.
+  lambda_cls: float = 1.
+  lambda_dis: float = 1.
+  gen_step: str = 'sequential'
+  hard_samples: bool = True
+  md: str = 'l1'
+  cls_weight: str = 'mean'
+  ensemble: str = 'prob'
+  teacher_weight: str = 'class'
+  student_reduction: str = 'mean_bc'
+  temperature: float = 1.
+  student_bn: str = 'overwrite'
+  labels: str = 'quota'
+  label_sampling: str = 'customised'
+  memory: float = 0.
+
+
+# What surrounds the step of `fed_ftg.PRESETS`: options that differ from the code's,
+# and whether the generator has biases in front of its BatchNorms.
+FTG_PRESETS: dict[str, dict[str, Any]] = {
+    'official': dict(generator_bias=True),
+    'paper': dict(labels='iid', generator_bias=True),
+    'intended': dict(generator_bias=False),
+    'robust': dict(weight_decay=0., student_clip=3., memory=.9,
+                   generator_bias=False),
+}
+
+
+def ftg_options(preset: str = 'official', **changes) -> FtgOptions:
+  """The options of a preset of FedFTG, with `changes` on top.
+
+  Raises:
+    ValueError: for an unknown preset, name or number.
+  """
+  _check_choice('preset', preset, FTG_PRESETS)
+  around = {k: v for k, v in FTG_PRESETS[preset].items() if k != 'generator_bias'}
+  parts = fed_ftg_lib.PRESETS[preset]
+  terms: fed_ftg_lib.Terms = parts['terms']
+  chosen = {
+      'gen_step': parts.get('joint', False),
+      'md': terms.discrepancy or fed_ftg_lib.l1, 'cls_weight': terms.fidelity,
+      'student_reduction': terms.distance, 'ensemble': terms.ensemble,
+      'student_bn': parts.get('student_bn', distillation.renewed_statistics)}
+  names = {option: next(name for name, part in PARTS[option].items()
+                        if part == value) for option, value in chosen.items()}
+  options = FtgOptions(**{
+      'hard_samples': terms.discrepancy is not None, **names, **around, **changes})
+  for name in options._fields:
+    if name in PARTS:
+      _check_choice(name, getattr(options, name), PARTS[name])
+  if not options.temperature > 0:
+    raise ValueError(f'temperature must be above 0, got {options.temperature}.')
+  return options
+
+
+def _check_choice(name, value, allowed):
+  if value not in allowed:
+    raise ValueError(f'{name} must be one of {tuple(allowed)}, got {value!r}.')
+
+
+def _fed_ftg(settings, preset='official', **changes):
+  """FedFTG, with the broadcast model as one more teacher if that is asked for."""
+  o = ftg_options(preset, **changes)
+  part = {name: PARTS[name][getattr(o, name)]
+          for name in PARTS if name in o._fields}
+  terms = fed_ftg_lib.Terms(
+      part['md'] if o.hard_samples else None, part['cls_weight'],
+      part['student_reduction'], part['ensemble'], part['teacher_weight'],
+      o.lambda_cls, o.lambda_dis, o.temperature)
+  return _remembering(fed_ftg_lib.fed_ftg(
+      settings.model, settings.generator, settings.num_classes,
+      iterations=o.iterations, batch_size=o.batch_size,
+      generator_optimizer=_at_rate(optax.adam, o.generator_lr),
+      student_optimizer=_at_rate(
+          lambda rate: distillation.sgd(rate, o.weight_decay, o.student_clip),
+          o.student_lr),
+      draw_labels=part['label_sampling'](part['labels']), terms=terms,
+      generator_steps=o.generator_steps, student_steps=o.student_steps,
+      joint=part['gen_step'], student_bn=part['student_bn']), settings, o.memory)
+
+
+def _fed_df(settings, memory=0., **options):
+  return _remembering(
+      fed_df_lib.fed_df(settings.model, settings.generator, settings.num_classes,
+                        _df_options(options)), settings, memory)
+
+
+def _df_options(options):
+  kind = options.pop('ensemble', 'prob')
+  _check_choice('ensemble', kind, distillation.ENSEMBLES)
+  return fed_df_lib.Options(**options, ensemble=distillation.ENSEMBLES[kind])
+
+
+def _remembering(part, settings, memory):
+  return part if not memory else remembering_lib.remembering(
+      part, settings.num_classes, memory)
+
+
+def _at_rate(make, rate):
+  """An optimiser by its learning rate, which may be a function of the round."""
+  return (lambda round_: make(rate(round_))) if callable(rate) else make(rate)
 
 
 RECIPES = {
@@ -87,14 +262,15 @@ RECIPES = {
         'corrects', lambda s, **options: scaffold_lib.scaffold(**options),
         'control variates', weighting='uniform'),
     'fed_df': Recipe(
-        'refines', _generating(fed_df_lib.fed_df),
+        'refines', _fed_df,
         'ensemble distillation on generated images', generates=True),
     'fed_df_public': Recipe(
         'refines',
-        lambda s, **options: fed_df_lib.fed_df_public(s.model, **options),
+        lambda s, **options: fed_df_lib.fed_df_public(
+            s.model, _df_options(options)),
         'ensemble distillation on unlabelled --public_data'),
     'fed_ftg': Recipe(
-        'refines', _generating(fed_ftg_lib.fed_ftg),
+        'refines', _fed_ftg,
         'data-free fine-tuning of the mean on the server', generates=True),
 }
 

@@ -96,11 +96,11 @@ class LossesTest(parameterized.TestCase):
           jnp.asarray(g[k], float)
           for k in ('z', 'fake', 's_logit', 't_logit', 'weight'))
 
-      def terms(fake, student, teacher, cls_weight='mean'):
-        md, cls = fed_ftg.teacher_terms(
-            student, teacher, alpha, jnp.asarray(g['labels']),
-            fed_ftg.Options(cls_weight=cls_weight))
-        return md, cls, losses.diversity(z, fake)
+      def terms(fake, student, teacher, fidelity=fed_ftg.mean_times_mean):
+        ce = optax.softmax_cross_entropy_with_integer_labels(
+            teacher, jnp.asarray(g['labels']))
+        md = -jnp.mean(fed_ftg.l1(student, teacher) * alpha)
+        return md, fidelity(ce, alpha), losses.diversity(z, fake)
 
       md, cls, dis = terms(fake, student, teacher)
       np.testing.assert_allclose(md, g['loss_md'], rtol=1e-10)
@@ -117,7 +117,7 @@ class LossesTest(parameterized.TestCase):
       for grad, name in zip(grads, ('fake', 's_logit', 't_logit')):
         np.testing.assert_allclose(grad, g['grad_' + name], atol=1e-10)
 
-      per_sample = lambda t: terms(fake, student, t, 'per_sample')[1]
+      per_sample = lambda t: terms(fake, student, t, fed_ftg.per_sample)[1]
       np.testing.assert_allclose(
           per_sample(teacher), g['alt_loss_cls_persample'], rtol=1e-10)
       np.testing.assert_allclose(
@@ -130,25 +130,28 @@ class LossesTest(parameterized.TestCase):
       model = linear_model()
       z, alpha = (jnp.asarray(b[k], float) for k in ('z', 'weight'))
 
-      def total(fake):
-        logits = [model.apply(linear(g['W' + k], g['b' + k]), fake).logits
-                  for k in 'st']
-        md, cls = fed_ftg.teacher_terms(
-            *logits, alpha, jnp.asarray(b['labels']))
-        dis = losses.diversity(z, fake)
-        return md + cls + dis / b['num_clients'], (md, cls, dis)
+      student, teacher = (linear(g['W' + k], g['b' + k]) for k in 'st')
+      # A generator whose parameters are its images.
+      generator = base.Generator(
+          None, lambda made, z, labels, train: (made.params, ()), z.shape[1])
 
-      (loss, parts), grad = jax.value_and_grad(total, has_aux=True)(
+      def total(fake):
+        return fed_ftg.generator_loss(
+            model, generator, fed_ftg.CODE, student, jax.tree.map(
+                lambda a: a[None], teacher), alpha[None], 1 / b['num_clients'], z,
+            jnp.asarray(b['labels']), fake, ())
+
+      (loss, (_, parts)), grad = jax.value_and_grad(total, has_aux=True)(
           images(b['fake']).astype(float))
       np.testing.assert_allclose(loss, g['loss'], rtol=1e-10)
-      for part, name in zip(parts, ('md', 'cls', 'ap')):
-        np.testing.assert_allclose(part, g['loss_' + name], rtol=1e-10)
+      for part, name in (('md', 'md'), ('cls', 'cls'), ('dis', 'ap')):
+        np.testing.assert_allclose(parts[part][0], g['loss_' + name], rtol=1e-10)
       np.testing.assert_allclose(
           np.moveaxis(grad, -1, 1), g['grad_fake'], atol=1e-10)
 
-  def test_ensemble_weights(self):
+  def test_class_weights(self):
     g = golden('c')
-    alpha = fed_ftg.ensemble_weights(
+    alpha = fed_ftg.class_weights(
         jnp.asarray(g['counts']), jnp.ones(len(g['counts']), bool))
     np.testing.assert_allclose(alpha.T, g['cls_clnt_weight'], atol=1e-6)
     np.testing.assert_allclose(
@@ -171,11 +174,11 @@ class LossesTest(parameterized.TestCase):
     with enable_x64(True):
       g = golden('d')
       counts = jnp.asarray(g['counts'])
-      alpha = fed_ftg.ensemble_weights(counts, jnp.ones(len(counts), bool))
-      target = distillation.ensemble(
-          jnp.asarray(g['t_logits'], float), alpha[:, g['labels']], 'prob')
+      alpha = fed_ftg.class_weights(counts, jnp.ones(len(counts), bool))
+      target = distillation.mean_of_probabilities(
+          jnp.asarray(g['t_logits'], float), alpha[:, g['labels']])
       np.testing.assert_allclose(target, g['t_merge'], atol=1e-10)
-      loss, grad = jax.value_and_grad(fed_ftg.student_loss)(
+      loss, grad = jax.value_and_grad(fed_ftg.over_classes)(
           jnp.asarray(g['s_logit'], float), target)
       np.testing.assert_allclose(loss, g['loss'], rtol=1e-10)
       np.testing.assert_allclose(grad, g['grad_s_logit'], atol=1e-10)
@@ -421,20 +424,18 @@ class ServerStepTest(parameterized.TestCase):
       generator = models.image_generator(
           (size, size, 3), 3, noise_dim=4, width=width)
       batch = int(g['hp_batch'])
-      options = fed_ftg.Options(
-          iterations=int(g['hp_iterations']), batch_size=batch,
-          generator_steps=int(g['hp_inner_g']),
-          student_steps=int(g['hp_inner_d']),
-          weight_decay=float(g['hp_weight_decay']),
-          generator_optimizer=getattr(optax, optimizer))
       student, after, terms = fed_ftg.fine_tune(
-          linear_model(), generator, net('student0'), fed_ftg.Shared(made('gen0')),
+          linear_model(), generator, net('student0'), made('gen0'),
           jax.tree.map(lambda *a: jnp.stack(a), net('teacher0'), net('teacher1')),
-          jnp.asarray(g['counts']), jnp.asarray(g['z'], float)[:, None],
-          jnp.asarray(g['labels']).reshape(-1, batch), options=options,
-          student_lr=float(g['hp_glb_lr']), generator_lr=float(g['hp_gen_lr']))
+          jnp.asarray(g['counts']), jnp.asarray(g['z'], float),
+          jnp.asarray(g['labels']).reshape(-1, batch),
+          generator_optimizer=getattr(optax, optimizer)(float(g['hp_gen_lr'])),
+          student_optimizer=distillation.sgd(
+              float(g['hp_glb_lr']), float(g['hp_weight_decay'])),
+          generator_steps=int(g['hp_inner_g']), student_steps=int(g['hp_inner_d']),
+          **fed_ftg.PRESETS['official'])
       chex.assert_trees_all_close(student, net('student1'), atol=1e-9)
-      chex.assert_trees_all_close(after.generator, made('gen1'), atol=1e-7)
+      chex.assert_trees_all_close(after, made('gen1'), atol=1e-7)
       parts = [terms[name].reshape(-1) for name in ('md', 'cls', 'dis')]
       want = g['gen_losses_total_md_cls_ap'].T
       np.testing.assert_allclose(parts, want[1:], rtol=1e-8)

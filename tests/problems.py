@@ -1,5 +1,7 @@
 """Small federated problems that the tests share."""
 
+import functools
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,11 +39,62 @@ class Linear(nn.Module):
     return layers.Dense(NUM_CLASSES)(x), x
 
 
+class Normed(nn.Module):
+  """Two linear layers with a BatchNorm between them."""
+
+  @nn.compact
+  def __call__(self, x, mask=None, train=False):
+    x = layers.Dense(6)(x.reshape(len(x), -1))
+    x = nn.relu(layers.Norm('batch')(x, mask, train))
+    return layers.Dense(NUM_CLASSES)(x), x
+
+
+class DenseGenerator(nn.Module):
+  """A small net with a BatchNorm: compiles in a fraction of a convolutional one."""
+
+  @nn.compact
+  def __call__(self, z, labels, train=False):
+    x = jnp.concatenate(
+        [z, jax.nn.one_hot(labels, NUM_CLASSES, dtype=z.dtype)], axis=-1)
+    x = layers.Dense(6)(x)
+    x = nn.tanh(layers.BatchNorm()(x, train=train))
+    return nn.tanh(layers.Dense(int(np.prod(IMAGE_SHAPE)))(x)).reshape(
+        -1, *IMAGE_SHAPE)
+
+
+def _generator(noise_dim=4):
+  def init(key):
+    tree = DenseGenerator().init(
+        key, jnp.zeros((1, noise_dim)), jnp.zeros(1, jnp.int32))
+    return base.Variables(tree['params'], tree['batch_stats'])
+
+  def apply(variables, z, labels, train=False):
+    tree = {'params': variables.params, 'batch_stats': variables.stats}
+    if not train:
+      return DenseGenerator().apply(tree, z, labels), variables.stats
+    images, new = DenseGenerator().apply(
+        tree, z, labels, train=True, mutable=['batch_stats'])
+    return images, new['batch_stats']
+
+  return base.Generator(init, apply, noise_dim)
+
+
+def quick(pair):
+  """A model or generator whose initialisation is one program, not one per draw."""
+  return pair._replace(init=jax.jit(pair.init))
+
+
+def from_flax(module):
+  return quick(models.from_flax(module, IMAGE_SHAPE, (.4,), (.3,)))
+
+
+@functools.cache  # equal models are one, so that jit knows them again
 def make_model(norm='none'):
-  return models.from_flax(Net(norm), IMAGE_SHAPE, (.4,), (.3,))
+  return from_flax(Net(norm))
 
 
-LINEAR = models.from_flax(Linear(), IMAGE_SHAPE, (.4,), (.3,))
+GENERATOR = quick(_generator())
+NORMED, LINEAR = from_flax(Normed()), from_flax(Linear())
 
 
 def make_data(sizes=SIZES, seed=0):

@@ -88,8 +88,7 @@ class ResumeTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ('fed_ftg', ['--tensorboard']),
-      ('fed_ftg', ['--ftg_preset=robust', '--ftg_generator_state=kept',
-                   '--ftg_generator_average=0.5']),
+      ('fed_ftg', ['--ftg_preset=robust']),
       ('moon', ['--client_state=disk']),
       ('fed_avg', ['--server_optimizer=adam', '--eval_every=2', '--rounds=7',
                    '--dropout_rate=0.3']))

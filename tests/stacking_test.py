@@ -7,26 +7,20 @@ import jax
 from jax import enable_x64
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from fedftg_jax import federation, models, recipes, stacking
-from fedftg_jax.methods import fed_ftg
+from fedftg_jax import federation, recipes, stacking
 from tests import problems
 
 KEY = jax.random.key(3)
-GENERATOR = models.image_generator(
-    problems.IMAGE_SHAPE, problems.NUM_CLASSES, noise_dim=4, width=2,
-    bias_before_norm=False)
-FTG = fed_ftg.Options(iterations=1, student_steps=2, batch_size=6,
-                      generator_optimizer=optax.sgd)
-JOINT = FTG._replace(gen_step='joint')
-MEMORY = JOINT._replace(memory=.9)  # one more teacher than clients
+FTG = dict(iterations=1, student_steps=2, batch_size=6, generator_lr=1e-4)
+JOINT = {**FTG, 'gen_step': 'joint'}
+MEMORY = {**JOINT, 'memory': .9}  # one more teacher than clients
 
 
-def make(name, model=problems.LINEAR, options=FTG, **settings):
+def make(name, model=problems.LINEAR, options=None, **settings):
   method = recipes.build(name, recipes.Settings(
-      model, problems.NUM_CLASSES, generator=GENERATOR,
-      options={'fed_ftg': dict(options=options)} if 'fed_ftg' in name else {}))
+      model, problems.NUM_CLASSES, generator=problems.GENERATOR,
+      options={'fed_ftg': options or FTG} if 'fed_ftg' in name else {}))
   return problems.make(model, method, **settings)
 
 
@@ -77,7 +71,7 @@ class DevicesTest(parameterized.TestCase):
   @parameterized.parameters(
       ('fed_avg',), ('scaffold+fed_ftg',), ('fed_ftg', MEMORY), ('fed_df',),
       ('fed_dyn+fed_nova',))
-  def test_same_on_any_number(self, name, options=FTG):
+  def test_same_on_any_number(self, name, options=None):
     with enable_x64(True):
       state, metrics = self.after(name, None, options=options)
       for devices, chunk in ((1, 0), (2, 1), (4, 0), (8, 0)):

@@ -4,9 +4,10 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments.contestants import workloads
-from fedftg_jax import federation, models, solvers
+from fedftg_jax import distillation, federation, models, solvers
 from fedftg_jax.data import clients, schedules
 from fedftg_jax.methods import fed_avg, fed_ftg
 from fedftg_jax.models import classifiers, convolution, layers
@@ -60,11 +61,8 @@ def prepare(workload, conv=None, client_chunk=None):
 
 
 def _server_step(workload, model, conv):
-  options = fed_ftg.Options(
-      iterations=workload.iterations, student_steps=workloads.STUDENT_STEPS,
-      batch_size=workload.batch_size)
-  generator = fed_ftg.make_generator(
-      options, workload.image_shape, workloads.NUM_CLASSES,
+  generator = models.image_generator(
+      workload.image_shape, workloads.NUM_CLASSES,
       width=workloads.GENERATOR_WIDTH, noise_dim=workloads.NOISE_DIM, conv=conv)
   keys = jax.random.split(jax.random.key(0), workload.cohort + 2)
   teachers = jax.vmap(model.init)(keys[2:])
@@ -75,10 +73,13 @@ def _server_step(workload, model, conv):
   @jax.jit
   def step(student, made, key):
     z, labels = fed_ftg.draw(
-        key, counts.sum(0), generator.noise_dim, options)
+        key, counts.sum(0), generator.noise_dim, workload.iterations,
+        workload.batch_size)
     return fed_ftg.fine_tune(
-        model, generator, student, fed_ftg.Shared(made), teachers, counts, z,
-        labels, options=options)[:2]
+        model, generator, student, made, teachers, counts, z, labels,
+        generator_optimizer=optax.adam(.01),
+        student_optimizer=distillation.sgd(.1, weight_decay=1e-3),
+        student_steps=workloads.STUDENT_STEPS)[:2]
 
   def round_():
     jax.block_until_ready(step(student, made, keys[1]))

@@ -46,8 +46,8 @@ class Options(NamedTuple):
     generator_lr: of the generator's Adam; likewise.
     weight_decay: of both.
     lambda_dis: weight of the diversity term.
-    ensemble: teachers combine as probabilities ('prob', the code's) or 'logit'
-      (the paper's).
+    ensemble: how teachers combine: `distillation.mean_of_probabilities` (code) or
+      `distillation.mean_of_logits` (paper).
   """
   generator_steps: int = 50
   student_steps: int = 20
@@ -56,17 +56,14 @@ class Options(NamedTuple):
   generator_lr: float | Callable = .01
   weight_decay: float = 1e-3
   lambda_dis: float = 1.
-  ensemble: str = 'prob'
+  ensemble: Callable = distillation.mean_of_probabilities
 
 
-CHOICES = {'ensemble': ('prob', 'logit')}
-LEAST = {'generator_steps': 0, 'student_steps': 0, 'batch_size': 1}
-
-
-def check(options: Options) -> Options:
-  """Returns `options`; ValueError names a wrong one and what would be right."""
-  distillation.check_options(options, CHOICES, LEAST)
-  return options
+def check(options: Options) -> None:
+  """Checks the numbers; ValueError names a wrong one and what would be right."""
+  distillation.check_least(
+      generator_steps=(options.generator_steps, 0),
+      student_steps=(options.student_steps, 0), batch_size=(options.batch_size, 1))
 
 
 def fed_df(
@@ -91,7 +88,6 @@ def fed_df(
     ValueError: for a wrong option.
   """
   check(options)
-  num_draws = options.generator_steps + options.student_steps
 
   def init(key, variables):
     del variables
@@ -118,8 +114,7 @@ def fed_df(
 
   return Method(
       init=init, update=update, synthesise=distillation.draw_images(generator),
-      upload=distillation.count_labels(
-          num_classes, num_draws * options.batch_size),
+      upload=distillation.count_labels(num_classes),
       stacked=lambda sent: (sent.model, sent.message))
 
 
@@ -222,7 +217,7 @@ def _distil(model, student, teachers, received, images, options):
   def examples(i):
     x = images(i)
     logits = distillation.teacher_logits(model, teachers, x)
-    return x, distillation.ensemble(logits, weight, options.ensemble)
+    return x, options.ensemble(logits, weight)
 
   def loss(logits, target):
     return jnp.mean(optax.losses.kl_divergence(

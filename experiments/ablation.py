@@ -25,8 +25,8 @@ import time
 from typing import Any, Mapping, NamedTuple, Sequence
 
 from absl import flags as absl_flags
+from etils import epy
 import numpy as np
-from scipy import stats
 
 from experiments import cli
 from experiments import figures
@@ -37,6 +37,9 @@ from experiments import plots
 from experiments import progress
 from experiments import suite
 from fedftg_jax import recipes
+
+with epy.lazy_imports():
+  from scipy import stats
 
 CENTRE = 'centre'
 # By factor, what a cell changes: flags of `train`. `base` stands for --base.

@@ -1,16 +1,22 @@
 """Pictures: curves, bars, who holds what, a grid of generated images."""
 
+import os
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
+from etils import epy
 import jax
 import jax.numpy as jnp
-import matplotlib
-matplotlib.use('Agg')
-from matplotlib import colors as plt_colors  # pylint: disable=g-import-not-at-top
-from matplotlib import lines  # pylint: disable=g-import-not-at-top
-from matplotlib import pyplot as plt  # pylint: disable=g-import-not-at-top
-from matplotlib import ticker
 import numpy as np
+
+from fedftg_jax.data import images as images_lib
+
+with epy.lazy_imports():  # half a second, which only a picture has to wait for
+  from matplotlib import colors as plt_colors
+  from matplotlib import lines
+  from matplotlib import pyplot as plt
+  from matplotlib import ticker
+
+os.environ.setdefault('MPLBACKEND', 'Agg')  # pictures go into files
 
 _PER_CLASS = 8
 _POINTS = 400  # of a curve over clients, at most
@@ -287,7 +293,8 @@ def generated(
     path: Any, synthesise: Callable, shared: Any, num_classes: int) -> None:
   """Draws what the generator makes of each class, one labelled row each."""
   labels = jnp.repeat(jnp.arange(num_classes), _PER_CLASS)
-  images = scaled(np.asarray(synthesise(shared, labels, jax.random.key(0))))
+  images = images_lib.scaled(np.asarray(
+      jax.jit(synthesise)(shared, labels, jax.random.key(0))))
   if images.shape[-1] != 3:
     images = np.repeat(images.mean(-1, keepdims=True), 3, axis=-1)
   images = np.pad(images, ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=1)
@@ -304,13 +311,6 @@ def generated(
   axes.set_title('generated images, each scaled to its own range', fontsize=9)
   figure.savefig(path, dpi=100, bbox_inches='tight')
   plt.close(figure)
-
-
-def scaled(images: np.ndarray) -> np.ndarray:
-  """Images [B, H, W, channels], each scaled to its own range, 0 to 1."""
-  low = images.min((1, 2, 3), keepdims=True)
-  high = images.max((1, 2, 3), keepdims=True)
-  return (images - low) / np.maximum(high - low, 1e-6)
 
 
 def bars(

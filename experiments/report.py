@@ -14,9 +14,9 @@ import pathlib
 import re
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
+from etils import epy
 import jinja2
 import markupsafe
-import matplotlib
 import numpy as np
 from PIL import Image
 from upath import UPath
@@ -28,6 +28,9 @@ from experiments import folders
 from experiments import plots
 from experiments import records
 from experiments import svg
+
+with epy.lazy_imports():
+  from matplotlib import colors as plt_colors
 
 _STRIP_ROUNDS = 6  # rounds whose generated images are shown, at most
 _TARGETS = (.5, .7, .8, .9, .95, .97, .98, .99)  # accuracies that count rounds
@@ -507,14 +510,14 @@ def _data_uri(png: bytes) -> str:
 def _legend(names: Iterable[str]) -> list[tuple[str, str]]:
   """(name, CSS of its sample) of lines."""
   return [(name, f'border-top: 3px {"dashed" if dashes == "--" else "solid"} '
-           f'{matplotlib.colors.to_hex(color)}')
+           f'{plt_colors.to_hex(color)}')
           for name, (color, dashes) in plots.line_styles(names).items()]
 
 
 def _bar_legend(names: Iterable[str]) -> list[tuple[str, str]]:
   """(name, CSS of its sample) of bars."""
   return [(name, f'height: .8rem; opacity: {opacity:g}; '
-           f'background: {matplotlib.colors.to_hex(color)}')
+           f'background: {plt_colors.to_hex(color)}')
           for name, (color, opacity) in plots.bar_styles(names).items()]
 
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import plots
 from experiments.assembly import Experiment
 from fedftg_jax import evaluation
 from fedftg_jax import models as models_lib
 from fedftg_jax.data import clients
+from fedftg_jax.data import images as images_lib
 from fedftg_jax.data import partition
 
 _BATCH = 500     # examples at once
@@ -80,21 +80,19 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
           name: np.nanmean(v) for name, v in by_client['broadcast'].items()}
     return Scores(
         *jax.device_get((scores, by_client if asked else {}, kept_apart)),
-        bool(_all_finite((state.variables, state.shared))),
+        _all_finite((state.variables, state.shared)),
         draw and _images(draw, state.shared, dataset.num_classes))
 
   return score
 
 
-@jax.jit
-def _all_finite(tree):
-  return jnp.array([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]).all()
+# On the host, where nothing has to be compiled first.
+def _all_finite(tree) -> bool:
+  return all(np.isfinite(a).all() for a in jax.tree.leaves(tree))
 
 
-@jax.jit
-def _equal(tree, other):
-  return jnp.array([jnp.array_equal(a, b) for a, b in zip(
-      jax.tree.leaves(tree), jax.tree.leaves(other))]).all()
+def _equal(tree, other) -> bool:
+  return all(map(np.array_equal, jax.tree.leaves(tree), jax.tree.leaves(other)))
 
 
 def test_parts(experiment: Experiment) -> list[np.ndarray]:
@@ -124,7 +122,7 @@ def _drawn(draw, shared, num_classes):
 
 def _as_bytes(images):
   images = np.nan_to_num(images, posinf=0, neginf=0)  # a generator that diverged
-  return np.round(255 * plots.scaled(images)).astype(np.uint8)
+  return np.round(255 * images_lib.scaled(images)).astype(np.uint8)
 
 
 def nearest_real(experiment: Experiment, state) -> dict[str, np.ndarray]:

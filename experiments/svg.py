@@ -8,8 +8,11 @@ import re
 from typing import Any, Callable
 from xml.etree import ElementTree
 
+from etils import epy
 import markupsafe
-import matplotlib
+
+with epy.lazy_imports():
+  import matplotlib
 
 _NAMESPACE = 'http://www.w3.org/2000/svg'
 _LINK = 'http://www.w3.org/1999/xlink'

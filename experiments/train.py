@@ -29,6 +29,8 @@ FLAGS = absl_flags.FLAGS
 
 def main() -> None:
   config = flags.config()
+  progress.say(f'{config["method"]} on {config["dataset"]}, '
+               f'{config["rounds"]} rounds')
   folder = folders.workdir(FLAGS.workdir, config)
   if devices.agree(folders.is_finished(folder, config)):
     progress.say(f'already finished: {folder}')

@@ -15,12 +15,14 @@ import shutil
 import tempfile
 from typing import Any, Callable
 
+from etils import epy
 import jax
 import numpy as np
-from orbax import checkpoint as ocp
 
 from fedftg_jax.base import PyTree
 
+with epy.lazy_imports():  # it takes half a second
+  from orbax import checkpoint as ocp
 
 _UNFINISHED = '.orbax-checkpoint-tmp'  # in the name of a save that was cut off
 
@@ -131,7 +133,7 @@ def _reserve(folder: pathlib.Path, num_bytes: int) -> None:
       os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
 
 
-def _to_its_end(act: Callable[[ocp.Checkpointer], Any]) -> Any:
+def _to_its_end(act: Callable[['ocp.Checkpointer'], Any]) -> Any:
   """Calls `act` in a thread: orbax cannot be interrupted without noise."""
   def run():
     with _checkpointer() as checkpointer:

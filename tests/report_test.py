@@ -21,13 +21,13 @@ import numpy as np
 from experiments import cli
 from experiments import compare
 from experiments import files
-from experiments import plots
 from experiments import records
 from experiments import report
 from experiments import scoring
 from experiments import svg
 from experiments import train
 from fedftg_jax import evaluation
+from fedftg_jax.data import images
 from tests import programs_test
 
 
@@ -197,7 +197,7 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(found['generated'].shape, (3, 8, 8, 1))
     self.assertEqual(found['real'].shape, (3, 8, 8, 1))
     with np.load(self.folder / 'own.npz') as data:
-      scaled, labels = 255 * plots.scaled(data['train_x'] / 1.), data['train_y']
+      scaled, labels = 255 * images.scaled(data['train_x'] / 1.), data['train_y']
     for image, label in zip(found['real'], found['label']):
       alike = (np.abs(scaled - image) <= 1).all((1, 2, 3))
       self.assertIn(label, labels[alike])

@@ -53,3 +53,10 @@ def stack(images: Sequence[np.ndarray]) -> np.ndarray:
   channels = max(image.shape[2] for image in images)
   shape = *images[0].shape[:2], channels
   return np.stack([np.broadcast_to(image, shape) for image in images])
+
+
+def scaled(images: np.ndarray) -> np.ndarray:
+  """Images [B, H, W, channels], each scaled to its own range, 0 to 1."""
+  low = images.min((1, 2, 3), keepdims=True)
+  high = images.max((1, 2, 3), keepdims=True)
+  return (images - low) / np.maximum(high - low, 1e-6)

@@ -8,6 +8,7 @@ from absl.testing import flagsaver
 from absl.testing import parameterized
 import numpy as np
 from PIL import Image
+import pytest
 
 from experiments import ablation
 from tests import programs_test
@@ -66,6 +67,26 @@ class ProgramTest(parameterized.TestCase):
         programs_test.write_data(self.folder)) if 'rounds' not in a] + [
             '--rounds=2', '--eval_every=1', f'--workdir={self.folder / "a"}']
 
+  def test_an_effect(self):
+    """The difference of two runs of equal seed, in percent; again nothing is
+    trained."""
+    args = [*self.args, '--factors=switch', '--ftg_preset=robust']
+    with absltest.mock.patch.object(ablation, 'FACTORS', {'switch': []}):
+      status, _, err = programs_test.call(ablation, *args)
+      self.assertEqual(status, 0, err)
+      status, out, _ = programs_test.call(ablation, *args)
+      self.assertNotIn('round 1/2', out)
+    work = self.folder / 'a'
+    cell, = json.loads((work / 'effects.json').read_text())['cells']
+    final = {path.parts[-3]: json.loads(path.read_text())['final_accuracy']
+             for path in work.glob('*/seed0/summary.json')}
+    with_ftg, = final.keys() - {'fed_avg'}
+    self.assertStartsWith(with_ftg, 'fed_avg+fed_ftg')
+    np.testing.assert_allclose(
+        cell['final'], [100 * (final[with_ftg] - final['fed_avg'])], atol=1e-9)
+    self.assertGreater(cell['said']['moved'][0], 0)
+
+  @pytest.mark.slow
   def test_cells_and_effects(self):
     factors = {'base': [dict(base='fed_avg'), dict(base='fed_prox')],
                'switch': [dict(ftg_hard_samples=False)]}

@@ -12,6 +12,7 @@ from jax import enable_x64
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from fedftg_jax import base, distillation, federation, losses, recipes
 from fedftg_jax.methods import diagnostics, fed_avg, fed_df, fed_ftg, remembering
@@ -54,32 +55,6 @@ def inputs(model=problems.LINEAR, num=3, batch_size=6, **settings):
 
 
 class FineTuneTest(parameterized.TestCase):
-
-  @parameterized.parameters(False, True)
-  def test_absent_teacher_is_as_if_not_there(self, joint):
-    three = inputs(joint=joint)
-    two = {**three, 'taught': jax.tree.map(lambda a: a[::2], three['taught']),
-           'counts': COUNTS[::2], 'arrived': jnp.ones(2, bool)}
-    masked = fine_tune(**{**three, 'arrived': jnp.array([True, False, True])})
-    removed = fine_tune(**two)
-    chex.assert_trees_all_close(masked[:2], removed[:2], atol=1e-5)
-    np.testing.assert_allclose(
-        masked[2]['student'], removed[2]['student'], atol=1e-5)
-
-  def test_one_teacher_joint_equals_sequential(self):
-    chex.assert_trees_all_close(
-        *(fine_tune(**inputs(num=1, joint=joint)) for joint in (False, True)),
-        atol=1e-5)
-
-  def test_student_statistics(self):
-    """Which are replaced by those of generated images, and which are not."""
-    model = problems.NORMED
-    for student_bn, same in (('keep', True), ('batch', True), ('overwrite', False)):
-      given = inputs(model, student_bn=distillation.STATISTICS[student_bn])
-      student, _, _ = fine_tune(**given)
-      equal = [np.array_equal(a, b) for a, b in zip(
-          jax.tree.leaves(given['student'].stats), jax.tree.leaves(student.stats))]
-      self.assertEqual((all(equal), any(equal)), (same, same))
 
   def test_float32_against_float64(self):
     """With SGD for the generator: Adam blows up the rounding of float32."""
@@ -510,6 +485,7 @@ class InARoundTest(parameterized.TestCase):
     _, info = fed.round(first, problems.DATA, cohort, KEY)
     self.assertGreater(info.metrics['fed_ftg/moved'], 1e-4)
 
+  @pytest.mark.slow
   def test_over_seeds(self):
     with enable_x64(True):
       fed = problems.make(

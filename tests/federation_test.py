@@ -71,12 +71,12 @@ def sequential_round(model, variables, data, limits, key, round_, settings):
 
 class RoundTest(parameterized.TestCase):
 
-  @parameterized.parameters('none', 'batch')
-  def test_stacked_equals_sequential(self, norm):
+  @parameterized.parameters(problems.LINEAR, problems.NORMED)
+  def test_stacked_equals_sequential(self, *model):
     """Two rounds; unequal clients, partial batches, a straggler, padding."""
     settings = dict(epochs=2, clip=.5, decay=1e-2, lr=.1, lr_decay=.9)
     with enable_x64(True):
-      model = problems.make_model(norm)
+      model = base.Model(*model)
       data = problems.make_data()
       fed = problems.make(model, solve=problems.solver(
           epochs=2, clip_norm=.5, weight_decay=1e-2))

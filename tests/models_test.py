@@ -1,6 +1,7 @@
 """Shapes, counts, convolutions that agree, normalisation under masks."""
 
 import functools
+import itertools
 import re
 
 from absl.testing import absltest
@@ -11,6 +12,7 @@ import jax
 from jax import enable_x64
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fedftg_jax import models
 from fedftg_jax.models import convolution
@@ -303,9 +305,21 @@ class BasicBlockTest(parameterized.TestCase):
 
 class ConvolutionTest(parameterized.TestCase):
 
-  @parameterized.product(size=(1, 3, 4, 5, 6), stride=(1, 2), num_out=(2, 4),
-                         valid=(False, True))
-  def test_implementations_agree(self, size, stride, num_out, valid):
+  # Each pair of values of two arguments.
+  @parameterized.parameters(
+      (1, 1, 2, False), (1, 2, 4, True), (3, 1, 4, True), (3, 2, 2, False),
+      (4, 1, 2, True), (4, 2, 4, False), (5, 1, 4, False), (5, 2, 2, True),
+      (6, 1, 2, False), (6, 2, 4, True))
+  def test_implementations_agree(self, *case):
+    self.check_implementations(*case)
+
+  @parameterized.parameters(*itertools.product(
+      (1, 3, 4, 5, 6), (1, 2), (2, 4), (False, True)))
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  def test_implementations_agree_everywhere(self, *case):
+    self.check_implementations(*case)
+
+  def check_implementations(self, size, stride, num_out, valid):
     """In value and gradient; odd and even images, one kernel per client."""
     with enable_x64(True):
       random = np.random.RandomState(0)
@@ -333,9 +347,18 @@ class ConvolutionTest(parameterized.TestCase):
             x, k, implementation, stride, valid))
         chex.assert_trees_all_close(out, want, atol=1e-11)
 
-  @parameterized.product(
-      size=(3, 4, 5), image=((16, 13), (9, 8), (5, 6)), valid=(False, True))
-  def test_winograd(self, size, image, valid):
+  @parameterized.parameters(
+      (3, (5, 6), False), (4, (9, 8), True), (5, (5, 6), True), (5, (9, 8), False))
+  def test_winograd(self, *case):
+    self.check_winograd(*case)
+
+  @parameterized.parameters(*itertools.product(
+      (3, 4, 5), ((16, 13), (9, 8), (5, 6)), (False, True)))
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  def test_winograd_everywhere(self, *case):
+    self.check_winograd(*case)
+
+  def check_winograd(self, size, image, valid):
     """As the plain one: in value and gradient, all images at once and in blocks.
     """
     def run(compute, x, kernel):
@@ -367,8 +390,8 @@ class ConvolutionTest(parameterized.TestCase):
   @parameterized.parameters(3, 5)
   def test_winograd_in_single_precision(self, size):
     """Errors relative to the largest output or gradient."""
-    x = jax.random.normal(KEY, (8, 16, 16, 64))
-    kernel = jax.random.normal(KEY, (size, size, 64, 64)) / (8 * size)
+    x = jax.random.normal(KEY, (4, 12, 12, 32))
+    kernel = jax.random.normal(KEY, (size, size, 32, 32)) / (6 * size)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(implementation):
@@ -473,9 +496,8 @@ class PrecisionTest(parameterized.TestCase):
     for dtype in (None, jnp.bfloat16):
       generator = models.image_generator(
           (8, 8, 1), 3, noise_dim=4, width=2, dtype=dtype)
-      variables = generator.init(KEY)
-      outputs.append(generator.apply(
-          variables, jnp.ones((2, 4)), jnp.arange(2), train=True))
+      outputs.append(jax.jit(lambda key, generator=generator: generator.apply(
+          generator.init(key), jnp.ones((2, 4)), jnp.arange(2), train=True))(KEY))
     chex.assert_trees_all_equal_dtypes(*outputs)
     difference = abs(outputs[0][0] - outputs[1][0]).max()
     self.assertBetween(difference, 1e-4, .1)

@@ -53,11 +53,16 @@ def write_data(folder):
   return path
 
 
+SMALL_FTG = ('--ftg_iterations=1', '--ftg_student_steps=1', '--generator_width=2',
+             '--noise_dim=4')
+
+
 def small(data):
+  """Flags of a run of seconds; with FedAvg, as programs of FedFTG take longest to
+  compile."""
   return [f'--dataset=npz:{data}', '--num_clients=4', '--cohort=2', '--model=mlp',
           '--rounds=3', '--local_epochs=1', '--batch_size=10', '--eval_every=2',
-          '--ftg_iterations=1', '--generator_width=2', '--noise_dim=4',
-          '--dirichlet_alpha=1']
+          '--dirichlet_alpha=1', *SMALL_FTG, '--method=fed_avg']
 
 
 def call(program, *argv):
@@ -105,8 +110,15 @@ class TrainTest(parameterized.TestCase):
     self.assertEqual(a, b)
     self.assertNotEqual(a, c)
 
-  @parameterized.parameters('aggregate', 'local', 'reset')
+  def test_batch_norm_policy(self):
+    self.check_policy('local')
+
+  @parameterized.parameters('aggregate', 'reset')
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
   def test_batch_norm_policies(self, policy):
+    self.check_policy(policy)
+
+  def check_policy(self, policy):
     status, _, err = self.train(
         'a', '--method=fed_avg', '--model=lenet', '--norm=batch',
         '--evaluate_all', f'--batch_norm={policy}')
@@ -191,6 +203,7 @@ class TrainTest(parameterized.TestCase):
     self.assertGreater(row['test_accuracy'], .8)
 
   def test_files_and_repeats(self):
+    self.args.append('--method=fed_ftg')
     status, out, err = self.train('a')
     self.assertEqual(status, 0, err)
     self.assertIn('round 3/3', out)
@@ -287,7 +300,7 @@ class TrainTest(parameterized.TestCase):
 
   def test_compare(self):
     work = self.folder / 'c'
-    args = [*self.args, '--seeds=2', f'--workdir={work}',
+    args = [*self.args, '--seeds=2', f'--workdir={work}', '--ftg_iterations=0',
             '--methods=fed_avg,fed_ftg:ftg_md=kl:ftg_gen_step=joint']
     status, out, err = call(compare, *args)
     self.assertEqual(status, 0, err)
@@ -347,6 +360,7 @@ class TrainTest(parameterized.TestCase):
                      '--clip_norm may help$')
     self.assertEqual(err.count('\n'), 1)
 
+  @pytest.mark.slow
   def test_diverged_student_and_generator(self):
     """One line, although there are no images to show."""
     with warnings.catch_warnings(action='error', category=RuntimeWarning):
@@ -547,6 +561,7 @@ class DevicesTest(parameterized.TestCase):
   def train(self, name, *changes):
     return call(train, *self.args, f'--workdir={self.folder / name}', *changes)
 
+  @pytest.mark.slow
   def test_devices_agree(self):
     for name, changes in (('one', []), ('two', ['--num_devices=2']),
                           ('all', ['--num_devices=0', '--client_chunk=1'])):
@@ -557,6 +572,7 @@ class DevicesTest(parameterized.TestCase):
     self.assert_same_run('one', 'two')
     self.assert_same_run('one', 'all')
 
+  @pytest.mark.slow
   def test_seeds_at_once_on_devices(self):
     for name, devices in (('one', 1), ('two', 2)):
       status, _, err = call(
@@ -566,6 +582,7 @@ class DevicesTest(parameterized.TestCase):
       self.assertEqual(status, 0, err)
     self.assert_same_run('one/fed_avg/seed1', 'two/fed_avg/seed1')
 
+  @pytest.mark.slow
   def test_two_processes_agree_with_one(self):
     """Started as a user starts them, on one machine; one of them writes."""
     with socket.socket() as free:
@@ -616,6 +633,7 @@ class DevicesTest(parameterized.TestCase):
 
 class BenchmarkTest(parameterized.TestCase):
 
+  @pytest.mark.slow
   def test_side_by_side(self):
     out = pathlib.Path(self.create_tempdir().full_path, 'speed.json')
     status, screen, err = call(

@@ -95,7 +95,8 @@ class RunTest(parameterized.TestCase):
     temporary = tempfile.TemporaryDirectory()
     cls.addClassCleanup(temporary.cleanup)
     cls.folder = pathlib.Path(temporary.name)
-    cls.args = programs_test.small(programs_test.write_data(cls.folder))
+    cls.args = [*programs_test.small(programs_test.write_data(cls.folder)),
+                '--method=fed_ftg']
     cls.run_folder = cls.folder / 'run'
     status, _, err = programs_test.call(
         train, *cls.args, '--evaluate_clients=every', '--personalise',

@@ -1,6 +1,5 @@
 """Pictures: curves, bars, who holds what, a grid of generated images."""
 
-import os
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
 from etils import epy
@@ -10,13 +9,22 @@ import numpy as np
 
 from fedftg_jax.data import images as images_lib
 
-with epy.lazy_imports():  # half a second, which only a picture has to wait for
+
+def _into_files(name: str) -> None:
+  """Has matplotlib draw into files, whatever screen there is."""
+  del name
+  matplotlib.use('Agg')
+
+
+# Half a second, which only a picture has to wait for.
+with epy.lazy_imports(success_callback=_into_files):
   from matplotlib import colors as plt_colors
   from matplotlib import lines
   from matplotlib import pyplot as plt
   from matplotlib import ticker
 
-os.environ.setdefault('MPLBACKEND', 'Agg')  # pictures go into files
+with epy.lazy_imports():
+  import matplotlib
 
 _PER_CLASS = 8
 _POINTS = 400  # of a curve over clients, at most

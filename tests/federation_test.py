@@ -284,7 +284,7 @@ class RunTest(parameterized.TestCase):
     def work_space(cohort, client_chunk):
       data = problems.make_data([20] * cohort)
       fed = problems.make(
-          problems.make_model(), sizes=[20] * cohort, client_chunk=client_chunk)
+          problems.NORMED, sizes=[20] * cohort, client_chunk=client_chunk)
       rows = problems.row(range(cohort), num_clients=cohort)
       compiled = fed.round.lower(fed.init(KEY), data, rows, KEY).compile()
       return compiled.memory_analysis().temp_size_in_bytes

@@ -478,7 +478,7 @@ class ErrorsTest(parameterized.TestCase):
     np.save(ids, [[0, 0]] * 3)
     for changes, message in (
         ([f'--dataset=npz:{broken}'], '--dataset=npz:.*not a readable .npz'),
-        ([f'--dataset=npz:{odd}'], 'divisible by 4.*6, 6, 1'),
+        ([f'--dataset=npz:{odd}', '--method=fed_ftg'], 'divisible by 4.*6, 6, 1'),
         ([f'--partition=file:{broken}'], '--partition=file:.*not a readable'),
         ([f'--schedule=file:{ids}'], 'client 0 is twice in round 0'),
         ([f'--schedule=file:{ids}', '--rounds=9'], 'has 3 rounds, 9 are asked'),

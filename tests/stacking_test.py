@@ -7,6 +7,7 @@ import jax
 from jax import enable_x64
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fedftg_jax import federation, recipes, stacking
 from tests import problems
@@ -68,17 +69,25 @@ class DevicesTest(parameterized.TestCase):
         fed, fed.init(KEY), problems.make_data(), problems.schedule(self.ROWS),
         KEY, every=2)
 
-  @parameterized.parameters(
-      ('fed_avg',), ('scaffold+fed_ftg',), ('fed_ftg', MEMORY), ('fed_df',),
-      ('fed_dyn+fed_nova',))
-  def test_same_on_any_number(self, name, options=None):
+  def check_same(self, meshes, name, options=None):
     with enable_x64(True):
       state, metrics = self.after(name, None, options=options)
-      for devices, chunk in ((1, 0), (2, 1), (4, 0), (8, 0)):
+      for devices, chunk in meshes:
         other, other_metrics = self.after(
             name, devices, client_chunk=chunk, options=options)
         chex.assert_trees_all_close(other, state, atol=1e-9)
         chex.assert_trees_all_close(other_metrics, metrics, atol=1e-9)
+
+  @parameterized.parameters(('fed_dyn+fed_nova',), ('fed_ftg', MEMORY))
+  def test_same_on_any_number(self, *method):
+    self.check_same(((2, 1), (8, 0)), *method)
+
+  @parameterized.parameters(
+      ('fed_avg',), ('scaffold+fed_ftg',), ('fed_ftg', MEMORY), ('fed_df',),
+      ('fed_dyn+fed_nova',))
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  def test_every_method_is_the_same_on_any_number(self, *method):
+    self.check_same(((1, 0), (2, 1), (4, 0), (8, 0)), *method)
 
   def test_teachers_on_different_devices(self):
     """Where they work at the same time, each device has its own share of them."""

@@ -1,6 +1,6 @@
 # make demo      a comparison of FedAvg and FedFTG on real images, in minutes
-# make check     for the edit loop: the core's tests, in about a minute
-# make test      every test but further cases of the same kind, in minutes
+# make check     for the edit loop: the core's tests
+# make test      every test but further cases of the same kind
 # make test-all  all tests; needs chromium
 
 PYTHON ?= python3

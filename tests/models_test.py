@@ -506,10 +506,12 @@ class PrecisionTest(parameterized.TestCase):
 class MaxPoolTest(parameterized.TestCase):
 
   def test_gradient_of_equal_values_and_nan(self):
-    """The first of equal values has all of the gradient; NaN is not lost."""
+    """One of equal values has the whole gradient; NaN is not lost."""
     pool = lambda x: layers.max_pool(x.reshape(1, 2, 2, 1))[0, 0, 0, 0]
-    np.testing.assert_array_equal(
-        jax.grad(pool)(jnp.array([1., 3., 3., 3.])), [0, 1, 0, 0])
+    for values, want in (([1., 3., 3., 3.], [0, 0, 1, 0]),
+                         ([1., 3., 1., 3.], [0, 1, 0, 0]),
+                         ([3., 3., 3., 3.], [1, 0, 0, 0])):
+      np.testing.assert_array_equal(jax.grad(pool)(jnp.array(values)), want)
     for i in range(4):
       self.assertTrue(np.isnan(pool(jnp.ones(4).at[i].set(jnp.nan))))
 

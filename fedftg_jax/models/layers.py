@@ -257,8 +257,9 @@ def max_pool(
   """Maximum over windows of size x size; what is left over is dropped.
 
   As maxima of shifted slices, first down and then across: on a CPU that is faster
-  than `lax.reduce_window` and than `jnp.max` over a reshaped image. Of equal values
-  the first gets the gradient, as in PyTorch.
+  than `lax.reduce_window` and than `jnp.max` over a reshaped image. One of equal
+  values gets the whole gradient: the upper one of its column, of the leftmost
+  column.
 
   Args:
     x: [B, H, W, channels].

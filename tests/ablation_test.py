@@ -11,7 +11,7 @@ from PIL import Image
 import pytest
 
 from experiments import ablation
-from tests import programs_test
+from tests import programs
 
 
 def figures_of(final, accuracies, averages, recognised=()):
@@ -63,18 +63,19 @@ class ProgramTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
-    self.args = [a for a in programs_test.small(
-        programs_test.write_data(self.folder)) if 'rounds' not in a] + [
+    self.args = [a for a in programs.small(
+        programs.write_data(self.folder)) if 'rounds' not in a] + [
             '--rounds=2', '--eval_every=1', f'--workdir={self.folder / "a"}']
 
+  @pytest.mark.slow
   def test_an_effect(self):
     """The difference of two runs of equal seed, in percent; again nothing is
     trained."""
     args = [*self.args, '--factors=switch', '--ftg_preset=robust']
     with absltest.mock.patch.object(ablation, 'FACTORS', {'switch': []}):
-      status, _, err = programs_test.call(ablation, *args)
+      status, _, err = programs.call(ablation, *args)
       self.assertEqual(status, 0, err)
-      status, out, _ = programs_test.call(ablation, *args)
+      status, out, _ = programs.call(ablation, *args)
       self.assertNotIn('round 1/2', out)
     work = self.folder / 'a'
     cell, = json.loads((work / 'effects.json').read_text())['cells']
@@ -95,11 +96,11 @@ class ProgramTest(parameterized.TestCase):
             ablation, 'SETTINGS', {'base': factors['base']}):
       args = [*self.args, '--factors=base,switch', '--seeds=2',
               '--presets=official,robust']
-      status, out, err = programs_test.call(
+      status, out, err = programs.call(
           ablation, *args, '--budget_hours=0')
       self.assertEqual(status, 0, err)
       self.assertIn('5 of 5 cells are left for the next time', out)
-      status, out, err = programs_test.call(ablation, *args)
+      status, out, err = programs.call(ablation, *args, draw=True)
       self.assertEqual(status, 0, err)
       work = self.folder / 'a'
       self.assertCountEqual(
@@ -128,7 +129,7 @@ class ProgramTest(parameterized.TestCase):
       self.assertLen((work / 'table.md').read_text().splitlines(), 7)
       self.assertGreater(Image.open(work / 'effects.png').size[0], 300)
       # Again: nothing is trained.
-      status, out, _ = programs_test.call(ablation, *args)
+      status, out, _ = programs.call(ablation, *args)
       self.assertEqual(status, 0)
       self.assertNotIn('round 1/2', out)
 
@@ -139,7 +140,7 @@ class ProgramTest(parameterized.TestCase):
       (['--base=nix'], "no method 'nix'"),
       (['--factors=norm', '--model=mlp'], '--norm=group: must be none'))
   def test_errors(self, changes, message):
-    status, _, err = programs_test.call(ablation, *self.args, *changes)
+    status, _, err = programs.call(ablation, *self.args, *changes)
     self.assertEqual(status, 2)
     self.assertRegex(err, f'^error: .*{message}')
     self.assertEqual(err.count('\n'), 1)

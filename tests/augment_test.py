@@ -32,6 +32,9 @@ def augmented(key, x):
   return augment.flip_crop(key, models.normalise(x, (.4,), (.3,)))
 
 
+AUGMENTED = problems.solver(augment=augmented)
+
+
 class AugmentTest(parameterized.TestCase):
 
   def test_as_specified(self):
@@ -90,34 +93,33 @@ class TrainingTest(absltest.TestCase):
 
   def after(self, ids, solve, chunk=0):
     fed = problems.make(solve=solve, client_chunk=chunk)
-    state, info = jax.jit(fed.round)(
+    state, info = fed.round(
         fed.init(KEY), problems.DATA, problems.row(ids), KEY)
     return state.variables, info
 
   def test_training_sees_it(self):
-    plain, _ = self.after([0, 4], problems.solver())
-    other, _ = self.after([0, 4], problems.solver(augment=augmented))
+    plain, _ = self.after([0, 4], problems.SOLVER)
+    other, _ = self.after([0, 4], AUGMENTED)
     self.assertGreater(np.abs(
         plain.params['Dense_0']['linear']['kernel']
         - other.params['Dense_0']['linear']['kernel']).max(), 1e-3)
 
   def test_without_shifts_it_is_normalisation_alone(self):
     """Bit for bit what the model does to raw pixels itself."""
-    plain, _ = self.after([0, 1, 4], problems.solver())
+    plain, _ = self.after([0, 1, 4], problems.SOLVER)
     same, _ = self.after([0, 1, 4], problems.solver(
         augment=lambda key, x: models.normalise(x, (.4,), (.3,))))
     chex.assert_trees_all_equal(plain, same)
 
   def test_draws_are_the_clients_own(self):
     """Whoever else is in the round, and however clients are stacked."""
-    solve = problems.solver(augment=augmented)
-    alone = [self.after([k], solve)[0] for k in (1, 3)]
-    together, _ = self.after([1, 3], solve)
+    alone = [self.after([k], AUGMENTED)[0] for k in (1, 3)]
+    together, _ = self.after([1, 3], AUGMENTED)
     sizes = np.array([problems.SIZES[k] for k in (1, 3)])
     mean = jax.tree.map(
         lambda a, b: (sizes[0] * a + sizes[1] * b) / sizes.sum(), *alone)
     chex.assert_trees_all_close(together, mean, atol=1e-6)
-    chunked, _ = self.after([1, 3], solve, chunk=1)
+    chunked, _ = self.after([1, 3], AUGMENTED, chunk=1)
     chex.assert_trees_all_close(together, chunked, atol=1e-6)
 
   def test_a_new_draw_in_each_step(self):

@@ -3,10 +3,13 @@
 import gc
 import os
 
-# Most of a test's time is compiling, and LLVM's optimisation is a third of that. The
-# variable is read when JAX is imported, here and in the processes that tests start.
-os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0')
+# Most of a test's time is compiling. Without LLVM's optimisation, and with fusions
+# emitted as before MLIR, it takes a third. The variable is read when JAX is imported,
+# here and in the processes that tests start.
+os.environ['XLA_FLAGS'] = ' '.join([
+    os.environ.get('XLA_FLAGS', ''), '--xla_backend_optimization_level=0',
+    '--xla_cpu_use_fusion_emitters=false',
+    '--xla_cpu_parallel_codegen_split_count=1'])
 
 from absl import flags  # pylint: disable=wrong-import-position
 # It defines flags, and TFDS imports it late: within a test's `flagsaver`, whose end

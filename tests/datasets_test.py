@@ -8,6 +8,7 @@ from unittest import mock
 from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
+import pytest
 from PIL import Image
 import tensorflow_datasets as tfds
 
@@ -29,6 +30,7 @@ def write_npz(folder, **changes):
 
 class DatasetsTest(parameterized.TestCase):
 
+  @pytest.mark.slow
   def test_mnist5k(self):
     folder = self.create_tempdir().full_path
     data = datasets.load('mnist5k', folder)
@@ -61,6 +63,7 @@ class DatasetsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'mnist5k.*test split.*delete'):
       datasets.load('mnist5k', folder)
 
+  @pytest.mark.slow
   def test_two_prepare_at_once(self):
     """Here one starts and ends while the other is in the middle."""
     from fedftg_jax.data import mnist5k  # pylint: disable=g-import-not-at-top

@@ -6,6 +6,7 @@ import re
 from absl.testing import absltest
 from absl.testing import parameterized
 import jax
+import pytest
 
 from fedftg_jax import base
 from fedftg_jax.methods import fed_avg
@@ -20,6 +21,7 @@ def examples(name):
 
 class DocsTest(parameterized.TestCase):
 
+  @pytest.mark.slow
   def test_readme(self):
     code, = examples('README.md')
     scope = {}
@@ -34,7 +36,7 @@ class DocsTest(parameterized.TestCase):
 
     def after(*parts):
       fed = problems.make(method=base.chain(fed_avg.fed_avg(), *parts))
-      state, _ = jax.jit(fed.round)(
+      state, _ = fed.round(
           fed.init(key), problems.DATA, cohort, key)
       return jax.tree.leaves(state.variables)
 

@@ -8,6 +8,7 @@ from jax import enable_x64
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from fedftg_jax import base, federation, keys, losses, trees
 from fedftg_jax.data import clients
@@ -97,8 +98,16 @@ class RoundTest(parameterized.TestCase):
         chex.assert_trees_all_close(info.models['average'], want, atol=1e-10)
         self.assertEqual(int(info.metrics['num_selected']), len(limits))
 
-  @parameterized.parameters(1, 2, 4, 5, 7)
+  @parameterized.parameters(2, 7)
   def test_client_chunk(self, chunk):
+    self.check_chunk(chunk)
+
+  @parameterized.parameters(1, 4, 5)
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  def test_other_client_chunks(self, chunk):
+    self.check_chunk(chunk)
+
+  def check_chunk(self, chunk):
     data, cohort = problems.DATA, problems.row([0, 1, 2, 3, 4])
     rounds = [problems.make(client_chunk=c).round for c in (0, chunk)]
     state = problems.make().init(KEY)
@@ -258,7 +267,7 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(int(whole.round), 5)
     self.assertEqual(metrics['train_loss'].shape, (5,))
 
-  @parameterized.parameters(0, 1, 2)
+  @parameterized.parameters(0, 2)
   def test_one_trace(self, client_chunk):
     """Chunks, a last partial chunk and a second run share one trace."""
     model = problems.LINEAR
@@ -279,6 +288,7 @@ class RunTest(parameterized.TestCase):
       federation.run(fed, state, problems.DATA, problems.schedule(self.ROWS),
                      KEY, every=2)
 
+  @pytest.mark.slow
   def test_memory_grows_with_the_clients_that_are_stacked(self):
     """And not with the cohort, where a chunk bounds how many that are."""
     def work_space(cohort, client_chunk):
@@ -411,7 +421,7 @@ class ServerOptimizerTest(absltest.TestCase):
       state = new
 
   def test_statistics_take_the_plain_mean(self):
-    model = problems.make_model('batch')
+    model = problems.NORMED
     step = lambda method: problems.make(model, method).round(
         problems.make(model, method).init(KEY), problems.DATA,
         problems.row([1, 4]), KEY)[0].variables

@@ -4,6 +4,7 @@
 PyTorch's layouts: images NCHW, convolutions OIHW, linear weights (out, in).
 """
 
+import functools
 import pathlib
 
 from absl.testing import absltest
@@ -84,7 +85,7 @@ class LossesTest(parameterized.TestCase):
     with enable_x64(True):
       g = golden(prefix)
       z, fake = jnp.asarray(g['z'], float), jnp.asarray(g['fake'], float)
-      loss, grad = jax.value_and_grad(losses.diversity, 1)(z, fake)
+      loss, grad = jax.jit(jax.value_and_grad(losses.diversity, 1))(z, fake)
       np.testing.assert_allclose(loss, g['loss'], rtol=1e-10)
       if prefix == 'a':
         np.testing.assert_allclose(grad, g['grad_fake'], atol=1e-10)
@@ -96,6 +97,7 @@ class LossesTest(parameterized.TestCase):
           jnp.asarray(g[k], float)
           for k in ('z', 'fake', 's_logit', 't_logit', 'weight'))
 
+      @functools.partial(jax.jit, static_argnames='fidelity')
       def terms(fake, student, teacher, fidelity=fed_ftg.mean_times_mean):
         ce = optax.softmax_cross_entropy_with_integer_labels(
             teacher, jnp.asarray(g['labels']))
@@ -107,13 +109,14 @@ class LossesTest(parameterized.TestCase):
       np.testing.assert_allclose(cls, g['loss_cls'], rtol=1e-10)
       np.testing.assert_allclose(dis, g['loss_ap'], rtol=1e-10)
 
+      @jax.jit
       def total(*leaves):
         md, cls, dis = terms(*leaves)
         return md + cls + dis / g['num_clients']
 
       np.testing.assert_allclose(
           total(fake, student, teacher), g['loss'], rtol=1e-10)
-      grads = jax.grad(total, (0, 1, 2))(fake, student, teacher)
+      grads = jax.jit(jax.grad(total, (0, 1, 2)))(fake, student, teacher)
       for grad, name in zip(grads, ('fake', 's_logit', 't_logit')):
         np.testing.assert_allclose(grad, g['grad_' + name], atol=1e-10)
 
@@ -121,7 +124,7 @@ class LossesTest(parameterized.TestCase):
       np.testing.assert_allclose(
           per_sample(teacher), g['alt_loss_cls_persample'], rtol=1e-10)
       np.testing.assert_allclose(
-          jax.grad(per_sample)(teacher), g['alt_grad_t_logit_persample'],
+          jax.jit(jax.grad(per_sample))(teacher), g['alt_grad_t_logit_persample'],
           atol=1e-10)
 
   def test_generator_loss_through_the_classifiers(self):
@@ -141,7 +144,7 @@ class LossesTest(parameterized.TestCase):
                 lambda a: a[None], teacher), alpha[None], 1 / b['num_clients'], z,
             jnp.asarray(b['labels']), fake, ())
 
-      (loss, (_, parts)), grad = jax.value_and_grad(total, has_aux=True)(
+      (loss, (_, parts)), grad = jax.jit(jax.value_and_grad(total, has_aux=True))(
           images(b['fake']).astype(float))
       np.testing.assert_allclose(loss, g['loss'], rtol=1e-10)
       for part, name in (('md', 'md'), ('cls', 'cls'), ('dis', 'ap')):
@@ -178,7 +181,7 @@ class LossesTest(parameterized.TestCase):
       target = distillation.mean_of_probabilities(
           jnp.asarray(g['t_logits'], float), alpha[:, g['labels']])
       np.testing.assert_allclose(target, g['t_merge'], atol=1e-10)
-      loss, grad = jax.value_and_grad(fed_ftg.over_classes)(
+      loss, grad = jax.jit(jax.value_and_grad(fed_ftg.over_classes))(
           jnp.asarray(g['s_logit'], float), target)
       np.testing.assert_allclose(loss, g['loss'], rtol=1e-10)
       np.testing.assert_allclose(grad, g['grad_s_logit'], atol=1e-10)
@@ -197,10 +200,11 @@ class GeneratorTest(absltest.TestCase):
               if k.startswith('param/')}
       variables = generator_variables(tree, width, size // 4)
       z, labels = jnp.asarray(g['z'], float), jnp.asarray(g['labels'])
-      out, stats = generator.apply(variables, z, labels)
+      apply = jax.jit(generator.apply, static_argnames='train')
+      out, stats = apply(variables, z, labels)
       np.testing.assert_allclose(out, images(g['out_eval']), atol=1e-10)
       chex.assert_trees_all_equal(stats, variables.stats)
-      out, stats = generator.apply(variables, z, labels, train=True)
+      out, stats = apply(variables, z, labels, train=True)
       np.testing.assert_allclose(out, images(g['out_train']), atol=1e-10)
       after = {k[len('after_train_fwd/'):]: v for k, v in g.items()
                if k.startswith('after_train_fwd/')}
@@ -294,13 +298,13 @@ class LocalTrainingTest(parameterized.TestCase):
                            None)
         return losses.cross_entropy(logits, g['labels']) + con, con
 
-      (total, con), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-          features, logits)
+      (total, con), grads = jax.jit(
+          jax.value_and_grad(loss, (0, 1), has_aux=True))(features, logits)
       np.testing.assert_allclose(con, g['loss_con_with_mu'], rtol=1e-9)
       np.testing.assert_allclose(total - con, g['loss_ce'], rtol=1e-9)
       np.testing.assert_allclose(grads[0], g['grad_embed_cur'], atol=1e-9)
       np.testing.assert_allclose(grads[1], g['grad_logits'], atol=1e-9)
-      first = jax.grad(lambda f: loss(f, logits, seen=False)[0])(features)
+      first = jax.jit(jax.grad(lambda f: loss(f, logits, seen=False)[0]))(features)
       np.testing.assert_array_equal(first, g['grad_embed_cur_no_old'])
 
 

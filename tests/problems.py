@@ -80,8 +80,22 @@ def _generator(noise_dim=4):
 
 
 def quick(pair):
-  """A model or generator whose initialisation is one program, not one per draw."""
-  return pair._replace(init=jax.jit(pair.init))
+  """A model or generator with weights of one draw: each draw of its own would take
+  a tenth of a second to compile."""
+  @jax.jit
+  def init(key):
+    random = np.random.RandomState(0)
+    scale = jax.random.uniform(key, minval=.5, maxval=1.5)
+
+    def fill(path, leaf):
+      if path[-1].key != 'kernel':
+        return jnp.full_like(leaf, path[-1].key in ('scale', 'var'))
+      fan_in = np.prod(leaf.shape[:-1])
+      return (scale * random.normal(0, fan_in**-.5, leaf.shape)).astype(leaf.dtype)
+
+    return jax.tree.map_with_path(fill, jax.eval_shape(pair.init, key))
+
+  return pair._replace(init=init)
 
 
 def from_flax(module):
@@ -118,23 +132,30 @@ def solver(**changes):
       lambda r: .1 * .9**r, **{**settings, **changes})
 
 
-def make(model=LINEAR, method=None, sizes=SIZES, solve=None, client_chunk=0,
+SOLVER = solver()
+FED_AVG = base.chain(fed_avg.fed_avg())
+_make = functools.cache(federation.federation)  # an equal one is compiled already
+
+
+def make(model=LINEAR, method=FED_AVG, sizes=SIZES, solve=SOLVER, client_chunk=0,
          **kwargs):
   """All clients stacked, whatever the device."""
-  return federation.federation(
-      model, method or base.chain(fed_avg.fed_avg()), solve or solver(),
-      len(sizes), client_chunk=client_chunk, **kwargs)
+  return _make(
+      model, method, solve, len(sizes), client_chunk=client_chunk, **kwargs)
 
 
 def schedule(rows, num_clients=len(SIZES)):
   return schedules.from_ids(np.array(rows), num_clients)
 
 
-def row(ids, arrived=None, num_steps=None, num_clients=len(SIZES)):
-  """One row of a schedule, on the device."""
-  cohort = jax.tree.map(lambda a: jnp.asarray(a[0]), schedule([ids], num_clients))
-  if arrived is not None:
-    cohort = cohort._replace(arrived=jnp.asarray(arrived))
-  if num_steps is not None:
-    cohort = cohort._replace(num_steps=jnp.asarray(num_steps, jnp.int32))
-  return cohort
+def row(ids, arrived=True, num_steps=base.NO_LIMIT, num_clients=len(SIZES)):
+  """One row of a schedule, on the device; as wide as there are clients, so that
+  tests share a program."""
+  pad = max(num_clients - len(ids), 0)
+  ids = np.pad(ids, (0, pad), constant_values=-1)
+  fill = lambda value: np.append(
+      np.broadcast_to(value, len(ids) - pad), np.zeros(pad, int))
+  cohort = schedule([ids], num_clients)
+  return jax.tree.map(jnp.asarray, base.Cohort(
+      cohort.client_id[0], cohort.arrived[0] & fill(arrived).astype(bool),
+      fill(num_steps).astype(np.int32)))

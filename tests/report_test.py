@@ -28,7 +28,7 @@ from experiments import svg
 from experiments import train
 from fedftg_jax import evaluation
 from fedftg_jax.data import images
-from tests import programs_test
+from tests import programs
 
 
 def run_by_hand(accuracy, seed=0, megabytes=1., **fields):
@@ -95,12 +95,12 @@ class RunTest(parameterized.TestCase):
     temporary = tempfile.TemporaryDirectory()
     cls.addClassCleanup(temporary.cleanup)
     cls.folder = pathlib.Path(temporary.name)
-    cls.args = [*programs_test.small(programs_test.write_data(cls.folder)),
+    cls.args = [*programs.small(programs.write_data(cls.folder)),
                 '--method=fed_ftg']
     cls.run_folder = cls.folder / 'run'
-    status, _, err = programs_test.call(
+    status, _, err = programs.call(
         train, *cls.args, '--evaluate_clients=every', '--personalise',
-        '--tensorboard', f'--workdir={cls.run_folder}')
+        '--tensorboard', f'--workdir={cls.run_folder}', draw=True)
     assert status == 0, err
     cls.rows = files.read_jsonl(cls.run_folder / 'metrics.jsonl')
 
@@ -283,7 +283,7 @@ class RunTest(parameterized.TestCase):
   @parameterized.parameters('none', 'final')
   def test_when_clients_are_evaluated(self, when):
     folder = self.folder / when
-    status, _, err = programs_test.call(
+    status, _, err = programs.call(
         train, *self.args, f'--evaluate_clients={when}', f'--workdir={folder}')
     self.assertEqual(status, 0, err)
     self.assertEqual((folder / 'clients.json').exists(), when == 'final')
@@ -298,10 +298,10 @@ class ScoringTest(parameterized.TestCase):
 
   def test_a_model_under_two_names_is_scored_once(self):
     folder = self.create_tempdir().full_path
-    args = programs_test.small(programs_test.write_data(folder))
+    args = programs.small(programs.write_data(folder))
     with absltest.mock.patch.object(
         evaluation, 'evaluate', wraps=evaluation.evaluate) as evaluate:
-      status, _, err = programs_test.call(
+      status, _, err = programs.call(
           train, *args, '--method=fed_avg', '--evaluate_clients=none',
           f'--workdir={folder}/run')
     self.assertEqual(status, 0, err)
@@ -314,8 +314,8 @@ class ComparisonTest(absltest.TestCase):
 
   def test_page(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
-    status, _, err = programs_test.call(
-        compare, *programs_test.small(programs_test.write_data(folder)),
+    status, _, err = programs.call(
+        compare, *programs.small(programs.write_data(folder)),
         '--seeds=2', '--methods=fed_avg,fed_avg:batch_size=5',
         f'--workdir={folder / "c"}')
     self.assertEqual(status, 0, err)

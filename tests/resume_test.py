@@ -26,7 +26,7 @@ from experiments import records
 from experiments import resume
 from experiments import scoring
 from experiments import train
-from tests import programs_test
+from tests import programs
 
 # Whatever a run ends with, but for what has times in it.
 SAME = ('params.npz', 'metrics.jsonl', 'metrics.csv', 'clients.json',
@@ -42,11 +42,11 @@ class ResumeTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
-    self.args = [*programs_test.small(programs_test.write_data(self.folder)),
+    self.args = [*programs.small(programs.write_data(self.folder)),
                  '--rounds=5', '--eval_every=1', '--checkpoint_every=2']
 
   def train(self, name, *changes, method='scaffold'):
-    return programs_test.call(
+    return programs.call(
         train, *self.args, f'--method={method}',
         f'--workdir={self.folder / name}', *changes)
 
@@ -87,12 +87,20 @@ class ResumeTest(parameterized.TestCase):
       self.assert_same('whole', f'cut{stop}')
 
   @parameterized.parameters(
-      ('fed_ftg', ['--tensorboard']),
-      ('fed_ftg', ['--ftg_preset=robust']),
-      ('moon', ['--client_state=disk']),
+      ('fed_ftg', ['--ftg_preset=robust', '--tensorboard']),
+      ('moon', ['--client_state=disk']))
+  def test_all_that_a_run_holds_comes_back(self, method, changes):
+    self.check_all(method, changes)
+
+  @parameterized.parameters(
+      ('fed_ftg', []),
       ('fed_avg', ['--server_optimizer=adam', '--eval_every=2', '--rounds=7',
                    '--dropout_rate=0.3']))
-  def test_all_that_a_run_holds_comes_back(self, method, changes):
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  def test_all_that_other_runs_hold_comes_back(self, method, changes):
+    self.check_all(method, changes)
+
+  def check_all(self, method, changes):
     self.assertEqual(self.train('whole', *changes, method=method)[0], 0)
     written = records.Run.add_timing
 
@@ -116,10 +124,11 @@ class ResumeTest(parameterized.TestCase):
         for name in whole.files:
           np.testing.assert_array_equal(whole[name], cut[name])
 
+  @pytest.mark.slow
   def test_seeds_at_once(self):
     args = [*self.args, '--methods=scaffold', '--seeds=2', '--seeds_at_once=2']
     def run(name):
-      return programs_test.call(
+      return programs.call(
           compare, *args, f'--workdir={self.folder / name}')
     self.assertEqual(run('whole')[0], 0)
     written = records.Run.add_timing
@@ -152,8 +161,8 @@ class ResumeTest(parameterized.TestCase):
 
     with absltest.mock.patch.object(records.Run, 'add_timing', cut):
       with self.assertRaises(PowerCut):
-        programs_test.call(train, *args)
-    status, out, err = programs_test.call(train, *args)
+        programs.call(train, *args)
+    status, out, err = programs.call(train, *args)
     self.assertEqual(status, 0, err)
     self.assertIn('going on after round 4', out)
     self.assertCountEqual(
@@ -162,7 +171,7 @@ class ResumeTest(parameterized.TestCase):
     for name in SAME:
       self.assertEqual((there / name).read_bytes(),
                        (self.folder / 'whole' / name).read_bytes(), name)
-    status, out, _ = programs_test.call(train, *args)
+    status, out, _ = programs.call(train, *args)
     self.assertEqual(status, 0)
     self.assertIn('already finished', out)
 
@@ -170,14 +179,20 @@ class ResumeTest(parameterized.TestCase):
       ('foo://a/b', 'cannot be reached .*Unsupported'),
       ('memory://a/b --tensorboard', 'needs a --workdir on this machine'))
   def test_stores_that_cannot_be(self, where, message):
-    status, _, err = programs_test.call(
+    status, _, err = programs.call(
         train, *self.args, *f'--workdir={where}'.split())
     self.assertEqual(status, 2)
     self.assertRegex(err, f'^error: --.*{message}')
     self.assertEqual(err.count('\n'), 1)
 
-  @parameterized.parameters('exact', 'bernoulli')
-  def test_more_rounds_go_on(self, kind):
+  def test_more_rounds_go_on(self):
+    self.check_more_rounds('exact')
+
+  @pytest.mark.slow
+  def test_more_rounds_of_more_clients_go_on(self):
+    self.check_more_rounds('bernoulli')
+
+  def check_more_rounds(self, kind):
     """Also where later rounds are fuller, and the schedule wider."""
     kind = [f'--schedule={kind}', '--schedule_seed=3']
     self.assertEqual(self.train('whole', '--rounds=6', *kind)[0], 0)
@@ -277,7 +292,7 @@ class ResumeTest(parameterized.TestCase):
         [sys.executable, '-m', 'experiments.train', *self.args,
          '--method=scaffold', '--compile_cache=',
          f'--workdir={self.folder / "full"}'],
-        cwd=programs_test.ROOT, text=True, capture_output=True, check=False,
+        cwd=programs.ROOT, text=True, capture_output=True, check=False,
         preexec_fn=lambda: resource.setrlimit(
             resource.RLIMIT_FSIZE, (limit, limit)))
     self.assertEqual(process.returncode, 1, process.stderr)
@@ -299,7 +314,7 @@ class ResumeTest(parameterized.TestCase):
     def start(name):
       return subprocess.Popen(
           [*command, f'--workdir={self.folder / name}'], text=True, env=cache,
-          cwd=programs_test.ROOT, stdout=subprocess.PIPE,
+          cwd=programs.ROOT, stdout=subprocess.PIPE,
           stderr=subprocess.PIPE)
     whole = start('whole')
     whole.communicate(timeout=300)

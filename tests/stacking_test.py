@@ -80,7 +80,7 @@ class DevicesTest(parameterized.TestCase):
 
   @parameterized.parameters(('fed_dyn+fed_nova',), ('fed_ftg', MEMORY))
   def test_same_on_any_number(self, *method):
-    self.check_same(((2, 1), (8, 0)), *method)
+    self.check_same(((2, 1),), *method)
 
   @parameterized.parameters(
       ('fed_avg',), ('scaffold+fed_ftg',), ('fed_ftg', MEMORY), ('fed_df',),
@@ -95,7 +95,8 @@ class DevicesTest(parameterized.TestCase):
     fed = make('fed_ftg', options=JOINT, mesh=mesh)
     state, data = stacking.put((fed.init(KEY), problems.DATA), mesh)
     text = fed.round.lower(
-        state, data, problems.row(range(4)), KEY).as_text()
+        state, data, jax.tree.map(lambda a: a[0], problems.schedule([range(4)])),
+        KEY).as_text()
     kernel = '4x64x3xf32'  # four teachers' linear layers
     self.assertRegex(
         text, rf'sharding_constraint .*"clients".*: tensor<{kernel}>')

@@ -10,6 +10,7 @@ from absl.testing import flagsaver
 from absl.testing import parameterized
 import numpy as np
 from PIL import Image
+import pytest
 
 from experiments import cli
 from experiments import figures
@@ -18,7 +19,7 @@ from experiments import plots
 from experiments import suite
 from experiments import sweep
 from experiments import train
-from tests.programs_test import call, small, write_data
+from tests.programs import call, small, write_data
 
 
 class ParseTest(parameterized.TestCase):
@@ -105,8 +106,9 @@ class SweepTest(parameterized.TestCase):
     self.args = [*small(write_data(self.folder)), '--method=fed_avg',
                  '--evaluate_clients=none']
 
-  def sweep(self, name, *changes):
-    return call(sweep, *self.args, *changes, f'--workdir={self.folder / name}')
+  def sweep(self, name, *changes, **settings):
+    return call(sweep, *self.args, *changes, f'--workdir={self.folder / name}',
+                **settings)
 
   def table(self, name):
     with open(self.folder / name / 'table.csv', encoding='utf-8') as file:
@@ -123,7 +125,7 @@ class SweepTest(parameterized.TestCase):
     before = {path: path.stat().st_mtime_ns
               for path in self.folder.glob('a/*/*/metrics.jsonl')}
     (self.folder / f'a/{name}/seed0/summary.json').unlink()
-    status, out, err = self.sweep('a', rates, grid)
+    status, out, err = self.sweep('a', rates, grid, draw=True)
     self.assertEqual(status, 0, err)
     self.assertEqual(out.count('seed 0: compiling'), 3)
     self.assertIn(f'{name} seed 0: ', out)
@@ -194,6 +196,7 @@ class SweepTest(parameterized.TestCase):
     self.assertEqual(summary['configurations'][0]['final_validation_accuracy'],
                      spread(.6))
 
+  @pytest.mark.slow
   def test_one_diverges(self):
     args = ['--grid=learning_rate=0.1,1e30', '--clip_norm=0', '--seeds=2',
             '--seeds_at_once=2']
@@ -221,6 +224,7 @@ class SweepTest(parameterized.TestCase):
     self.assertIn('every configuration diverged', err)
     self.assertIn('| diverged |', (self.folder / 'b/table.md').read_text())
 
+  @pytest.mark.slow
   def test_rounds_can_be_swept(self):
     status, _, err = self.sweep('a', '--grid=rounds=2,3')
     self.assertEqual(status, 0, err)

@@ -1,0 +1,98 @@
+"""The programs in this process, as a user calls them."""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import pathlib
+
+from absl.testing import absltest
+from absl.testing import flagsaver
+from matplotlib import figure
+import numpy as np
+
+from experiments import assembly
+from experiments import cli
+from experiments import folders
+
+ROOT = pathlib.Path(__file__).parents[1]
+# What no compiled part depends on.
+_OF_A_RUN = ('rounds', 'seed', 'eval_every', 'partition_seed', 'schedule',
+             'schedule_seed', 'dropout_rate', 'straggler_rate', 'min_availability',
+             'evaluate_clients', 'personalise')
+_SMALL_FTG = ('--ftg_iterations=1', '--ftg_student_steps=1', '--generator_width=2',
+              '--noise_dim=4')
+
+
+def write_data(folder):
+  """Small images of three classes as a user's own arrays."""
+  rng = np.random.RandomState(0)
+  arrays = {}
+  for split, num in (('train', 60), ('test', 30)):
+    y = np.arange(num) % 3
+    x = rng.randint(0, 120, (num, 8, 8, 1))
+    for i, label in enumerate(y):
+      x[i, label * 2:label * 2 + 2] += 100
+    arrays |= {split + '_x': x.astype(np.uint8), split + '_y': y}
+  path = os.path.join(folder, 'own.npz')
+  np.savez(path, **arrays)
+  return path
+
+
+def small(data):
+  """Flags of a run of seconds; with FedAvg, as programs of FedFTG take longest to
+  compile."""
+  return [f'--dataset=npz:{data}', '--num_clients=4', '--cohort=2', '--model=mlp',
+          '--rounds=3', '--local_epochs=1', '--batch_size=10', '--eval_every=2',
+          '--dirichlet_alpha=1', *_SMALL_FTG, '--method=fed_avg']
+
+
+def call(program, *argv, draw=False):
+  """Runs a program; (exit status, stdout, stderr).
+
+  Runs of one configuration share what is compiled, see `forget`. Pictures, which
+  take as long as a small run, are files without content unless `draw`.
+  """
+  out, err = io.StringIO(), io.StringIO()
+  shared = functools.partial(_build, assembly.build)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(flagsaver.flagsaver())
+    stack.enter_context(contextlib.redirect_stdout(out))
+    stack.enter_context(contextlib.redirect_stderr(err))
+    stack.enter_context(absltest.mock.patch.object(assembly, 'build', shared))
+    if not draw:
+      stack.enter_context(absltest.mock.patch.object(
+          figure.Figure, 'savefig', _save_nothing))
+    try:
+      cli.parse(['program', *argv])
+      cli.guarded(program.main)
+      status = 0
+    except SystemExit as stop:
+      status = stop.code
+  return status, out.getvalue(), err.getvalue()
+
+
+def _save_nothing(figure_, where, *_, **__):
+  del figure_
+  if hasattr(where, 'write'):
+    where.write(b'<svg></svg>' if isinstance(where, io.BytesIO) else '<svg></svg>')
+  else:
+    pathlib.Path(where).touch()
+
+
+def _build(build, config, *places):
+  data = config['dataset'].partition(':')[2]
+  if not os.path.isfile(data):
+    return build(config, *places)
+  compiled = {k: v for k, v in config.items() if k not in _OF_A_RUN}
+  key = build, json.dumps({**compiled, 'dataset': pathlib.Path(
+      data).read_bytes().hex()}, sort_keys=True), places
+  if key not in _built:
+    _built[key] = build(config, *places)
+  return assembly.with_seeds(_built[key], config)._replace(
+      contents=folders.contents(config))
+
+
+_built = {}
+forget = _built.clear  # so that the next run builds and traces all anew

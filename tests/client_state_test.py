@@ -5,6 +5,7 @@ from absl.testing import parameterized
 import chex
 import jax
 import numpy as np
+import pytest
 
 from fedftg_jax import base, client_state, federation, recipes
 from fedftg_jax.data import schedules
@@ -59,8 +60,15 @@ class TableTest(parameterized.TestCase):
 
 class HostTest(parameterized.TestCase):
 
-  @parameterized.product(mapped=(False, True), devices=(None, 2))
-  def test_same_as_on_the_device(self, mapped, devices):
+  def test_same_as_on_the_device(self):
+    self.check_same(mapped=True, devices=None)
+
+  @parameterized.parameters((False, None), (True, 2), (False, 2))
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  def test_other_places_are_the_same(self, mapped, devices):
+    self.check_same(mapped, devices)
+
+  def check_same(self, mapped, devices):
     mesh = devices and federation.stacking.make_mesh(devices)
     here, there = make(mesh=mesh), make(mesh=mesh, client_state='host')
     folder = [self.create_tempdir().full_path] if mapped else []

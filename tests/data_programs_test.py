@@ -56,6 +56,7 @@ class ProgramCase(parameterized.TestCase):
 
 class TrainTest(ProgramCase):
 
+  @pytest.mark.slow
   def test_augmentation(self):
     self.run_program(train, 'a')
     self.run_program(train, 'b', '--augment=flip_crop')
@@ -107,6 +108,7 @@ class TrainTest(ProgramCase):
     self.run_program(train, 'c')
     self.assertNotIn('validation_accuracy', self.rows('c')[-1])
 
+  @pytest.mark.slow
   def test_compare_shows_validation(self):
     self.run_program(compare, 'a', '--methods=fed_avg', '--seeds=2',
                      '--validation_share=0.5', '--vary_partition')

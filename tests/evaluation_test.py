@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fedftg_jax import evaluation, federation, recipes, stacking
 from fedftg_jax.data import clients
@@ -85,8 +86,14 @@ class ClientsTest(parameterized.TestCase):
           np.nansum(scores['broadcast'][name] * TEST.count) / 22, whole[name],
           rtol=1e-5)
 
-  @parameterized.parameters('scaffold', 'moon')
-  def test_personalised_is_what_the_next_round_trains(self, method):
+  def test_personalised_is_what_the_next_round_trains(self):
+    self.check_personalised('scaffold')
+
+  @pytest.mark.slow
+  def test_personalised_of_moon_is_what_the_next_round_trains(self):
+    self.check_personalised('moon')
+
+  def check_personalised(self, method):
     """FedAvg of one client is that client's model; other methods' local models
     are seen in the mean that a round reports."""
     fed, state, scores = evaluated(method)
@@ -126,6 +133,7 @@ class ClientsTest(parameterized.TestCase):
       chex.assert_trees_all_equal(begin, state.variables)
       chex.assert_trees_all_close(trained.params, params, atol=1e-5)
 
+  @pytest.mark.slow
   def test_slots_on_the_host(self):
     """Block by block, a last one that is not full included."""
     method = recipes.build('scaffold', recipes.Settings(NET, problems.NUM_CLASSES))
@@ -140,8 +148,15 @@ class ClientsTest(parameterized.TestCase):
             NET, fed, state, problems.DATA, TEST, KEY, personalise=True))
     chex.assert_trees_all_close(*got, atol=1e-6)
 
-  @parameterized.parameters((2, None), (0, None), (2, 2))
-  def test_chunks_and_devices_agree(self, chunk, num_devices):
+  def test_chunks_and_devices_agree(self):
+    self.check_chunk(2, 2)
+
+  @parameterized.parameters((2, None), (0, None))
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  def test_other_chunks_agree(self, chunk, num_devices):
+    self.check_chunk(chunk, num_devices)
+
+  def check_chunk(self, chunk, num_devices):
     _, _, one = evaluated('fed_avg')
     _, _, other = evaluated('fed_avg', chunk, num_devices)
     chex.assert_trees_all_close(one, other, atol=1e-5)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 REPO = pathlib.Path(__file__).resolve().parent.parent
 PYTEST = (sys.executable, '-m', 'pytest', '-x', '-q', '--color=no',
           '-m', 'not slow and not browser')
-WHOLE = '-n', '2', '--dist', 'loadscope', 'tests'
+WHOLE = '-n', '2', '--dist', 'worksteal', 'tests'
 LIMIT = 3600  # seconds for one call of pytest
 # Pytest's exit status; with -n, -x ends in STOPPED.
 PASSED, FAILED, STOPPED, NO_TESTS = 0, 1, 2, 5

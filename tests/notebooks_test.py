@@ -64,6 +64,7 @@ class NotebooksTest(parameterized.TestCase):
       self.assertEqual(first.source, other.source)
       self.assertStartsWith(first.source, "REPOSITORY = ''")
 
+  @pytest.mark.slow
   def test_without_the_code(self):
     """Elsewhere, with no address given: what to do is said, nothing is fetched."""
     folder = self.create_tempdir().full_path

@@ -11,6 +11,7 @@ from absl.testing import absltest
 from absl.testing import flagsaver
 from absl.testing import parameterized
 import numpy as np
+import pytest
 
 from experiments import assembly
 from experiments import cli
@@ -83,8 +84,16 @@ class PresetsTest(parameterized.TestCase):
                  f'--data_dir={self.folder}/data'])
       yield command[1]
 
-  @parameterized.parameters(*NAMES)
+  @parameterized.parameters(*(n for n in NAMES if not n.startswith('mnist5k')))
   def test_is_valid(self, name):
+    self.check(name)
+
+  @parameterized.parameters(*(n for n in NAMES if n.startswith('mnist5k')))
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  def test_of_mnist5k_is_valid(self, name):
+    self.check(name)
+
+  def check(self, name):
     with self.parsed(name) as program:
       self.assertTrue(absl_flags.FLAGS.workdir.startswith('runs/'))
       configs = configurations(program)

@@ -9,6 +9,7 @@ import pathlib
 
 from absl.testing import absltest
 from absl.testing import flagsaver
+import jax
 from matplotlib import figure
 import numpy as np
 
@@ -61,6 +62,7 @@ def call(program, *argv, draw=False):
     stack.enter_context(contextlib.redirect_stdout(out))
     stack.enter_context(contextlib.redirect_stderr(err))
     stack.enter_context(absltest.mock.patch.object(assembly, 'build', shared))
+    stack.enter_context(absltest.mock.patch.object(jax, 'clear_caches'))
     if not draw:
       stack.enter_context(absltest.mock.patch.object(
           figure.Figure, 'savefig', _save_nothing))

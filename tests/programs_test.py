@@ -91,16 +91,21 @@ class TrainTest(parameterized.TestCase):
         row['accuracy'], ['average', 'broadcast', 'all', *own])
 
   def test_public_data(self):
-    np.savez(self.folder / 'public.npz', x=np.zeros((5, 8, 8, 1), np.uint8))
-    for public, train_rows in (('train:20', 40),
-                               (f'npz:{self.folder}/public.npz', 60)):
-      name = public[:5]
-      status, _, err = self.train(
-          name, '--method=fed_df_public', '--df_student_steps=2',
-          f'--public_data={public}')
-      self.assertEqual(status, 0, err)
-      with np.load(self.folder / name / 'partition.npz') as parts:
-        self.assertEqual(sum(len(parts[k]) for k in parts.files), train_rows)
+    self.check_public_data('train:20', 40)
+
+  @pytest.mark.slow
+  def test_public_data_of_a_file(self):
+    path = self.folder / 'public.npz'
+    np.savez(path, x=np.zeros((5, 8, 8, 1), np.uint8))
+    self.check_public_data(f'npz:{path}', 60)
+
+  def check_public_data(self, public, train_rows):
+    status, _, err = self.train(
+        'a', '--method=fed_df_public', '--df_student_steps=2',
+        f'--public_data={public}')
+    self.assertEqual(status, 0, err)
+    with np.load(self.folder / 'a' / 'partition.npz') as parts:
+      self.assertEqual(sum(len(parts[k]) for k in parts.files), train_rows)
 
   @parameterized.parameters(
       ('fed_avg', ''), ('fed_df', 'generator_steps lambda_dis ensemble'),
@@ -140,8 +145,15 @@ class TrainTest(parameterized.TestCase):
     self.assertEqual(options['weight_decay'], decay)
     self.assertEqual(config['weight_decay'], .5)
 
-  @parameterized.parameters('default', 'highest', 'bfloat16')
-  def test_precision(self, precision):
+  def test_precision(self):
+    self.check_precision('bfloat16')
+
+  @parameterized.parameters('default', 'highest')
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  def test_other_precisions(self, precision):
+    self.check_precision(precision)
+
+  def check_precision(self, precision):
     """What the compiler is asked for; results are near those of the default."""
     asked = []
     run = federation.run
@@ -161,7 +173,7 @@ class TrainTest(parameterized.TestCase):
         self.folder / precision / 'metrics.jsonl').read_text().split('\n')[0])
     self.assertGreater(row['test_accuracy'], .8)
 
-  def test_files_and_repeats(self):
+  def test_files(self):
     self.args.append('--method=fed_ftg')
     status, out, err = self.train('a', draw=True)
     self.assertEqual(status, 0, err)
@@ -198,6 +210,12 @@ class TrainTest(parameterized.TestCase):
     self.assertIn('params/dense0/linear/kernel', params.files)
     for name in ('curves.png', 'generated.png'):
       self.assertGreater(Image.open(run / name).size[0], 300)
+
+  def test_repeats(self):
+    self.train('a')
+    run = self.folder / 'a'
+    rows = [json.loads(r) for r in (run / 'metrics.jsonl').read_text().split(
+        '\n') if r]
     # The same run elsewhere: the same bytes.
     forget()
     self.train('b')

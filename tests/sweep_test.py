@@ -115,13 +115,13 @@ class SweepTest(parameterized.TestCase):
       return list(csv.DictReader(file))
 
   def test_from_the_first_run_to_the_page(self):
-    rates, grid = '--grid=learning_rate=0,0.1', '--grid=num_clients=3,4'
-    status, out, err = self.sweep('a', rates, '--grid=num_clients=3')
+    rates, grid = '--grid=learning_rate=0,0.1', '--grid=partition_seed=3,4'
+    status, out, err = self.sweep('a', rates, '--grid=partition_seed=3')
     self.assertEqual(status, 0, err)
     self.assertIn('2 configurations', out)
     self.assertIn('Who holds what', (self.folder / 'a/report.html').read_text())
     # More values in the same folder: only what is new is trained, or missing.
-    name = 'learning_rate=0.1,num_clients=3'
+    name = 'learning_rate=0.1,partition_seed=3'
     before = {path: path.stat().st_mtime_ns
               for path in self.folder.glob('a/*/*/metrics.jsonl')}
     (self.folder / f'a/{name}/seed0/summary.json').unlink()
@@ -142,19 +142,19 @@ class SweepTest(parameterized.TestCase):
         'final_accuracy']['per_seed']
     self.assertEqual(per_seed, [files.read_json(
         self.folder / f'a/{name}/seed0/summary.json')['final_accuracy']])
-    call(train, *self.args, '--num_clients=3', f'--workdir={self.folder}/alone')
+    call(train, *self.args, '--partition_seed=3', f'--workdir={self.folder}/alone')
     self.assertEqual(
         (self.folder / 'alone/metrics.jsonl').read_bytes(),
         (self.folder / f'a/{name}/seed0/metrics.jsonl').read_bytes())
     # The tables say the same, in the same order.
     table = self.table('a')
     self.assertEqual(
-        [(float(row['learning_rate']), int(row['num_clients'])) for row in table],
+        [(float(row['learning_rate']), int(row['partition_seed'])) for row in table],
         [tuple(row['settings'].values()) for row in rows])
     np.testing.assert_allclose(
         [float(row['final_accuracy']) for row in table], finals)
     lines = (self.folder / 'a/table.md').read_text().splitlines()
-    self.assertStartsWith(lines[0], '| learning_rate | num_clients | final acc')
+    self.assertStartsWith(lines[0], '| learning_rate | partition_seed | final acc')
     self.assertLen(lines, 6)
     self.assertEqual(Image.open(self.folder / 'a/sweep.png').format, 'PNG')
     page = (self.folder / 'a/report.html').read_text()

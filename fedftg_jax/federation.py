@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from fedftg_jax import client_state as client_state_lib
-from fedftg_jax import keys, losses, stacking, trees
+from fedftg_jax import compiling, keys, losses, stacking, trees
 from fedftg_jax.base import (
     Cohort, Data, Federation, Info, LossAux, Method, Model, NO_LIMIT, Objective,
     PyTree, Received, Sent, State, View)
@@ -91,14 +91,14 @@ def federation(
     slots = own, uplink.init(variables.params)
     return State(variables, shared, slots, jnp.int32(0))
 
-  init_compiled = _compiled_in_a_hurry(init_one)
+  init_compiled = compiling.jit(init_one, compiling.ONCE)
 
   def init_on_host(key, folder=None):
     state = init_compiled(key)
     return state._replace(clients=client_state_lib.allocate(
         state.clients, num_clients, folder))
 
-  @_compiled_in_a_hurry
+  @functools.partial(compiling.jit, cpu_options=compiling.ONCE)
   def init_on_device(key):
     state = init_one(key)
     return state._replace(clients=trees.stack(state.clients, num_clients))
@@ -174,26 +174,6 @@ def federation(
 
   init = init_on_host if client_state == 'host' else init_on_device
   return Federation(init, round_, traffic, personalise, mesh, client_state)
-
-
-def _compiled_in_a_hurry(function: Callable) -> Callable:
-  """Compiles a function that runs once in a run.
-
-  On a CPU with little of LLVM's optimisation: a program of many random draws
-  compiles in a third of the time, to the same bytes (level 0 is faster still, but
-  rounds otherwise).
-  """
-  plain = jax.jit(function)
-  hurried = jax.jit(
-      function, compiler_options={'xla_backend_optimization_level': 1})
-
-  def call(*args):
-    traced = any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(args))
-    # Within another program that one's options count.
-    on_cpu = not traced and jax.default_backend() == 'cpu'
-    return (hurried if on_cpu else plain)(*args)
-
-  return call
 
 
 class _Row(NamedTuple):
@@ -304,7 +284,7 @@ def over_seeds(fed: Federation) -> Federation:
   if fed.client_state != 'device':
     raise ValueError("over_seeds needs client_state='device'.")
   return Federation(
-      _compiled_in_a_hurry(jax.vmap(fed.init)),
+      compiling.jit(jax.vmap(fed.init), compiling.ONCE),
       jax.jit(jax.vmap(fed.round, in_axes=(0, None, None, 0))), fed.traffic,
       fed.personalise, fed.mesh)
 
@@ -376,7 +356,8 @@ def _run_chunk(fed, state, data, rows, key):
   return done._replace(clients=state.clients), info
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+@functools.partial(compiling.jit, cpu_options=compiling.ROUNDS,
+                   static_argnums=0, donate_argnums=1)
 def _scan_rounds(fed, state, data, rows, key):
   """Scan of rounds; metrics [T, ...], models of the last round."""
   num_clients = data.count.shape[0]

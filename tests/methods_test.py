@@ -202,7 +202,8 @@ class Contract(parameterized.TestCase):
     model, method, fed = build(row)
     data = problems.make_data()._replace(public=PUBLIC)
     rows = problems.schedule(self.IDS)
-    programs = federation._scan_rounds._cache_size()  # pylint: disable=protected-access
+    scan = federation._scan_rounds.on('cpu')  # pylint: disable=protected-access
+    programs = scan._cache_size()  # pylint: disable=protected-access
 
     def run(state, rows):
       state = jax.tree.map(jnp.copy, state)  # it is donated
@@ -236,8 +237,7 @@ class Contract(parameterized.TestCase):
       chex.assert_tree_all_finite(run(whole, lazy._replace(
           num_steps=np.zeros((1, 4), np.int32))))
     with self.subTest('one trace'):
-      self.assertEqual(
-          federation._scan_rounds._cache_size(), programs + 1)  # pylint: disable=protected-access
+      self.assertEqual(scan._cache_size(), programs + 1)  # pylint: disable=protected-access
     with self.subTest('a plain loop gives the same'):
       cohort = jax.tree.map(lambda a: a[1], rows)
       variables, shared, clients = sequential_round(

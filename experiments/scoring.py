@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.assembly import Experiment
+from fedftg_jax import compiling
 from fedftg_jax import evaluation
 from fedftg_jax import models as models_lib
 from fedftg_jax.data import clients
@@ -55,7 +56,7 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
   of_clients = functools.partial(
       evaluation.evaluate_clients, model, experiment.federation, chunk=chunk,
       batch_size=_BATCH)
-  draw = experiment.method.synthesise and jax.jit(experiment.method.synthesise)
+  draw = _drawing(experiment.method)
 
   def score(done, state, models, key):
     variants = {'broadcast': state.variables, **models}
@@ -115,6 +116,12 @@ def _images(draw, shared, num_classes):
   return _as_bytes(_drawn(draw, shared, num_classes))
 
 
+@functools.lru_cache(maxsize=1)  # the end of a run finds it compiled
+def _drawing(method):
+  """Compiled, what the method draws; None without a generator."""
+  return method.synthesise and compiling.jit(method.synthesise, compiling.ONCE)
+
+
 def _drawn(draw, shared, num_classes):
   labels = jnp.arange(min(num_classes, _PICTURED))
   return np.asarray(draw(shared, labels, jax.random.key(0)))
@@ -137,8 +144,7 @@ def nearest_real(experiment: Experiment, state) -> dict[str, np.ndarray]:
     distance of a training image from the nearest other one.
   """
   dataset = experiment.dataset
-  made = _drawn(jax.jit(experiment.method.synthesise), state.shared,
-                dataset.num_classes)
+  made = _drawn(_drawing(experiment.method), state.shared, dataset.num_classes)
 
   def seen(x):
     return np.asarray(models_lib.normalise(x, dataset.mean, dataset.std))

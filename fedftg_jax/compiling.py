@@ -8,10 +8,10 @@ import jax
 
 # LLVM's further passes take a third of the compile time and gain nothing: XLA
 # has vectorised the loops itself (docs/speed.md).
-ROUNDS = {'xla_backend_optimization_level': 1}
-# For a program that runs once: one of many random draws compiles in a quarter of
-# the time, to the same bytes. In rounds, loops of small models would be slower.
-ONCE = {**ROUNDS, 'xla_cpu_use_fusion_emitters': False,
+OFTEN = {'xla_backend_optimization_level': 1}
+# For what runs seldom: a program of many random draws compiles in a quarter of the
+# time, to the same bytes. Rounds of small models would take a quarter longer.
+ONCE = {**OFTEN, 'xla_cpu_use_fusion_emitters': False,
         'xla_cpu_parallel_codegen_split_count': 1}
 
 
@@ -37,9 +37,10 @@ def jit(function: Callable, cpu_options: dict[str, Any], **kwargs: Any) -> Calla
         function, compiler_options=options if backend == 'cpu' else None, **kwargs)
 
   @functools.wraps(function)
-  def call(*args):
-    traced = any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(args))
-    return on('' if traced else jax.default_backend())(*args)
+  def call(*args, **named):
+    traced = any(isinstance(a, jax.core.Tracer)
+                 for a in jax.tree.leaves((args, named)))
+    return on('' if traced else jax.default_backend())(*args, **named)
 
   call.on = on
   return call

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedftg_jax import stacking, trees
+from fedftg_jax import compiling, stacking, trees
 from fedftg_jax.base import Data, Federation, Method, Model, State, Variables
 from fedftg_jax.data import clients
 
 _HOST_BLOCK = 64  # clients whose slots are brought to the device at once
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@functools.partial(
+    compiling.jit, cpu_options=compiling.OFTEN, static_argnums=(0, 4, 5))
 def evaluate(
     model: Model, variables: Variables, x: jax.Array, y: jax.Array,
     batch_size: int = 500, batch_stats: bool = False) -> dict[str, jax.Array]:
@@ -84,7 +85,7 @@ def evaluate_clients(
 
 
 @functools.partial(
-    jax.jit, static_argnums=(0, 1),
+    compiling.jit, cpu_options=compiling.OFTEN, static_argnums=(0, 1),
     static_argnames=('personalise', 'chunk', 'batch_size'))
 def _evaluate_some(model, fed, state, data, test, key, ids, *, personalise, chunk,
                    batch_size):

@@ -356,7 +356,7 @@ def _run_chunk(fed, state, data, rows, key):
   return done._replace(clients=state.clients), info
 
 
-@functools.partial(compiling.jit, cpu_options=compiling.ROUNDS,
+@functools.partial(compiling.jit, cpu_options=compiling.OFTEN,
                    static_argnums=0, donate_argnums=1)
 def _scan_rounds(fed, state, data, rows, key):
   """Scan of rounds; metrics [T, ...], models of the last round."""

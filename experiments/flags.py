@@ -331,7 +331,7 @@ def config(**changes) -> dict[str, Any]:
     values[FTG + 'weight_decay'] = around.get('weight_decay', values['weight_decay'])
   if values['generator_bias'] is None:
     values['generator_bias'] = (
-        'fed_ftg' not in values['method'] or around['generator_bias'])
+        'fed_ftg' not in values['method'].split('+') or around['generator_bias'])
   for name in (FTG + 'batch_size', 'df_batch_size'):
     values[name] = values[name] or values['batch_size']
   if values['norm'] is None:

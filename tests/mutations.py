@@ -328,7 +328,7 @@ def verdict(status: int, output: str) -> str:
   if status == PASSED:
     return MISSED
   # A failed import names a file only; then the fault is not a fair one.
-  found = re.search(r'^(?:FAILED|ERROR) (tests/\S+?::.+?)(?: - |$)',
+  found = re.search(r'^(?:FAILED|ERROR|SUBFAILED.*\]) (tests/\S+?::.+?)(?: - |$)',
                     output, re.M)
   if status in (FAILED, STOPPED) and found:
     return f'{CAUGHT} {found[1]}'

@@ -56,7 +56,8 @@ class DenseGenerator(nn.Module):
   def __call__(self, z, labels, train=False):
     x = jnp.concatenate(
         [z, jax.nn.one_hot(labels, NUM_CLASSES, dtype=z.dtype)], axis=-1)
-    x = layers.Dense(6)(x)
+    # No bias: its gradient is 0 but for rounding, which Adam would blow up.
+    x = nn.Dense(6, use_bias=False, param_dtype=jnp.result_type(float))(x)
     x = nn.tanh(layers.BatchNorm()(x, train=train))
     return nn.tanh(layers.Dense(int(np.prod(IMAGE_SHAPE)))(x)).reshape(
         -1, *IMAGE_SHAPE)

@@ -620,7 +620,7 @@ class BenchmarkTest(parameterized.TestCase):
     out = pathlib.Path(self.create_tempdir().full_path, 'speed.json')
     status, screen, err = call(
         benchmark, '--workloads=W0', '--against=plain_jax,torch,fedjax',
-        '--cohorts=3', '--repeat=2', f'--out={out}')
+        '--cohorts=3', '--repeat=2', f'--out={out}', draw=True)
     self.assertEqual(status, 0, err)
     figures = json.loads(out.read_text())
     self.assertContainsSubset(['processor', 'cores'], figures['machine'])

@@ -97,6 +97,12 @@ class CheckpointTest(parameterized.TestCase):
           refused += 1
     self.assertGreater(refused, 5)
 
+  def test_other_arrays_of_the_same_shapes(self):
+    self.save(2, 4)
+    shutil.rmtree(self.folder / '2' / 'arrays')
+    shutil.copytree(self.folder / '4' / 'arrays', self.folder / '2' / 'arrays')
+    self.assert_refused('is damaged: its arrays are not those that were saved')
+
   def test_a_missing_one(self):
     self.assert_refused('cannot be read')
     (self.folder / '2').mkdir(parents=True)

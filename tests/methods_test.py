@@ -19,8 +19,8 @@ import pytest
 
 from fedftg_jax import base, distillation, evaluation, federation, keys, losses
 from fedftg_jax import recipes, trees
-from fedftg_jax.methods import batch_norm, fed_avg, fed_df, fed_nova, q_fed_avg
-from fedftg_jax.methods import scaffold
+from fedftg_jax.methods import batch_norm, fed_avg, fed_df, fed_dyn, fed_nova
+from fedftg_jax.methods import moon, q_fed_avg, scaffold
 from fedftg_jax.models import classifiers
 from tests import problems
 
@@ -297,11 +297,12 @@ def after_fed_avg(steps=None):
 class NeutralTest(parameterized.TestCase):
   """Settings that switch a method off give FedAvg."""
 
-  def test_q_fed_avg_switched_off(self):
-    self.check('q_fed_avg', dict(q=0., batch_size=4))
+  @parameterized.parameters(
+      ('fed_dyn', dict(alpha=0.)), ('q_fed_avg', dict(q=0., batch_size=4)))
+  def test_switched_off(self, name, options):
+    self.check(name, options)
 
   @parameterized.parameters(
-      ('fed_dyn', dict(alpha=0.)),
       ('fed_prox', dict(mu=0.)), ('fed_prox', dict(mu=0., to_zero=True)),
       ('moon', dict(mu=0.)),
       ('fed_df', {**DF, 'student_steps': 0}),
@@ -419,6 +420,47 @@ class ByHandTest(absltest.TestCase):
     _, (server, _) = after.shared  # share 12 * 5 / 40, N = 5
     chex.assert_trees_all_close(
         server, jax.tree.map(lambda a: a * 12 / 40, want), atol=1e-6)
+
+  def test_moon_keeps_what_was_trained(self):
+    fed = problems.make(
+        MODEL, base.chain(fed_avg.fed_avg(), moon.moon(MODEL, 1., .5)))
+    start = fed.init(KEY)
+    _, trained = jax.jit(fed.personalise)(
+        start, problems.DATA, jnp.int32(1), jnp.int32(1), KEY)
+    after, _ = fed.round(start, problems.DATA, problems.row([1, 3]), KEY)
+    (_, (last, seen)), _ = after.clients
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda a: a[1], last), trained, atol=1e-6)
+    np.testing.assert_array_equal(seen, [False, True, False, True, False])
+
+  def test_fed_dyn_s_duals_add_up(self):
+    """Over the rounds of a client; the server has the mean of all clients'."""
+    fed = problems.make(
+        MODEL, base.chain(fed_avg.fed_avg(), fed_dyn.fed_dyn(.1)))
+    one, _ = fed.round(fed.init(KEY), problems.DATA, problems.row([1, 3]), KEY)
+    _, trained = jax.jit(fed.personalise)(
+        one, problems.DATA, jnp.int32(1), jnp.int32(1), KEY)
+    two, _ = fed.round(one, problems.DATA, problems.row([0, 1]), KEY)
+    (_, before), _ = one.clients
+    (_, after), _ = two.clients
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda a: a[1], after), jax.tree.map(
+            lambda a, new, old: a[1] + new - old, before, trained.params,
+            one.variables.params), atol=1e-6)
+    chex.assert_trees_all_close(
+        two.shared[1], jax.tree.map(lambda a: a.mean(0), after), atol=1e-6)
+
+  def test_scaffold_without_a_step_keeps_the_variate(self):
+    fed = problems.make(MODEL, base.chain(fed_avg.fed_avg(), scaffold.scaffold()))
+    before, _ = fed.round(
+        fed.init(KEY), problems.DATA, problems.row([1, 3]), KEY)
+    after, _ = fed.round(
+        before, problems.DATA, problems.row([1, 3], num_steps=[0, 9]), KEY)
+    (_, old), _ = before.clients
+    (_, new), _ = after.clients
+    same = jax.tree.map(lambda a, b: [np.array_equal(a[k], b[k]) for k in (1, 3)],
+                        old, new)
+    self.assertEqual(same, jax.tree.map(lambda _: [True, False], old))
 
   def test_scaffold_compares_with_the_untuned_mean_on_request(self):
     """The reference moves to the aggregate, before anything refines it."""

@@ -69,6 +69,9 @@ class CheckpointTest(parameterized.TestCase):
         params={'w': jnp.zeros((2, 4))}))
     self.assert_refused(
         r'variables.params.w is float32\[2, 3\], not float32\[2, 4\]', wider)
+    shared, counts = state.shared
+    self.assert_refused(r'shared.1.count is int32\[\], not float32\[\]', (
+        state._replace(shared=(shared, {**counts, 'count': jnp.float32(4)}))))
     self.assert_refused('lacks variables.params.b', state._replace(
         variables=state.variables._replace(
             params={'w': state.variables.params['w'], 'b': jnp.zeros(2)})))

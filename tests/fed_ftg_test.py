@@ -163,7 +163,7 @@ class PlainLoopTest(parameterized.TestCase):
       *((name, name) for name in recipes.FTG_PRESETS),
       # What no preset has, at once: an equality, so that none can hide another.
       ('others', 'official', dict(
-          md='kl', student_bn='batch', student_clip=.01, temperature=3.,
+          md='kl', student_bn='batch', temperature=3.,
           lambda_cls=.5, lambda_dis=.25, teacher_weight='uniform',
           label_sampling='uniform', student_lr=.2, generator_lr=.02)))
   def test_update(self, preset, changes=None):
@@ -193,7 +193,9 @@ class PlainLoopTest(parameterized.TestCase):
       draw_labels = recipes.PARTS['labels'][options.labels]
       drawn = (jnp.ones_like(of_all) if options.label_sampling == 'uniform'
                else of_all).sum(0)
-      z, labels = draw(KEY, drawn, 4, 2, 6, draw_labels)
+      key_noise, key_labels = jax.random.split(KEY)
+      z = jax.random.normal(key_noise, (2, 6, 4))
+      labels = draw_labels(key_labels, drawn, 12).reshape(2, 6)
       want = self.reference(
           model, options, student, made, here, of_all, z, labels)
       made = after.inner if options.memory else after

@@ -6,8 +6,8 @@ from typing import Any, Callable
 
 import jax
 
-# LLVM's further passes take a third of the compile time and gain nothing: XLA
-# has vectorised the loops itself (docs/speed.md).
+# LLVM's further passes take a third of the compile time; rounds were as fast without
+# them (docs/speed.md).
 OFTEN = {'xla_backend_optimization_level': 1}
 # For what runs seldom: a program of many random draws compiles in a quarter of the
 # time, to the same bytes. Rounds of small models would take a quarter longer.
@@ -18,8 +18,8 @@ ONCE = {**OFTEN, 'xla_cpu_use_fusion_emitters': False,
 def jit(function: Callable, cpu_options: dict[str, Any], **kwargs: Any) -> Callable:
   """Makes `jax.jit` of a function, with compiler options where it runs on a CPU.
 
-  Options that the environment variable XLA_FLAGS names are as it says there. Called
-  within another program, the function has the options of that one.
+  An option that the environment variable XLA_FLAGS names keeps the value from there.
+  Called within another program, the function is compiled with that program's options.
 
   Args:
     function: to be compiled.
@@ -27,7 +27,8 @@ def jit(function: Callable, cpu_options: dict[str, Any], **kwargs: Any) -> Calla
     **kwargs: of `jax.jit`.
 
   Returns:
-    The function; its `on(backend)` is that of `jax.jit` itself.
+    The compiled function. Its attribute `on` gives, for the name of a backend, what
+    `jax.jit` made for it.
   """
   @functools.cache
   def on(backend: str) -> Callable:

@@ -1,7 +1,5 @@
 """The programs as a user meets them: files, repeats, resumption, errors."""
 
-import contextlib
-import io
 import json
 import os
 import pathlib
@@ -24,7 +22,6 @@ import pytest
 
 from experiments import assembly
 from experiments import benchmark
-from experiments import cli
 from experiments import compare
 from experiments import figures
 from experiments import flags

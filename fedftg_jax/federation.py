@@ -103,10 +103,14 @@ def federation(
     state = init_one(key)
     return state._replace(clients=trees.stack(state.clients, num_clients))
 
+  # Rounds, traffic and personal models trace it once for all.
+  run_client = jax.jit(functools.partial(
+      _run_client, model, method, solver, uplink), inline=True)
+
   def client_round(shared, row):
     """One client (no client axis): what is summed over clients, and stacked."""
     received, *_ = shared
-    slots, sent, local = _run_client(model, method, solver, uplink, shared, row)
+    slots, sent, local = run_client(shared, row)
     moved = jax.tree.map(  # from what was received
         lambda start, delta, old: (
             delta if start is old else delta + (start - old)),
@@ -152,9 +156,8 @@ def federation(
 
     def sent(state, data):
       rows = _rows(state, data, cohort, num_clients, weighting)
-      return _run_client(
-          model, method, solver, uplink, _shared(state, data, jax.random.key(0)),
-          jax.tree.map(lambda a: a[0], rows))[1]
+      return run_client(_shared(state, data, jax.random.key(0)),
+                        jax.tree.map(lambda a: a[0], rows))[1]
 
     model_bits = trees.num_bits(state.variables)
     down = trees.num_bits(jax.eval_shape(method.broadcast, state.shared))
@@ -167,9 +170,8 @@ def federation(
     cohort = Cohort(client_id[None], jnp.ones(1, bool),
                     jnp.full(1, NO_LIMIT, jnp.int32), place[None])
     rows = _rows(state, data, cohort, num_clients, weighting)
-    _, sent, local = _run_client(
-        model, method, solver, uplink, _shared(state, data, key),
-        jax.tree.map(lambda a: a[0], rows))
+    _, sent, local = run_client(
+        _shared(state, data, key), jax.tree.map(lambda a: a[0], rows))
     return sent.start, local.variables
 
   init = init_on_host if client_state == 'host' else init_on_device

@@ -167,8 +167,11 @@ def _collect_back(plan, y):
 
 def _combine(matrix, arrays):
   """Sums of arrays: matrix [n, len(arrays)], result [n, ...]."""
-  return jnp.stack([
-      sum(float(c) * a for c, a in zip(row, arrays) if c) for row in matrix])
+  def combined(row):
+    terms = [a if c == 1 else float(c) * a for c, a in zip(row, arrays) if c]
+    return functools.reduce(jnp.add, terms)
+
+  return jnp.stack([combined(row) for row in matrix])
 
 
 @functools.lru_cache

@@ -1,1 +1,1 @@
-"""Programs: `train`, `compare`, `partition` and `benchmark`."""
+"""The programs as scripts: `python -m experiments.NAME` is `fedftg NAME`."""

@@ -1,59 +1,7 @@
-"""Draws a partition and says how unequal it is, before anything is trained.
+"""Draws a partition and says how unequal it is, before anything is trained."""
 
-  python -m experiments.partition --partition=dirichlet --dirichlet_alpha=0.1
-  python -m experiments.partition --partition=classes --num_clients=100
-
-Takes the flags of `train`, of which those count that say who holds what. Prints
-the measures as a table and writes them into --workdir (default: a folder in runs/
-named after the configuration): measures.json, heatmap.png (who has how many
-examples of which class), partition.npz (for --partition=file:PATH) and
-config.json.
-"""
-
-from absl import flags as absl_flags
-
-from experiments import assembly
-from experiments import cli
-from experiments import files
-from experiments import flags
-from experiments import folders
-from experiments import plots
-from experiments import progress
-from fedftg_jax.data import partition
-from fedftg_jax.data import skew
-
-absl_flags.adopt_module_key_flags(flags)  # for --help
-FLAGS = absl_flags.FLAGS
-
-# What a partition depends on.
-_USED = ('dataset', 'validation_share', 'public_data', 'partition',
-         'partition_seed', 'num_clients')
-
-
-def main() -> None:
-  config = flags.config(cohort=1)  # whatever it is: nobody takes part
-  used = {*_USED, *flags.PARTITIONS.get(config['partition'], {})}
-  config = {'program': 'partition', **{
-      name: value for name, value in config.items() if name in used}}
-  folder = folders.workdir(
-      FLAGS.workdir, config, 'partition', config['dataset'].split(':')[0],
-      config['partition'].split(':')[0])
-  folders.check_folder(folder, folders.identity(config))
-  dataset, _, parts = assembly.share_out(
-      config, assembly.load(config, FLAGS.data_dir, FLAGS.manual_dir))
-  counts = skew.class_counts(dataset.train_y, parts, dataset.num_classes)
-  measures = skew.measures(counts)
-  folders.claim_folder(folder, config)
-  with files.replacing(folder / 'partition.npz') as temporary:
-    partition.save(temporary, parts)
-  with files.replacing(folder / 'heatmap.png') as temporary:
-    plots.heatmap(temporary, counts)
-  files.write_json(folder / 'measures.json', measures)
-  progress.show(['measure', config['partition']], [
-      [name.removeprefix('num_').replace('_', ' '), f'{value:,d}' if isinstance(
-          value, int) else f'{value:.4g}'] for name, value in measures.items()])
-  print(f'results in {folder}')
-
+from fedftg_jax.programs import partition
+from fedftg_jax.system import cli
 
 if __name__ == '__main__':
-  cli.run(main)
+  cli.run(partition)

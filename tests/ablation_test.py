@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from experiments import ablation
+from fedftg_jax.programs import ablation
 from tests import programs
 
 

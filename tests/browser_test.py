@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from experiments import files
-from experiments import folders
-from experiments import report
+from fedftg_jax.system import files
+from fedftg_jax.configuration import folders
+from fedftg_jax.results import page as page_lib
 
 # What the page says about itself once it is laid out at a width. A page in a
 # frame has the frame's width as its own.
@@ -171,7 +171,7 @@ class BrowserTest(absltest.TestCase):
 
   def test_run(self):
     write_run(self.folder, 'fed_ftg', 0, .9, 'x' * 200)
-    report.write(self.folder)
+    page_lib.write(self.folder)
     self.assert_fine(tables=7, pictures=6, images=6 + 2)
 
   def test_comparison(self):
@@ -188,7 +188,7 @@ class BrowserTest(absltest.TestCase):
     files.write_json(self.folder / 'summary.json', {
         'methods': dict.fromkeys(methods), 'target_accuracy': .75,
         'seeds': [0, 1]})
-    report.write(self.folder)
+    page_lib.write(self.folder)
     self.assertLess((self.folder / 'report.html').stat().st_size, 2e6)
     self.assert_fine(tables=8, pictures=6 + len(methods),
                      images=8 * len(methods))

@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from experiments import assembly
-from experiments import compare
-from experiments import flags
-from experiments import folders
-from experiments import partition
-from experiments import plots
-from experiments import train
+from fedftg_jax.configuration import resolve
+from fedftg_jax.configuration import assembly
+from fedftg_jax.programs import compare
+from fedftg_jax.configuration import flags
+from fedftg_jax.configuration import folders
+from fedftg_jax.programs import partition
+from fedftg_jax.results import plots
+from fedftg_jax.programs import train
 from fedftg_jax import base, evaluation
 from tests.programs import call, small, write_data
 
@@ -188,9 +189,9 @@ class TrainTest(ProgramCase):
       ('natural', ''))
   def test_a_flag_that_does_nothing_is_no_part_of_the_run(self, kind, used):
     with flagsaver.flagsaver():
-      config = flags.config(partition=kind, size_power=1.)
+      config = resolve.config(partition=kind, size_power=1.)
     about = {'num_clients', 'partition_seed'} | {
-        flag for options in flags.PARTITIONS.values() for flag in options}
+        flag for _, options in flags.PARTITIONS.values() for flag in options}
     self.assertEqual(about & config.keys(), set(used.split()))
     self.assertNoCommonElements(
         config, ['validation_share', 'augment', 'manual_dir', 'data_dir'])

@@ -13,11 +13,11 @@ from absl.testing import parameterized
 import numpy as np
 import pytest
 
-from experiments import assembly
-from experiments import cli
-from experiments import compare
-from experiments import flags
-from experiments import sweep
+from fedftg_jax.configuration import resolve
+from fedftg_jax.configuration import assembly
+from fedftg_jax.system import cli
+from fedftg_jax.programs import compare
+from fedftg_jax.programs import sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / 'experiments' / 'presets'
@@ -50,7 +50,7 @@ def configurations(program):
   if program == 'sweep':
     return {name: entry.config for name, entry in sweep.parse(
         absl_flags.FLAGS.grid, absl_flags.FLAGS.list).items()}
-  return {'': flags.config()}
+  return {'': resolve.config()}
 
 
 class PresetsTest(parameterized.TestCase):
@@ -121,7 +121,7 @@ class PresetsTest(parameterized.TestCase):
   def test_the_official_setting(self):
     """Numbers by hand, from the official code's scripts."""
     with self.parsed('cifar100'):
-      config = flags.config()
+      config = resolve.config()
     self.assertContainsSubset({
         'num_clients': 100, 'cohort': 10, 'rounds': 1000, 'local_epochs': 5,
         'batch_size': 50, 'learning_rate': .1, 'lr_decay': .998,

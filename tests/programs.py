@@ -13,9 +13,9 @@ import jax
 from matplotlib import figure
 import numpy as np
 
-from experiments import assembly
-from experiments import cli
-from experiments import folders
+from fedftg_jax.configuration import assembly
+from fedftg_jax.system import cli
+from fedftg_jax.configuration import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What no compiled part depends on.
@@ -67,7 +67,7 @@ def call(program, *argv, draw=False):
       stack.enter_context(absltest.mock.patch.object(
           figure.Figure, 'savefig', _save_nothing))
     try:
-      cli.parse(['program', *argv])
+      cli.parse(["program", *argv], program)
       cli.guarded(program.main)
       status = 0
     except SystemExit as stop:

@@ -20,16 +20,18 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from experiments import assembly
-from experiments import benchmark
-from experiments import compare
-from experiments import figures
-from experiments import flags
-from experiments import plots
-from experiments import records
-from experiments import train
-from experiments.contestants import ours
-from experiments.contestants import workloads
+from fedftg_jax.configuration import resolve
+from fedftg_jax.configuration import assembly
+from fedftg_jax.programs import benchmark
+from fedftg_jax.programs import compare
+from fedftg_jax.results import statistics
+from fedftg_jax.configuration import flags
+from fedftg_jax.results import plots
+from fedftg_jax.results import rows as rows_lib
+from fedftg_jax.runs import writer
+from fedftg_jax.programs import train
+from fedftg_jax.contestants import ours
+from fedftg_jax.contestants import workloads
 from fedftg_jax import federation
 from tests.programs import ROOT, call, forget, small, write_data
 
@@ -109,7 +111,7 @@ class TrainTest(parameterized.TestCase):
       ('fed_df_public+fed_ftg', 'student_lr ensemble'))
   def test_a_flag_that_does_nothing_is_no_part_of_the_run(self, method, used):
     with flagsaver.flagsaver():
-      config = flags.config(method=method, public_data='train:9')
+      config = resolve.config(method=method, public_data='train:9')
     df = {name for name in config if name.startswith('df_')}
     self.assertContainsSubset({'df_' + name for name in used.split()}, df)
     if not used:
@@ -124,7 +126,7 @@ class TrainTest(parameterized.TestCase):
   def test_prox_to_zero_reaches_the_student(self, method, changes, decay):
     """As in the official code, where it is part of the decay."""
     with flagsaver.flagsaver():
-      configs = [flags.config(
+      configs = [resolve.config(
           method=f'fed_prox+{method}', prox_mu=.25, weight_decay=.5,
           prox_to_zero=to_zero, **changes) for to_zero in (False, True)]
     decays = [assembly._options(method, config)['weight_decay']
@@ -137,7 +139,7 @@ class TrainTest(parameterized.TestCase):
   def test_the_students_weight_decay(self, changes, decay):
     """That of clients as in the official code, where nothing else is said."""
     with flagsaver.flagsaver():
-      config = flags.config(method='fed_ftg', weight_decay=.5, **changes)
+      config = resolve.config(method='fed_ftg', weight_decay=.5, **changes)
     options = assembly._options('fed_ftg', config)  # pylint: disable=protected-access
     self.assertEqual(options['weight_decay'], decay)
     self.assertEqual(config['weight_decay'], .5)
@@ -252,7 +254,7 @@ class TrainTest(parameterized.TestCase):
     run = self.folder / 'cut'
     stopped = Exception('power cut')
     with absltest.mock.patch.object(
-        records.Run, 'finish', side_effect=stopped):
+        writer.RunWriter, 'finish', side_effect=stopped):
       with self.assertRaises(Exception):
         self.train('cut')
     self.assertFalse((run / 'summary.json').exists())
@@ -662,17 +664,17 @@ class ReportTest(absltest.TestCase):
     rows = [{'round': t, 'test_accuracy': a, 'accuracy': {'average': a / 2},
              'bytes_up': t, 'bytes_down': 2 * t}
             for t, a in ((2, .3), (4, .6), (6, .55), (14, .7))]
-    self.assertEqual(figures.rounds_to(rows, .6), 4)
-    self.assertIsNone(figures.rounds_to(rows, .8))
+    self.assertEqual(statistics.rounds_to(rows, .6), 4)
+    self.assertIsNone(statistics.rounds_to(rows, .8))
     # The last ten rounds are 5 to 14.
-    self.assertEqual(records.summarise(rows), {
+    self.assertEqual(rows_lib.summarise(rows), {
         'rounds': 14, 'final_accuracy': .625, 'best_accuracy': .7,
         'final_accuracy_of': {'average': .3125}, 'bytes_up': 14,
         'bytes_down': 28})
     runs = [{'best_accuracy': .71}, {'best_accuracy': .64}]
-    self.assertEqual(figures.common_target({'a': runs}), .6)
+    self.assertEqual(statistics.common_target({'a': runs}), .6)
     self.assertEqual(
-        figures.spread([1., 3.]), {'mean': 2., 'std': 2**.5, 'per_seed': [1., 3.]})
+        statistics.mean_and_std([1., 3.]), {'mean': 2., 'std': 2**.5, 'per_seed': [1., 3.]})
 
   def test_curves_with_bands(self):
     path = os.path.join(self.create_tempdir().full_path, 'c.png')

@@ -18,14 +18,19 @@ from absl.testing import parameterized
 import matplotlib.figure
 import numpy as np
 
-from experiments import cli
-from experiments import compare
-from experiments import files
-from experiments import records
-from experiments import report
-from experiments import scoring
-from experiments import svg
-from experiments import train
+from fedftg_jax.results import rows as rows_lib
+from fedftg_jax.system import cli
+from fedftg_jax.programs import compare
+from fedftg_jax.programs import report
+from fedftg_jax.system import files
+from fedftg_jax.runs import writer
+from fedftg_jax.results import page as page_lib
+from fedftg_jax.results import reader
+from fedftg_jax.results import tables
+from fedftg_jax.results import verdicts
+from fedftg_jax.runs import scoring
+from fedftg_jax.results import svg
+from fedftg_jax.programs import train
 from fedftg_jax import evaluation
 from fedftg_jax.data import images
 from tests import programs
@@ -39,7 +44,7 @@ def run_by_hand(accuracy, seed=0, megabytes=1., **fields):
           for t, a in enumerate(accuracy)]
   empty = dict(versions={}, timings=[], clients={}, classes={}, counts={},
                images={}, nearest={})
-  return report.Run(**{
+  return reader.Recorded(**{
       'config': {'seed': seed}, 'rows': rows, **empty, **fields})
 
 
@@ -78,7 +83,7 @@ def make(*argv):
   with flagsaver.flagsaver(), contextlib.redirect_stderr(err), (
       contextlib.redirect_stdout(io.StringIO())):
     try:
-      rest = cli.parse(['report', *argv], 'FOLDER')
+      rest = cli.parse(['report', *argv], report)
       cli.guarded(functools.partial(report.main, *rest[1:]))
       return 0, err.getvalue()
     except SystemExit as stop:
@@ -151,7 +156,7 @@ class RunTest(parameterized.TestCase):
     self.assertIn('clients/personalised/jain', rows[0])
     self.assertEqual(
         [{k: v if v == '' else float(v) for k, v in row.items()} for row in rows],
-        [{k: '' if v is None else float(v) for k, v in records.flat(row).items()}
+        [{k: '' if v is None else float(v) for k, v in rows_lib.flat(row).items()}
          for row in self.rows])
 
   def test_tensorboard(self):
@@ -169,7 +174,7 @@ class RunTest(parameterized.TestCase):
         else:
           found[event.step, value.tag] = value.simple_value
     for row in self.rows:
-      for name, value in records.flat(row).items():
+      for name, value in rows_lib.flat(row).items():
         if name != 'round':
           np.testing.assert_allclose(found[row['round'], name], value, rtol=1e-6)
       self.assertGreater(found[row['round'], 'rounds_per_second'], 0)
@@ -262,7 +267,7 @@ class RunTest(parameterized.TestCase):
     saved = files.read_json(evil / 'config.json')
     saved['config'] |= {'method': text, 'dataset': text}
     files.write_json(evil / 'config.json', saved)
-    report.write(evil)
+    page_lib.write(evil)
     page = (evil / 'report.html').read_text()
     self.assertNotIn('<script', page)
     self.assertIn(text, ''.join(Page(page).tables[-2][0] + Page(
@@ -348,16 +353,16 @@ class TablesTest(absltest.TestCase):
       row['validation_accuracy'] = accuracy
     entries = {name: [(run, name)] for name in ('broadcast', 'average')}
     self.assertEqual(
-        report.final_table(entries, 'model'),
+        tables.final(entries, 'model'),
         (['model', 'on validation data', 'final', 'best'],
          [['broadcast', '65.00', '50.00', '50.00'],
           ['average', '–', '50.00', '50.00']]))
     # Models that are one, and several seeds.
-    models = report._models(run)  # pylint: disable=protected-access
+    models = page_lib._models(run)  # pylint: disable=protected-access
     self.assertEqual(models, {'broadcast = average': 'broadcast'})
     entries = {'a': [(run, 'broadcast')] * 2}
     self.assertEqual(
-        report.final_table(entries, 'method', average=True),
+        tables.final(entries, 'method', average=True),
         (['method', 'on validation data', 'final', 'plain average', 'best',
           'seed 0', 'seed 0'],
          [['a', '65.00 ± 0.00', '50.00 ± 0.00', '50.00 ± 0.00', '50.00 ± 0.00',
@@ -368,26 +373,26 @@ class TablesTest(absltest.TestCase):
     run = run_by_hand([.5])
     run.rows[0]['accuracy'] = {'average': .5, 'broadcast': .5, 'other': .4}
     self.assertEqual(
-        report._models(run),  # pylint: disable=protected-access
+        page_lib._models(run),  # pylint: disable=protected-access
         {'average = broadcast': 'broadcast', 'other': 'other'})
 
   def test_rounds_to_targets(self):
     entries = {'a': [(run_by_hand([.4, .6, .8]), 'broadcast'),
                      (run_by_hand([.4, .5, .6]), 'broadcast')],
                'b': [(run_by_hand([.1, .2, .3], megabytes=4), 'broadcast')] * 2}
-    self.assertEqual(report.targets_table(entries, .3), report.Table(
+    self.assertEqual(tables.targets(entries, .3), tables.Table(
         ['', '30 %', '50 %', '70 %', '80 %'],
         [['a', '1 (1 MB)', '2 (2 MB)', '3 (3 MB), 1 of 2 never',
           '3 (3 MB), 1 of 2 never'],
          ['b', '3 (12 MB)', 'never', 'never', 'never']]))
-    self.assertIsNone(report.targets_table({'b': entries['b']}))
+    self.assertIsNone(tables.targets({'b': entries['b']}))
 
   def test_verdict_of_a_comparison(self):
     def entries(*finals):
       return {name: [(run_by_hand([a]), 'broadcast') for a in values]
               for name, values in zip('abc', finals)}
 
-    verdict = report._verdict_of_comparison  # pylint: disable=protected-access
+    verdict = verdicts.of_comparison  # pylint: disable=protected-access
     self.assertEqual(
         verdict(entries([.5, .6], [.7, .9])),
         'b ends highest, at 80.00 ± 14.14 % test accuracy, 25.00 points above a, '
@@ -403,28 +408,28 @@ class TablesTest(absltest.TestCase):
                              'variance': .0123, 'jain': .87654, 'clients': 7}}
     run = run_by_hand([.5], clients={'summary': summary})
     self.assertEqual(
-        report.fairness_table({'a': [(run, 'broadcast')]}).rows,
+        tables.fairness({'a': [(run, 'broadcast')]}).rows,
         [['a', '50.00', '20.00', '90.00', '123.0', '0.877', '7']])
 
   def test_times(self):
     timings = [{'train_seconds': 3., 'evaluate_seconds': 1.,
                 'checkpoint_seconds': .5, 'compile_seconds': 2.}] * 2
     run = run_by_hand([.1, .2, .3], timings=timings)
-    self.assertEqual(report.times_table({'a': [run]}).rows,
+    self.assertEqual(tables.times({'a': [run]}).rows,
                      [['a', '6.0', '2.0', '1.0', '4.0', '0.5']])
 
   def test_strips_have_few_rounds_and_the_first_and_last(self):
     images = {t: np.full((2, 4, 4, 1), t, np.uint8) for t in range(1, 40)}
-    rounds = [t for t, _ in report.strip(images)]
+    rounds = [t for t, _ in page_lib.strip(images)]
     self.assertLen(rounds, 6)
     self.assertEqual([rounds[0], rounds[-1]], [1, 39])
-    self.assertEqual([t for t, _ in report.strip({3: images[3]})], [3])
+    self.assertEqual([t for t, _ in page_lib.strip({3: images[3]})], [3])
 
   def test_kept_images_have_been_kept_all_along(self):
     rounds = [2 * t for t in range(1, 101)]
     before = set()
     for length in range(1, 101):
-      kept = records.kept_rounds(rounds[:length])
+      kept = writer.kept_rounds(rounds[:length])
       self.assertLessEqual(len(kept), 13)
       self.assertContainsSubset({2, rounds[length - 1]}, kept)
       self.assertContainsSubset(kept - {rounds[length - 1]}, before)
@@ -439,13 +444,13 @@ class TablesTest(absltest.TestCase):
         'accuracy': {'broadcast': accuracy.tolist()}})
     run = run._replace(config={'seed': 0, 'partition': 'iid'})
     entries = {'a': [(run, 'broadcast')]}
-    sections = report._sections(  # pylint: disable=protected-access
+    sections = page_lib._sections(  # pylint: disable=protected-access
         entries, {'': entries}, {'a': [run]})
     self.assertStartsWith(sections['partition'], '<img src="data:image/png')
     self.assertLess(sum(len(str(v)) for v in sections.values()), 5e5)
 
   def test_flat(self):
-    self.assertEqual(records.flat({'a': 1, 'b': {'c': 2, 'd': {'e': None}}}),
+    self.assertEqual(rows_lib.flat({'a': 1, 'b': {'c': 2, 'd': {'e': None}}}),
                      {'a': 1, 'b/c': 2, 'b/d/e': None})
 
 

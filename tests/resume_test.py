@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from upath import UPath
 
-from experiments import compare
-from experiments import files
-from experiments import records
-from experiments import resume
-from experiments import scoring
-from experiments import train
+from fedftg_jax.programs import compare
+from fedftg_jax.system import files
+from fedftg_jax.runs import writer
+from fedftg_jax.runs import resume
+from fedftg_jax.runs import scoring
+from fedftg_jax.programs import train
 from tests import programs
 
 # Whatever a run ends with, but for what has times in it.
@@ -102,14 +102,14 @@ class ResumeTest(parameterized.TestCase):
 
   def check_all(self, method, changes):
     self.assertEqual(self.train('whole', *changes, method=method)[0], 0)
-    written = records.Run.add_timing
+    written = writer.RunWriter.add_timing
 
     def cut(run, timing):
       written(run, timing)
       if timing['round'] >= 3:
         raise PowerCut
 
-    with absltest.mock.patch.object(records.Run, 'add_timing', cut):
+    with absltest.mock.patch.object(writer.RunWriter, 'add_timing', cut):
       with self.assertRaises(PowerCut):
         self.train('cut', *changes, method=method)
     status, out, err = self.train('cut', *changes, method=method)
@@ -131,14 +131,14 @@ class ResumeTest(parameterized.TestCase):
       return programs.call(
           compare, *args, f'--workdir={self.folder / name}')
     self.assertEqual(run('whole')[0], 0)
-    written = records.Run.add_timing
+    written = writer.RunWriter.add_timing
 
     def cut(run, timing):
       written(run, timing)
       if timing['round'] == 5 and run._seed == 1:  # pylint: disable=protected-access
         raise PowerCut
 
-    with absltest.mock.patch.object(records.Run, 'add_timing', cut):
+    with absltest.mock.patch.object(writer.RunWriter, 'add_timing', cut):
       with self.assertRaises(PowerCut):
         run('cut')
     status, out, err = run('cut')
@@ -152,14 +152,14 @@ class ResumeTest(parameterized.TestCase):
     self.assertEqual(self.train('whole')[0], 0)
     there = UPath('memory://runs') / self.folder.name
     args = [*self.args, '--method=scaffold', f'--workdir={there}']
-    written = records.Run.add_timing
+    written = writer.RunWriter.add_timing
 
     def cut(run, timing):
       written(run, timing)
       if timing['round'] == 5:
         raise PowerCut
 
-    with absltest.mock.patch.object(records.Run, 'add_timing', cut):
+    with absltest.mock.patch.object(writer.RunWriter, 'add_timing', cut):
       with self.assertRaises(PowerCut):
         programs.call(train, *args)
     status, out, err = programs.call(train, *args)

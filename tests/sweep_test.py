@@ -12,13 +12,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from experiments import cli
-from experiments import figures
-from experiments import files
-from experiments import plots
-from experiments import suite
-from experiments import sweep
-from experiments import train
+from fedftg_jax.system import cli
+from fedftg_jax.results import statistics
+from fedftg_jax.system import files
+from fedftg_jax.results import plots
+from fedftg_jax.runs import suite
+from fedftg_jax.programs import sweep
+from fedftg_jax.programs import train
 from tests.programs import call, small, write_data
 
 
@@ -180,7 +180,7 @@ class SweepTest(parameterized.TestCase):
     self.assertIn('on what is kept apart',
                   (self.folder / 'a/report.html').read_text())
     # By hand: the better on the test set is the worse on validation data.
-    spread = lambda *x: figures.spread(list(x))
+    spread = lambda *x: statistics.mean_and_std(list(x))
     runs = {name: [{
         'final_accuracy_of': {}, 'final_accuracy': test, 'rounds': 1,
         'final_validation_accuracy': validation, 'best_accuracy': test,
@@ -239,9 +239,9 @@ class FiguresTest(parameterized.TestCase):
   def test_share_of_a_target(self):
     runs = {name: [{'best_accuracy': a} for a in best] for name, best in
             (('a', (.92, .97)), ('b', (.71,)), ('c', (.3,)))}
-    self.assertEqual(figures.common_target(runs), .3)
-    self.assertEqual(figures.common_target(runs, share=.5), .7)
-    self.assertEqual(figures.common_target(runs, share=.3), .9)
+    self.assertEqual(statistics.common_target(runs), .3)
+    self.assertEqual(statistics.common_target(runs, share=.5), .7)
+    self.assertEqual(statistics.common_target(runs, share=.3), .9)
 
   def test_names_do_not_collide(self):
     self.assertEqual(sweep.name_of({'a': True, 'b': .1}), 'a=true,b=0.1')

@@ -177,7 +177,7 @@ def shards(
   Raises:
     ValueError: for a value out of range.
   """
-  _check_num_clients(len(labels), num_clients)
+  check_num_clients(len(labels), num_clients)
   num = num_clients * shards_per_client
   if not num_clients <= num <= len(labels):
     raise ValueError(
@@ -219,7 +219,7 @@ def classes(
     ValueError: for a value out of range, or where some class would be nobody's or
       too small for its clients.
   """
-  _check_num_clients(len(labels), num_clients)
+  check_num_clients(len(labels), num_clients)
   present, sizes = np.unique(labels, return_counts=True)
   if not 1 <= classes_per_client <= len(present):
     raise ValueError(
@@ -367,7 +367,7 @@ def client_sizes(rng: np.random.RandomState, num_examples: int,
   Raises:
     ValueError: for a value out of range.
   """
-  _check_num_clients(num_examples, num_clients)
+  check_num_clients(num_examples, num_clients)
   if not sigma >= 0:
     raise ValueError(f'sigma must be at least 0, got {sigma}.')
   draws = rng.lognormal(
@@ -379,7 +379,8 @@ def client_sizes(rng: np.random.RandomState, num_examples: int,
   return sizes
 
 
-def _check_num_clients(num_examples, num_clients):
+def check_num_clients(num_examples: int, num_clients: int) -> None:
+  """Raises ValueError unless every client can have an example."""
   if not 1 <= num_clients <= num_examples:
     raise ValueError(
         f'num_clients must be between 1 and the number of examples '
@@ -387,7 +388,7 @@ def _check_num_clients(num_examples, num_clients):
 
 
 def _check_min_size(num_examples, num_clients, min_size):
-  _check_num_clients(num_examples, num_clients)
+  check_num_clients(num_examples, num_clients)
   if not 0 <= min_size <= num_examples // num_clients:
     raise ValueError(
         f'min_size must be between 0 and {num_examples // num_clients}, which is '

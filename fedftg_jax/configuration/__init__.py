@@ -1,0 +1,1 @@
+"""From flags to all parts of a run."""

@@ -1,0 +1,168 @@
+"""Folders of runs: what they are called, and which run one holds."""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from upath import UPath
+
+from fedftg_jax.system import cli
+from fedftg_jax.system import files
+from fedftg_jax.system import progress
+from fedftg_jax.system import versions as versions_
+
+
+# What a flag's value begins with where a file or a folder of the user follows.
+_NAMES_FILES = ('npz', 'file', 'folder')
+
+
+def contents(config: dict[str, Any]) -> dict[str, str]:
+  """Fingerprints of the files that the configuration names."""
+  named = {}
+  for flag in ('dataset', 'partition', 'schedule', 'public_data'):
+    kind, _, path = config.get(flag, '').partition(':')
+    if kind in _NAMES_FILES:
+      named[f'{flag} {"folder" if kind == "folder" else "file"}'] = (
+          _fingerprint(pathlib.Path(path)))
+  return named
+
+
+def _fingerprint(path: pathlib.Path) -> str:
+  """Of a file's bytes; of a folder's files, their names and bytes."""
+  if path.is_file():
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+  found = sorted((p, p.stat()) for p in path.rglob('*') if p.is_file())
+  return _of_files(path, tuple(
+      (str(p.relative_to(path)), s.st_size, s.st_mtime_ns) for p, s in found))
+
+
+@functools.lru_cache(maxsize=4)
+def _of_files(folder, found):
+  """Kept while sizes and times stay: it is asked for often, files may be many."""
+  digest = hashlib.sha256()
+  for name, size, _ in found:
+    digest.update(f'{name}\0{size}\0'.encode())
+    digest.update((folder / name).read_bytes())
+  return digest.hexdigest()[:16]
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+  """What tells runs apart: all but the number of rounds."""
+  return {k: v for k, v in {**config, **contents(config)}.items()
+          if k != 'rounds'}
+
+
+def folder_name(text: str) -> str:
+  """`text` as the name of a folder; a long one is cut and made unique."""
+  name = re.sub(r'[^\w+=.,-]', '_', text)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+  return name if len(name) <= 80 else f'{name[:70]}-{digest}'
+
+
+def workdir(asked: str | None, config: dict[str, Any], *words: str) -> UPath:
+  """The folder that --workdir names, or the default one.
+
+  Raises:
+    cli.UsageError: where its store is unknown or cannot be reached.
+  """
+  folder = UPath(asked) if asked and '://' not in asked else None
+  if folder is not None or not asked:
+    return folder or default_folder(config, *words)
+  try:
+    folder = UPath(asked)
+    folder.exists()
+  except Exception as error:  # whatever the store's package says
+    raise cli.UsageError(
+        'workdir', asked, f'cannot be reached ({type(error).__name__}: {error}); '
+        'must be a folder, or one in a store of fsspec whose package is installed'
+        ) from error
+  return folder
+
+
+def default_folder(config: dict[str, Any], *words: str) -> UPath:
+  """A folder in runs/ named after the configuration."""
+  digest = hashlib.sha256(
+      json.dumps([identity(config), words], sort_keys=True).encode()).hexdigest()
+  words = words or (config['method'], config['dataset'].split(':')[0],
+                    f'seed{config["seed"]}')
+  return UPath('runs') / f'{folder_name("-".join(words))}-{digest[:8]}'
+
+
+def is_finished(folder: UPath, config: dict[str, Any]) -> bool:
+  """Whether `folder` holds this run with at least so many rounds, finished.
+
+  Raises:
+    cli.UsageError: if it holds anything else.
+  """
+  check_folder(folder, identity(config))
+  summary = folder / 'summary.json'
+  return summary.exists() and (
+      json.loads(summary.read_text())['rounds'] >= config['rounds'])
+
+
+def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
+  """Refuses a folder that one cannot write to, or that holds something else.
+
+  Args:
+    folder: where to write.
+    ours: what is going to be written there, as in its config.json.
+
+  Raises:
+    cli.UsageError: with what it holds.
+  """
+  if files.is_local(folder):
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+      raise cli.UsageError(
+          'workdir', folder, f'cannot be written: {nearest} must be a folder that '
+          'one may write to')
+  path = folder / 'config.json'
+  if not path.exists():
+    if folder.exists() and any(p.name[0] != '.' for p in folder.iterdir()):
+      raise cli.UsageError(
+          'workdir', folder, 'holds other files; choose an empty or a new folder')
+    return
+  try:
+    saved = json.loads(path.read_text())
+    there = {**saved['config'], **saved['contents']}
+  except (ValueError, KeyError, TypeError) as error:
+    raise cli.UsageError(
+        'workdir', folder, 'its config.json cannot be read; remove the folder or '
+        'choose another') from error
+  if there.get('program') != ours.get('program'):
+    kind = {'compare': 'comparison'}.get(
+        there.get('program'), there.get('program', 'single run'))
+    raise cli.UsageError(
+        'workdir', folder, f'holds a {kind}; choose another folder')
+  for name in sorted((ours.keys() | there.keys()) - {'rounds'}):
+    if there.get(name) != ours.get(name):
+      raise cli.UsageError(
+          'workdir', folder, f'holds another configuration ({name}: '
+          f'{there.get(name)}, not {ours.get(name)}); choose another folder')
+
+
+def claim_folder(folder: UPath, config: dict[str, Any]) -> None:
+  """Writes config.json, by which `check_folder` knows the folder again.
+
+  It keeps the versions that a run began with; where it goes on with others, those
+  are added, and it is said: the same bytes cannot be promised then.
+  """
+  path, versions = folder / 'config.json', versions_.current()
+  saved = files.read_json(path) if path.exists() else {}
+  began, later = saved.get('versions', versions), saved.get('went_on_with', [])
+  if versions not in (began, *later):
+    progress.say(f'{folder}: was begun with other versions '
+                 f'({_differences(began, versions)})')
+    later = [*later, versions]
+  files.write_json(path, {
+      'config': config, 'contents': contents(config), 'versions': began,
+      **({'went_on_with': later} if later else {})})
+
+
+def _differences(began, now) -> str:
+  return ', '.join(f'{name} {began.get(name)}, not {value}'
+                   for name, value in now.items() if began.get(name) != value)

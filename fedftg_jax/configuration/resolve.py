@@ -1,0 +1,144 @@
+"""The configuration from the flags: defaults and presets resolved, all checked."""
+
+from typing import Any
+
+from absl import flags as absl_flags
+
+from fedftg_jax import models, recipes, stacking
+from fedftg_jax.configuration import check
+from fedftg_jax.configuration import flags
+from fedftg_jax.configuration.flags import FTG
+from fedftg_jax.models import convolution
+from fedftg_jax.system import cli
+from fedftg_jax.system import devices
+
+# Where a run writes and how it shows itself is no part of its configuration.
+PRESENTATION = ('workdir', 'data_dir', 'manual_dir', 'tensorboard',
+                 'checkpoint_every', 'keep_checkpoints')
+
+
+class Configuration(dict):
+  """The flags that a run's results depend on, by name.
+
+  Any other flag reads as its default: its value makes no difference.
+  """
+
+  def __missing__(self, name: str) -> Any:
+    return absl_flags.FLAGS[name].default
+
+  def replace(self, **changes: Any) -> 'Configuration':
+    """The same with other values."""
+    return Configuration(self | changes)
+
+
+def config(**changes: Any) -> Configuration:
+  """Makes the configuration from the flags, checked, presets resolved.
+
+  Args:
+    **changes: values that replace those of the flags.
+
+  Returns:
+    What the run's results depend on.
+
+  Raises:
+    cli.UsageError: for a wrong value.
+  """
+  values = {f.name: f.value for f in _ours()} | changes
+  preset = recipes.ftg_options(values[FTG + 'preset'])
+  for name in flags.FTG_OPTIONS:
+    if values[FTG + name] is None:
+      values[FTG + name] = getattr(preset, name)
+  around = recipes.FTG_PRESETS[values[FTG + 'preset']]
+  if values[FTG + 'weight_decay'] is None:
+    values[FTG + 'weight_decay'] = around.get('weight_decay', values['weight_decay'])
+  if values['generator_bias'] is None:
+    values['generator_bias'] = (
+        'fed_ftg' not in values['method'].split('+') or around['generator_bias'])
+  for name in (FTG + 'batch_size', 'df_batch_size'):
+    values[name] = values[name] or values['batch_size']
+  if values['norm'] is None:
+    values['norm'] = models.DEFAULT_NORMS[values['model']]
+  if values['conv'] is None:
+    values['conv'] = convolution.default()
+  if values['client_chunk'] is None:
+    values['client_chunk'] = stacking.default_chunk()
+  values['num_devices'] = _num_devices(values['num_devices'])
+  check.check(values)
+  if values['weighting'] is None:
+    values['weighting'] = recipes.weighting(values['method'])
+  if values['server_learning_rate'] is None:
+    _, values['server_learning_rate'] = recipes.SERVER_OPTIMIZERS[
+        values['server_optimizer']]
+  unused = _unused(values)
+  return Configuration((k, v) for k, v in values.items() if k not in unused)
+
+
+def _num_devices(asked: int | None) -> int:
+  """How many devices share the clients: `asked`, where there are so many."""
+  if asked is None:
+    return devices.default_num()
+  if asked and devices.several_processes():
+    raise cli.UsageError('num_devices', asked, 'must be 0 (all) with several processes')
+  try:
+    return stacking.make_mesh(asked).size
+  except ValueError as error:
+    raise cli.UsageError('num_devices', asked, str(error)) from error
+
+
+def _unused(values: dict[str, Any]) -> set[str]:
+  """Flags that nothing depends on, given the others."""
+  unused = set(PRESENTATION)
+  parts = recipes.parse(values['method'])
+  used = tuple(flags.PREFIXES[part] for part in parts if part in flags.PREFIXES)
+  unused |= {k for k in values if k.startswith(tuple(flags.PREFIXES.values()))
+             and not k.startswith(used)}
+  if not recipes.generates(values['method']):
+    unused |= {'generator_width', 'noise_dim', 'generator_bias'}
+  if 'fed_df' not in parts:
+    unused |= {'df_lambda_dis', 'df_generator_steps', 'df_generator_lr',
+               'df_memory'}
+  if not values['evaluate_all']:
+    unused.add('evaluate_all')
+  if values['evaluate_clients'] == 'none':
+    unused.add('personalise')
+  if values['norm'] != 'batch':
+    unused |= {'batch_norm', 'torch_bn'}
+  unused |= _unused_by_partition(values)
+  if not values['train_examples']:
+    unused.add('train_examples')
+  if not values['validation_share']:
+    unused.add('validation_share')
+  if values['augment'] == 'none':
+    unused.add('augment')
+  if values['schedule'].startswith('file:'):
+    unused |= {'cohort', 'schedule_seed', 'dropout_rate', 'straggler_rate',
+               'min_availability'}
+  return unused
+
+
+def _unused_by_partition(values: dict[str, Any]) -> set[str]:
+  kind = values['partition']
+  unused = {flag for _, used in flags.PARTITIONS.values() for flag in used}
+  if kind in flags.PARTITIONS:
+    unused -= flags.PARTITIONS[kind][1].keys()
+  if flags.is_given(kind):
+    unused.add('num_clients')
+    if not (values['validation_share']
+            or values['public_data'].startswith('train:')):
+      unused.add('partition_seed')
+  return unused
+
+
+def _ours() -> list[absl_flags.Flag]:
+  """The flags of a configuration."""
+  return list(absl_flags.FLAGS.flags_by_module_dict()[flags.__name__])
+
+
+def parse_value(name: str, text: str) -> Any:
+  """`text` as the value of flag `name`; cli.UsageError if it cannot be."""
+  if name not in {f.name for f in _ours()}:
+    raise cli.UsageError(name, text, 'no such flag')
+  try:
+    return absl_flags.FLAGS[name].parser.parse(text)
+  except (ValueError, TypeError) as error:
+    raise cli.UsageError(name, text, cli.right(name, str(error))) from error

@@ -1,0 +1,65 @@
+"""Google's FedJAX: its federated averaging, with a model of flax layers."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+jax.tree_map = jax.tree.map  # FedJAX 0.0.17 calls this name, which JAX removed
+
+# pylint: disable=g-import-not-at-top,wrong-import-position
+import fedjax
+from fedjax.algorithms import fed_avg
+import optax
+
+from fedftg_jax.contestants import workloads
+
+PACKAGES = ('fedjax', 'jax')
+
+CONVS = {  # width, size, padding, whether to pool
+    'small_cnn': [(32, 3, 'VALID', False), (64, 3, 'VALID', True)],
+    'fedavg_cnn': [(64, 5, 'SAME', True), (64, 5, 'SAME', True)],
+    'mlp': []}
+DENSES = {'small_cnn': (128,), 'fedavg_cnn': (384, 192), 'mlp': (200, 200)}
+
+
+class Classifier(nn.Module):
+  model: str
+
+  @nn.compact
+  def __call__(self, x):
+    for width, size, padding, pool in CONVS[self.model]:
+      x = nn.Conv(width, (size, size), padding=padding)(x)
+      x = nn.relu(nn.max_pool(x, (2, 2), (2, 2)) if pool else x)
+    x = x.reshape(len(x), -1)
+    for width in DENSES[self.model]:
+      x = nn.relu(nn.Dense(width)(x))
+    return nn.Dense(workloads.NUM_CLASSES)(x)
+
+
+def prepare(workload):
+  if workload.iterations or workload.model not in CONVS:
+    raise NotImplementedError('no server step, no BatchNorm')
+  x, y = workloads.examples(workload)
+  module = Classifier(workload.model)
+  params = module.init(
+      jax.random.key(0), jnp.zeros((1, *workload.image_shape)))
+
+  def loss(params, batch, rng):
+    del rng
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(
+        module.apply(params, batch['x']), batch['y']))
+
+  algorithm = fed_avg.federated_averaging(
+      jax.grad(loss), fedjax.optimizers.sgd(workloads.LEARNING_RATE),
+      fedjax.optimizers.sgd(1.), fedjax.ShuffleRepeatBatchHParams(
+          batch_size=workload.batch_size, num_epochs=1))
+  clients = [
+      (str(k), fedjax.ClientDataset({'x': x[k], 'y': y[k]}), jax.random.PRNGKey(k))
+      for k in range(workload.cohort)]
+  state = algorithm.init(params)
+
+  def round_():
+    nonlocal state
+    state, _ = algorithm.apply(state, clients)
+    jax.block_until_ready(state.params)
+
+  return round_

@@ -1,0 +1,170 @@
+"""Training: rounds, evaluation between them, and a record of both."""
+
+import contextlib
+import functools
+import pathlib
+import shutil
+import tempfile
+from typing import Iterator, NamedTuple, Sequence
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+from upath import UPath
+
+from fedftg_jax.configuration import assembly
+from fedftg_jax.system import cli
+from fedftg_jax.system import clock as clock_lib
+from fedftg_jax.system import devices
+from fedftg_jax.system import files
+from fedftg_jax.system import progress
+from fedftg_jax.runs import resume
+from fedftg_jax.runs import scoring
+from fedftg_jax.configuration.assembly import Experiment
+from fedftg_jax.runs.writer import RunWriter
+from fedftg_jax import federation
+
+CLIENTS = '.clients'  # in a run's folder: slots of clients, mapped
+
+
+class Keeping(NamedTuple):
+  """What a run keeps beside its results; see the flags of the same names."""
+  tensorboard: bool = False
+  checkpoint_every: int = 10
+  keep_checkpoints: int = 2
+
+
+def asked_for() -> Keeping:
+  """What the flags ask to be kept."""
+  return Keeping(*(flags.FLAGS[name].value for name in Keeping._fields))
+
+
+def train(
+    experiment: Experiment,
+    seeds: Sequence[int],
+    folders: Sequence[UPath],
+    label: str,
+    keeping: Keeping = Keeping(),
+) -> None:
+  """Trains once per seed, all at once, and writes each run into its folder.
+
+  Runs go on from the last checkpoint that all of them have.
+
+  Args:
+    experiment: from `build`.
+    seeds: of the training; several are a mapped axis of one program.
+    folders: one per seed.
+    label: what to call the run on the screen.
+    keeping: checkpoints, and what is written for TensorBoard.
+
+  Raises:
+    cli.RunError: if a model is no longer finite.
+    cli.Terminated: after SIGTERM, when a checkpoint has been written or all rounds
+      are done.
+  """
+  config = experiment.config
+  put = functools.partial(devices.put, num_devices=config['num_devices'])
+  experiment = experiment._replace(data=put(experiment.data))
+  several = len(seeds) > 1
+  fed = experiment.federation
+  fed = _over_seeds(fed) if several else fed
+  key = jnp.stack([jax.random.key(s) for s in seeds]) if several else (
+      jax.random.key(seeds[0]))
+  key_init, key_run = jnp.moveaxis(_split(key), -1, 0) if several else _split(key)
+  key_run = put(key_run)
+  of_seed = functools.partial(_one_seed, several=several)
+
+  with (assembly.matmul_precision(config), resume.listening() as asked,
+        _slots(config, folders[0]) as place):
+    state = fed.init(key_init, *place)
+    first, state = _go_on(experiment, seeds, folders, state, several)
+    traffic = experiment.federation.traffic(of_seed(state, 0), experiment.data)
+    runs = [RunWriter(experiment, folder, seed, traffic, keeping.tensorboard, first)
+            for folder, seed in zip(folders, seeds)]
+    score = scoring.scorer(experiment, put)
+    clock = clock_lib.Clock(first)
+    bar = progress.Progress(label, config['rounds'], first)
+
+    def after_chunk(new, state, info):
+      done = first + new
+      jax.block_until_ready(state)
+      clock.lap('train')
+      for r, run in enumerate(runs):
+        scores = score(done, *of_seed((state, info.models, key_run), r))
+        metrics = {k: v[r] if several else v for k, v in info.metrics.items()}
+        run.add(done, metrics, scores)
+      clock.lap('evaluate')
+      timing = clock.row(done)
+      for run in runs:
+        run.add_timing(timing)
+      bar.update(done, np.mean([run.accuracy for run in runs]), clock.rate(done))
+      stop = devices.any_of(asked.is_set()) and done < config['rounds']
+      if resume.is_due(done, config, keeping.checkpoint_every) or stop:
+        for r, (seed, folder) in enumerate(zip(seeds, folders)):
+          resume.save(folder, experiment, seed, done, of_seed(state, r),
+                      keeping.keep_checkpoints)
+        clock.lap('checkpoint')
+      if stop:
+        raise cli.Terminated(f'round {done} of {config["rounds"]} is kept')
+
+    with bar:
+      state, _ = federation.run(
+          fed, state, experiment.data,
+          jax.tree.map(lambda a: a[first:], experiment.schedule), key_run,
+          every=min(config['eval_every'], config['rounds']), callback=after_chunk)
+    for r, run in enumerate(runs):
+      run.finish(of_seed(state, r))
+    if devices.any_of(asked.is_set()):
+      raise cli.Terminated(f'all {config["rounds"]} rounds of this run are done')
+
+
+@contextlib.contextmanager
+def _slots(config, folder) -> Iterator[list[pathlib.Path]]:
+  """Where `init` maps clients' slots from: a folder, gone afterwards, or none."""
+  if config['client_state'] != 'disk':
+    yield []
+    return
+  if files.is_local(folder):
+    place = pathlib.Path(folder) / f'{CLIENTS}{jax.process_index()}'
+  else:
+    place = pathlib.Path(tempfile.mkdtemp())
+  try:
+    yield [place]
+  finally:
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _go_on(experiment, seeds, folders, state, several):
+  """(rounds done, state) of the last checkpoint, or as it begins.
+
+  Of several processes the first reads it, since the others may not see its disk.
+  """
+  states = [_one_seed(state, r, several) for r in range(len(seeds))]
+  done = 0
+  if devices.is_first():
+    done, states = resume.newest(folders, experiment, seeds, states)
+  done = int(devices.agree(done))
+  if not done:
+    return 0, state
+  progress.say(f'going on after round {done}')
+  states = devices.from_first(states)
+  if several:
+    return done, jax.tree.map(lambda *a: jnp.stack(a), *states)
+  if experiment.config['client_state'] == 'device':
+    return done, states[0]
+  # Into the arrays that are there, which may be mapped from files.
+  jax.tree.map(np.copyto, state.clients, states[0].clients)
+  return done, states[0]._replace(clients=state.clients)
+
+
+# Kept, so that a second group of seeds finds the program compiled.
+_over_seeds = functools.lru_cache(maxsize=8)(federation.over_seeds)
+
+
+def _split(key):
+  return jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
+
+
+def _one_seed(tree, r, several):
+  return jax.tree.map(lambda a: a[r], tree) if several else tree

@@ -1,0 +1,1 @@
+"""What any program needs: its start and end, files, devices, the screen."""

@@ -1,0 +1,145 @@
+"""How a program begins and ends: flags parsed, errors as one line.
+
+A wrong value, unknown flag or missing file gets one line on stderr that names
+the flag, the value and what would be right, and exit status 2, before any data
+is loaded or anything compiled.
+"""
+
+import functools
+import pathlib
+import re
+import sys
+import types
+from typing import Any, Callable, Sequence
+
+from absl import app
+from absl import flags
+from absl import logging
+
+from fedftg_jax.system import devices
+from fedftg_jax.system import help as help_
+
+PRESETS = pathlib.Path(__file__).parents[1] / 'presets'
+_HELP = ('--help', '-help', '--helpshort', '-helpshort', '-h', '-?')
+
+flags.DEFINE_string('preset', None, 'Flags by the name of a file in '
+                    'experiments/presets, such as demo; further flags replace its.')
+
+
+class RunError(Exception):
+  """What went wrong after all flags were right, such as a diverged run."""
+
+
+class Terminated(Exception):
+  """The process was asked to end (SIGTERM), and has left all in order."""
+
+
+class UsageError(Exception):
+  """A flag that is wrong: which, its value, and what would be right."""
+
+  def __init__(self, flag: str, value: Any, right: str):
+    super().__init__(f'--{flag}={value}: {right}')
+
+
+class ArgumentError(UsageError):
+  """An argument that is no flag and is wrong: its value, what would be right."""
+
+  def __init__(self, value: Any, right: str):
+    Exception.__init__(self, f'{value}: {right}')
+
+
+def run(program: types.ModuleType, argv: Sequence[str] | None = None) -> None:
+  """Runs a program: parses the flags in our manner, then calls its `main`.
+
+  Args:
+    program: a module of `fedftg_jax.programs`. Its docstring is shown by --help. If
+      it takes an argument besides flags, ARGUMENT is what that is called.
+    argv: the command line, with the program's name first; default: this process's.
+  """
+  app.run(lambda argv: guarded(functools.partial(program.main, *argv[1:])),
+          argv=argv, flags_parser=functools.partial(parse, program=program))
+
+
+def guarded(main: Callable[[], None]) -> None:
+  """Calls `main`; a wrong flag, a failure or Ctrl-C ends it with one line."""
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)
+  try:
+    devices.start()
+  except ValueError as error:
+    _fail(error)
+  try:
+    main()
+  except UsageError as error:
+    _fail(error)
+  except (RunError, OSError) as error:
+    _fail(error, status=1)
+  except Terminated as stop:
+    _fail(f'{stop}; the same command goes on', status=143, what='terminated')
+  except KeyboardInterrupt:
+    print('interrupted; the same command goes on from the last checkpoint',
+          file=sys.stderr)
+    sys.exit(130)
+
+
+def parse(argv: Sequence[str], program: types.ModuleType | None = None
+          ) -> list[str]:
+  """Parses the command line; exits with status 2 and a line if it is wrong."""
+  argv = [_preset(arg) for arg in argv]
+  if program and any(arg in _HELP for arg in argv[1:]):
+    print(help_.text(program))
+    sys.exit(0)
+  argument = getattr(program, 'ARGUMENT', '')
+  try:
+    rest = flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    given = next(  # as it was typed, with its value
+        (arg.lstrip('-') for arg in argv[1:]
+         if arg.lstrip('-').split('=')[0] == error.flagname), error.flagname)
+    guess = re.search(r'Did you mean: (.*?) ?\?', str(error))
+    hint = f'did you mean --{guess[1].split(",")[0].strip()}? ' if guess else ''
+    _fail(f'--{given}: no such flag; {hint}--help lists all')
+  except flags.CantOpenFlagFileError as error:
+    _fail(f'--flagfile: {str(error).removeprefix("ERROR:: ")}; must name a file '
+          'with one --flag=value in each line')
+  except flags.Error as error:
+    _fail(_plain(error))
+  except SystemExit:  # after --helpfull and its like, for absl a failure
+    sys.exit(0)
+  if argument and len(rest) != 2:
+    _fail(f'{" ".join(rest[1:]) or "no argument"}: must be one {argument}')
+  if len(rest) > 1 and not argument:
+    _fail(f'{rest[1]}: not understood; values are given as --flag=value')
+  return rest
+
+
+def _preset(arg: str) -> str:
+  """--preset=NAME as the flag file that it stands for."""
+  flag, _, name = arg.partition('=')
+  if flag.lstrip('-') != 'preset' or not arg.startswith('-'):
+    return arg
+  known = sorted(path.stem for path in PRESETS.glob('*.flags'))
+  if name not in known:
+    _fail(UsageError('preset', name, 'must be one of ' + ', '.join(known)))
+  return f'--flagfile={PRESETS / name}.flags'
+
+
+def _plain(error: Exception) -> str:
+  """absl's message as one line: --flag=value: what would be right."""
+  message = ' '.join(str(error).split())
+  match = re.match(r'flag --(\w+)=(.*?): (.*)', message)
+  if not match or match[1] not in flags.FLAGS:
+    return message
+  name, value, why = match.groups()
+  return str(UsageError(name, value, right(name, why)))
+
+
+def right(name: str, otherwise: str) -> str:
+  """What flag `name` takes, as its parser describes it."""
+  text = flags.FLAGS[name].parser.syntactic_help
+  return f'must be {text}' if text else otherwise
+
+
+def _fail(error: Exception | str, status: int = 2, what: str = 'error') -> None:
+  print(f'{what}: ' + ' '.join(str(error).split()), file=sys.stderr)
+  sys.exit(status)

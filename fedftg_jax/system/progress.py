@@ -1,0 +1,65 @@
+"""Shows a run on the screen: bar, lines and tables."""
+
+import contextlib
+
+from rich import console as rich_console
+from rich import progress as rich_progress
+from rich import table as rich_table
+
+from fedftg_jax.system import devices
+
+
+class Progress(contextlib.AbstractContextManager):
+  """A bar with round, accuracy and rounds per second; lines off a terminal."""
+
+  def __init__(self, label: str, num_rounds: int, done: int = 0):
+    self._label, self._num_rounds, self._done = label, num_rounds, done
+    console = rich_console.Console(quiet=not devices.is_first())
+    self._bar = None
+    if console.is_terminal:
+      self._bar = rich_progress.Progress(
+          '{task.description}', rich_progress.BarColumn(),
+          'round {task.completed}/{task.total}', '{task.fields[score]}',
+          rich_progress.TimeRemainingColumn(), console=console)
+
+  def __enter__(self):
+    if self._bar:
+      self._bar.start()
+      self._task = self._bar.add_task(
+          self._label, total=self._num_rounds, completed=self._done,
+          score='compiling')
+    else:
+      say(f'{self._label}: compiling')
+    return self
+
+  def __exit__(self, *_):
+    if self._bar:
+      self._bar.stop()
+
+  def update(self, done: int, accuracy: float, rate: float) -> None:
+    score = f'accuracy {accuracy:.3f}  {rate:.2f} rounds/s'
+    if self._bar:
+      self._bar.update(self._task, completed=done, score=score)
+    else:
+      say(f'{self._label}: round {done}/{self._num_rounds}  {score}')
+
+
+def say(text: str) -> None:
+  """Prints a line, at once; of several processes the first speaks."""
+  if devices.is_first():
+    print(text, flush=True)
+
+
+def show(header: list[str], rows: list[list[str]]) -> None:
+  """Prints a table, as wide as it needs to be where nobody's screen wraps it."""
+  console = rich_console.Console()
+  if not console.is_terminal:
+    console = rich_console.Console(width=200)
+  screen = rich_table.Table()
+  for title in header:
+    screen.add_column(title, overflow='fold')
+  for row in rows:
+    screen.add_row(*row)
+  console.print(screen)
+
+

@@ -1,0 +1,14 @@
+"""The current that a figure depends on."""
+
+import importlib.metadata
+import platform
+
+import jax
+
+
+def current() -> dict[str, str]:
+  """What a figure depends on: packages, Python, device."""
+  packages = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
+  return {**{p: importlib.metadata.version(p) for p in packages},
+          'python': platform.python_version(),
+          'device': jax.devices()[0].device_kind}

@@ -6,6 +6,7 @@ them, and a note of the caller's by which it knows its own. What is damaged,
 belongs to somebody else or has another structure is refused, by name.
 """
 
+from collections.abc import Callable
 from concurrent import futures
 import hashlib
 import json
@@ -13,7 +14,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from typing import Any, Callable
+from typing import Any
 
 from etils import epy
 import jax
@@ -31,8 +32,13 @@ class Refused(ValueError):
   """A checkpoint that cannot be used: which, and why."""
 
 
-def save(folder: str | os.PathLike[str], round_: int, tree: PyTree,
-         note: Any, keep: int = 2) -> None:
+def save(
+  folder: str | os.PathLike[str],
+  round_: int,
+  tree: PyTree,
+  note: Any,
+  keep: int = 2,
+) -> None:
   """Writes a checkpoint, and removes all but the last `keep` up to it.
 
   One process calls this, where several train together. An interruption (Ctrl-C)
@@ -53,15 +59,22 @@ def save(folder: str | os.PathLike[str], round_: int, tree: PyTree,
   folder = pathlib.Path(os.path.abspath(folder))
   folder.mkdir(parents=True, exist_ok=True)
   args = ocp.args.Composite(
-      arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
+    arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
+  )
   try:
     _reserve(folder, sum(array.nbytes for array in arrays.values()))
-    _to_its_end(lambda checkpointer: checkpointer.save(
-        folder / str(round_), force=True, args=args))
-  except Exception as error:  # whatever the store's driver makes of a broken disk
+    _to_its_end(
+      lambda checkpointer: checkpointer.save(
+        folder / str(round_), force=True, args=args
+      )
+    )
+  except (
+    Exception
+  ) as error:  # whatever the store's driver makes of a broken disk
     raise OSError(
-        f'{folder}: the checkpoint of round {round_} cannot be written '
-        f'({_line(error)}); what was written before is still there') from error
+      f'{folder}: the checkpoint of round {round_} cannot be written '
+      f'({_line(error)}); what was written before is still there'
+    ) from error
   for old in [r for r in rounds(folder) if r <= round_][:-keep]:
     shutil.rmtree(folder / str(old))
   for name in os.listdir(folder):
@@ -76,8 +89,9 @@ def rounds(folder: str | os.PathLike[str]) -> list[int]:
   return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
 
 
-def restore(folder: str | os.PathLike[str], round_: int, like: PyTree,
-            note: Any) -> PyTree:
+def restore(
+  folder: str | os.PathLike[str], round_: int, like: PyTree, note: Any
+) -> PyTree:
   """Reads a checkpoint.
 
   Args:
@@ -92,19 +106,26 @@ def restore(folder: str | os.PathLike[str], round_: int, like: PyTree,
   Raises:
     Refused: if it cannot be read, is damaged, or is of something else.
   """
+
   def refuse(why):
     raise Refused(f'{folder}/{round_}: {why}')
 
   place = pathlib.Path(os.path.abspath(folder), str(round_))
   args = ocp.args.Composite(
-      about=ocp.args.JsonRestore(), arrays=ocp.args.StandardRestore())
+    about=ocp.args.JsonRestore(), arrays=ocp.args.StandardRestore()
+  )
   try:
     found = _to_its_end(
-        lambda checkpointer: checkpointer.restore(place, args=args))
+      lambda checkpointer: checkpointer.restore(place, args=args)
+    )
   except Exception as error:  # whatever it makes of a damaged folder
     refuse(f'cannot be read ({_line(error)})')
-  about, arrays = found['about'], {
-      name: np.asarray(array) for name, array in (found['arrays'] or {}).items()}
+  about, arrays = (
+    found['about'],
+    {
+      name: np.asarray(array) for name, array in (found['arrays'] or {}).items()
+    },
+  )
   if about.get('note') != json.loads(json.dumps(note)):
     refuse('is the checkpoint of another run')
   if about.get('fingerprint') != _fingerprint(arrays):
@@ -115,11 +136,15 @@ def restore(folder: str | os.PathLike[str], round_: int, like: PyTree,
   for name, leaf in wanted.items():
     got = arrays[name]
     if (got.shape, got.dtype) != (leaf.shape, leaf.dtype):
-      refuse(f'{name} is {got.dtype}{list(got.shape)}, not '
-             f'{leaf.dtype}{list(leaf.shape)}')
+      refuse(
+        f'{name} is {got.dtype}{list(got.shape)}, not '
+        f'{leaf.dtype}{list(leaf.shape)}'
+      )
   return jax.tree.map(
-      lambda leaf, name: arrays.get(name, np.zeros(leaf.shape, leaf.dtype)),
-      like, _names(like))
+    lambda leaf, name: arrays.get(name, np.zeros(leaf.shape, leaf.dtype)),
+    like,
+    _names(like),
+  )
 
 
 def _reserve(folder: pathlib.Path, num_bytes: int) -> None:
@@ -135,6 +160,7 @@ def _reserve(folder: pathlib.Path, num_bytes: int) -> None:
 
 def _to_its_end(act: Callable[['ocp.Checkpointer'], Any]) -> Any:
   """Calls `act` in a thread: orbax cannot be interrupted without noise."""
+
   def run():
     with _checkpointer() as checkpointer:
       return act(checkpointer)
@@ -146,26 +172,33 @@ def _to_its_end(act: Callable[['ocp.Checkpointer'], Any]) -> Any:
 def _checkpointer():
   """For one process, which waits for no other."""
   alone = ocp.options.MultiprocessingOptions(
-      primary_host=jax.process_index(), active_processes={jax.process_index()})
+    primary_host=jax.process_index(), active_processes={jax.process_index()}
+  )
   return ocp.Checkpointer(
-      ocp.CompositeCheckpointHandler(
-          composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
-          arrays=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-          about=ocp.JsonCheckpointHandler(multiprocessing_options=alone)),
-      multiprocessing_options=alone)
+    ocp.CompositeCheckpointHandler(
+      composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+      arrays=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+      about=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    ),
+    multiprocessing_options=alone,
+  )
 
 
 def _names(tree: PyTree) -> PyTree:
   """Each leaf's place in the tree: 'variables.params.conv0.kernel'."""
   return jax.tree_util.tree_map_with_path(
-      lambda place, _: jax.tree_util.keystr(
-          place, simple=True, separator='.'), tree)
+    lambda place, _: jax.tree_util.keystr(place, simple=True, separator='.'),
+    tree,
+  )
 
 
 def _named(tree: PyTree) -> dict[str, Any]:
   """Leaves by their place; without those of size 0, which orbax does not take."""
-  return {name: leaf for name, leaf in zip(
-      jax.tree.leaves(_names(tree)), jax.tree.leaves(tree)) if leaf.size}
+  return {
+    name: leaf
+    for name, leaf in zip(jax.tree.leaves(_names(tree)), jax.tree.leaves(tree))
+    if leaf.size
+  }
 
 
 def _fingerprint(arrays: dict[str, np.ndarray]) -> str:

@@ -1,8 +1,8 @@
 """Clients' slots on the host, for federations that are too large for a device.
 
-A slot tree with an axis [N] of clients lies in host memory, or in files that are
-mapped into it. For each chunk of rounds the rows of the clients that take part
-become a table on the device; the rounds run on the table, and its rows are
+A slot tree with an axis [N] of clients lies in host memory, or in files that
+are mapped into it. For each chunk of rounds the rows of the clients that take
+part become a table on the device; the rounds run on the table, and its rows are
 written back. The device holds as many rows as a chunk has places, whatever N.
 """
 
@@ -18,7 +18,7 @@ PLACES = ('device', 'host')
 
 
 def allocate(
-    slot: PyTree, num_clients: int, folder: str | os.PathLike[str] | None = None
+  slot: PyTree, num_clients: int, folder: str | os.PathLike[str] | None = None
 ) -> PyTree:
   """`num_clients` copies of one client's slot, as NumPy arrays.
 
@@ -45,7 +45,9 @@ def allocate(
       path = pathlib.Path(folder) / f'slot{i:03d}.npy'
       path.parent.mkdir(parents=True, exist_ok=True)
       rows = np.lib.format.open_memmap(path, 'w+', leaf.dtype, shape)
-      with open(path, 'r+b') as file:  # a full disk is an error now, not a crash
+      with open(
+        path, 'r+b'
+      ) as file:  # a full disk is an error now, not a crash
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     rows[:] = leaf
     return rows
@@ -59,7 +61,7 @@ def table_size(num_clients: int, num_rounds: int, cohort: int) -> int:
 
 
 def to_table(
-    clients: PyTree, rows: Cohort, num_clients: int, size: int
+  clients: PyTree, rows: Cohort, num_clients: int, size: int
 ) -> tuple[PyTree, Cohort, np.ndarray]:
   """The slots that some rounds touch, and the rounds pointed to them.
 
@@ -84,7 +86,8 @@ def to_table(
 
 def from_table(clients: PyTree, table: PyTree, ids: np.ndarray) -> None:
   """Writes the table's rows back to where they belong, in place."""
+
   def write(rows, new):
-    rows[ids] = np.asarray(new)[:len(ids)]
+    rows[ids] = np.asarray(new)[: len(ids)]
 
   jax.tree.map(write, clients, table)

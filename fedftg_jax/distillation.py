@@ -4,7 +4,8 @@ Labels for generated images, what teachers say together, and the student's
 training. Teachers are variables with a leading axis [K].
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -28,17 +29,21 @@ def check_least(**bounds: tuple[float, float]) -> None:
 
 def count_labels(num_classes: int) -> Callable:
   """Makes the hook `Method.upload` that sends a client's class counts [C]."""
+
   def upload(view, local, objective, key):
     del local, objective, key
     return view.own, clients.label_counts(view.data, num_classes)
+
   return upload
 
 
 def draw_images(generator: Generator) -> Callable:
   """Makes the hook `Method.synthesise` of a server slot that is the generator."""
+
   def synthesise(shared, labels, key):
     z = jax.random.normal(key, (len(labels), generator.noise_dim))
     return generator.apply(shared, z, labels)[0]
+
   return synthesise
 
 
@@ -52,7 +57,9 @@ def rate_of(rate: float | Callable, received: Received) -> jax.Array | float:
   return rate(received.round) if callable(rate) else rate
 
 
-def at_round(optimizer: Any, received: Received) -> optax.GradientTransformation:
+def at_round(
+  optimizer: Any, received: Received
+) -> optax.GradientTransformation:
   """An optimiser that may be a function of the round."""
   return optimizer(received.round) if callable(optimizer) else optimizer
 
@@ -84,7 +91,8 @@ def _share(num: int, cumulative: jax.Array) -> jax.Array:
     return 2 * quotient + rest // total, rest % total
 
   return jax.lax.fori_loop(
-      0, bits, one_bit, (jnp.zeros_like(part), jnp.zeros_like(part)))[0]
+    0, bits, one_bit, (jnp.zeros_like(part), jnp.zeros_like(part))
+  )[0]
 
 
 def iid_labels(key: jax.Array, counts: jax.Array, num: int) -> jax.Array:
@@ -97,7 +105,9 @@ def of_all_classes(draw_labels: Callable) -> Callable:
   return lambda key, counts, num: draw_labels(key, jnp.ones_like(counts), num)
 
 
-def teacher_logits(model: Model, teachers: Variables, x: jax.Array) -> jax.Array:
+def teacher_logits(
+  model: Model, teachers: Variables, x: jax.Array
+) -> jax.Array:
   """[K, B, C] what each teacher says of the images `x`, in eval mode."""
   return jax.vmap(lambda teacher: model.apply(teacher, x).logits)(teachers)
 
@@ -117,8 +127,7 @@ def mean_of_probabilities(logits: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def mean_of_logits(logits: jax.Array, weight: jax.Array) -> jax.Array:
-  """The probabilities of the weighted sum of logits; as `mean_of_probabilities`.
-  """
+  """The probabilities of the weighted sum of logits; as `mean_of_probabilities`."""
   chex.assert_equal_shape_prefix([logits, weight], 2)
   mass = jnp.sum(weight, axis=0)[:, None]
   return mass * jax.nn.softmax(jnp.einsum('kbc,kb->bc', logits, weight))
@@ -127,12 +136,16 @@ def mean_of_logits(logits: jax.Array, weight: jax.Array) -> jax.Array:
 ENSEMBLES = {'prob': mean_of_probabilities, 'logit': mean_of_logits}
 
 
-def renewed_statistics(model: Model, variables: Variables, x: jax.Array) -> Output:
+def renewed_statistics(
+  model: Model, variables: Variables, x: jax.Array
+) -> Output:
   """Normalises by the batch; the running statistics become those of the batches."""
   return model.apply(variables, x, train=True)
 
 
-def batch_statistics(model: Model, variables: Variables, x: jax.Array) -> Output:
+def batch_statistics(
+  model: Model, variables: Variables, x: jax.Array
+) -> Output:
   """Normalises by the batch; the running statistics stay as they are."""
   return model.apply(variables, x, train=True)._replace(stats=variables.stats)
 
@@ -142,19 +155,22 @@ def kept_statistics(model: Model, variables: Variables, x: jax.Array) -> Output:
   return model.apply(variables, x)
 
 
-STATISTICS = {'overwrite': renewed_statistics, 'batch': batch_statistics,
-              'keep': kept_statistics}
+STATISTICS = {
+  'overwrite': renewed_statistics,
+  'batch': batch_statistics,
+  'keep': kept_statistics,
+}
 
 
 def distil(
-    model: Model,
-    student: Variables,
-    optimizer: optax.GradientTransformation,
-    loss: Callable,
-    examples: Callable,
-    num_steps: int,
-    *,
-    forward: Callable = renewed_statistics,
+  model: Model,
+  student: Variables,
+  optimizer: optax.GradientTransformation,
+  loss: Callable,
+  examples: Callable,
+  num_steps: int,
+  *,
+  forward: Callable = renewed_statistics,
 ) -> tuple[Variables, jax.Array]:
   """Trains the student on images with soft targets.
 
@@ -165,8 +181,8 @@ def distil(
     loss: (logits [B, C], target [B, C]) -> scalar.
     examples: (step) -> (images, target).
     num_steps: number of updates.
-    forward: (model, variables, images) -> Output: how the student normalises, one
-      of `STATISTICS`.
+    forward: (model, variables, images) -> Output: how the student normalises,
+      one of `STATISTICS`.
 
   Returns:
     The student, and the loss before each step [num_steps].
@@ -179,18 +195,23 @@ def distil(
   def step(carry, i):
     (params, stats), opt_state = carry
     (value, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        params, stats, *examples(i))
+      params, stats, *examples(i)
+    )
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     return (Variables(params, stats), opt_state), value
 
   (student, _), values = jax.lax.scan(
-      step, (student, optimizer.init(student.params)), jnp.arange(num_steps))
+    step, (student, optimizer.init(student.params)), jnp.arange(num_steps)
+  )
   return student, values
 
 
-def sgd(learning_rate: float | jax.Array, weight_decay: float = 0.,
-        clip_norm: float = 0.) -> optax.GradientTransformation:
+def sgd(
+  learning_rate: float | jax.Array,
+  weight_decay: float = 0.0,
+  clip_norm: float = 0.0,
+) -> optax.GradientTransformation:
   """SGD whose weight decay is a part of the gradient, as in PyTorch.
 
   Args:
@@ -207,4 +228,5 @@ def sgd(learning_rate: float | jax.Array, weight_decay: float = 0.,
   check_least(clip_norm=(clip_norm, 0))
   clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
   return optax.chain(
-      *clip, optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate))
+    *clip, optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate)
+  )

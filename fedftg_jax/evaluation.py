@@ -15,10 +15,16 @@ _HOST_BLOCK = 64  # clients whose slots are brought to the device at once
 
 
 @functools.partial(
-    compiling.jit, cpu_options=compiling.OFTEN, static_argnums=(0, 4, 5))
+  compiling.jit, cpu_options=compiling.OFTEN, static_argnums=(0, 4, 5)
+)
 def evaluate(
-    model: Model, variables: Variables, x: jax.Array, y: jax.Array,
-    batch_size: int = 500, batch_stats: bool = False) -> dict[str, jax.Array]:
+  model: Model,
+  variables: Variables,
+  x: jax.Array,
+  y: jax.Array,
+  batch_size: int = 500,
+  batch_stats: bool = False,
+) -> dict[str, jax.Array]:
   """Mean cross-entropy and accuracy, and the accuracy on each class.
 
   Args:
@@ -37,16 +43,26 @@ def evaluate(
   num = len(y)
   data = Data(x, y, jnp.arange(num), jnp.int32(num))
   means = clients.mean_over_examples(
-      functools.partial(_scores, model, variables, batch_stats), data,
-      min(batch_size, num))
+    functools.partial(_scores, model, variables, batch_stats),
+    data,
+    min(batch_size, num),
+  )
   present, correct = means.pop('present'), means.pop('correct')
   return {**means, 'per_class': correct / present}
 
 
 def evaluate_clients(
-    model: Model, fed: Federation, state: State, data: Data, test: Data,
-    key: jax.Array, *, personalise: bool = False, chunk: int = 1,
-    batch_size: int = 500) -> dict[str, dict[str, jax.Array]]:
+  model: Model,
+  fed: Federation,
+  state: State,
+  data: Data,
+  test: Data,
+  key: jax.Array,
+  *,
+  personalise: bool = False,
+  chunk: int = 1,
+  batch_size: int = 500,
+) -> dict[str, dict[str, jax.Array]]:
   """The broadcast model on every client's test examples, before and after the
   client's local training.
 
@@ -67,8 +83,8 @@ def evaluate_clients(
     batch_size: examples at once; the last batch is padded and masked.
 
   Returns:
-    For 'broadcast' and, if asked for, 'personalised': {'loss', 'accuracy'}, [N],
-    NaN for clients without test examples.
+    For 'broadcast' and, if asked for, 'personalised': {'loss', 'accuracy'},
+    [N], NaN for clients without test examples.
   """
   num = len(test.count)
   on_device = fed.client_state == 'device'
@@ -76,19 +92,37 @@ def evaluate_clients(
   found = []
   for first in range(0, num, size):
     ids = np.minimum(np.arange(first, first + size), num - 1)
-    slots = state.clients if on_device else jax.tree.map(
-        lambda a: np.asarray(a[ids]), state.clients)
-    found.append(_evaluate_some(
-        model, fed, state._replace(clients=slots), data, test, key, ids,
-        personalise=personalise, chunk=chunk, batch_size=batch_size))
+    slots = (
+      state.clients
+      if on_device
+      else jax.tree.map(lambda a: np.asarray(a[ids]), state.clients)
+    )
+    found.append(
+      _evaluate_some(
+        model,
+        fed,
+        state._replace(clients=slots),
+        data,
+        test,
+        key,
+        ids,
+        personalise=personalise,
+        chunk=chunk,
+        batch_size=batch_size,
+      )
+    )
   return jax.tree.map(lambda *a: jnp.concatenate(a)[:num], *found)
 
 
 @functools.partial(
-    compiling.jit, cpu_options=compiling.OFTEN, static_argnums=(0, 1),
-    static_argnames=('personalise', 'chunk', 'batch_size'))
-def _evaluate_some(model, fed, state, data, test, key, ids, *, personalise, chunk,
-                   batch_size):
+  compiling.jit,
+  cpu_options=compiling.OFTEN,
+  static_argnums=(0, 1),
+  static_argnames=('personalise', 'chunk', 'batch_size'),
+)
+def _evaluate_some(
+  model, fed, state, data, test, key, ids, *, personalise, chunk, batch_size
+):
   """Clients `ids`, in whose order `state.clients` is."""
   num = len(ids)
   pad = 0, stacking.num_rows(num, chunk, fed.mesh) - num
@@ -96,29 +130,35 @@ def _evaluate_some(model, fed, state, data, test, key, ids, *, personalise, chun
   def one(shared, row):
     state, data, flat, key = shared
     client_id, place, index, count = row
-    models = dict(zip(('broadcast', 'personalised'), fed.personalise(
-        state, data, client_id, place, key)))
+    models = dict(
+      zip(
+        ('broadcast', 'personalised'),
+        fed.personalise(state, data, client_id, place, key),
+      )
+    )
     if not personalise:
       del models['personalised']
-    return (), {name: _of_client(
-        model, variables, Data(*flat, index, count), batch_size)
-                for name, variables in models.items()}
+    return (), {
+      name: _of_client(model, variables, Data(*flat, index, count), batch_size)
+      for name, variables in models.items()
+    }
 
   rows = jax.tree.map(
-      lambda a: jnp.pad(a, (pad, *[(0, 0)] * (a.ndim - 1))),
-      (ids, jnp.arange(num), test.index[ids], test.count[ids]))
+    lambda a: jnp.pad(a, (pad, *[(0, 0)] * (a.ndim - 1))),
+    (ids, jnp.arange(num), test.index[ids], test.count[ids]),
+  )
   _, scores = stacking.over_clients(
-      one, (state, data, (test.x, test.y), key), rows, chunk, fed.mesh)
-  return stacking.everywhere(
-      jax.tree.map(lambda a: a[:num], scores), fed.mesh)
+    one, (state, data, (test.x, test.y), key), rows, chunk, fed.mesh
+  )
+  return stacking.everywhere(jax.tree.map(lambda a: a[:num], scores), fed.mesh)
 
 
 def fairness(values: np.ndarray) -> dict[str, float]:
   """How evenly accuracy falls to clients.
 
   Jain, Chiu and Hawe, A Quantitative Measure of Fairness, DEC-TR-301, 1984:
-  (sum x)^2 / (n sum x^2), 1 if all are equal, 1 / n if one has everything. Mean,
-  variance and tails as in Li et al., ICLR 2020, arXiv:1905.10497, but in
+  (sum x)^2 / (n sum x^2), 1 if all are equal, 1 / n if one has everything.
+  Mean, variance and tails as in Li et al., ICLR 2020, arXiv:1905.10497, but in
   fractions where they have percent.
 
   Args:
@@ -126,8 +166,9 @@ def fairness(values: np.ndarray) -> dict[str, float]:
 
   Returns:
     'clients': how many count. If any do: 'mean', each client alike; 'worst' and
-    'best', the means over the worst and best tenth of the clients, one at least;
-    'variance', about the mean over all of them; 'jain', 1 where all are zero.
+    'best', the means over the worst and best tenth of the clients, one at
+    least; 'variance', about the mean over all of them; 'jain', 1 where all are
+    zero.
   """
   values = np.sort(values[np.isfinite(values)]).astype(float)
   num = len(values)
@@ -136,34 +177,45 @@ def fairness(values: np.ndarray) -> dict[str, float]:
   tail = -(-num // 10)
   square = num * np.sum(values**2)
   return {
-      'clients': num, 'mean': float(values.mean()),
-      'worst': float(values[:tail].mean()),
-      'best': float(values[-tail:].mean()), 'variance': float(values.var()),
-      'jain': float(np.sum(values)**2 / square) if square else 1.}
+    'clients': num,
+    'mean': float(values.mean()),
+    'worst': float(values[:tail].mean()),
+    'best': float(values[-tail:].mean()),
+    'variance': float(values.var()),
+    'jain': float(np.sum(values) ** 2 / square) if square else 1.0,
+  }
 
 
 def _of_client(model, variables, data, batch_size):
   """One client's scores; NaN without examples."""
   means = clients.mean_over_examples(
-      functools.partial(_scores, model, variables, False), data,
-      min(batch_size, len(data.index)))
-  return {name: jnp.where(data.count > 0, means[name], jnp.nan)
-          for name in ('loss', 'accuracy')}
+    functools.partial(_scores, model, variables, False),
+    data,
+    min(batch_size, len(data.index)),
+  )
+  return {
+    name: jnp.where(data.count > 0, means[name], jnp.nan)
+    for name in ('loss', 'accuracy')
+  }
 
 
 def _scores(model, variables, batch_stats, batch):
   """Means over the valid examples: loss, hits, and by class examples and hits."""
   logits = model.apply(
-      variables, batch.x, mask=batch.mask, train=batch_stats).logits
+    variables, batch.x, mask=batch.mask, train=batch_stats
+  ).logits
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
   correct = jnp.argmax(logits, axis=-1) == batch.y
   classes = batch.mask[:, None] * jax.nn.one_hot(
-      batch.y, logits.shape[-1])  # [B, C]
+    batch.y, logits.shape[-1]
+  )  # [B, C]
   num = jnp.maximum(jnp.sum(batch.mask), 1)
-  return {'loss': jnp.sum(batch.mask * loss) / num,
-          'accuracy': jnp.sum(batch.mask * correct) / num,
-          'present': jnp.sum(classes, axis=0) / num,
-          'correct': jnp.sum(classes * correct[:, None], axis=0) / num}
+  return {
+    'loss': jnp.sum(batch.mask * loss) / num,
+    'accuracy': jnp.sum(batch.mask * correct) / num,
+    'present': jnp.sum(classes, axis=0) / num,
+    'correct': jnp.sum(classes * correct[:, None], axis=0) / num,
+  }
 
 
 def last_models() -> Method:
@@ -173,8 +225,9 @@ def last_models() -> Method:
   models. It costs N models of memory, and nothing is sent.
   """
   return Method(
-      init=lambda key, variables: ((), variables),
-      upload=lambda view, local, objective, key: (local.variables, ()))
+    init=lambda key, variables: ((), variables),
+    upload=lambda view, local, objective, key: (local.variables, ()),
+  )
 
 
 def mean_of_last_models(own: Variables, weight: jax.Array) -> Variables:

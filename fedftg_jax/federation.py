@@ -13,8 +13,9 @@ Rules kept here once, for every method:
   whole run is traced once; users' schedules may not have any.
 """
 
+from collections.abc import Callable
 import functools
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +25,36 @@ import optax
 from fedftg_jax import client_state as client_state_lib
 from fedftg_jax import compiling, keys, losses, stacking, trees
 from fedftg_jax.base import (
-    Cohort, Data, Federation, Info, LossAux, Method, Model, NO_LIMIT, Objective,
-    PyTree, Received, Sent, State, View)
+  NO_LIMIT,
+  Cohort,
+  Data,
+  Federation,
+  Info,
+  LossAux,
+  Method,
+  Model,
+  Objective,
+  PyTree,
+  Received,
+  Sent,
+  State,
+  View,
+)
 
 WEIGHTINGS = ('examples', 'uniform')
 
 
 def federation(
-    model: Model,
-    method: Method,
-    solver: Callable,
-    num_clients: int,
-    *,
-    weighting: str = 'examples',
-    uplink: optax.GradientTransformation = optax.identity(),
-    client_chunk: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    client_state: str = 'device',
+  model: Model,
+  method: Method,
+  solver: Callable,
+  num_clients: int,
+  *,
+  weighting: str = 'examples',
+  uplink: optax.GradientTransformation = optax.identity(),
+  client_chunk: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  client_state: str = 'device',
 ) -> Federation:
   """Builds the simulation of `method` with `solver` on `num_clients` clients.
 
@@ -58,10 +72,10 @@ def federation(
     mesh: devices that share the clients of a round, see `stacking.make_mesh`;
       None for one device.
     client_state: where the clients' slots lie between chunks of rounds: on the
-      'device', or, for federations that are too large for it, on the 'host', see
-      the module `client_state`; results are the same. On the host the slots of a
-      state are NumPy arrays that `run` changes in place, and `init` takes a
-      folder besides the key, to map them from files in it.
+      'device', or, for federations that are too large for it, on the 'host',
+      see the module `client_state`; results are the same. On the host the slots
+      of a state are NumPy arrays that `run` changes in place, and `init` takes
+      a folder besides the key, to map them from files in it.
 
   Returns:
     The pair of `init` and `round`, and `traffic` and `personalise`.
@@ -72,15 +86,20 @@ def federation(
   if num_clients < 1:
     raise ValueError(f'num_clients must be at least 1, got {num_clients}.')
   if weighting not in WEIGHTINGS:
-    raise ValueError(f'weighting must be one of {WEIGHTINGS}, got {weighting!r}.')
+    raise ValueError(
+      f'weighting must be one of {WEIGHTINGS}, got {weighting!r}.'
+    )
   if client_chunk is None:
     client_chunk = stacking.default_chunk()
   if client_chunk < 0:
     raise ValueError(
-        f'client_chunk must be 0 (all at once) or more, got {client_chunk}.')
+      f'client_chunk must be 0 (all at once) or more, got {client_chunk}.'
+    )
   if client_state not in client_state_lib.PLACES:
-    raise ValueError(f'client_state must be one of {client_state_lib.PLACES}, got '
-                     f'{client_state!r}.')
+    raise ValueError(
+      f'client_state must be one of {client_state_lib.PLACES}, got '
+      f'{client_state!r}.'
+    )
   uplink = optax.with_extra_args_support(uplink)
 
   def init_one(key):
@@ -95,8 +114,9 @@ def federation(
 
   def init_on_host(key, folder=None):
     state = init_compiled(key)
-    return state._replace(clients=client_state_lib.allocate(
-        state.clients, num_clients, folder))
+    return state._replace(
+      clients=client_state_lib.allocate(state.clients, num_clients, folder)
+    )
 
   @functools.partial(compiling.jit, cpu_options=compiling.ONCE)
   def init_on_device(key):
@@ -104,51 +124,75 @@ def federation(
     return state._replace(clients=trees.stack(state.clients, num_clients))
 
   # Rounds, traffic and personal models trace it once for all.
-  run_client = jax.jit(functools.partial(
-      _run_client, model, method, solver, uplink), inline=True)
+  run_client = jax.jit(
+    functools.partial(_run_client, model, method, solver, uplink), inline=True
+  )
 
   def client_round(shared, row):
     """One client (no client axis): what is summed over clients, and stacked."""
     received, *_ = shared
     slots, sent, local = run_client(shared, row)
     moved = jax.tree.map(  # from what was received
-        lambda start, delta, old: (
-            delta if start is old else delta + (start - old)),
-        sent.start, sent.delta, received)
-    return ((optax.tree.scale(sent.weight, moved), method.summed(sent)),
-            (slots, local.num_steps, local.metrics, method.stacked(sent)))
+      lambda start, delta, old: (
+        delta if start is old else delta + (start - old)
+      ),
+      sent.start,
+      sent.delta,
+      received,
+    )
+    return (
+      (optax.tree.scale(sent.weight, moved), method.summed(sent)),
+      (slots, local.num_steps, local.metrics, method.stacked(sent)),
+    )
 
   @jax.jit
   def round_(state, data, cohort, key):
     size = len(cohort.client_id)
     padded = _pad_cohort(
-        cohort, stacking.num_rows(size, client_chunk, mesh), num_clients)
+      cohort, stacking.num_rows(size, client_chunk, mesh), num_clients
+    )
     rows = _rows(state, data, padded, num_clients, weighting)
     (change, summed), (slots, num_steps, local_metrics, stacked) = (
-        stacking.over_clients(
-            client_round, _shared(state, data, key), rows, client_chunk, mesh))
+      stacking.over_clients(
+        client_round, _shared(state, data, key), rows, client_chunk, mesh
+      )
+    )
     arrived = rows.arrived
     average = optax.tree.add(state.variables, change)
     stacked = jax.tree.map(lambda a: a[:size], stacked)
     received = Received(
-        state.variables, average, summed, stacking.everywhere(stacked, mesh),
-        arrived[:size], state.round, num_clients, data.public,
-        functools.partial(stacking.spread, mesh=mesh))
+      state.variables,
+      average,
+      summed,
+      stacking.everywhere(stacked, mesh),
+      arrived[:size],
+      state.round,
+      num_clients,
+      data.public,
+      functools.partial(stacking.spread, mesh=mesh),
+    )
     variables, shared, info = method.update(
-        state.variables, state.shared, received,
-        keys.server_key(key, state.round))
+      state.variables, state.shared, received, keys.server_key(key, state.round)
+    )
     anybody = jnp.any(arrived)
     variables, shared = trees.where(
-        anybody, (variables, shared), (state.variables, state.shared))
+      anybody, (variables, shared), (state.variables, state.shared)
+    )
     # Past the end for those that did not arrive.
     written = jnp.where(arrived, rows.place, num_clients)
     metrics = _metrics(rows, num_steps, local_metrics, info, num_clients)
-    models = {name: trees.where(anybody, value, state.variables)
-              for name, value in info.models.items()}
+    models = {
+      name: trees.where(anybody, value, state.variables)
+      for name, value in info.models.items()
+    }
     clients = trees.scatter(state.clients, written, slots)
     return stacking.everywhere(
-        (State(variables, shared, clients, state.round + 1),
-         Info(metrics, {'average': average, **models})), mesh)
+      (
+        State(variables, shared, clients, state.round + 1),
+        Info(metrics, {'average': average, **models}),
+      ),
+      mesh,
+    )
 
   def traffic(state, data):
     """Bits that one selected client gets, and one that arrives sends."""
@@ -156,22 +200,31 @@ def federation(
 
     def sent(state, data):
       rows = _rows(state, data, cohort, num_clients, weighting)
-      return run_client(_shared(state, data, jax.random.key(0)),
-                        jax.tree.map(lambda a: a[0], rows))[1]
+      return run_client(
+        _shared(state, data, jax.random.key(0)),
+        jax.tree.map(lambda a: a[0], rows),
+      )[1]
 
     model_bits = trees.num_bits(state.variables)
     down = trees.num_bits(jax.eval_shape(method.broadcast, state.shared))
-    return (model_bits + down,
-            model_bits + trees.num_bits(jax.eval_shape(sent, state, data).message))
+    return (
+      model_bits + down,
+      model_bits + trees.num_bits(jax.eval_shape(sent, state, data).message),
+    )
 
   def personalise(state, data, client_id, place, key):
     """One client (no client axis): the model that it would begin the next round
     from, and the one that its local training would make of that."""
-    cohort = Cohort(client_id[None], jnp.ones(1, bool),
-                    jnp.full(1, NO_LIMIT, jnp.int32), place[None])
+    cohort = Cohort(
+      client_id[None],
+      jnp.ones(1, bool),
+      jnp.full(1, NO_LIMIT, jnp.int32),
+      place[None],
+    )
     rows = _rows(state, data, cohort, num_clients, weighting)
     _, sent, local = run_client(
-        _shared(state, data, key), jax.tree.map(lambda a: a[0], rows))
+      _shared(state, data, key), jax.tree.map(lambda a: a[0], rows)
+    )
     return sent.start, local.variables
 
   init = init_on_host if client_state == 'host' else init_on_device
@@ -180,26 +233,31 @@ def federation(
 
 class _Row(NamedTuple):
   """One slot of a cohort; stacked, every leaf has axis [S]."""
+
   client_id: jax.Array
   arrived: jax.Array
   num_steps: jax.Array
-  slots: PyTree      # (own, uplink) slots
+  slots: PyTree  # (own, uplink) slots
   index: jax.Array
   count: jax.Array
-  share: jax.Array   # s_k
+  share: jax.Array  # s_k
   weight: jax.Array  # in the mean
-  slot: jax.Array    # 0, 1, 2 ... in the cohort
-  place: jax.Array   # where its slots lie in `State.clients`
+  slot: jax.Array  # 0, 1, 2 ... in the cohort
+  place: jax.Array  # where its slots lie in `State.clients`
 
 
 def _pad_cohort(cohort, num_rows, num_clients):
   """Slots that select nobody, up to `num_rows`."""
   pad = 0, num_rows - len(cohort.client_id)
   place = cohort.place
-  return Cohort(jnp.pad(cohort.client_id, pad, constant_values=num_clients),
-                jnp.pad(cohort.arrived, pad), jnp.pad(cohort.num_steps, pad),
-                place if place is None else jnp.pad(
-                    place, pad, constant_values=num_clients))
+  return Cohort(
+    jnp.pad(cohort.client_id, pad, constant_values=num_clients),
+    jnp.pad(cohort.arrived, pad),
+    jnp.pad(cohort.num_steps, pad),
+    place
+    if place is None
+    else jnp.pad(place, pad, constant_values=num_clients),
+  )
 
 
 def _rows(state, data, cohort, num_clients, weighting) -> _Row:
@@ -209,13 +267,24 @@ def _rows(state, data, cohort, num_clients, weighting) -> _Row:
   place = cohort.client_id if cohort.place is None else cohort.place
   slots = trees.gather(state.clients, place)
   index, count, share = trees.gather(
-      (data.index, data.count, share), cohort.client_id)
+    (data.index, data.count, share), cohort.client_id
+  )
   count = jnp.where(cohort.client_id < num_clients, count, 0)
   arrived = cohort.arrived & (count > 0)
-  mass = arrived * (count if weighting == 'examples' else 1.)
+  mass = arrived * (count if weighting == 'examples' else 1.0)
   weight = mass / jnp.maximum(jnp.sum(mass), 1)
-  return _Row(cohort.client_id, arrived, cohort.num_steps, slots, index, count,
-              share, weight, jnp.arange(len(count)), place)
+  return _Row(
+    cohort.client_id,
+    arrived,
+    cohort.num_steps,
+    slots,
+    index,
+    count,
+    share,
+    weight,
+    jnp.arange(len(count)),
+    place,
+  )
 
 
 def _shared(state, data, key):
@@ -233,37 +302,51 @@ def _run_client(model, method, solver, uplink, shared, row):
   own, uplink_state = row.slots
   key = keys.client_keys(base_key, round_, row.client_id)
   view = View(
-      variables, variables, method.broadcast(server_slot), own,
-      Data(*flat, row.index, row.count), row.client_id, row.share, round_,
-      jnp.where(row.arrived, row.num_steps, 0))
+    variables,
+    variables,
+    method.broadcast(server_slot),
+    own,
+    Data(*flat, row.index, row.count),
+    row.client_id,
+    row.share,
+    round_,
+    jnp.where(row.arrived, row.num_steps, 0),
+  )
   start = method.start(view, server_slot, row.slot, key.start)
   view = view._replace(variables=start)
   objective = Objective(
-      functools.partial(_local_loss, model, method, view),
-      method.decay(view))
+    functools.partial(_local_loss, model, method, view), method.decay(view)
+  )
   local = solver(objective, view, key.solve)
   own, message = method.upload(view, local, objective, key.upload)
   delta = jax.tree.map(jnp.subtract, local.variables, start)
   coded, uplink_state = uplink.update(
-      delta.params, uplink_state, start.params, key=key.encode)
+    delta.params, uplink_state, start.params, key=key.encode
+  )
   sent = delta._replace(params=coded), message
-  sent = trees.where(
-      row.arrived, sent, jax.tree.map(jnp.zeros_like, sent))
-  return ((own, uplink_state),
-          Sent(start, *sent, row.weight, row.share * row.arrived),
-          local)
+  sent = trees.where(row.arrived, sent, jax.tree.map(jnp.zeros_like, sent))
+  return (
+    (own, uplink_state),
+    Sent(start, *sent, row.weight, row.share * row.arrived),
+    local,
+  )
 
 
 def _metrics(rows, num_steps, local_metrics, info, num_clients):
   """The round's scalars; NaN for a mean over nobody."""
   worked = rows.weight * (num_steps > 0)
-  metrics = {name: jnp.sum(worked * value) / jnp.sum(worked)
-             for name, value in local_metrics.items()}
-  metrics |= {name: jnp.where(jnp.any(rows.arrived), value, jnp.nan)
-              for name, value in info.metrics.items()}
+  metrics = {
+    name: jnp.sum(worked * value) / jnp.sum(worked)
+    for name, value in local_metrics.items()
+  }
+  metrics |= {
+    name: jnp.where(jnp.any(rows.arrived), value, jnp.nan)
+    for name, value in info.metrics.items()
+  }
   return metrics | {
-      'num_selected': jnp.sum(rows.client_id < num_clients),
-      'num_arrived': jnp.sum(rows.arrived)}
+    'num_selected': jnp.sum(rows.client_id < num_clients),
+    'num_arrived': jnp.sum(rows.arrived),
+  }
 
 
 def _local_loss(model, method, view, variables, batch, key):
@@ -286,20 +369,23 @@ def over_seeds(fed: Federation) -> Federation:
   if fed.client_state != 'device':
     raise ValueError("over_seeds needs client_state='device'.")
   return Federation(
-      compiling.jit(jax.vmap(fed.init), compiling.ONCE),
-      jax.jit(jax.vmap(fed.round, in_axes=(0, None, None, 0))), fed.traffic,
-      fed.personalise, fed.mesh)
+    compiling.jit(jax.vmap(fed.init), compiling.ONCE),
+    jax.jit(jax.vmap(fed.round, in_axes=(0, None, None, 0))),
+    fed.traffic,
+    fed.personalise,
+    fed.mesh,
+  )
 
 
 def run(
-    fed: Federation,
-    state: State,
-    data: Data,
-    schedule: Cohort,
-    key: jax.Array,
-    *,
-    every: int | None = None,
-    callback: Callable | None = None,
+  fed: Federation,
+  state: State,
+  data: Data,
+  schedule: Cohort,
+  key: jax.Array,
+  *,
+  every: int | None = None,
+  callback: Callable | None = None,
 ) -> tuple[State, dict[str, np.ndarray]]:
   """Runs the rounds of `schedule`: one jitted scan, in chunks of `every`.
 
@@ -330,17 +416,21 @@ def run(
   data, key = stacking.put((data, key), fed.mesh)
   history = []
   for first in range(0, num_rounds, every):
-    rows = jax.tree.map(lambda a: a[first:first + every], schedule)
+    rows = jax.tree.map(lambda a: a[first : first + every], schedule)
     length = len(rows.client_id)
     rows = _pad_rounds(rows, every - length, num_clients)
     state, info = _run_chunk(fed, state, data, rows, key)
-    metrics = {name: np.moveaxis(value, 0, -1)[..., :length]
-               for name, value in jax.device_get(info.metrics).items()}
+    metrics = {
+      name: np.moveaxis(value, 0, -1)[..., :length]
+      for name, value in jax.device_get(info.metrics).items()
+    }
     history.append(metrics)
     if callback is not None:
       callback(first + length, state, Info(metrics, info.models))
-  return state, {name: np.concatenate([h[name] for h in history], -1)
-                 for name in (history[0] if history else {})}
+  return state, {
+    name: np.concatenate([h[name] for h in history], -1)
+    for name in (history[0] if history else {})
+  }
 
 
 def _run_chunk(fed, state, data, rows, key):
@@ -350,24 +440,30 @@ def _run_chunk(fed, state, data, rows, key):
   num_clients = data.count.shape[0]
   size = client_state_lib.table_size(num_clients, *rows.client_id.shape)
   table, rows, ids = client_state_lib.to_table(
-      state.clients, rows, num_clients, size)
-  done, info = _scan_rounds(fed, *stacking.put(
-      (state._replace(clients=table), data, rows), fed.mesh), key)
-  client_state_lib.from_table(
-      state.clients, jax.device_get(done.clients), ids)
+    state.clients, rows, num_clients, size
+  )
+  done, info = _scan_rounds(
+    fed,
+    *stacking.put((state._replace(clients=table), data, rows), fed.mesh),
+    key,
+  )
+  client_state_lib.from_table(state.clients, jax.device_get(done.clients), ids)
   return done._replace(clients=state.clients), info
 
 
-@functools.partial(compiling.jit, cpu_options=compiling.OFTEN,
-                   static_argnums=0, donate_argnums=1)
+@functools.partial(
+  compiling.jit, cpu_options=compiling.OFTEN, static_argnums=0, donate_argnums=1
+)
 def _scan_rounds(fed, state, data, rows, key):
   """Scan of rounds; metrics [T, ...], models of the last round."""
   num_clients = data.count.shape[0]
   # `fed.round` is jitted: this trace and the one in the scan are the same.
   blank = jax.tree.map(
-      lambda a: jnp.zeros(a.shape, a.dtype),
-      jax.eval_shape(fed.round, state, data,
-                     jax.tree.map(lambda a: a[0], rows), key)[1])
+    lambda a: jnp.zeros(a.shape, a.dtype),
+    jax.eval_shape(
+      fed.round, state, data, jax.tree.map(lambda a: a[0], rows), key
+    )[1],
+  )
 
   def one(carry, cohort):
     def go():
@@ -384,8 +480,11 @@ def _scan_rounds(fed, state, data, rows, key):
 def _pad_rounds(rows: Cohort, num_rows: int, num_clients: int) -> Cohort:
   """Adds rows that select nobody."""
   shape = num_rows, rows.client_id.shape[1]
-  blank = Cohort(np.full(shape, num_clients, np.int32), np.zeros(shape, bool),
-                 np.zeros(shape, np.int32))
+  blank = Cohort(
+    np.full(shape, num_clients, np.int32),
+    np.zeros(shape, bool),
+    np.zeros(shape, np.int32),
+  )
   return jax.tree.map(lambda a, b: np.concatenate([a, b]), rows, blank)
 
 
@@ -405,27 +504,35 @@ def check_schedule(schedule: Cohort, num_clients: int) -> Cohort:
   """
   ids = np.asarray(schedule.client_id)
   if ids.ndim != 2:
-    raise ValueError(
-        f'a schedule has shape [rounds, cohort], got {ids.shape}.')
+    raise ValueError(f'a schedule has shape [rounds, cohort], got {ids.shape}.')
   arrived = np.broadcast_to(np.asarray(schedule.arrived, bool), ids.shape)
   num_steps = np.broadcast_to(np.asarray(schedule.num_steps), ids.shape)
   outside = (ids < 0) | (ids > num_clients)
   if outside.any():
     t, s = np.argwhere(outside)[0]
     raise ValueError(
-        f'client {ids[t, s]} in round {t} of the schedule: ids are 0 to '
-        f'{num_clients - 1} ({num_clients} is padding).')
+      f'client {ids[t, s]} in round {t} of the schedule: ids are 0 to '
+      f'{num_clients - 1} ({num_clients} is padding).'
+    )
   order = np.argsort(ids, axis=1, kind='stable')
   if num_steps.min(initial=0) < 0:
     raise ValueError('num_steps must be at least 0 in a schedule.')
   empty = (ids == num_clients).all(axis=1)
   if empty.any():
-    raise ValueError(f'round {np.argmax(empty)} of the schedule selects nobody.')
+    raise ValueError(
+      f'round {np.argmax(empty)} of the schedule selects nobody.'
+    )
   ids, arrived, num_steps = (
-      np.take_along_axis(a, order, 1) for a in (ids, arrived, num_steps))
+    np.take_along_axis(a, order, 1) for a in (ids, arrived, num_steps)
+  )
   twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < num_clients)
   if twice.any():
     t, s = np.argwhere(twice)[0]
-    raise ValueError(f'client {ids[t, s]} is twice in round {t} of the schedule.')
-  return Cohort(ids.astype(np.int32), arrived & (ids < num_clients),
-                np.minimum(num_steps, NO_LIMIT).astype(np.int32))
+    raise ValueError(
+      f'client {ids[t, s]} is twice in round {t} of the schedule.'
+    )
+  return Cohort(
+    ids.astype(np.int32),
+    arrived & (ids < num_clients),
+    np.minimum(num_steps, NO_LIMIT).astype(np.int32),
+  )

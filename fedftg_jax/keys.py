@@ -15,8 +15,9 @@ _SERVER = 2**31 - 1  # no client has this id
 
 class ClientKeys(NamedTuple):
   """One client's keys of one round."""
-  start: jax.Array   # the model it begins from
-  solve: jax.Array   # batches and stochastic penalties
+
+  start: jax.Array  # the model it begins from
+  solve: jax.Array  # batches and stochastic penalties
   upload: jax.Array  # the method's message
   encode: jax.Array  # the uplink codec
 

@@ -15,12 +15,13 @@ def masked_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 
 def cross_entropy(
-    logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None
+  logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
   """Mean cross-entropy of `logits` [B, C] against integer `labels` [B]."""
   chex.assert_rank([logits, labels], [2, 1])
   return masked_mean(
-      optax.softmax_cross_entropy_with_integer_labels(logits, labels), mask)
+    optax.softmax_cross_entropy_with_integer_labels(logits, labels), mask
+  )
 
 
 def kl_divergence(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
@@ -32,7 +33,7 @@ def kl_divergence(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def contrast(
-    features: jax.Array, near: jax.Array, far: jax.Array, temperature: float
+  features: jax.Array, near: jax.Array, far: jax.Array, temperature: float
 ) -> jax.Array:
   """-log softmax([cos(e, near), cos(e, far)] / temperature)[0] per example [B].
 
@@ -40,7 +41,8 @@ def contrast(
   """
   chex.assert_equal_shape([features, near, far])
   similarity = lambda other: optax.losses.cosine_similarity(
-      features, other, epsilon=1e-12)  # of squared norms
+    features, other, epsilon=1e-12
+  )  # of squared norms
   return jax.nn.softplus((similarity(far) - similarity(near)) / temperature)
 
 
@@ -63,4 +65,3 @@ def diversity(z: jax.Array, images: jax.Array) -> jax.Array:
   flat = images.reshape(len(images), -1).T
   x_distance = jnp.mean(jnp.abs(flat[:, :, None] - flat[:, None]), axis=0)
   return jnp.exp(-jnp.mean(z_distance * x_distance))
-

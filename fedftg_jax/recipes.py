@@ -6,12 +6,12 @@ correct the mean, others refine the model. Without an aggregating part `fed_avg`
 is added.
 """
 
-from typing import Any, Callable, Mapping, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import optax
 
-from fedftg_jax import base
-from fedftg_jax import distillation
+from fedftg_jax import base, distillation
 from fedftg_jax.base import Generator, Method, Model
 from fedftg_jax.methods import fed_avg as fed_avg_lib
 from fedftg_jax.methods import fed_df as fed_df_lib
@@ -42,6 +42,7 @@ class Settings(NamedTuple):
       fed_df those of `fed_df.Options` and 'memory', for both with the names of
       `PARTS` instead of functions.
   """
+
   model: Model
   num_classes: int
   server_optimizer: optax.GradientTransformation | None = None
@@ -51,34 +52,46 @@ class Settings(NamedTuple):
 
 class Recipe(NamedTuple):
   """How one name becomes a method."""
-  kind: str        # one of KINDS
+
+  kind: str  # one of KINDS
   build: Callable  # (Settings, **options) -> Method
   help: str
   weighting: str = 'examples'  # how it wants clients to count in means
-  generates: bool = False      # whether it needs a generator
+  generates: bool = False  # whether it needs a generator
 
 
 def _aggregator(make):
   return lambda s, **options: make(
-      server_optimizer=s.server_optimizer, **options)
+    server_optimizer=s.server_optimizer, **options
+  )
 
 
 # Options that are functions, by the names that flags give them.
 PARTS: dict[str, dict[str, Any]] = {
-    'gen_step': {'sequential': False, 'joint': True},
-    'md': {'l1': fed_ftg_lib.l1, 'kl': fed_ftg_lib.kl},
-    'cls_weight': {'mean': fed_ftg_lib.mean_times_mean,
-                   'per_sample': fed_ftg_lib.per_sample},
-    'student_reduction': {'mean_bc': fed_ftg_lib.over_classes,
-                          'batchmean': fed_ftg_lib.soft_cross_entropy},
-    'teacher_weight': {'class': fed_ftg_lib.class_weights,
-                       'uniform': fed_ftg_lib.uniform_weights},
-    'ensemble': distillation.ENSEMBLES,
-    'student_bn': distillation.STATISTICS,
-    'labels': {'quota': distillation.quota_labels,
-               'iid': distillation.iid_labels},
-    'label_sampling': {'customised': lambda draw_labels: draw_labels,
-                       'uniform': distillation.of_all_classes},
+  'gen_step': {'sequential': False, 'joint': True},
+  'md': {'l1': fed_ftg_lib.l1, 'kl': fed_ftg_lib.kl},
+  'cls_weight': {
+    'mean': fed_ftg_lib.mean_times_mean,
+    'per_sample': fed_ftg_lib.per_sample,
+  },
+  'student_reduction': {
+    'mean_bc': fed_ftg_lib.over_classes,
+    'batchmean': fed_ftg_lib.soft_cross_entropy,
+  },
+  'teacher_weight': {
+    'class': fed_ftg_lib.class_weights,
+    'uniform': fed_ftg_lib.uniform_weights,
+  },
+  'ensemble': distillation.ENSEMBLES,
+  'student_bn': distillation.STATISTICS,
+  'labels': {
+    'quota': distillation.quota_labels,
+    'iid': distillation.iid_labels,
+  },
+  'label_sampling': {
+    'customised': lambda draw_labels: draw_labels,
+    'uniform': distillation.of_all_classes,
+  },
 }
 
 
@@ -94,11 +107,12 @@ class FtgOptions(NamedTuple):
       round).
     generator_lr: learning rate of the generator's Adam (here also a function of
       the round).
-    weight_decay: of the student's SGD (code: the clients'). It shrinks the model
-      by about I I_d student_lr weight_decay in a round, wherever else it goes.
-    student_clip: largest global norm of the student's gradient in a step, before
-      weight decay is added; 0 for no bound (code), with which a deep net that
-      normalises by kept statistics can diverge.
+    weight_decay: of the student's SGD (code: the clients'). It shrinks the
+      model by about I I_d student_lr weight_decay in a round, wherever else it
+      goes.
+    student_clip: largest global norm of the student's gradient in a step,
+      before weight decay is added; 0 for no bound (code), with which a deep net
+      that normalises by kept statistics can diverge.
     lambda_cls: weight of the fidelity term.
     lambda_dis: weight of the diversity term.
     gen_step: 'sequential', one Adam step per teacher in the order of client ids
@@ -111,34 +125,36 @@ class FtgOptions(NamedTuple):
     cls_weight: fidelity as mean(CE) * mean(alpha) ('mean', code) or as
       mean(CE * alpha) ('per_sample').
     ensemble: teachers combine as probabilities ('prob', code) or 'logit'.
-    teacher_weight: 'class', alpha_k^y = n_k^y / sum_i n_i^y, or 'uniform', 1 / K
-      (ablation of the class-level ensemble).
+    teacher_weight: 'class', alpha_k^y = n_k^y / sum_i n_i^y, or 'uniform', 1 /
+      K (ablation of the class-level ensemble).
     student_reduction: student loss as mean over batch and classes ('mean_bc',
       code) or over the batch alone ('batchmean', C times larger).
     temperature: of the softmaxes of ensemble and student in the student's loss,
-      which is then T^2 as large (Hinton et al., arXiv:1503.02531); 1 in the code.
+      which is then T^2 as large (Hinton et al., arXiv:1503.02531); 1 in the
+      code.
     student_bn: 'overwrite', the student is distilled in train mode and its
-      BatchNorm statistics become those of generated images (code), 'batch', it is
-      distilled alike, but the aggregated statistics are kept, or 'keep', it
+      BatchNorm statistics become those of generated images (code), 'batch', it
+      is distilled alike, but the aggregated statistics are kept, or 'keep', it
       normalises by them, too.
     labels: 'quota', deterministic class counts in random order (code), or
       'iid' draws (paper).
     label_sampling: 'customised', classes as frequent as the cohort has them, or
       'uniform' over all classes (ablation).
-    memory: the model that was broadcast is one more teacher, with the class counts
-      of earlier rounds, discounted by this factor a round (see `remembering`); 0
-      for no such teacher (code).
+    memory: the model that was broadcast is one more teacher, with the class
+      counts of earlier rounds, discounted by this factor a round (see
+      `remembering`); 0 for no such teacher (code).
   """
+
   iterations: int = 10
   generator_steps: int = 1
   student_steps: int = 5
   batch_size: int = 50
-  student_lr: float | Callable = .1
-  generator_lr: float | Callable = .01
+  student_lr: float | Callable = 0.1
+  generator_lr: float | Callable = 0.01
   weight_decay: float = 1e-3
-  student_clip: float = 0.
-  lambda_cls: float = 1.
-  lambda_dis: float = 1.
+  student_clip: float = 0.0
+  lambda_cls: float = 1.0
+  lambda_dis: float = 1.0
   gen_step: str = 'sequential'
   hard_samples: bool = True
   md: str = 'l1'
@@ -146,21 +162,22 @@ class FtgOptions(NamedTuple):
   ensemble: str = 'prob'
   teacher_weight: str = 'class'
   student_reduction: str = 'mean_bc'
-  temperature: float = 1.
+  temperature: float = 1.0
   student_bn: str = 'overwrite'
   labels: str = 'quota'
   label_sampling: str = 'customised'
-  memory: float = 0.
+  memory: float = 0.0
 
 
-# What surrounds the step of `fed_ftg.PRESETS`: options that differ from the code's,
-# and whether the generator has biases in front of its BatchNorms.
+# What surrounds the step of `fed_ftg.PRESETS`: options that differ from the
+# code's, and whether the generator has biases in front of its BatchNorms.
 FTG_PRESETS: dict[str, dict[str, Any]] = {
-    'official': dict(generator_bias=True),
-    'paper': dict(labels='iid', generator_bias=True),
-    'intended': dict(generator_bias=False),
-    'robust': dict(weight_decay=0., student_clip=3., memory=.9,
-                   generator_bias=False),
+  'official': dict(generator_bias=True),
+  'paper': dict(labels='iid', generator_bias=True),
+  'intended': dict(generator_bias=False),
+  'robust': dict(
+    weight_decay=0.0, student_clip=3.0, memory=0.9, generator_bias=False
+  ),
 }
 
 
@@ -171,18 +188,31 @@ def ftg_options(preset: str = 'official', **changes) -> FtgOptions:
     ValueError: for an unknown preset, name or number.
   """
   _check_choice('preset', preset, FTG_PRESETS)
-  around = {k: v for k, v in FTG_PRESETS[preset].items() if k != 'generator_bias'}
+  around = {
+    k: v for k, v in FTG_PRESETS[preset].items() if k != 'generator_bias'
+  }
   parts = fed_ftg_lib.PRESETS[preset]
   terms: fed_ftg_lib.Terms = parts['terms']
   chosen = {
-      'gen_step': parts.get('joint', False),
-      'md': terms.discrepancy or fed_ftg_lib.l1, 'cls_weight': terms.fidelity,
-      'student_reduction': terms.distance, 'ensemble': terms.ensemble,
-      'student_bn': parts.get('student_bn', distillation.renewed_statistics)}
-  names = {option: next(name for name, part in PARTS[option].items()
-                        if part == value) for option, value in chosen.items()}
-  options = FtgOptions(**{
-      'hard_samples': terms.discrepancy is not None, **names, **around, **changes})
+    'gen_step': parts.get('joint', False),
+    'md': terms.discrepancy or fed_ftg_lib.l1,
+    'cls_weight': terms.fidelity,
+    'student_reduction': terms.distance,
+    'ensemble': terms.ensemble,
+    'student_bn': parts.get('student_bn', distillation.renewed_statistics),
+  }
+  names = {
+    option: next(name for name, part in PARTS[option].items() if part == value)
+    for option, value in chosen.items()
+  }
+  options = FtgOptions(
+    **{
+      'hard_samples': terms.discrepancy is not None,
+      **names,
+      **around,
+      **changes,
+    }
+  )
   for name in options._fields:
     if name in PARTS:
       _check_choice(name, getattr(options, name), PARTS[name])
@@ -199,28 +229,54 @@ def _check_choice(name, value, allowed):
 def _fed_ftg(settings, preset='official', **changes):
   """FedFTG, with the broadcast model as one more teacher if that is asked for."""
   o = ftg_options(preset, **changes)
-  part = {name: PARTS[name][getattr(o, name)]
-          for name in PARTS if name in o._fields}
+  part = {
+    name: PARTS[name][getattr(o, name)] for name in PARTS if name in o._fields
+  }
   terms = fed_ftg_lib.Terms(
-      part['md'] if o.hard_samples else None, part['cls_weight'],
-      part['student_reduction'], part['ensemble'], part['teacher_weight'],
-      o.lambda_cls, o.lambda_dis, o.temperature)
-  return _remembering(fed_ftg_lib.fed_ftg(
-      settings.model, settings.generator, settings.num_classes,
-      iterations=o.iterations, batch_size=o.batch_size,
+    part['md'] if o.hard_samples else None,
+    part['cls_weight'],
+    part['student_reduction'],
+    part['ensemble'],
+    part['teacher_weight'],
+    o.lambda_cls,
+    o.lambda_dis,
+    o.temperature,
+  )
+  return _remembering(
+    fed_ftg_lib.fed_ftg(
+      settings.model,
+      settings.generator,
+      settings.num_classes,
+      iterations=o.iterations,
+      batch_size=o.batch_size,
       generator_optimizer=_at_rate(optax.adam, o.generator_lr),
       student_optimizer=_at_rate(
-          lambda rate: distillation.sgd(rate, o.weight_decay, o.student_clip),
-          o.student_lr),
-      draw_labels=part['label_sampling'](part['labels']), terms=terms,
-      generator_steps=o.generator_steps, student_steps=o.student_steps,
-      joint=part['gen_step'], student_bn=part['student_bn']), settings, o.memory)
+        lambda rate: distillation.sgd(rate, o.weight_decay, o.student_clip),
+        o.student_lr,
+      ),
+      draw_labels=part['label_sampling'](part['labels']),
+      terms=terms,
+      generator_steps=o.generator_steps,
+      student_steps=o.student_steps,
+      joint=part['gen_step'],
+      student_bn=part['student_bn'],
+    ),
+    settings,
+    o.memory,
+  )
 
 
-def _fed_df(settings, memory=0., **options):
+def _fed_df(settings, memory=0.0, **options):
   return _remembering(
-      fed_df_lib.fed_df(settings.model, settings.generator, settings.num_classes,
-                        _df_options(options)), settings, memory)
+    fed_df_lib.fed_df(
+      settings.model,
+      settings.generator,
+      settings.num_classes,
+      _df_options(options),
+    ),
+    settings,
+    memory,
+  )
 
 
 def _df_options(options):
@@ -230,8 +286,11 @@ def _df_options(options):
 
 
 def _remembering(part, settings, memory):
-  return part if not memory else remembering_lib.remembering(
-      part, settings.num_classes, memory)
+  return (
+    part
+    if not memory
+    else remembering_lib.remembering(part, settings.num_classes, memory)
+  )
 
 
 def _at_rate(make, rate):
@@ -240,47 +299,71 @@ def _at_rate(make, rate):
 
 
 RECIPES = {
-    'fed_avg': Recipe(
-        'aggregates', _aggregator(fed_avg_lib.fed_avg),
-        'weighted mean, or FedOpt with --server_optimizer'),
-    'fed_nova': Recipe(
-        'aggregates', _aggregator(fed_nova_lib.fed_nova),
-        'mean normalised by local steps'),
-    'q_fed_avg': Recipe(
-        'aggregates', _aggregator(q_fed_avg_lib.q_fed_avg),
-        'fair mean, clients with a larger loss count more'),
-    'fed_prox': Recipe(
-        'local', lambda s, **options: fed_prox_lib.fed_prox(**options),
-        'local models are pulled to the received one'),
-    'moon': Recipe(
-        'local', lambda s, **options: moon_lib.moon(s.model, **options),
-        'features are contrasted with the client\'s last model'),
-    'fed_dyn': Recipe(
-        'corrects', lambda s, **options: fed_dyn_lib.fed_dyn(**options),
-        'dynamic regularisation', weighting='uniform'),
-    'scaffold': Recipe(
-        'corrects', lambda s, **options: scaffold_lib.scaffold(**options),
-        'control variates', weighting='uniform'),
-    'fed_df': Recipe(
-        'refines', _fed_df,
-        'ensemble distillation on generated images', generates=True),
-    'fed_df_public': Recipe(
-        'refines',
-        lambda s, **options: fed_df_lib.fed_df_public(
-            s.model, _df_options(options)),
-        'ensemble distillation on unlabelled --public_data'),
-    'fed_ftg': Recipe(
-        'refines', _fed_ftg,
-        'data-free fine-tuning of the mean on the server', generates=True),
+  'fed_avg': Recipe(
+    'aggregates',
+    _aggregator(fed_avg_lib.fed_avg),
+    'weighted mean, or FedOpt with --server_optimizer',
+  ),
+  'fed_nova': Recipe(
+    'aggregates',
+    _aggregator(fed_nova_lib.fed_nova),
+    'mean normalised by local steps',
+  ),
+  'q_fed_avg': Recipe(
+    'aggregates',
+    _aggregator(q_fed_avg_lib.q_fed_avg),
+    'fair mean, clients with a larger loss count more',
+  ),
+  'fed_prox': Recipe(
+    'local',
+    lambda s, **options: fed_prox_lib.fed_prox(**options),
+    'local models are pulled to the received one',
+  ),
+  'moon': Recipe(
+    'local',
+    lambda s, **options: moon_lib.moon(s.model, **options),
+    "features are contrasted with the client's last model",
+  ),
+  'fed_dyn': Recipe(
+    'corrects',
+    lambda s, **options: fed_dyn_lib.fed_dyn(**options),
+    'dynamic regularisation',
+    weighting='uniform',
+  ),
+  'scaffold': Recipe(
+    'corrects',
+    lambda s, **options: scaffold_lib.scaffold(**options),
+    'control variates',
+    weighting='uniform',
+  ),
+  'fed_df': Recipe(
+    'refines',
+    _fed_df,
+    'ensemble distillation on generated images',
+    generates=True,
+  ),
+  'fed_df_public': Recipe(
+    'refines',
+    lambda s, **options: fed_df_lib.fed_df_public(
+      s.model, _df_options(options)
+    ),
+    'ensemble distillation on unlabelled --public_data',
+  ),
+  'fed_ftg': Recipe(
+    'refines',
+    _fed_ftg,
+    'data-free fine-tuning of the mean on the server',
+    generates=True,
+  ),
 }
 
 # With default learning rates; those of the last three are not tuned.
 SERVER_OPTIMIZERS = {
-    'sgd': (optax.sgd, 1.),
-    'momentum': (lambda rate: optax.sgd(rate, momentum=.9), 1.),
-    'adam': (lambda rate: optax.adam(rate, eps=1e-3), .01),
-    'yogi': (optax.yogi, .01),
-    'adagrad': (optax.adagrad, .1),
+  'sgd': (optax.sgd, 1.0),
+  'momentum': (lambda rate: optax.sgd(rate, momentum=0.9), 1.0),
+  'adam': (lambda rate: optax.adam(rate, eps=1e-3), 0.01),
+  'yogi': (optax.yogi, 0.01),
+  'adagrad': (optax.adagrad, 0.1),
 }
 
 
@@ -294,8 +377,9 @@ def parse(name: str) -> list[str]:
   for part in parts:
     if part not in RECIPES:
       raise ValueError(
-          f'no method {part!r}: must be one of {", ".join(sorted(RECIPES))}, or '
-          'several joined with +')
+        f'no method {part!r}: must be one of {", ".join(sorted(RECIPES))}, or '
+        'several joined with +'
+      )
     if parts.count(part) > 1:
       raise ValueError(f'{part} is named twice')
   kinds = [RECIPES[part].kind for part in parts]
@@ -313,9 +397,12 @@ def build(name: str, settings: Settings) -> Method:
   Raises:
     ValueError: for a wrong name or option.
   """
-  return base.chain(*(
+  return base.chain(
+    *(
       RECIPES[part].build(settings, **settings.options.get(part, {}))
-      for part in parse(name)))
+      for part in parse(name)
+    )
+  )
 
 
 def weighting(name: str) -> str:
@@ -330,7 +417,7 @@ def generates(name: str) -> bool:
 
 
 def server_optimizer(
-    name: str, learning_rate: float | None = None
+  name: str, learning_rate: float | None = None
 ) -> optax.GradientTransformation | None:
   """A server optimiser by name; None (the plain mean) for SGD of rate 1.
 
@@ -339,8 +426,9 @@ def server_optimizer(
   """
   if name not in SERVER_OPTIMIZERS:
     raise ValueError(
-        f'server optimiser must be one of {sorted(SERVER_OPTIMIZERS)}, got '
-        f'{name!r}.')
+      f'server optimiser must be one of {sorted(SERVER_OPTIMIZERS)}, got '
+      f'{name!r}.'
+    )
   make, default = SERVER_OPTIMIZERS[name]
   rate = default if learning_rate is None else learning_rate
-  return None if (name, rate) == ('sgd', 1.) else make(rate)
+  return None if (name, rate) == ('sgd', 1.0) else make(rate)

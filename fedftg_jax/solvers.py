@@ -5,7 +5,7 @@ largest client that is stacked with it, and a client that has done its own
 number of steps is left as it is.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +16,23 @@ from fedftg_jax.data import clients
 
 
 def local_sgd(
-    learning_rate: float | Callable,
-    *,
-    batch_size: int,
-    epochs: int | None = None,
-    steps: int | None = None,
-    weight_decay: float = 0.,
-    clip_norm: float | None = None,
-    optimizer: optax.GradientTransformation = optax.identity(),
-    augment: Callable = lambda key, x: x,
+  learning_rate: float | Callable,
+  *,
+  batch_size: int,
+  epochs: int | None = None,
+  steps: int | None = None,
+  weight_decay: float = 0.0,
+  clip_norm: float | None = None,
+  optimizer: optax.GradientTransformation = optax.identity(),
+  augment: Callable = lambda key, x: x,
 ) -> Callable:
   """Mini-batch descent, for whole epochs or for a fixed number of steps.
 
   Each epoch visits the client's examples in a new order; the last batch of an
   epoch may be partial and is kept. The gradient is clipped by its global norm,
   THEN weight decay is added (`weight_decay` and the objective's own), then
-  comes `optimizer`, whose state is fresh in every round, then the learning rate.
+  comes `optimizer`, whose state is fresh in every round, then the learning
+  rate.
 
   Args:
     learning_rate: step size, or a function of the round (optax schedule).
@@ -43,7 +44,8 @@ def local_sgd(
     optimizer: direction from gradient, e.g. `optax.trace(0.9)`; without its
       own learning rate.
     augment: (key, images of a batch) -> images, in each step anew. Only what is
-      trained on passes through it, not what a method measures on a client's data.
+      trained on passes through it, not what a method measures on a client's
+      data.
 
   Returns:
     The solver.
@@ -54,15 +56,23 @@ def local_sgd(
   """
   if (epochs is None) == (steps is None):
     raise ValueError(
-        f'give either epochs or steps, got epochs={epochs}, steps={steps}.')
-  for name, value in (('batch_size', batch_size), ('epochs', epochs),
-                      ('steps', steps)):
+      f'give either epochs or steps, got epochs={epochs}, steps={steps}.'
+    )
+  for name, value in (
+    ('batch_size', batch_size),
+    ('epochs', epochs),
+    ('steps', steps),
+  ):
     if value is not None and value < 1:
       raise ValueError(f'{name} must be at least 1, got {value}.')
-  clip = (optax.identity() if clip_norm is None
-          else optax.clip_by_global_norm(clip_norm))
-  schedule = learning_rate if callable(learning_rate) else (
-      lambda _: learning_rate)
+  clip = (
+    optax.identity()
+    if clip_norm is None
+    else optax.clip_by_global_norm(clip_norm)
+  )
+  schedule = (
+    learning_rate if callable(learning_rate) else (lambda _: learning_rate)
+  )
 
   def solve(objective, view, key):
     count = view.data.count
@@ -76,31 +86,41 @@ def local_sgd(
     decay = weight_decay + objective.decay
     step_size = jnp.asarray(schedule(view.round))
     grad_fn = jax.value_and_grad(
-        lambda params, *args: objective.loss(
-            view.variables._replace(params=params, stats=args[0]), *args[1:]),
-        has_aux=True)
+      lambda params, *args: objective.loss(
+        view.variables._replace(params=params, stats=args[0]), *args[1:]
+      ),
+      has_aux=True,
+    )
 
     def step(i, carry):
       (params, stats), opt_state, total = carry
       epoch, batch_in_epoch = i // batches, i % batches
       first = batch_in_epoch * batch_size
       positions = jax.lax.dynamic_slice(
-          order_of(epoch), (first,), (batch_size,))
+        order_of(epoch), (first,), (batch_size,)
+      )
       batch = clients.batch(
-          view.data, positions, first + jnp.arange(batch_size) < count)
+        view.data, positions, first + jnp.arange(batch_size) < count
+      )
       batch = batch._replace(
-          x=augment(jax.random.fold_in(key_augment, i), batch.x))
+        x=augment(jax.random.fold_in(key_augment, i), batch.x)
+      )
       (_, aux), grads = grad_fn(
-          params, stats, batch, jax.random.fold_in(key_loss, i))
+        params, stats, batch, jax.random.fold_in(key_loss, i)
+      )
       grads, _ = clip.update(grads, clip.init(params))
       grads = jax.tree.map(lambda g, p: g + decay * p, grads, params)
       updates, opt_state = optimizer.update(grads, opt_state, params)
       params = jax.tree.map(
-          lambda p, u: p - (step_size * u).astype(p.dtype), params, updates)
+        lambda p, u: p - (step_size * u).astype(p.dtype), params, updates
+      )
       seen = jnp.sum(batch.mask)
       total = (total[0] + seen * aux.cross_entropy, total[1] + seen)
-      return view.variables._replace(
-          params=params, stats=aux.stats), opt_state, total
+      return (
+        view.variables._replace(params=params, stats=aux.stats),
+        opt_state,
+        total,
+      )
 
     zero = jnp.zeros((), jnp.result_type(float))
     carry = view.variables, optimizer.init(view.variables.params), (zero, zero)
@@ -122,8 +142,9 @@ def _orders(key, data, num_epochs, batch_size):
 
   def order(epoch):
     draw = jax.random.uniform(
-        jax.random.fold_in(key, epoch), (cap,), jnp.float32)
-    positions = jnp.argsort(jnp.where(jnp.arange(cap) < data.count, draw, 2.))
+      jax.random.fold_in(key, epoch), (cap,), jnp.float32
+    )
+    positions = jnp.argsort(jnp.where(jnp.arange(cap) < data.count, draw, 2.0))
     return jnp.pad(positions, (0, -cap % batch_size))
 
   if num_epochs is None:
@@ -135,5 +156,6 @@ def _orders(key, data, num_epochs, batch_size):
 def frozen(objective, view, key) -> Local:
   """No local training: the client returns the model that it received."""
   del objective, key
-  return Local(view.variables, jnp.int32(0), jnp.zeros(()),
-               {'train_loss': jnp.zeros(())})
+  return Local(
+    view.variables, jnp.int32(0), jnp.zeros(()), {'train_loss': jnp.zeros(())}
+  )

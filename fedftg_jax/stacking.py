@@ -1,14 +1,15 @@
 """One client's function over a cohort: stacked, in chunks, over devices.
 
 The engine is written for one client; here, and only here, is the client axis.
-Clients are stacked with `vmap`, at most `chunk` at a time, and shared out over a
-1-D mesh of devices with `shard_map`. What is summed over clients is added up as
+Clients are stacked with `vmap`, at most `chunk` at a time, and shared out over
+a 1-D mesh of devices with `shard_map`. What is summed over clients is added up
+as
 chunks finish, on each device by itself, then once between devices: what is kept
 per client is only what was asked to be kept.
 """
 
+from collections.abc import Callable
 import functools
-from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +35,15 @@ def make_mesh(num_devices: int = 0) -> Mesh:
   devices = jax.devices()
   if not 0 <= num_devices <= len(devices):
     raise ValueError(
-        f'num_devices must be 0 (all) to {len(devices)}, the devices that there '
-        f'are, got {num_devices}.')
-  return jax.make_mesh((num_devices or len(devices),), (AXIS,),
-                       axis_types=(AxisType.Auto,),
-                       devices=devices[:num_devices or None])
+      f'num_devices must be 0 (all) to {len(devices)}, the devices that there '
+      f'are, got {num_devices}.'
+    )
+  return jax.make_mesh(
+    (num_devices or len(devices),),
+    (AXIS,),
+    axis_types=(AxisType.Auto,),
+    devices=devices[: num_devices or None],
+  )
 
 
 def put(tree: PyTree, mesh: Mesh | None) -> PyTree:
@@ -55,7 +60,8 @@ def put(tree: PyTree, mesh: Mesh | None) -> PyTree:
     if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key) or a.sharding == whole:
       return jax.device_put(a, whole)
     return jax.random.wrap_key_data(  # keys do not travel between processes
-        jax.device_put(jax.random.key_data(a), whole), impl=jax.random.key_impl(a))
+      jax.device_put(jax.random.key_data(a), whole), impl=jax.random.key_impl(a)
+    )
 
   return jax.tree.map(put_one, tree)
 
@@ -65,7 +71,8 @@ def everywhere(tree: PyTree, mesh: Mesh | None) -> PyTree:
   if mesh is None:
     return tree
   return jax.lax.with_sharding_constraint(
-      tree, NamedSharding(mesh, PartitionSpec()))
+    tree, NamedSharding(mesh, PartitionSpec())
+  )
 
 
 def spread(tree: PyTree, mesh: Mesh | None) -> PyTree:
@@ -73,12 +80,12 @@ def spread(tree: PyTree, mesh: Mesh | None) -> PyTree:
   if mesh is None:
     return tree
   return jax.lax.with_sharding_constraint(
-      tree, NamedSharding(mesh, PartitionSpec(AXIS)))
+    tree, NamedSharding(mesh, PartitionSpec(AXIS))
+  )
 
 
 def num_rows(cohort: int, chunk: int, mesh: Mesh | None = None) -> int:
-  """Rows that `over_clients` needs for a cohort: what chunks and devices divide.
-  """
+  """Rows that `over_clients` needs for a cohort: what chunks and devices divide."""
   devices = 1 if mesh is None else mesh.size
   each = -(-cohort // devices)
   if chunk:
@@ -87,8 +94,12 @@ def num_rows(cohort: int, chunk: int, mesh: Mesh | None = None) -> int:
 
 
 def over_clients(
-    function: Callable, shared: PyTree, rows: PyTree, chunk: int,
-    mesh: Mesh | None = None) -> tuple[PyTree, PyTree]:
+  function: Callable,
+  shared: PyTree,
+  rows: PyTree,
+  chunk: int,
+  mesh: Mesh | None = None,
+) -> tuple[PyTree, PyTree]:
   """Maps a function of one client over the rows of a cohort.
 
   Args:
@@ -111,8 +122,12 @@ def over_clients(
 
   whole, split = PartitionSpec(), PartitionSpec(AXIS)
   return jax.shard_map(
-      on_each, mesh=mesh, in_specs=(whole, split), out_specs=(whole, split),
-      check_vma=False)(shared, rows)
+    on_each,
+    mesh=mesh,
+    in_specs=(whole, split),
+    out_specs=(whole, split),
+    check_vma=False,
+  )(shared, rows)
 
 
 def _on_one_device(function, chunk, shared, rows):
@@ -131,8 +146,9 @@ def _on_one_device(function, chunk, shared, rows):
   blocks = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), rows)
   # `function` is jitted: this trace and the one in the scan are the same.
   zero = jax.tree.map(
-      lambda a: jnp.zeros(a.shape, a.dtype),
-      jax.eval_shape(of_block, jax.tree.map(lambda a: a[0], blocks))[0])
+    lambda a: jnp.zeros(a.shape, a.dtype),
+    jax.eval_shape(of_block, jax.tree.map(lambda a: a[0], blocks))[0],
+  )
 
   def step(total, block):
     summed, stacked = of_block(block)

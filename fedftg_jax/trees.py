@@ -9,14 +9,14 @@ import jax.numpy as jnp
 
 def stack(tree, n: int):
   """`n` copies of every leaf on a new leading axis."""
-  return jax.tree.map(
-      lambda a: jnp.broadcast_to(a, (n,) + jnp.shape(a)), tree)
+  return jax.tree.map(lambda a: jnp.broadcast_to(a, (n,) + jnp.shape(a)), tree)
 
 
 def weighted_sum(tree, weight: jax.Array):
   """sum_k weight_k leaf_k over the leading axis; `weight` [S]."""
   return jax.tree.map(
-      lambda a: jnp.tensordot(weight.astype(a.dtype), a, 1), tree)
+    lambda a: jnp.tensordot(weight.astype(a.dtype), a, 1), tree
+  )
 
 
 def gather(tree, ids: jax.Array):
@@ -26,8 +26,7 @@ def gather(tree, ids: jax.Array):
 
 def scatter(tree, ids: jax.Array, rows):
   """`tree` with rows `ids` replaced; ids past the end are dropped."""
-  return jax.tree.map(
-      lambda a, r: a.at[ids].set(r, mode='drop'), tree, rows)
+  return jax.tree.map(lambda a, r: a.at[ids].set(r, mode='drop'), tree, rows)
 
 
 def where(condition: jax.Array, new, old):

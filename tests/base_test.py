@@ -1,7 +1,6 @@
 """Chains, recipes, evaluation."""
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,37 +15,41 @@ KEY = jax.random.key(0)
 def part(number):
   """A method whose every hook leaves a trace of `number`."""
   return base.Method(
-      init=lambda key, variables: (number, -number),
-      broadcast=lambda shared: shared * 10,
-      start=lambda view, shared, slot, key: view.variables * 10 + shared,
-      penalty=lambda variables, output, batch, view, key: view.shared + view.own,
-      decay=lambda view: view.own * 2.,
-      upload=lambda view, local, objective, key: (view.own - 1, view.shared),
-      summed=lambda sent: sent.message * 5,
-      stacked=lambda sent: sent.message * 7,
-      update=lambda variables, shared, received, key: (
-          variables * 10 + received.summed, shared + 1,
-          base.Info({f'seen{number}': received.stacked},
-                    {f'model{number}': variables})))
+    init=lambda key, variables: (number, -number),
+    broadcast=lambda shared: shared * 10,
+    start=lambda view, shared, slot, key: view.variables * 10 + shared,
+    penalty=lambda variables, output, batch, view, key: view.shared + view.own,
+    decay=lambda view: view.own * 2.0,
+    upload=lambda view, local, objective, key: (view.own - 1, view.shared),
+    summed=lambda sent: sent.message * 5,
+    stacked=lambda sent: sent.message * 7,
+    update=lambda variables, shared, received, key: (
+      variables * 10 + received.summed,
+      shared + 1,
+      base.Info(
+        {f'seen{number}': received.stacked}, {f'model{number}': variables}
+      ),
+    ),
+  )
 
 
 class ChainTest(absltest.TestCase):
-
   def test_slots_are_tuples_and_order_is_kept(self):
     method = base.chain(part(1), part(2))
     shared, own = method.init(KEY, 0)
     self.assertEqual((shared, own), ((1, 2), (-1, -2)))
     self.assertEqual(method.broadcast(shared), (10, 20))
-    view = base.View(7, 7, (10, 20), own, None, 0, 1., 0, 0)
+    view = base.View(7, 7, (10, 20), own, None, 0, 1.0, 0, 0)
     self.assertEqual(method.start(view, shared, 0, KEY), 712)
     self.assertEqual(method.penalty(0, None, None, view, KEY), 10 - 1 + 20 - 2)
-    self.assertEqual(method.decay(view), -6.)
-    self.assertEqual(
-        method.upload(view, None, None, KEY), ((-2, -3), (10, 20)))
+    self.assertEqual(method.decay(view), -6.0)
+    self.assertEqual(method.upload(view, None, None, KEY), ((-2, -3), (10, 20)))
     sent = base.Sent(*[None] * 5)._replace(message=(1, 2))
     self.assertEqual(method.summed(sent), (5, 10))
     self.assertEqual(method.stacked(sent), (7, 14))
-    received = base.Received(*[None] * 8)._replace(summed=(3, 4), stacked=(5, 6))
+    received = base.Received(*[None] * 8)._replace(
+      summed=(3, 4), stacked=(5, 6)
+    )
     variables, shared, info = method.update(1, shared, received, KEY)
     self.assertEqual((variables, shared), (134, (2, 3)))
     self.assertEqual(info.metrics, {'seen1': 5, 'seen2': 6})
@@ -54,17 +57,20 @@ class ChainTest(absltest.TestCase):
 
   def test_parts_get_different_keys(self):
     drawn = []
-    spy = base.Method(init=lambda key, v: (drawn.append(
-        jax.random.uniform(key)), ()))
+    spy = base.Method(
+      init=lambda key, v: (drawn.append(jax.random.uniform(key)), ())
+    )
     base.chain(spy, spy).init(KEY, 0)
     self.assertNotEqual(float(drawn[0]), float(drawn[1]))
 
   def test_defaults_do_nothing(self):
     method = base.Method()
-    view = base.View(0, 0, (), 'own', None, 0, 1., 0, 0)
+    view = base.View(0, 0, (), 'own', None, 0, 1.0, 0, 0)
     self.assertEqual(method.upload(view, None, None, KEY), ('own', ()))
     self.assertEqual((method.summed(None), method.stacked(None)), ((), ()))
-    self.assertEqual(method.update('w', 's', None, KEY), ('w', 's', base.Info()))
+    self.assertEqual(
+      method.update('w', 's', None, KEY), ('w', 's', base.Info())
+    )
     self.assertEqual(method.penalty(0, None, None, view, KEY), 0)
 
   def test_empty(self):
@@ -73,25 +79,32 @@ class ChainTest(absltest.TestCase):
 
 
 class RecipesTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ('fed_avg', ['fed_avg']), ('fed_ftg', ['fed_avg', 'fed_ftg']),
-      ('fed_ftg+fed_avg', ['fed_avg', 'fed_ftg']),
-      ('fed_ftg+fed_nova', ['fed_nova', 'fed_ftg']),
-      ('fed_ftg+scaffold+moon', ['moon', 'fed_avg', 'scaffold', 'fed_ftg']))
+    ('fed_avg', ['fed_avg']),
+    ('fed_ftg', ['fed_avg', 'fed_ftg']),
+    ('fed_ftg+fed_avg', ['fed_avg', 'fed_ftg']),
+    ('fed_ftg+fed_nova', ['fed_nova', 'fed_ftg']),
+    ('fed_ftg+scaffold+moon', ['moon', 'fed_avg', 'scaffold', 'fed_ftg']),
+  )
   def test_order(self, name, want):
     self.assertEqual(recipes.parse(name), want)
 
   @parameterized.parameters(
-      ('fedavg', "no method 'fedavg': must be one of fed_avg, fed_df, fed_df_pub"),
-      ('fed_avg+fed_avg', 'fed_avg is named twice'), ('', 'no method'))
+    (
+      'fedavg',
+      "no method 'fedavg': must be one of fed_avg, fed_df, fed_df_pub",
+    ),
+    ('fed_avg+fed_avg', 'fed_avg is named twice'),
+    ('', 'no method'),
+  )
   def test_errors(self, name, message):
     with self.assertRaisesRegex(ValueError, message):
       recipes.parse(name)
 
   def test_two_aggregators(self):
     with self.assertRaisesRegex(
-        ValueError, 'only one part can aggregate, got fed_avg and fed_nova'):
+      ValueError, 'only one part can aggregate, got fed_avg and fed_nova'
+    ):
       recipes.parse('fed_avg+fed_nova')
 
   def test_generates(self):
@@ -99,13 +112,14 @@ class RecipesTest(parameterized.TestCase):
     self.assertFalse(recipes.generates('fed_df_public'))
 
   def test_server_optimizer(self):
-    self.assertIsNone(recipes.server_optimizer('sgd', 1.))
+    self.assertIsNone(recipes.server_optimizer('sgd', 1.0))
     for name in recipes.SERVER_OPTIMIZERS:
       self.assertIsInstance(
-          recipes.server_optimizer(name, .5), optax.GradientTransformation)
+        recipes.server_optimizer(name, 0.5), optax.GradientTransformation
+      )
     self.assertIsNone(recipes.server_optimizer('sgd'))
     with self.assertRaisesRegex(ValueError, "got 'lion'"):
-      recipes.server_optimizer('lion', 1.)
+      recipes.server_optimizer('lion', 1.0)
 
   def test_weighting(self):
     self.assertEqual(recipes.weighting('fed_ftg'), 'examples')
@@ -114,7 +128,6 @@ class RecipesTest(parameterized.TestCase):
 
 
 class EvaluationTest(parameterized.TestCase):
-
   @parameterized.parameters(1, 7, 40, 100)
   def test_batches(self, batch_size):
     variables = problems.LINEAR.init(KEY)
@@ -122,15 +135,16 @@ class EvaluationTest(parameterized.TestCase):
     got = evaluation.evaluate(problems.LINEAR, variables, x, y, batch_size)
     logits = problems.LINEAR.apply(variables, x).logits
     np.testing.assert_allclose(
-        got['loss'], losses.cross_entropy(logits, y), rtol=1e-5)
+      got['loss'], losses.cross_entropy(logits, y), rtol=1e-5
+    )
     np.testing.assert_allclose(
-        got['accuracy'], np.mean(np.argmax(logits, -1) == y), rtol=1e-6)
+      got['accuracy'], np.mean(np.argmax(logits, -1) == y), rtol=1e-6
+    )
 
 
 class LossesTest(absltest.TestCase):
-
   def test_masked_mean(self):
-    values = jnp.array([1., 2., 9.])
+    values = jnp.array([1.0, 2.0, 9.0])
     mask = jnp.array([True, True, False])
     self.assertEqual(losses.masked_mean(values, mask), 1.5)
     self.assertEqual(losses.masked_mean(values, mask & False), 0)
@@ -138,7 +152,8 @@ class LossesTest(absltest.TestCase):
   def test_kl_of_equal_predictions_is_zero(self):
     logits = jax.random.normal(KEY, (4, 3))
     np.testing.assert_allclose(
-        losses.kl_divergence(logits, logits + 5.), 0, atol=1e-6)
+      losses.kl_divergence(logits, logits + 5.0), 0, atol=1e-6
+    )
 
 
 if __name__ == '__main__':

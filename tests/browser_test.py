@@ -16,13 +16,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from fedftg_jax.system import files
 from fedftg_jax.configuration import folders
 from fedftg_jax.results import page as page_lib
+from fedftg_jax.system import files
 
 # What the page says about itself once it is laid out at a width. A page in a
 # frame has the frame's width as its own.
-_PROBE = '''<!DOCTYPE html><title>probe</title>
+_PROBE = """<!DOCTYPE html><title>probe</title>
 <link rel="icon" href="data:,"><body style="margin:0">
 <iframe src="report.html" style="border:0;width:%dpx;height:%dpx"></iframe>
 <script>
@@ -41,21 +41,37 @@ frame.onload = () => {
         r => r.name)});
   document.body.append(pre);
 };
-</script>'''
+</script>"""
 
 
 def browser(*argv):
   """Chromium as a process of its own, with a profile of its own."""
   program = shutil.which('chromium') or shutil.which('google-chrome')
   if program is None:
-    raise FileNotFoundError('this test needs chromium (apt-get install chromium)')
+    raise FileNotFoundError(
+      'this test needs chromium (apt-get install chromium)'
+    )
   with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
     return subprocess.run(
-        [program, '--headless', '--no-sandbox', '--disable-gpu', '--no-first-run',
-         '--disable-background-networking', '--disable-component-update',
-         '--disable-sync', '--hide-scrollbars', '--enable-logging=stderr',
-         f'--user-data-dir={profile}', *argv], capture_output=True, text=True,
-        timeout=60, check=True)
+      [
+        program,
+        '--headless',
+        '--no-sandbox',
+        '--disable-gpu',
+        '--no-first-run',
+        '--disable-background-networking',
+        '--disable-component-update',
+        '--disable-sync',
+        '--hide-scrollbars',
+        '--enable-logging=stderr',
+        f'--user-data-dir={profile}',
+        *argv,
+      ],
+      capture_output=True,
+      text=True,
+      timeout=60,
+      check=True,
+    )
 
 
 @contextlib.contextmanager
@@ -64,7 +80,6 @@ def served(folder):
   asked = []
 
   class Handler(http.server.SimpleHTTPRequestHandler):
-
     def log_request(self, code='-', size='-'):
       asked.append(self.path)
 
@@ -72,7 +87,8 @@ def served(folder):
       pass
 
   server = http.server.ThreadingHTTPServer(
-      ('localhost', 0), functools.partial(Handler, directory=folder))
+    ('localhost', 0), functools.partial(Handler, directory=folder)
+  )
   thread = threading.Thread(target=server.serve_forever)
   thread.start()
   try:
@@ -87,46 +103,97 @@ def write_run(folder, method, seed, accuracy, long):
   """A run's folder with everything a page shows."""
   rng = np.random.RandomState(seed)
   names = 'average', 'broadcast', 'fine_tuned'
-  config = {'method': method, 'dataset': 'npz:' + long, 'seed': seed,
-            'rounds': 40, 'partition': 'dirichlet', 'dirichlet_alpha': .1,
-            'partition_seed': 0, **{f'flag_{i}': i / 3 for i in range(30)}}
-  files.write_json(folder / 'config.json', {
-      'config': config, 'contents': {}, 'versions': {'jax': '0.10.2'}})
-  values = np.minimum(.98, accuracy * (1 - np.exp(-np.arange(1, 21) / 5)))
-  rows = [{'round': 2 * t + 2, 'test_accuracy': a, 'bytes_up': 1e7 * (t + 1),
-           'bytes_down': 1e7 * (t + 1), 'accuracy': {
-               name: a - i / 50 for i, name in enumerate(names)},
-           'class_change': rng.normal(0, .05, 10).tolist()}
-          for t, a in enumerate(values)]
+  config = {
+    'method': method,
+    'dataset': 'npz:' + long,
+    'seed': seed,
+    'rounds': 40,
+    'partition': 'dirichlet',
+    'dirichlet_alpha': 0.1,
+    'partition_seed': 0,
+    **{f'flag_{i}': i / 3 for i in range(30)},
+  }
+  files.write_json(
+    folder / 'config.json',
+    {'config': config, 'contents': {}, 'versions': {'jax': '0.10.2'}},
+  )
+  values = np.minimum(0.98, accuracy * (1 - np.exp(-np.arange(1, 21) / 5)))
+  rows = [
+    {
+      'round': 2 * t + 2,
+      'test_accuracy': a,
+      'bytes_up': 1e7 * (t + 1),
+      'bytes_down': 1e7 * (t + 1),
+      'accuracy': {name: a - i / 50 for i, name in enumerate(names)},
+      'class_change': rng.normal(0, 0.05, 10).tolist(),
+    }
+    for t, a in enumerate(values)
+  ]
   files.write_jsonl(folder / 'metrics.jsonl', rows)
-  files.write_jsonl(folder / 'timings.jsonl', [{
-      'round': row['round'], 'train_seconds': 1.5, 'evaluate_seconds': .1,
-      'compile_seconds': .2} for row in rows])
-  counts = rng.multinomial(200, rng.dirichlet([.1] * 10), 20).astype(np.int32)
+  files.write_jsonl(
+    folder / 'timings.jsonl',
+    [
+      {
+        'round': row['round'],
+        'train_seconds': 1.5,
+        'evaluate_seconds': 0.1,
+        'compile_seconds': 0.2,
+      }
+      for row in rows
+    ],
+  )
+  counts = rng.multinomial(200, rng.dirichlet([0.1] * 10), 20).astype(np.int32)
   files.write_tree(folder / 'counts.npz', {'train': counts, 'test': counts})
-  of_clients = {name: rng.beta(8, 2, 20).tolist()
-                for name in ('broadcast', 'personalised')}
-  summary = {'clients': 20, 'mean': .8, 'worst': .5, 'best': .95,
-             'variance': .01, 'jain': .97}
-  files.write_json(folder / 'clients.json', {
-      'round': 40, 'accuracy': of_clients,
-      'summary': {name: summary for name in of_clients}})
-  files.write_json(folder / 'classes.json', {
-      'round': 40, 'accuracy': {
-          name: rng.beta(8, 2, 10).tolist() for name in names}})
-  files.write_tree(folder / 'generated.npz', {
+  of_clients = {
+    name: rng.beta(8, 2, 20).tolist() for name in ('broadcast', 'personalised')
+  }
+  summary = {
+    'clients': 20,
+    'mean': 0.8,
+    'worst': 0.5,
+    'best': 0.95,
+    'variance': 0.01,
+    'jain': 0.97,
+  }
+  files.write_json(
+    folder / 'clients.json',
+    {
+      'round': 40,
+      'accuracy': of_clients,
+      'summary': {name: summary for name in of_clients},
+    },
+  )
+  files.write_json(
+    folder / 'classes.json',
+    {
+      'round': 40,
+      'accuracy': {name: rng.beta(8, 2, 10).tolist() for name in names},
+    },
+  )
+  files.write_tree(
+    folder / 'generated.npz',
+    {
       f'round_{t:06d}': rng.randint(0, 255, (10, 28, 28, 1)).astype(np.uint8)
-      for t in range(2, 42, 4)})
-  files.write_tree(folder / 'nearest.npz', {
-      **{name: rng.randint(0, 255, (10, 28, 28, 1)).astype(np.uint8)
-         for name in ('generated', 'real')},
-      'label': np.arange(10), 'distance': rng.uniform(.5, 1, 10),
-      'between_real': np.float32(.7), 'round': np.int32(40)})
+      for t in range(2, 42, 4)
+    },
+  )
+  files.write_tree(
+    folder / 'nearest.npz',
+    {
+      **{
+        name: rng.randint(0, 255, (10, 28, 28, 1)).astype(np.uint8)
+        for name in ('generated', 'real')
+      },
+      'label': np.arange(10),
+      'distance': rng.uniform(0.5, 1, 10),
+      'between_real': np.float32(0.7),
+      'round': np.int32(40),
+    },
+  )
 
 
 @pytest.mark.browser
 class BrowserTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
@@ -135,11 +202,14 @@ class BrowserTest(absltest.TestCase):
     """(what the page says of itself, what it asked for, its picture)."""
     (self.folder / 'probe.html').write_text(_PROBE % (width, 9000))
     with served(self.folder) as (address, asked):
-      dom = browser('--virtual-time-budget=5000', '--dump-dom',
-                    f'{address}/probe.html')
-      browser(f'--window-size={max(width, 500)},3000',
-              f'--screenshot={self.folder / "shot.png"}',
-              f'{address}/probe.html')
+      dom = browser(
+        '--virtual-time-budget=5000', '--dump-dom', f'{address}/probe.html'
+      )
+      browser(
+        f'--window-size={max(width, 500)},3000',
+        f'--screenshot={self.folder / "shot.png"}',
+        f'{address}/probe.html',
+      )
 
     class Pre(html.parser.HTMLParser):
       text = ''
@@ -170,34 +240,52 @@ class BrowserTest(absltest.TestCase):
       self.assertGreater(len(colors), 300)
 
   def test_run(self):
-    write_run(self.folder, 'fed_ftg', 0, .9, 'x' * 200)
+    write_run(self.folder, 'fed_ftg', 0, 0.9, 'x' * 200)
     page_lib.write(self.folder)
     self.assert_fine(tables=7, pictures=6, images=6 + 2)
 
   def test_comparison(self):
     """Long names, many methods, several seeds."""
-    long = 'fed_ftg:ftg_teacher_weight=uniform:ftg_hard_samples=false' + 'y' * 60
-    methods = {'fed_avg': .95, 'fed_avg+fed_ftg': .93, long: .9,
-               **{f'method_{i}': .8 for i in range(6)}}
+    long = (
+      'fed_ftg:ftg_teacher_weight=uniform:ftg_hard_samples=false' + 'y' * 60
+    )
+    methods = {
+      'fed_avg': 0.95,
+      'fed_avg+fed_ftg': 0.93,
+      long: 0.9,
+      **{f'method_{i}': 0.8 for i in range(6)},
+    }
     for name, accuracy in methods.items():
       for seed in (0, 1):
-        write_run(self.folder / folders.folder_name(name) / f'seed{seed}', name,
-                  seed, accuracy - seed / 30, 'z' * 200)
+        write_run(
+          self.folder / folders.folder_name(name) / f'seed{seed}',
+          name,
+          seed,
+          accuracy - seed / 30,
+          'z' * 200,
+        )
     config = {'program': 'compare', 'dataset': 'npz:' + 'z' * 200, 'rounds': 40}
     files.write_json(self.folder / 'config.json', {'config': config})
-    files.write_json(self.folder / 'summary.json', {
-        'methods': dict.fromkeys(methods), 'target_accuracy': .75,
-        'seeds': [0, 1]})
+    files.write_json(
+      self.folder / 'summary.json',
+      {
+        'methods': dict.fromkeys(methods),
+        'target_accuracy': 0.75,
+        'seeds': [0, 1],
+      },
+    )
     page_lib.write(self.folder)
     self.assertLess((self.folder / 'report.html').stat().st_size, 2e6)
-    self.assert_fine(tables=8, pictures=6 + len(methods),
-                     images=8 * len(methods))
+    self.assert_fine(
+      tables=8, pictures=6 + len(methods), images=8 * len(methods)
+    )
 
   def test_the_probe_sees_what_is_wrong(self):
     """A page that is too wide, fetches a picture and complains."""
     (self.folder / 'report.html').write_text(
-        '<p style="width: 2000px">wide</p><img src="missing.png">'
-        '<script>console.error("oh")</script>')
+      '<p style="width: 2000px">wide</p><img src="missing.png">'
+      '<script>console.error("oh")</script>'
+    )
     page, asked, complaints, _ = self.look(360)
     self.assertGreater(page['scroll'], 1000)
     self.assertEqual(page['broken'], 1)

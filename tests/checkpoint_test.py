@@ -8,8 +8,7 @@ import signal
 import threading
 import time
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import chex
 import jax
 import jax.numpy as jnp
@@ -20,16 +19,16 @@ from fedftg_jax import base, checkpoint
 NOTE = {'seed': 3, 'method': 'fed_avg'}
 
 
-def make_state(scale=1.):
+def make_state(scale=1.0):
   return base.State(
-      base.Variables({'w': scale * jnp.arange(6.).reshape(2, 3) / 7}, {}),
-      ((), {'count': jnp.int32(4), 'mask': jnp.array([True, False])}),
-      (np.arange(5, dtype=np.uint8), jnp.zeros((0, 2)), jnp.float32('nan')),
-      jnp.int32(2))
+    base.Variables({'w': scale * jnp.arange(6.0).reshape(2, 3) / 7}, {}),
+    ((), {'count': jnp.int32(4), 'mask': jnp.array([True, False])}),
+    (np.arange(5, dtype=np.uint8), jnp.zeros((0, 2)), jnp.float32('nan')),
+    jnp.int32(2),
+  )
 
 
 class CheckpointTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path) / 'run' / 'kept'
@@ -65,18 +64,28 @@ class CheckpointTest(parameterized.TestCase):
     self.save(2)
     self.assert_refused('is the checkpoint of another run', note={'seed': 4})
     state = make_state()
-    wider = state._replace(variables=state.variables._replace(
-        params={'w': jnp.zeros((2, 4))}))
+    wider = state._replace(
+      variables=state.variables._replace(params={'w': jnp.zeros((2, 4))})
+    )
     self.assert_refused(
-        r'variables.params.w is float32\[2, 3\], not float32\[2, 4\]', wider)
+      r'variables.params.w is float32\[2, 3\], not float32\[2, 4\]', wider
+    )
     shared, counts = state.shared
-    self.assert_refused(r'shared.1.count is int32\[\], not float32\[\]', (
-        state._replace(shared=(shared, {**counts, 'count': jnp.float32(4)}))))
-    self.assert_refused('lacks variables.params.b', state._replace(
-        variables=state.variables._replace(
-            params={'w': state.variables.params['w'], 'b': jnp.zeros(2)})))
     self.assert_refused(
-        'has variables.params.w', state._replace(variables=base.Variables({}, {})))
+      r'shared.1.count is int32\[\], not float32\[\]',
+      (state._replace(shared=(shared, {**counts, 'count': jnp.float32(4)}))),
+    )
+    self.assert_refused(
+      'lacks variables.params.b',
+      state._replace(
+        variables=state.variables._replace(
+          params={'w': state.variables.params['w'], 'b': jnp.zeros(2)}
+        )
+      ),
+    )
+    self.assert_refused(
+      'has variables.params.w', state._replace(variables=base.Variables({}, {}))
+    )
 
   def test_every_damaged_file_is_noticed(self):
     """Truncated, emptied or changed in a byte: refused, or without effect."""
@@ -87,8 +96,11 @@ class CheckpointTest(parameterized.TestCase):
     self.assertGreater(len(files), 4)
     refused = 0
     for file in files:
-      for damage in (lambda b: b[:len(b) // 2], lambda b: b'',
-                     lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]):
+      for damage in (
+        lambda b: b[: len(b) // 2],
+        lambda b: b'',
+        lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:],
+      ):
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.copytree(whole, self.folder)
         victim = self.folder / file.relative_to(whole)
@@ -117,9 +129,11 @@ class CheckpointTest(parameterized.TestCase):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
       with self.assertRaisesRegex(
-          OSError, 'the checkpoint of round 4 cannot be written .*File too large'):
-        checkpoint.save(self.folder, 4, {
-            'noise': np.random.RandomState(0).rand(10_000)}, NOTE)
+        OSError, 'the checkpoint of round 4 cannot be written .*File too large'
+      ):
+        checkpoint.save(
+          self.folder, 4, {'noise': np.random.RandomState(0).rand(10_000)}, NOTE
+        )
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, before)
     checkpoint.restore(self.folder, 2, make_state(), NOTE)

@@ -1,7 +1,6 @@
 """Clients' slots on the host: the same results from a table of a few rows."""
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import chex
 import jax
 import numpy as np
@@ -17,21 +16,21 @@ ROWS = [[0, 1], [0, 4], [3, -1], [2, 3], [1, 4]]
 
 
 def make(name='scaffold+fed_dyn+moon', **settings):
-  method = recipes.build(name, recipes.Settings(
-      problems.LINEAR, problems.NUM_CLASSES))
+  method = recipes.build(
+    name, recipes.Settings(problems.LINEAR, problems.NUM_CLASSES)
+  )
   return problems.make(problems.LINEAR, method, **settings)
 
 
 def make_schedule():
-  schedule = schedules.with_dropouts(problems.schedule(ROWS), .3, seed=2)
+  schedule = schedules.with_dropouts(problems.schedule(ROWS), 0.3, seed=2)
   assert not schedule.arrived[schedule.client_id < 5].all()
   return schedule
 
 
 class TableTest(parameterized.TestCase):
-
   def test_there_and_back(self):
-    clients = {'a': np.arange(6.), 'b': np.arange(12).reshape(6, 2)}
+    clients = {'a': np.arange(6.0), 'b': np.arange(12).reshape(6, 2)}
     rows = problems.schedule([[4, 1], [4, -1], [2, 5]], 6)
     table, placed, ids = client_state.to_table(clients, rows, 6, size=5)
     np.testing.assert_array_equal(ids, [1, 2, 4, 5])
@@ -39,14 +38,16 @@ class TableTest(parameterized.TestCase):
     np.testing.assert_array_equal(placed.place, [[0, 2], [2, 5], [1, 3]])
     np.testing.assert_array_equal(placed.client_id, rows.client_id)
     client_state.from_table(
-        clients, jax.tree.map(lambda a: a + 100, table), ids)
+      clients, jax.tree.map(lambda a: a + 100, table), ids
+    )
     np.testing.assert_array_equal(clients['a'], [0, 101, 102, 3, 104, 105])
     np.testing.assert_array_equal(clients['b'][3], [6, 7])
 
   @parameterized.parameters((5, 2, 3, 5), (100, 2, 3, 6))
   def test_size(self, num_clients, num_rounds, cohort, want):
     self.assertEqual(
-        client_state.table_size(num_clients, num_rounds, cohort), want)
+      client_state.table_size(num_clients, num_rounds, cohort), want
+    )
 
   def test_allocate(self):
     folder = self.create_tempdir().full_path
@@ -59,7 +60,6 @@ class TableTest(parameterized.TestCase):
 
 
 class HostTest(parameterized.TestCase):
-
   def test_same_as_on_the_device(self):
     self.check_same(mapped=True, devices=None)
 
@@ -73,10 +73,16 @@ class HostTest(parameterized.TestCase):
     here, there = make(mesh=mesh), make(mesh=mesh, client_state='host')
     folder = [self.create_tempdir().full_path] if mapped else []
     want, metrics = federation.run(
-        here, here.init(KEY), problems.DATA, make_schedule(), KEY, every=2)
+      here, here.init(KEY), problems.DATA, make_schedule(), KEY, every=2
+    )
     got, other = federation.run(
-        there, there.init(KEY, *folder), problems.DATA, make_schedule(), KEY,
-        every=2)
+      there,
+      there.init(KEY, *folder),
+      problems.DATA,
+      make_schedule(),
+      KEY,
+      every=2,
+    )
     chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(want))
     chex.assert_trees_all_equal(other, metrics)
     for leaf in jax.tree.leaves(got.clients):
@@ -89,13 +95,17 @@ class HostTest(parameterized.TestCase):
     fed = make('scaffold', sizes=sizes, client_state='host')
     state = fed.init(KEY)
     seen = []
+
     def look(state, *_):
       seen.append([a.shape[0] for a in jax.tree.leaves(state.clients)])
       return federation.State(*state), base.Info()
+
     rows = problems.schedule([[0, 59], [7, 8]], 60)
     with absltest.mock.patch.object(
-        federation, '_scan_rounds',
-        lambda fed, state, *rest: look(jax.device_get(state))):
+      federation,
+      '_scan_rounds',
+      lambda fed, state, *rest: look(jax.device_get(state)),
+    ):
       federation.run(fed, state, data, rows, KEY, every=2)
     self.assertEqual(seen, [[4, 4]])
 
@@ -103,9 +113,11 @@ class HostTest(parameterized.TestCase):
     chex.clear_trace_counter()
     traced = chex.assert_max_traces(n=1)(problems.LINEAR.apply)
     fed = problems.make(
-        problems.LINEAR._replace(apply=traced), client_state='host')
-    federation.run(fed, fed.init(KEY), problems.DATA, make_schedule(), KEY,
-                   every=2)
+      problems.LINEAR._replace(apply=traced), client_state='host'
+    )
+    federation.run(
+      fed, fed.init(KEY), problems.DATA, make_schedule(), KEY, every=2
+    )
 
   def test_errors(self):
     with self.assertRaisesRegex(ValueError, 'client_state must be one of'):

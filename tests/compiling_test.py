@@ -12,7 +12,6 @@ UNKNOWN = {'xla_no_such_option': True}  # whoever compiles with it is told
 
 
 class JitTest(absltest.TestCase):
-
   def test_options_reach_the_compiler_of_a_cpu(self):
     double = compiling.jit(lambda x: 2 * x, UNKNOWN)
     with self.assertRaisesRegex(Exception, 'xla_no_such_option'):
@@ -35,8 +34,7 @@ class JitTest(absltest.TestCase):
     """With the options as users have them."""
     for options in (compiling.OFTEN, compiling.ONCE):
       with mock.patch.dict('os.environ', XLA_FLAGS=''):
-        power = compiling.jit(
-            lambda x, n: x**n, options, static_argnames='n')
+        power = compiling.jit(lambda x, n: x**n, options, static_argnames='n')
         self.assertEqual(power(jnp.float32(3), n=2), 9)
 
 

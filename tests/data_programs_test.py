@@ -4,27 +4,19 @@ import json
 import os
 import pathlib
 
-from absl.testing import absltest
-from absl.testing import flagsaver
-from absl.testing import parameterized
+from absl.testing import absltest, flagsaver, parameterized
 import numpy as np
 from PIL import Image
 import pytest
 
-from fedftg_jax.configuration import resolve
-from fedftg_jax.configuration import assembly
-from fedftg_jax.programs import compare
-from fedftg_jax.configuration import flags
-from fedftg_jax.configuration import folders
-from fedftg_jax.programs import partition
-from fedftg_jax.results import plots
-from fedftg_jax.programs import train
 from fedftg_jax import base, evaluation
+from fedftg_jax.configuration import assembly, flags, folders, resolve
+from fedftg_jax.programs import compare, partition, train
+from fedftg_jax.results import plots
 from tests.programs import call, small, write_data
 
 
 class ProgramCase(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
@@ -33,8 +25,12 @@ class ProgramCase(parameterized.TestCase):
 
   def run_program(self, program, name, *changes, **settings):
     status, out, err = call(
-        program, *self.args, *changes, f'--workdir={self.folder / name}',
-        **settings)
+      program,
+      *self.args,
+      *changes,
+      f'--workdir={self.folder / name}',
+      **settings,
+    )
     self.assertEqual(status, 0, err)
     return out
 
@@ -56,30 +52,31 @@ class ProgramCase(parameterized.TestCase):
 
 
 class TrainTest(ProgramCase):
-
   @pytest.mark.slow
   def test_augmentation(self):
     self.run_program(train, 'a')
     self.run_program(train, 'b', '--augment=flip_crop')
     self.assertNotIn('augment', self.config('a')['config'])
     self.assertEqual(self.config('b')['config']['augment'], 'flip_crop')
-    plain, augmented = ([r['train_loss'] for r in self.rows(name)]
-                        for name in 'ab')
+    plain, augmented = (
+      [r['train_loss'] for r in self.rows(name)] for name in 'ab'
+    )
     self.assertNotEqual(plain, augmented)
 
   @pytest.mark.slow
   def test_augmentation_of_stacked_clients(self):
     self.run_program(train, 'a', '--augment=flip_crop', '--client_chunk=1')
     self.run_program(train, 'b', '--augment=flip_crop', '--client_chunk=0')
-    chunked, stacked = ([r['train_loss'] for r in self.rows(name)]
-                        for name in 'ab')
+    chunked, stacked = (
+      [r['train_loss'] for r in self.rows(name)] for name in 'ab'
+    )
     np.testing.assert_allclose(chunked, stacked, rtol=1e-4)
 
   def test_validation(self):
     changes = '--validation_share=0.2', '--partition_seed=3'
     self.run_program(train, 'a', *changes)
     config = self.config('a')['config']
-    self.assertEqual(config['validation_share'], .2)
+    self.assertEqual(config['validation_share'], 0.2)
     self.assertEqual(sum(map(len, self.parts('a'))), 48)
     experiment = assembly.build(config)
     data = experiment.dataset
@@ -95,12 +92,16 @@ class TrainTest(ProgramCase):
           place = place.setdefault(step, {})
         place[last] = file[name]
     scores = evaluation.evaluate(
-        experiment.model, base.Variables(params['params'], {}),
-        data.validation_x, data.validation_y)
+      experiment.model,
+      base.Variables(params['params'], {}),
+      data.validation_x,
+      data.validation_y,
+    )
     last = self.rows('a')[-1]
     for name in ('accuracy', 'loss'):
       self.assertAlmostEqual(
-          last[f'validation_{name}'], float(scores[name]), places=5)
+        last[f'validation_{name}'], float(scores[name]), places=5
+      )
     # Kept apart the same way where the partition is replayed from its file.
     replay = f'--partition=file:{self.folder}/a/partition.npz'
     self.run_program(train, 'b', *changes, replay)
@@ -111,11 +112,21 @@ class TrainTest(ProgramCase):
 
   @pytest.mark.slow
   def test_compare_shows_validation(self):
-    self.run_program(compare, 'a', '--methods=fed_avg', '--seeds=2',
-                     '--validation_share=0.5', '--vary_partition')
+    self.run_program(
+      compare,
+      'a',
+      '--methods=fed_avg',
+      '--seeds=2',
+      '--validation_share=0.5',
+      '--vary_partition',
+    )
     summary = json.loads((self.folder / 'a' / 'summary.json').read_text())
-    per_seed = [np.mean([r['validation_accuracy'] for r in self.rows(
-        f'a/fed_avg/seed{seed}')]) for seed in (0, 1)]
+    per_seed = [
+      np.mean(
+        [r['validation_accuracy'] for r in self.rows(f'a/fed_avg/seed{seed}')]
+      )
+      for seed in (0, 1)
+    ]
     figures = summary['methods']['fed_avg']['final_validation_accuracy']
     np.testing.assert_allclose(figures['per_seed'], per_seed, rtol=1e-5)
     header, _, row = (self.folder / 'a' / 'table.md').read_text().splitlines()
@@ -126,20 +137,35 @@ class TrainTest(ProgramCase):
     ids = np.random.RandomState(0).choice(['ann', 'bob', 'eve'], 60)
     data = self.with_clients(ids)
     self.run_program(train, 'a', data, '--partition=natural')
-    self.assertEqual([list(p) for p in self.parts('a')], [
-        list(np.flatnonzero(ids == name)) for name in ('ann', 'bob', 'eve')])
+    self.assertEqual(
+      [list(p) for p in self.parts('a')],
+      [list(np.flatnonzero(ids == name)) for name in ('ann', 'bob', 'eve')],
+    )
     config = self.config('a')['config']
     self.assertNoCommonElements(
-        config, ['num_clients', 'partition_seed', 'dirichlet_alpha'])
+      config, ['num_clients', 'partition_seed', 'dirichlet_alpha']
+    )
     # Nobody vanishes where examples are taken away before.
-    self.run_program(train, 'b', data, '--partition=natural',
-                     '--public_data=train:50', '--validation_share=.1')
+    self.run_program(
+      train,
+      'b',
+      data,
+      '--partition=natural',
+      '--public_data=train:50',
+      '--validation_share=.1',
+    )
     self.assertLen(self.parts('b'), 3)
     for changes, message in (
-        ([data, '--cohort=4'], r'--cohort=4: .*number of clients \(3\), got 4'),
-        ([], '--partition=natural: the data do not say whose')):
-      status, _, err = call(train, *self.args, '--partition=natural', *changes,
-                            f'--workdir={self.folder}/c')
+      ([data, '--cohort=4'], r'--cohort=4: .*number of clients \(3\), got 4'),
+      ([], '--partition=natural: the data do not say whose'),
+    ):
+      status, _, err = call(
+        train,
+        *self.args,
+        '--partition=natural',
+        *changes,
+        f'--workdir={self.folder}/c',
+      )
       self.assertEqual(status, 2)
       self.assertRegex(err, f'^error: {message}')
 
@@ -153,103 +179,143 @@ class TrainTest(ProgramCase):
     data = f'--dataset=folder:{self.folder}/images'
     self.run_program(train, 'a', data)
     self.assertContainsSubset(['dataset folder'], self.config('a')['contents'])
-    status, out, _ = call(
-        train, *self.args, data, f'--workdir={self.folder}/a')
+    status, out, _ = call(train, *self.args, data, f'--workdir={self.folder}/a')
     self.assertEqual(status, 0)
     self.assertIn('already finished', out)
     # One pixel is other data.
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(place)
-    status, _, err = call(
-        train, *self.args, data, f'--workdir={self.folder}/a')
+    status, _, err = call(train, *self.args, data, f'--workdir={self.folder}/a')
     self.assertEqual(status, 2)
     self.assertIn('holds another configuration (dataset folder: ', err)
 
   def test_fingerprint_of_a_folder(self):
     """Names, bytes, and where one file ends and the next begins."""
     found = []
-    for i, content in enumerate((
-        {'a': 'xy', 'b': 'z'}, {'a': 'x', 'b': 'yz'}, {'a': 'xy', 'c': 'z'},
-        {'b': 'z', 'a': 'xy'})):
+    for i, content in enumerate(
+      (
+        {'a': 'xy', 'b': 'z'},
+        {'a': 'x', 'b': 'yz'},
+        {'a': 'xy', 'c': 'z'},
+        {'b': 'z', 'a': 'xy'},
+      )
+    ):
       for name, text in content.items():
         path = self.folder / str(i) / 'sub' / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-      found.append(folders.contents(
-          {'dataset': f'folder:{self.folder / str(i)}'})['dataset folder'])
+      found.append(
+        folders.contents({'dataset': f'folder:{self.folder / str(i)}'})[
+          'dataset folder'
+        ]
+      )
     self.assertLen(set(found[:3]), 3)
     self.assertEqual(found[0], found[3])
 
   @parameterized.parameters(
-      ('dirichlet', 'dirichlet_alpha size_sigma num_clients partition_seed'),
-      ('dirichlet_class', 'dirichlet_alpha min_size num_clients partition_seed'),
-      ('iid', 'size_sigma num_clients partition_seed'),
-      ('quantity', 'size_sigma size_power min_size num_clients partition_seed'),
-      ('shards', 'shards_per_client num_clients partition_seed'),
-      ('classes', 'classes_per_client num_clients partition_seed'),
-      ('natural', ''))
+    ('dirichlet', 'dirichlet_alpha size_sigma num_clients partition_seed'),
+    ('dirichlet_class', 'dirichlet_alpha min_size num_clients partition_seed'),
+    ('iid', 'size_sigma num_clients partition_seed'),
+    ('quantity', 'size_sigma size_power min_size num_clients partition_seed'),
+    ('shards', 'shards_per_client num_clients partition_seed'),
+    ('classes', 'classes_per_client num_clients partition_seed'),
+    ('natural', ''),
+  )
   def test_a_flag_that_does_nothing_is_no_part_of_the_run(self, kind, used):
     with flagsaver.flagsaver():
-      config = resolve.config(partition=kind, size_power=1.)
+      config = resolve.config(partition=kind, size_power=1.0)
     about = {'num_clients', 'partition_seed'} | {
-        flag for _, options in flags.PARTITIONS.values() for flag in options}
+      flag for _, options in flags.PARTITIONS.values() for flag in options
+    }
     self.assertEqual(about & config.keys(), set(used.split()))
     self.assertNoCommonElements(
-        config, ['validation_share', 'augment', 'manual_dir', 'data_dir'])
+      config, ['validation_share', 'augment', 'manual_dir', 'data_dir']
+    )
 
 
 class PartitionTest(ProgramCase):
-
   def test_files_and_replay(self):
     out = self.run_program(
-        partition, 'p', '--size_sigma=1', '--partition_seed=2', draw=True)
+      partition, 'p', '--size_sigma=1', '--partition_seed=2', draw=True
+    )
     self.assertCountEqual(
-        [p.name for p in (self.folder / 'p').iterdir()],
-        ['config.json', 'heatmap.png', 'measures.json', 'partition.npz'])
-    self.assertEqual(self.config('p')['config'], {
-        'program': 'partition', 'dataset': f'npz:{self.data}', 'public_data': '',
-        'partition': 'dirichlet', 'dirichlet_alpha': 1., 'size_sigma': 1.,
-        'num_clients': 4, 'partition_seed': 2})
+      [p.name for p in (self.folder / 'p').iterdir()],
+      ['config.json', 'heatmap.png', 'measures.json', 'partition.npz'],
+    )
+    self.assertEqual(
+      self.config('p')['config'],
+      {
+        'program': 'partition',
+        'dataset': f'npz:{self.data}',
+        'public_data': '',
+        'partition': 'dirichlet',
+        'dirichlet_alpha': 1.0,
+        'size_sigma': 1.0,
+        'num_clients': 4,
+        'partition_seed': 2,
+      },
+    )
     measures = json.loads((self.folder / 'p' / 'measures.json').read_text())
     sizes = [*map(len, self.parts('p'))]
     self.assertEqual(measures['size_max'], max(sizes))
     self.assertEqual(measures['num_examples'], 60)
     self.assertIn(f'size max               │ {max(sizes)}', out)
     self.assertGreater(
-        Image.open(self.folder / 'p' / 'heatmap.png').size[0], 300)
+      Image.open(self.folder / 'p' / 'heatmap.png').size[0], 300
+    )
     # What was drawn is what training would draw, and takes.
     self.run_program(train, 'a', '--size_sigma=1', '--partition_seed=2')
     self.run_program(
-        train, 'b', f'--partition=file:{self.folder}/p/partition.npz')
+      train, 'b', f'--partition=file:{self.folder}/p/partition.npz'
+    )
     self.assertEqual(self.rows('a'), self.rows('b'))
     # Drawn again, the bytes are the same; anything else is refused.
     before = (self.folder / 'p' / 'partition.npz').read_bytes()
     self.run_program(partition, 'p', '--size_sigma=1', '--partition_seed=2')
     self.assertEqual((self.folder / 'p' / 'partition.npz').read_bytes(), before)
     for program, changes, message in (
-        (partition, [], 'another configuration .partition_seed: 2, not 0'),
-        (train, [], 'holds a partition; choose another folder')):
+      (partition, [], 'another configuration .partition_seed: 2, not 0'),
+      (train, [], 'holds a partition; choose another folder'),
+    ):
       status, _, err = call(
-          program, *self.args, *changes, f'--workdir={self.folder}/p')
+        program, *self.args, *changes, f'--workdir={self.folder}/p'
+      )
       self.assertEqual(status, 2)
       self.assertRegex(err, message)
 
   @parameterized.parameters(
-      'iid', 'dirichlet', 'dirichlet_class', 'shards', 'classes', 'quantity',
-      'natural')
+    'iid',
+    'dirichlet',
+    'dirichlet_class',
+    'shards',
+    'classes',
+    'quantity',
+    'natural',
+  )
   def test_all(self, kind):
     data = self.with_clients(np.arange(60) % 4)
     out = self.run_program(
-        partition, 'p', data, f'--partition={kind}', '--size_power=1',
-        '--cohort=99')  # no matter here
+      partition,
+      'p',
+      data,
+      f'--partition={kind}',
+      '--size_power=1',
+      '--cohort=99',
+    )  # no matter here
     self.assertIn(kind, out)
     np.testing.assert_array_equal(
-        np.sort(np.concatenate(self.parts('p'))), np.arange(60))
+      np.sort(np.concatenate(self.parts('p'))), np.arange(60)
+    )
     self.assertLen(self.parts('p'), 4)
 
   def test_measures_are_of_what_clients_get(self):
     """Without what is public or kept for validation."""
-    self.run_program(partition, 'p', '--validation_share=0.2',
-                     '--public_data=train:8', '--partition=iid')
+    self.run_program(
+      partition,
+      'p',
+      '--validation_share=0.2',
+      '--public_data=train:8',
+      '--partition=iid',
+    )
     measures = json.loads((self.folder / 'p' / 'measures.json').read_text())
     self.assertEqual(measures['num_examples'], 40)
 
@@ -265,22 +331,30 @@ class PartitionTest(ProgramCase):
 
 
 class ErrorsTest(ProgramCase):
-
   @parameterized.parameters(
-      ('--partition=sorted', '--partition=sorted: must be one of dirichlet, '
-       'dirichlet_class, iid, quantity, shards, classes, natural, file:PATH'),
-      ('--partition=quantity', '--partition=quantity: needs --size_sigma or'),
-      ('--validation_share=1', '--validation_share=1.0: must be below 1'),
-      ('--validation_share=-1', '--validation_share=-1: must be'),
-      ('--augment=mixup', '--augment=mixup: .*none.flip_crop'),
-      ('--manual_dir=/dev/null', '--manual_dir=/dev/null: must be a folder'),
-      ('--shards_per_client=0', '--shards_per_client=0: must be a positive'),
-      ('--dataset=cifar10', '--dataset=cifar10: no data_batch_1.bin, .*manual'),
-      ('--dataset=svhn_cropped', '--dataset=svhn_cropped: is not prepared in '),
-      ('--dataset=cifar', '--dataset=cifar: must be one of mnist5k, '),
-      ('--dataset=folder:/no/where', '--dataset=folder:/no/where: no such folder'))
+    (
+      '--partition=sorted',
+      '--partition=sorted: must be one of dirichlet, '
+      'dirichlet_class, iid, quantity, shards, classes, natural, file:PATH',
+    ),
+    ('--partition=quantity', '--partition=quantity: needs --size_sigma or'),
+    ('--validation_share=1', '--validation_share=1.0: must be below 1'),
+    ('--validation_share=-1', '--validation_share=-1: must be'),
+    ('--augment=mixup', '--augment=mixup: .*none.flip_crop'),
+    ('--manual_dir=/dev/null', '--manual_dir=/dev/null: must be a folder'),
+    ('--shards_per_client=0', '--shards_per_client=0: must be a positive'),
+    ('--dataset=cifar10', '--dataset=cifar10: no data_batch_1.bin, .*manual'),
+    ('--dataset=svhn_cropped', '--dataset=svhn_cropped: is not prepared in '),
+    ('--dataset=cifar', '--dataset=cifar: must be one of mnist5k, '),
+    (
+      '--dataset=folder:/no/where',
+      '--dataset=folder:/no/where: no such folder',
+    ),
+  )
   def test_before_anything_is_read(self, argument, message):
-    with absltest.mock.patch.object(assembly, 'load', side_effect=AssertionError):
+    with absltest.mock.patch.object(
+      assembly, 'load', side_effect=AssertionError
+    ):
       for program in (train, partition):
         status, _, err = call(program, f'--data_dir={self.folder}', argument)
         self.assertEqual(status, 2)
@@ -288,18 +362,31 @@ class ErrorsTest(ProgramCase):
         self.assertEqual(err.count('\n'), 1)
 
   @parameterized.parameters(
-      (['--partition=classes', '--classes_per_client=4'],
-       '--partition=classes: classes_per_client must be between 1 and the number '),
-      (['--partition=shards', '--shards_per_client=16'],
-       '--partition=shards: shards_per_client must be at least 1, and at most 15'),
-      (['--partition=dirichlet_class', '--min_size=16'],
-       '--partition=dirichlet_class: min_size must be between 0 and 15'),
-      (['--partition=shards', '--num_clients=61'],
-       '--num_clients=61: num_clients must be between 1 and'),
-      (['--validation_share=0.001'], '--validation_share=0.001: share must leave'))
+    (
+      ['--partition=classes', '--classes_per_client=4'],
+      '--partition=classes: classes_per_client must be between 1 and the number ',
+    ),
+    (
+      ['--partition=shards', '--shards_per_client=16'],
+      '--partition=shards: shards_per_client must be at least 1, and at most 15',
+    ),
+    (
+      ['--partition=dirichlet_class', '--min_size=16'],
+      '--partition=dirichlet_class: min_size must be between 0 and 15',
+    ),
+    (
+      ['--partition=shards', '--num_clients=61'],
+      '--num_clients=61: num_clients must be between 1 and',
+    ),
+    (
+      ['--validation_share=0.001'],
+      '--validation_share=0.001: share must leave',
+    ),
+  )
   def test_what_the_data_do_not_allow(self, changes, message):
-    status, _, err = call(train, *self.args, *changes,
-                          f'--workdir={self.folder}/a')
+    status, _, err = call(
+      train, *self.args, *changes, f'--workdir={self.folder}/a'
+    )
     self.assertEqual(status, 2)
     self.assertRegex(err, '^error: ' + message)
     self.assertEqual(err.count('\n'), 1)

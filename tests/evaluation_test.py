@@ -3,8 +3,7 @@
 import functools
 from unittest import mock
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import chex
 from hypothesis import given, settings, strategies
 import jax
@@ -23,7 +22,7 @@ TEST = problems.make_data((4, 6, 0, 9, 3), seed=1)
 
 
 def accuracy(model, variables, data, k):
-  rows = np.asarray(data.index[k])[:int(data.count[k])]
+  rows = np.asarray(data.index[k])[: int(data.count[k])]
   if not len(rows):
     return np.nan
   right = _right(model.apply, variables, data.x, data.y)
@@ -43,15 +42,23 @@ def evaluated(method, chunk=1, num_devices=None):
   fed = problems.make(NET, method, mesh=mesh)
   data, test = stacking.put((problems.DATA, TEST), mesh)
   state, _ = fed.round(
-      stacking.put(fed.init(KEY), mesh), data, problems.row([1, 3]), KEY)
+    stacking.put(fed.init(KEY), mesh), data, problems.row([1, 3]), KEY
+  )
   scores = evaluation.evaluate_clients(
-      NET, fed, state, data, test, KEY, personalise=True, chunk=chunk,
-      batch_size=4)
+    NET,
+    fed,
+    state,
+    data,
+    test,
+    KEY,
+    personalise=True,
+    chunk=chunk,
+    batch_size=4,
+  )
   return fed, state, scores
 
 
 class GlobalTest(parameterized.TestCase):
-
   @parameterized.parameters(1, 7, 40)
   def test_per_class(self, batch_size):
     variables = NET.init(KEY)
@@ -60,20 +67,20 @@ class GlobalTest(parameterized.TestCase):
     correct = np.asarray(_right(NET.apply, variables, x, y))
     y = np.asarray(y)
     np.testing.assert_allclose(
-        got['per_class'], [np.mean(correct[y == c]) for c in range(3)], rtol=1e-5)
+      got['per_class'], [np.mean(correct[y == c]) for c in range(3)], rtol=1e-5
+    )
     share = np.bincount(y) / len(y)
     np.testing.assert_allclose(
-        np.dot(share, got['per_class']), got['accuracy'], rtol=1e-5)
+      np.dot(share, got['per_class']), got['accuracy'], rtol=1e-5
+    )
 
   def test_a_class_without_examples(self):
     y = jnp.minimum(problems.DATA.y, 1)
     got = evaluation.evaluate(NET, NET.init(KEY), problems.DATA.x, y)
-    self.assertEqual(
-        np.isnan(got['per_class']).tolist(), [False, False, True])
+    self.assertEqual(np.isnan(got['per_class']).tolist(), [False, False, True])
 
 
 class ClientsTest(parameterized.TestCase):
-
   def test_broadcast_is_a_plain_loop(self):
     _, state, scores = evaluated('fed_avg')
     want = [accuracy(NET, state.variables, TEST, k) for k in range(5)]
@@ -83,8 +90,10 @@ class ClientsTest(parameterized.TestCase):
     whole = evaluation.evaluate(NET, state.variables, TEST.x, TEST.y)
     for name in ('accuracy', 'loss'):
       np.testing.assert_allclose(
-          np.nansum(scores['broadcast'][name] * TEST.count) / 22, whole[name],
-          rtol=1e-5)
+        np.nansum(scores['broadcast'][name] * TEST.count) / 22,
+        whole[name],
+        rtol=1e-5,
+      )
 
   def test_personalised_is_what_the_next_round_trains(self):
     self.check_personalised('scaffold')
@@ -101,21 +110,25 @@ class ClientsTest(parameterized.TestCase):
     for k in range(5):
       _, info = fed.round(state, problems.DATA, problems.row([k]), KEY)
       _, trained = personalise(
-          state, problems.DATA, jnp.int32(k), jnp.int32(k), KEY)
+        state, problems.DATA, jnp.int32(k), jnp.int32(k), KEY
+      )
       chex.assert_trees_all_close(trained, info.models['average'], atol=1e-5)
       np.testing.assert_allclose(
-          scores['personalised']['accuracy'][k],
-          accuracy(NET, trained, TEST, k), rtol=1e-6)
+        scores['personalised']['accuracy'][k],
+        accuracy(NET, trained, TEST, k),
+        rtol=1e-6,
+      )
 
   def test_personalised_is_plain_gradient_descent(self):
     """With all examples of a client in one batch, their order is nothing."""
-    solve = problems.solver(batch_size=20, epochs=3, weight_decay=0.,
-                            clip_norm=None)
+    solve = problems.solver(
+      batch_size=20, epochs=3, weight_decay=0.0, clip_norm=None
+    )
     fed = problems.make(NET, solve=solve)
     state = fed.init(KEY)._replace(round=jnp.int32(1))
     personalise = jax.jit(fed.personalise)
     for k in (1, 2):  # several examples, and one alone
-      rows = problems.DATA.index[k][:problems.DATA.count[k]]
+      rows = problems.DATA.index[k][: problems.DATA.count[k]]
       x, y = problems.DATA.x[rows], problems.DATA.y[rows]
 
       @jax.jit
@@ -127,25 +140,36 @@ class ClientsTest(parameterized.TestCase):
       params = state.variables.params
       for _ in range(3):
         params = jax.tree.map(
-            lambda p, g: p - .1 * .9 * g, params, gradient(params))
+          lambda p, g: p - 0.1 * 0.9 * g, params, gradient(params)
+        )
       begin, trained = personalise(
-          state, problems.DATA, jnp.int32(k), jnp.int32(k), KEY)
+        state, problems.DATA, jnp.int32(k), jnp.int32(k), KEY
+      )
       chex.assert_trees_all_equal(begin, state.variables)
       chex.assert_trees_all_close(trained.params, params, atol=1e-5)
 
   @pytest.mark.slow
   def test_slots_on_the_host(self):
     """Block by block, a last one that is not full included."""
-    method = recipes.build('scaffold', recipes.Settings(NET, problems.NUM_CLASSES))
+    method = recipes.build(
+      'scaffold', recipes.Settings(NET, problems.NUM_CLASSES)
+    )
     got = []
     for place in ('device', 'host'):
       fed = problems.make(NET, method, client_state=place)
       state, _ = federation.run(
-          fed, fed.init(KEY), problems.DATA, problems.schedule([[1, 3], [0, 3]]),
-          KEY)
+        fed,
+        fed.init(KEY),
+        problems.DATA,
+        problems.schedule([[1, 3], [0, 3]]),
+        KEY,
+      )
       with mock.patch.object(evaluation, '_HOST_BLOCK', 2):
-        got.append(evaluation.evaluate_clients(
-            NET, fed, state, problems.DATA, TEST, KEY, personalise=True))
+        got.append(
+          evaluation.evaluate_clients(
+            NET, fed, state, problems.DATA, TEST, KEY, personalise=True
+          )
+        )
     chex.assert_trees_all_close(*got, atol=1e-6)
 
   def test_chunks_and_devices_agree(self):
@@ -164,7 +188,8 @@ class ClientsTest(parameterized.TestCase):
   def test_nothing_is_trained_unless_asked_for(self):
     fed, state, scores = evaluated('fed_avg')
     got = evaluation.evaluate_clients(
-        NET, fed, state, problems.DATA, TEST, KEY, batch_size=4)
+      NET, fed, state, problems.DATA, TEST, KEY, batch_size=4
+    )
     chex.assert_trees_all_equal(got, {'broadcast': scores['broadcast']})
 
   def test_a_client_without_training_examples_keeps_the_model(self):
@@ -173,34 +198,44 @@ class ClientsTest(parameterized.TestCase):
     fed = problems.make(sizes=parts)
     state = fed.init(KEY)
     chex.assert_trees_all_equal(
-        *fed.personalise(state, data, jnp.int32(1), jnp.int32(1), KEY))
+      *fed.personalise(state, data, jnp.int32(1), jnp.int32(1), KEY)
+    )
 
 
 class FairnessTest(absltest.TestCase):
-
   def test_by_hand(self):
-    got = evaluation.fairness(np.array([.2, np.nan, .6, .4]))
-    for name, want in (('clients', 3), ('mean', .4), ('worst', .2), ('best', .6),
-                       ('variance', .08 / 3), ('jain', 1.44 / (3 * .56))):
+    got = evaluation.fairness(np.array([0.2, np.nan, 0.6, 0.4]))
+    for name, want in (
+      ('clients', 3),
+      ('mean', 0.4),
+      ('worst', 0.2),
+      ('best', 0.6),
+      ('variance', 0.08 / 3),
+      ('jain', 1.44 / (3 * 0.56)),
+    ):
       self.assertAlmostEqual(got[name], want, msg=name)
 
   def test_tails_are_a_tenth_rounded_up(self):
     values = np.arange(20) / 20
     got = evaluation.fairness(values)
-    self.assertAlmostEqual(got['worst'], .025)
-    self.assertAlmostEqual(got['best'], .925)
+    self.assertAlmostEqual(got['worst'], 0.025)
+    self.assertAlmostEqual(got['best'], 0.925)
     self.assertAlmostEqual(
-        evaluation.fairness(np.arange(21) / 20)['worst'], .05)
+      evaluation.fairness(np.arange(21) / 20)['worst'], 0.05
+    )
 
   def test_nobody_and_nothing(self):
     self.assertEqual(evaluation.fairness(np.array([np.nan])), {'clients': 0})
     self.assertEqual(evaluation.fairness(np.zeros(3))['jain'], 1)
     self.assertAlmostEqual(
-        evaluation.fairness(np.array([0., 0., 0., .7]))['jain'], 1 / 4)
+      evaluation.fairness(np.array([0.0, 0.0, 0.0, 0.7]))['jain'], 1 / 4
+    )
 
   @settings(max_examples=50, deadline=None)
-  @given(strategies.lists(strategies.integers(0, 100), min_size=1, max_size=30),
-         strategies.randoms())
+  @given(
+    strategies.lists(strategies.integers(0, 100), min_size=1, max_size=30),
+    strategies.randoms(),
+  )
   def test_properties(self, percent, random):
     values = np.array(percent) / 100
     got = evaluation.fairness(values)

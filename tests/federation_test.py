@@ -1,7 +1,6 @@
 """The engine: one round against a plain loop, masks, resume, traces, errors."""
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import chex
 import jax
 from jax import enable_x64
@@ -19,13 +18,16 @@ KEY = jax.random.key(7)
 
 
 def counter():
-  """A method whose client slot counts participations, whose server slot rounds.
-  """
+  """A method whose client slot counts participations, whose server slot rounds."""
   return base.Method(
-      init=lambda key, variables: (jnp.zeros(()), jnp.zeros(2)),
-      upload=lambda view, local, objective, key: (view.own + 1, ()),
-      update=lambda variables, shared, received, key: (
-          variables, shared + 1, base.Info()))
+    init=lambda key, variables: (jnp.zeros(()), jnp.zeros(2)),
+    upload=lambda view, local, objective, key: (view.own + 1, ()),
+    update=lambda variables, shared, received, key: (
+      variables,
+      shared + 1,
+      base.Info(),
+    ),
+  )
 
 
 def sequential_round(model, variables, data, limits, key, round_, settings):
@@ -35,13 +37,14 @@ def sequential_round(model, variables, data, limits, key, round_, settings):
   """
   total = sum(int(data.count[k]) for k in limits)
   mean = jax.tree.map(jnp.zeros_like, variables)
-  rate = settings['lr'] * settings['lr_decay']**round_
+  rate = settings['lr'] * settings['lr_decay'] ** round_
 
   @jax.jit
   def gradient(variables, x, y):
     def loss(params):
       output = model.apply(variables._replace(params=params), x, train=True)
       return losses.cross_entropy(output.logits, y), output.stats
+
     return jax.grad(loss, has_aux=True)(variables.params)
 
   for k, limit in limits.items():
@@ -52,26 +55,29 @@ def sequential_round(model, variables, data, limits, key, round_, settings):
     local, taken = variables, 0
     for epoch in range(settings['epochs']):
       draws = jax.random.uniform(
-          jax.random.fold_in(key_order, epoch), (data.index.shape[1],),
-          jnp.float32)
+        jax.random.fold_in(key_order, epoch),
+        (data.index.shape[1],),
+        jnp.float32,
+      )
       order = np.argsort(np.asarray(draws)[:count])
       for first in range(0, count, problems.BATCH):
         if taken == limit:
           break
         taken += 1
-        batch = rows[order[first:first + problems.BATCH]]
+        batch = rows[order[first : first + problems.BATCH]]
         grads, stats = gradient(local, data.x[batch], data.y[batch])
-        scale = min(1., settings['clip'] / float(optax.global_norm(grads)))
+        scale = min(1.0, settings['clip'] / float(optax.global_norm(grads)))
         params = jax.tree.map(
-            lambda p, g: p - rate * (scale * g + settings['decay'] * p),
-            local.params, grads)
+          lambda p, g: p - rate * (scale * g + settings['decay'] * p),
+          local.params,
+          grads,
+        )
         local = base.Variables(params, stats)
     mean = jax.tree.map(lambda m, p: m + count / total * p, mean, local)
   return mean
 
 
 class RoundTest(parameterized.TestCase):
-
   def test_stacked_equals_sequential(self):
     self.check_sequential(problems.NORMED)
 
@@ -81,24 +87,28 @@ class RoundTest(parameterized.TestCase):
 
   def check_sequential(self, model):
     """Two rounds; unequal clients, partial batches, a straggler, padding."""
-    settings = dict(epochs=2, clip=.5, decay=1e-2, lr=.1, lr_decay=.9)
+    settings = dict(epochs=2, clip=0.5, decay=1e-2, lr=0.1, lr_decay=0.9)
     with enable_x64(True):
       data = problems.make_data()
-      fed = problems.make(model, solve=problems.solver(
-          epochs=2, clip_norm=.5, weight_decay=1e-2))
+      fed = problems.make(
+        model, solve=problems.solver(epochs=2, clip_norm=0.5, weight_decay=1e-2)
+      )
       state = fed.init(KEY)
       want = state.variables
       for leaf in jax.tree.leaves(want):
         self.assertEqual(leaf.dtype, np.float64)
       for round_, limits in enumerate(
-          ({0: 99, 2: 99, 3: 99, 4: 2}, {1: 99, 4: 99})):
+        ({0: 99, 2: 99, 3: 99, 4: 2}, {1: 99, 4: 99})
+      ):
         pad = [-1] * (6 - len(limits))
         cohort = problems.row([*limits, *pad])
-        cohort = cohort._replace(num_steps=jnp.array(
-            [*limits.values(), *[0] * len(pad)], jnp.int32))
+        cohort = cohort._replace(
+          num_steps=jnp.array([*limits.values(), *[0] * len(pad)], jnp.int32)
+        )
         state, info = fed.round(state, data, cohort, KEY)
         want = sequential_round(
-            model, want, data, limits, KEY, round_, settings)
+          model, want, data, limits, KEY, round_, settings
+        )
         chex.assert_trees_all_close(state.variables, want, atol=1e-10)
         chex.assert_trees_all_close(info.models['average'], want, atol=1e-10)
         self.assertEqual(int(info.metrics['num_selected']), len(limits))
@@ -121,57 +131,77 @@ class RoundTest(parameterized.TestCase):
   def test_absent_clients_keep_their_slots(self):
     """Bitwise, after a round that all took part in."""
     fed = problems.make(
-        method=base.chain(fed_avg.fed_avg(), counter()), uplink=optax.trace(.5))
+      method=base.chain(fed_avg.fed_avg(), counter()), uplink=optax.trace(0.5)
+    )
     before, _ = fed.round(
-        fed.init(KEY), problems.DATA, problems.row(range(5)), KEY)
+      fed.init(KEY), problems.DATA, problems.row(range(5)), KEY
+    )
     cohort = problems.row([0, 1, 3, -1], arrived=[True, False, True, False])
     after, _ = fed.round(before, problems.DATA, cohort, KEY)
     (_, counts), trace = after.clients
     np.testing.assert_array_equal(counts[:, 0], [2, 1, 1, 2, 1])
-    for new, old in zip(jax.tree.leaves(trace),
-                        jax.tree.leaves(before.clients[1])):
+    for new, old in zip(
+      jax.tree.leaves(trace), jax.tree.leaves(before.clients[1])
+    ):
       for k in range(5):
         self.assertEqual(np.array_equal(new[k], old[k]), k not in (0, 3))
 
   def test_what_the_absent_would_send_is_zero(self):
     """Also where it would be no number: a message of 1 / steps."""
     method = base.Method(
-        upload=lambda view, local, objective, key: (
-            view.own, 1. / local.num_steps),
-        summed=lambda sent: (sent.message, sent.share),
-        stacked=lambda sent: sent.delta,
-        update=lambda variables, shared, received, key: (
-            variables, shared, base.Info({
-                'message': received.summed[0],
-                'share': received.summed[1],
-                'delta': optax.tree.norm(jax.tree.map(
-                    lambda a: a[1:], received.stacked))})))
+      upload=lambda view, local, objective, key: (
+        view.own,
+        1.0 / local.num_steps,
+      ),
+      summed=lambda sent: (sent.message, sent.share),
+      stacked=lambda sent: sent.delta,
+      update=lambda variables, shared, received, key: (
+        variables,
+        shared,
+        base.Info(
+          {
+            'message': received.summed[0],
+            'share': received.summed[1],
+            'delta': optax.tree.norm(
+              jax.tree.map(lambda a: a[1:], received.stacked)
+            ),
+          }
+        ),
+      ),
+    )
     fed = problems.make(method=base.chain(method))
     cohort = problems.row([0, 3, -1, -1], arrived=[True, False] + [False] * 2)
     _, info = fed.round(fed.init(KEY), problems.DATA, cohort, KEY)
     steps = 2 * 2  # epochs times batches of client 0
     self.assertAlmostEqual(float(info.metrics['message']), 1 / steps)
     self.assertAlmostEqual(float(info.metrics['share']), 5 * 7 / 40, places=5)
-    self.assertEqual(float(info.metrics['delta']), 0.)
+    self.assertEqual(float(info.metrics['delta']), 0.0)
 
   def test_dropout_is_like_not_being_selected(self):
     fed = problems.make()
     state = fed.init(KEY)
     step = fed.round
-    dropped, _ = step(state, problems.DATA, problems.row(
-        [0, 1, 3], arrived=[True, False, True]), KEY)
+    dropped, _ = step(
+      state,
+      problems.DATA,
+      problems.row([0, 1, 3], arrived=[True, False, True]),
+      KEY,
+    )
     padded, _ = step(state, problems.DATA, problems.row([0, 3, -1]), KEY)
     chex.assert_trees_all_close(dropped.variables, padded.variables, atol=1e-6)
 
   def test_round_in_which_nobody_arrives(self):
-    fed = problems.make(method=base.chain(
-        fed_avg.fed_avg(optax.sgd(1., momentum=.9)), counter()))
+    fed = problems.make(
+      method=base.chain(
+        fed_avg.fed_avg(optax.sgd(1.0, momentum=0.9)), counter()
+      )
+    )
     step = fed.round
     state, _ = step(fed.init(KEY), problems.DATA, problems.row([0, 1]), KEY)
     after, info = step(
-        state, problems.DATA, problems.row([0, 1], arrived=[False, False]), KEY)
-    chex.assert_trees_all_equal(
-        after._replace(round=state.round), state)
+      state, problems.DATA, problems.row([0, 1], arrived=[False, False]), KEY
+    )
+    chex.assert_trees_all_equal(after._replace(round=state.round), state)
     chex.assert_trees_all_equal(info.models['average'], state.variables)
     self.assertEqual(int(after.round), 2)
     self.assertTrue(np.isnan(info.metrics['train_loss']))
@@ -181,8 +211,7 @@ class RoundTest(parameterized.TestCase):
     fed = problems.make(sizes=sizes)
     state = fed.init(KEY)
     cohort = problems.row([0, 1, 2], num_steps=[0, 9, 0], num_clients=3)
-    new, _ = fed.round(
-        state, problems.make_data(sizes), cohort, KEY)
+    new, _ = fed.round(state, problems.make_data(sizes), cohort, KEY)
     chex.assert_tree_all_finite(new.variables)
     chex.assert_trees_all_close(new.variables, state.variables, atol=1e-7)
 
@@ -191,24 +220,30 @@ class RoundTest(parameterized.TestCase):
     data = problems.make_data(sizes)
     fed = problems.make(sizes=sizes)
     state = fed.init(KEY)
-    alone, info = fed.round(
-        state, data, problems.row([1], num_clients=3), KEY)
+    alone, info = fed.round(state, data, problems.row([1], num_clients=3), KEY)
     chex.assert_trees_all_equal(alone.variables, state.variables)
     self.assertEqual(int(info.metrics['num_arrived']), 0)
     for weighting in federation.WEIGHTINGS:
       fed = problems.make(sizes=sizes, weighting=weighting)
       with_it, _ = fed.round(
-          state, data, problems.row([0, 1, 2], num_clients=3), KEY)
+        state, data, problems.row([0, 1, 2], num_clients=3), KEY
+      )
       without, _ = fed.round(
-          state, data, problems.row([0, -1, 2], num_clients=3), KEY)
+        state, data, problems.row([0, -1, 2], num_clients=3), KEY
+      )
       chex.assert_trees_all_close(
-          with_it.variables, without.variables, atol=1e-6)
+        with_it.variables, without.variables, atol=1e-6
+      )
 
   def test_one_client(self):
     fed = problems.make(sizes=(6,))
     state, metrics = federation.run(
-        fed, fed.init(KEY), problems.make_data((6,)),
-        problems.schedule([[0], [0]], 1), KEY)
+      fed,
+      fed.init(KEY),
+      problems.make_data((6,)),
+      problems.schedule([[0], [0]], 1),
+      KEY,
+    )
     chex.assert_tree_all_finite(state)
     self.assertLess(metrics['train_loss'][1], metrics['train_loss'][0])
 
@@ -218,48 +253,58 @@ class RoundTest(parameterized.TestCase):
     state = fed.init(KEY)
     step = fed.round
     both, _ = step(state, problems.DATA, problems.row([1, 2]), KEY)
-    one, two = [step(state, problems.DATA, problems.row([k, -1]), KEY)[0]
-                for k in (1, 2)]
+    one, two = [
+      step(state, problems.DATA, problems.row([k, -1]), KEY)[0] for k in (1, 2)
+    ]
     mean = jax.tree.map(lambda a, b: (a + b) / 2, one.variables, two.variables)
     chex.assert_trees_all_close(both.variables, mean, atol=1e-6)
 
   def test_removing_a_client_leaves_the_others_draws(self):
     """Client 4 is the largest: without it the index table is narrower."""
     whole = problems.DATA
-    parts = [np.asarray(whole.index[k][:whole.count[k]]) for k in range(4)]
+    parts = [np.asarray(whole.index[k][: whole.count[k]]) for k in range(4)]
     fewer = clients.from_partition(whole.x, whole.y, parts)
     state = problems.make().init(KEY)
-    a, _ = problems.make().round(
-        state, whole, problems.row([0, 1, 3]), KEY)
+    a, _ = problems.make().round(state, whole, problems.row([0, 1, 3]), KEY)
     b, _ = problems.make(sizes=problems.SIZES[:4]).round(
-        state, fewer, problems.row([0, 1, 3], num_clients=4), KEY)
+      state, fewer, problems.row([0, 1, 3], num_clients=4), KEY
+    )
     chex.assert_trees_all_close(a.variables, b.variables, atol=1e-6)
 
   def test_traffic(self):
-    fed = problems.make(method=base.chain(
+    fed = problems.make(
+      method=base.chain(
         fed_avg.fed_avg(),
         base.Method(
-            init=lambda key, variables: (jnp.zeros(5), ()),
-            broadcast=lambda shared: shared[:3],
-            upload=lambda view, local, objective, key: (
-                view.own, jnp.zeros(2, jnp.int32)))))
+          init=lambda key, variables: (jnp.zeros(5), ()),
+          broadcast=lambda shared: shared[:3],
+          upload=lambda view, local, objective, key: (
+            view.own,
+            jnp.zeros(2, jnp.int32),
+          ),
+        ),
+      )
+    )
     state = fed.init(KEY)
     model_bits = 32 * (64 * problems.NUM_CLASSES + problems.NUM_CLASSES)
-    self.assertEqual(fed.traffic(state, problems.DATA),
-                     (model_bits + 3 * 32, model_bits + 2 * 32))
+    self.assertEqual(
+      fed.traffic(state, problems.DATA),
+      (model_bits + 3 * 32, model_bits + 2 * 32),
+    )
 
 
 class RunTest(parameterized.TestCase):
-
   ROWS = [[0, 1, 4], [2, 3, 4], [0, 3, -1], [1, 2, 3], [0, 1, 2]]
 
   def test_scan_equals_loop_equals_resume_bitwise(self):
-    fed = problems.make(method=base.chain(
-        fed_avg.fed_avg(optax.adam(.01)), counter()))
+    fed = problems.make(
+      method=base.chain(fed_avg.fed_avg(optax.adam(0.01)), counter())
+    )
     rows = problems.schedule(self.ROWS)
     cut = lambda a, b: jax.tree.map(lambda v: v[a:b], rows)
     run = lambda state, rows, every=None: federation.run(
-        fed, state, problems.DATA, rows, KEY, every=every)
+      fed, state, problems.DATA, rows, KEY, every=every
+    )
     whole, metrics = run(fed.init(KEY), rows, 5)
     for every in (1, 2):
       chunked, again = run(fed.init(KEY), rows, every)
@@ -276,28 +321,31 @@ class RunTest(parameterized.TestCase):
     model = problems.LINEAR
     chex.clear_trace_counter()
     traced = chex.assert_max_traces(n=1)(model.apply)
-    fed = problems.make(
-        model._replace(apply=traced), client_chunk=2)
+    fed = problems.make(model._replace(apply=traced), client_chunk=2)
     state = problems.make().init(KEY)
     for _ in range(2):
       state, _ = federation.run(
-          fed, state, problems.DATA, problems.schedule(self.ROWS), KEY, every=2)
+        fed, state, problems.DATA, problems.schedule(self.ROWS), KEY, every=2
+      )
     self.assertEqual(int(state.round), 10)
 
   def test_nothing_moves_between_host_and_device_unasked(self):
     fed = problems.make(method=base.chain(fed_avg.fed_avg(), counter()))
     state = fed.init(KEY)
     with jax.transfer_guard('disallow'):
-      federation.run(fed, state, problems.DATA, problems.schedule(self.ROWS),
-                     KEY, every=2)
+      federation.run(
+        fed, state, problems.DATA, problems.schedule(self.ROWS), KEY, every=2
+      )
 
   @pytest.mark.slow
   def test_memory_grows_with_the_clients_that_are_stacked(self):
     """And not with the cohort, where a chunk bounds how many that are."""
+
     def work_space(cohort, client_chunk):
       data = problems.make_data([20] * cohort)
       fed = problems.make(
-          problems.NORMED, sizes=[20] * cohort, client_chunk=client_chunk)
+        problems.NORMED, sizes=[20] * cohort, client_chunk=client_chunk
+      )
       rows = problems.row(range(cohort), num_clients=cohort)
       compiled = fed.round.lower(fed.init(KEY), data, rows, KEY).compile()
       return compiled.memory_analysis().temp_size_in_bytes
@@ -312,22 +360,36 @@ class RunTest(parameterized.TestCase):
     """A slot may be the very arrays of the model; the state is donated."""
     method = base.Method(init=lambda key, v: (v.params, v.params))
     fed = problems.make(method=base.chain(fed_avg.fed_avg(), method))
-    federation.run(fed, fed.init(KEY), problems.DATA,
-                   problems.schedule(self.ROWS), KEY)
+    federation.run(
+      fed, fed.init(KEY), problems.DATA, problems.schedule(self.ROWS), KEY
+    )
 
   def test_every_is_checked(self):
     fed = problems.make()
     with self.assertRaisesRegex(ValueError, 'every must be at least 1, got 0'):
-      federation.run(fed, fed.init(KEY), problems.DATA,
-                     problems.schedule(self.ROWS), KEY, every=0)
+      federation.run(
+        fed,
+        fed.init(KEY),
+        problems.DATA,
+        problems.schedule(self.ROWS),
+        KEY,
+        every=0,
+      )
 
   def test_callback_sees_every_chunk(self):
     fed = problems.make()
     seen = []
     federation.run(
-        fed, fed.init(KEY), problems.DATA, problems.schedule(self.ROWS), KEY,
-        every=2, callback=lambda done, state, info: seen.append(
-            (done, int(state.round), len(info.metrics['train_loss']))))
+      fed,
+      fed.init(KEY),
+      problems.DATA,
+      problems.schedule(self.ROWS),
+      KEY,
+      every=2,
+      callback=lambda done, state, info: seen.append(
+        (done, int(state.round), len(info.metrics['train_loss']))
+      ),
+    )
     self.assertEqual(seen, [(2, 2, 2), (4, 4, 2), (5, 5, 1)])
 
   def test_over_seeds(self):
@@ -336,40 +398,53 @@ class RunTest(parameterized.TestCase):
     both = federation.over_seeds(fed)
     rows = problems.schedule(self.ROWS)
     state, metrics = federation.run(
-        both, both.init(seeds), problems.DATA, rows, seeds, every=2)
+      both, both.init(seeds), problems.DATA, rows, seeds, every=2
+    )
     self.assertEqual(metrics['train_loss'].shape, (2, 5))
     for r, key in enumerate(seeds):
       alone, alone_metrics = federation.run(
-          fed, fed.init(key), problems.DATA, rows, key, every=2)
+        fed, fed.init(key), problems.DATA, rows, key, every=2
+      )
       chex.assert_trees_all_close(
-          jax.tree.map(lambda a: a[r], state), alone, atol=1e-5)
+        jax.tree.map(lambda a: a[r], state), alone, atol=1e-5
+      )
       np.testing.assert_allclose(
-          metrics['train_loss'][r], alone_metrics['train_loss'], atol=1e-5)
+        metrics['train_loss'][r], alone_metrics['train_loss'], atol=1e-5
+      )
 
   def test_float32_against_float64(self):
     rows = problems.schedule(self.ROWS)
     fed = problems.make()
     start = jax.tree.map(np.asarray, fed.init(KEY))
     single, _ = federation.run(
-        fed, jax.tree.map(jnp.asarray, start), problems.DATA, rows, KEY)
+      fed, jax.tree.map(jnp.asarray, start), problems.DATA, rows, KEY
+    )
     with enable_x64(True):
       wide = jax.tree.map(
-          lambda a: jnp.asarray(a, jnp.float64 if a.dtype == np.float32 else None),
-          start)
+        lambda a: jnp.asarray(
+          a, jnp.float64 if a.dtype == np.float32 else None
+        ),
+        start,
+      )
       double, _ = federation.run(
-          problems.make(), wide, problems.make_data(), rows, KEY)
+        problems.make(), wide, problems.make_data(), rows, KEY
+      )
     self.assertEqual(jax.tree.leaves(double.variables)[0].dtype, np.float64)
     chex.assert_trees_all_close(
-        jax.tree.map(np.asarray, single.variables.params),
-        jax.tree.map(lambda a: np.asarray(a, np.float32),
-                     double.variables.params), atol=1e-5)
+      jax.tree.map(np.asarray, single.variables.params),
+      jax.tree.map(
+        lambda a: np.asarray(a, np.float32), double.variables.params
+      ),
+      atol=1e-5,
+    )
 
   @parameterized.parameters(
-      ([[0, 5]], None),  # 5 is padding for 5 clients
-      ([[0, 6]], 'client 6 in round 0 .* 0 to 4'),
-      ([[0, 1], [3, 3]], 'client 3 is twice in round 1'),
-      ([[0, 1], [5, 5]], 'round 1 of the schedule selects nobody'),
-      ([0, 1], r'\[rounds, cohort\]'))
+    ([[0, 5]], None),  # 5 is padding for 5 clients
+    ([[0, 6]], 'client 6 in round 0 .* 0 to 4'),
+    ([[0, 1], [3, 3]], 'client 3 is twice in round 1'),
+    ([[0, 1], [5, 5]], 'round 1 of the schedule selects nobody'),
+    ([0, 1], r'\[rounds, cohort\]'),
+  )
   def test_schedule_errors(self, ids, message):
     ids = np.array(ids)
     rows = base.Cohort(ids, True, base.NO_LIMIT)
@@ -381,27 +456,28 @@ class RunTest(parameterized.TestCase):
         federation.check_schedule(rows, 5)
 
   def test_schedule_rows_are_sorted(self):
-    rows = base.Cohort(np.array([[3, 1]]), np.array([[False, True]]),
-                       np.array([[7, 8]]))
+    rows = base.Cohort(
+      np.array([[3, 1]]), np.array([[False, True]]), np.array([[7, 8]])
+    )
     checked = federation.check_schedule(rows, 5)
     np.testing.assert_array_equal(checked.client_id, [[1, 3]])
     np.testing.assert_array_equal(checked.arrived, [[True, False]])
     np.testing.assert_array_equal(checked.num_steps, [[8, 7]])
 
   @parameterized.parameters(
-      (dict(weighting='size'), 'weighting'),
-      (dict(client_chunk=-1), 'client_chunk'),
-      (dict(sizes=()), 'num_clients'))
+    (dict(weighting='size'), 'weighting'),
+    (dict(client_chunk=-1), 'client_chunk'),
+    (dict(sizes=()), 'num_clients'),
+  )
   def test_factory_errors(self, kwargs, name):
     with self.assertRaisesRegex(ValueError, name):
       problems.make(**kwargs)
 
 
 class ServerOptimizerTest(absltest.TestCase):
-
   def test_sgd_of_rate_one_is_the_mean(self):
     plain = problems.make()
-    sgd = problems.make(method=base.chain(fed_avg.fed_avg(optax.sgd(1.))))
+    sgd = problems.make(method=base.chain(fed_avg.fed_avg(optax.sgd(1.0))))
     cohort = problems.row([0, 1, 4])
     a, _ = plain.round(plain.init(KEY), problems.DATA, cohort, KEY)
     b, _ = sgd.round(sgd.init(KEY), problems.DATA, cohort, KEY)
@@ -409,37 +485,48 @@ class ServerOptimizerTest(absltest.TestCase):
 
   def test_momentum_by_hand(self):
     """FedAvgM: v <- 0.9 v + d, w <- w - v, with d = w - mean."""
-    fed = problems.make(method=base.chain(
-        fed_avg.fed_avg(optax.sgd(1., momentum=.9))))
+    fed = problems.make(
+      method=base.chain(fed_avg.fed_avg(optax.sgd(1.0, momentum=0.9)))
+    )
     step = fed.round
     state, velocity = fed.init(KEY), None
     for ids in ([0, 1], [2, 4]):
       new, info = step(state, problems.DATA, problems.row(ids), KEY)
       change = jax.tree.map(
-          jnp.subtract, state.variables.params, info.models['average'].params)
-      velocity = change if velocity is None else jax.tree.map(
-          lambda v, d: .9 * v + d, velocity, change)
+        jnp.subtract, state.variables.params, info.models['average'].params
+      )
+      velocity = (
+        change
+        if velocity is None
+        else jax.tree.map(lambda v, d: 0.9 * v + d, velocity, change)
+      )
       want = jax.tree.map(jnp.subtract, state.variables.params, velocity)
       chex.assert_trees_all_close(new.variables.params, want, atol=1e-6)
       state = new
 
   def test_statistics_take_the_plain_mean(self):
     model = problems.NORMED
-    step = lambda method: problems.make(model, method).round(
-        problems.make(model, method).init(KEY), problems.DATA,
-        problems.row([1, 4]), KEY)[0].variables
-    adam = step(base.chain(fed_avg.fed_avg(optax.adam(.1))))
+    step = lambda method: (
+      problems.make(model, method)
+      .round(
+        problems.make(model, method).init(KEY),
+        problems.DATA,
+        problems.row([1, 4]),
+        KEY,
+      )[0]
+      .variables
+    )
+    adam = step(base.chain(fed_avg.fed_avg(optax.adam(0.1))))
     plain = step(base.chain(fed_avg.fed_avg()))
     chex.assert_trees_all_close(adam.stats, plain.stats, atol=1e-6)
 
 
 class TreesTest(absltest.TestCase):
-
   def test_scatter_drops_and_gather_clips(self):
-    table = {'a': jnp.arange(6.).reshape(3, 2)}
+    table = {'a': jnp.arange(6.0).reshape(3, 2)}
     rows = trees.gather(table, jnp.array([2, 3]))
     np.testing.assert_array_equal(rows['a'], [[4, 5], [4, 5]])
-    new = trees.scatter(table, jnp.array([0, 3]), {'a': jnp.full((2, 2), 9.)})
+    new = trees.scatter(table, jnp.array([0, 3]), {'a': jnp.full((2, 2), 9.0)})
     np.testing.assert_array_equal(new['a'], [[9, 9], [2, 3], [4, 5]])
 
 

@@ -7,8 +7,7 @@ PyTorch's layouts: images NCHW, convolutions OIHW, linear weights (out, in).
 import functools
 import pathlib
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import chex
 import jax
 from jax import enable_x64
@@ -16,19 +15,35 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedftg_jax import base, distillation, evaluation, federation, losses
-from fedftg_jax import models, solvers
+from fedftg_jax import (
+  base,
+  distillation,
+  evaluation,
+  federation,
+  losses,
+  models,
+  solvers,
+)
 from fedftg_jax.data import clients, partition, schedules
-from fedftg_jax.methods import fed_avg, fed_dyn, fed_ftg, fed_prox, moon
-from fedftg_jax.methods import scaffold
+from fedftg_jax.methods import (
+  fed_avg,
+  fed_dyn,
+  fed_ftg,
+  fed_prox,
+  moon,
+  scaffold,
+)
 
 _FILE = np.load(pathlib.Path(__file__).parent / 'golden' / 'fedftg.npz')
 
 
 def golden(prefix):
   """All arrays under `prefix/`, by the rest of their names."""
-  return {k[len(prefix) + 1:]: _FILE[k] for k in _FILE.files
-          if k.startswith(prefix + '/')}
+  return {
+    k[len(prefix) + 1 :]: _FILE[k]
+    for k in _FILE.files
+    if k.startswith(prefix + '/')
+  }
 
 
 def images(x):
@@ -38,48 +53,71 @@ def images(x):
 
 def linear_model():
   """Softmax regression on channel-major pixels, parameters (out, in)."""
+
   def apply(variables, x, mask=None, train=False):
     del mask, train
     flat = jnp.moveaxis(x, -1, 1).reshape(len(x), -1) if x.ndim == 4 else x
     logits = flat @ variables.params['W'].T + variables.params['b']
     return base.Output(logits, flat, {})
+
   return base.Model(lambda key: None, apply)
 
 
 def linear(weight, bias):
   return base.Variables(
-      {'W': jnp.asarray(weight, float), 'b': jnp.asarray(bias, float)}, {})
+    {'W': jnp.asarray(weight, float), 'b': jnp.asarray(bias, float)}, {}
+  )
 
 
 def generator_variables(tree, width, size):
   """The official generator's state_dict as our variables."""
+
   def channel_last(a):  # rows are (width, size, size), ours (size, size, width)
     return np.moveaxis(a.reshape(width, size, size, -1), 0, 2).reshape(
-        a.shape[0], -1)
+      a.shape[0], -1
+    )
+
   conv = lambda name: {
-      'kernel': tree[name + '.weight'].transpose(2, 3, 1, 0),
-      'bias': tree[name + '.bias']}
+    'kernel': tree[name + '.weight'].transpose(2, 3, 1, 0),
+    'bias': tree[name + '.bias'],
+  }
   affine = lambda name: {
-      'scale': tree[name + '.weight'], 'bias': tree[name + '.bias']}
-  dense = lambda name: {'linear': {
+    'scale': tree[name + '.weight'],
+    'bias': tree[name + '.bias'],
+  }
+  dense = lambda name: {
+    'linear': {
       'kernel': channel_last(tree[name + '.weight']).T,
-      'bias': channel_last(tree[name + '.bias'])[:, 0]}}
+      'bias': channel_last(tree[name + '.bias'])[:, 0],
+    }
+  }
   stats = lambda name: {
-      'mean': tree[name + '.running_mean'], 'var': tree[name + '.running_var']}
-  norms = {'norm0': 'conv_blocks0.0', 'norm1': 'conv_blocks1.1',
-           'norm2': 'conv_blocks2.1'}
+    'mean': tree[name + '.running_mean'],
+    'var': tree[name + '.running_var'],
+  }
+  norms = {
+    'norm0': 'conv_blocks0.0',
+    'norm1': 'conv_blocks1.1',
+    'norm2': 'conv_blocks2.1',
+  }
   params = {
-      'from_noise': dense('l1.0'), 'from_label': dense('l2.0'),
-      'conv1': conv('conv_blocks1.0'), 'conv2': conv('conv_blocks2.0'),
-      'conv3': conv('conv_blocks2.3'),
-      **{ours: affine(theirs) for ours, theirs in norms.items()}}
+    'from_noise': dense('l1.0'),
+    'from_label': dense('l2.0'),
+    'conv1': conv('conv_blocks1.0'),
+    'conv2': conv('conv_blocks2.0'),
+    'conv3': conv('conv_blocks2.3'),
+    **{ours: affine(theirs) for ours, theirs in norms.items()},
+  }
   norms['norm3'] = 'conv_blocks2.5'
-  return jax.tree.map(jnp.asarray, base.Variables(
-      params, {ours: stats(theirs) for ours, theirs in norms.items()}))
+  return jax.tree.map(
+    jnp.asarray,
+    base.Variables(
+      params, {ours: stats(theirs) for ours, theirs in norms.items()}
+    ),
+  )
 
 
 class LossesTest(parameterized.TestCase):
-
   @parameterized.parameters('a', 'a2')
   def test_diversity(self, prefix):
     with enable_x64(True):
@@ -94,13 +132,15 @@ class LossesTest(parameterized.TestCase):
     with enable_x64(True):
       g = golden('b')
       z, fake, student, teacher, alpha = (
-          jnp.asarray(g[k], float)
-          for k in ('z', 'fake', 's_logit', 't_logit', 'weight'))
+        jnp.asarray(g[k], float)
+        for k in ('z', 'fake', 's_logit', 't_logit', 'weight')
+      )
 
       @functools.partial(jax.jit, static_argnames='fidelity')
       def terms(fake, student, teacher, fidelity=fed_ftg.mean_times_mean):
         ce = optax.softmax_cross_entropy_with_integer_labels(
-            teacher, jnp.asarray(g['labels']))
+          teacher, jnp.asarray(g['labels'])
+        )
         md = -jnp.mean(fed_ftg.l1(student, teacher) * alpha)
         return md, fidelity(ce, alpha), losses.diversity(z, fake)
 
@@ -115,17 +155,21 @@ class LossesTest(parameterized.TestCase):
         return md + cls + dis / g['num_clients']
 
       np.testing.assert_allclose(
-          total(fake, student, teacher), g['loss'], rtol=1e-10)
+        total(fake, student, teacher), g['loss'], rtol=1e-10
+      )
       grads = jax.jit(jax.grad(total, (0, 1, 2)))(fake, student, teacher)
       for grad, name in zip(grads, ('fake', 's_logit', 't_logit')):
         np.testing.assert_allclose(grad, g['grad_' + name], atol=1e-10)
 
       per_sample = lambda t: terms(fake, student, t, fed_ftg.per_sample)[1]
       np.testing.assert_allclose(
-          per_sample(teacher), g['alt_loss_cls_persample'], rtol=1e-10)
+        per_sample(teacher), g['alt_loss_cls_persample'], rtol=1e-10
+      )
       np.testing.assert_allclose(
-          jax.jit(jax.grad(per_sample))(teacher), g['alt_grad_t_logit_persample'],
-          atol=1e-10)
+        jax.jit(jax.grad(per_sample))(teacher),
+        g['alt_grad_t_logit_persample'],
+        atol=1e-10,
+      )
 
   def test_generator_loss_through_the_classifiers(self):
     with enable_x64(True):
@@ -136,42 +180,68 @@ class LossesTest(parameterized.TestCase):
       student, teacher = (linear(g['W' + k], g['b' + k]) for k in 'st')
       # A generator whose parameters are its images.
       generator = base.Generator(
-          None, lambda made, z, labels, train: (made.params, ()), z.shape[1])
+        None, lambda made, z, labels, train: (made.params, ()), z.shape[1]
+      )
 
       def total(fake):
         return fed_ftg.generator_loss(
-            model, generator, fed_ftg.CODE, student, jax.tree.map(
-                lambda a: a[None], teacher), alpha[None], 1 / b['num_clients'], z,
-            jnp.asarray(b['labels']), fake, ())
+          model,
+          generator,
+          fed_ftg.CODE,
+          student,
+          jax.tree.map(lambda a: a[None], teacher),
+          alpha[None],
+          1 / b['num_clients'],
+          z,
+          jnp.asarray(b['labels']),
+          fake,
+          (),
+        )
 
-      (loss, (_, parts)), grad = jax.jit(jax.value_and_grad(total, has_aux=True))(
-          images(b['fake']).astype(float))
+      (loss, (_, parts)), grad = jax.jit(
+        jax.value_and_grad(total, has_aux=True)
+      )(images(b['fake']).astype(float))
       np.testing.assert_allclose(loss, g['loss'], rtol=1e-10)
       for part, name in (('md', 'md'), ('cls', 'cls'), ('dis', 'ap')):
-        np.testing.assert_allclose(parts[part][0], g['loss_' + name], rtol=1e-10)
+        np.testing.assert_allclose(
+          parts[part][0], g['loss_' + name], rtol=1e-10
+        )
       np.testing.assert_allclose(
-          np.moveaxis(grad, -1, 1), g['grad_fake'], atol=1e-10)
+        np.moveaxis(grad, -1, 1), g['grad_fake'], atol=1e-10
+      )
 
   def test_class_weights(self):
     g = golden('c')
     alpha = fed_ftg.class_weights(
-        jnp.asarray(g['counts']), jnp.ones(len(g['counts']), bool))
+      jnp.asarray(g['counts']), jnp.ones(len(g['counts']), bool)
+    )
     np.testing.assert_allclose(alpha.T, g['cls_clnt_weight'], atol=1e-6)
     np.testing.assert_allclose(
-        alpha[:, g['labels']].T, g['batch_weight'], atol=1e-6)
+      alpha[:, g['labels']].T, g['batch_weight'], atol=1e-6
+    )
 
   def test_label_quotas(self):
     g = golden('c')
-    for counts, prefix in ((g['counts'].sum(0), 'gl'), (g['gl2_cls_num'], 'gl2')):
+    for counts, prefix in (
+      (g['counts'].sum(0), 'gl'),
+      (g['gl2_cls_num'], 'gl2'),
+    ):
       labels = distillation.quota_labels(
-          jax.random.key(0), jnp.asarray(counts, jnp.int32),
-          int(g[prefix + '_number']))
+        jax.random.key(0),
+        jnp.asarray(counts, jnp.int32),
+        int(g[prefix + '_number']),
+      )
       np.testing.assert_array_equal(
-          np.bincount(labels, minlength=4), g[prefix + '_counts_per_class'])
+        np.bincount(labels, minlength=4), g[prefix + '_counts_per_class']
+      )
     self.assertCountEqual(
-        distillation.quota_labels(
-            jax.random.key(1), jnp.asarray(g['counts'].sum(0), jnp.int32),
-            int(g['gl_number'])).tolist(), g['gl_labels_seed3'].tolist())
+      distillation.quota_labels(
+        jax.random.key(1),
+        jnp.asarray(g['counts'].sum(0), jnp.int32),
+        int(g['gl_number']),
+      ).tolist(),
+      g['gl_labels_seed3'].tolist(),
+    )
 
   def test_student_loss(self):
     with enable_x64(True):
@@ -179,25 +249,29 @@ class LossesTest(parameterized.TestCase):
       counts = jnp.asarray(g['counts'])
       alpha = fed_ftg.class_weights(counts, jnp.ones(len(counts), bool))
       target = distillation.mean_of_probabilities(
-          jnp.asarray(g['t_logits'], float), alpha[:, g['labels']])
+        jnp.asarray(g['t_logits'], float), alpha[:, g['labels']]
+      )
       np.testing.assert_allclose(target, g['t_merge'], atol=1e-10)
       loss, grad = jax.jit(jax.value_and_grad(fed_ftg.over_classes))(
-          jnp.asarray(g['s_logit'], float), target)
+        jnp.asarray(g['s_logit'], float), target
+      )
       np.testing.assert_allclose(loss, g['loss'], rtol=1e-10)
       np.testing.assert_allclose(grad, g['grad_s_logit'], atol=1e-10)
 
 
 class GeneratorTest(absltest.TestCase):
-
   def test_forward_and_statistics(self):
     with enable_x64(True):
       g = golden('e')
       noise, width, channels, size, num_classes = map(
-          int, g['cfg_nz_ngf_nc_img_ncls'])
+        int, g['cfg_nz_ngf_nc_img_ncls']
+      )
       generator = models.image_generator(
-          (size, size, channels), num_classes, noise_dim=noise, width=width)
-      tree = {k[len('param/'):]: v for k, v in g.items()
-              if k.startswith('param/')}
+        (size, size, channels), num_classes, noise_dim=noise, width=width
+      )
+      tree = {
+        k[len('param/') :]: v for k, v in g.items() if k.startswith('param/')
+      }
       variables = generator_variables(tree, width, size // 4)
       z, labels = jnp.asarray(g['z'], float), jnp.asarray(g['labels'])
       apply = jax.jit(generator.apply, static_argnames='train')
@@ -206,8 +280,11 @@ class GeneratorTest(absltest.TestCase):
       chex.assert_trees_all_equal(stats, variables.stats)
       out, stats = apply(variables, z, labels, train=True)
       np.testing.assert_allclose(out, images(g['out_train']), atol=1e-10)
-      after = {k[len('after_train_fwd/'):]: v for k, v in g.items()
-               if k.startswith('after_train_fwd/')}
+      after = {
+        k[len('after_train_fwd/') :]: v
+        for k, v in g.items()
+        if k.startswith('after_train_fwd/')
+      }
       want = generator_variables({**tree, **after}, width, size // 4).stats
       chex.assert_trees_all_close(stats, want, atol=1e-10)
 
@@ -215,15 +292,16 @@ class GeneratorTest(absltest.TestCase):
 def local_problem():
   """The shared linear problem of the local-training arrays."""
   g = golden('ghij')
-  data = clients.from_partition(
-      g['X'], g['Y'], [np.arange(len(g['Y']))])
+  data = clients.from_partition(g['X'], g['Y'], [np.arange(len(g['Y']))])
   return data, linear(g['W_start'], g['b_start'])
 
 
 def flat(vector):
   """[W.ravel(), b] as parameters of the linear problem."""
-  return {'W': jnp.asarray(vector[:15], float).reshape(3, 5),
-          'b': jnp.asarray(vector[15:], float)}
+  return {
+    'W': jnp.asarray(vector[:15], float).reshape(3, 5),
+    'b': jnp.asarray(vector[15:], float),
+  }
 
 
 def start_at(variables):
@@ -234,21 +312,41 @@ def start_at(variables):
 class LocalTrainingTest(parameterized.TestCase):
   """One client trains from a given start, with given slots."""
 
-  def check(self, settings, steps, want, part=base.Method(), received=None,
-            shared=(), own=()):
+  def check(
+    self,
+    settings,
+    steps,
+    want,
+    part=base.Method(),
+    received=None,
+    shared=(),
+    own=(),
+  ):
     data, start = local_problem()
     part = part._replace(update=base.Method().update)  # local training alone
     fed = federation.federation(
-        linear_model(), base.chain(start_at(start), fed_avg.fed_avg(), part),
-        solvers.local_sgd(
-            float(settings['lr']), batch_size=50, steps=int(steps),
-            weight_decay=float(settings['weight_decay']), clip_norm=10.), 1)
+      linear_model(),
+      base.chain(start_at(start), fed_avg.fed_avg(), part),
+      solvers.local_sgd(
+        float(settings['lr']),
+        batch_size=50,
+        steps=int(steps),
+        weight_decay=float(settings['weight_decay']),
+        clip_norm=10.0,
+      ),
+      1,
+    )
     own = jax.tree.map(lambda a: a[None], own)
-    state = base.State(received or start, ((), (), shared), (((), (), own), ()),
-                       jnp.int32(0))
+    state = base.State(
+      received or start, ((), (), shared), (((), (), own), ()), jnp.int32(0)
+    )
     state, _ = federation.run(
-        fed, state, data, schedules.from_ids(np.zeros((1, 1), int), 1),
-        jax.random.key(0))
+      fed,
+      state,
+      data,
+      schedules.from_ids(np.zeros((1, 1), int), 1),
+      jax.random.key(0),
+    )
     chex.assert_trees_all_close(state.variables, linear(*want), atol=1e-9)
 
   def test_fed_avg(self):
@@ -260,17 +358,27 @@ class LocalTrainingTest(parameterized.TestCase):
   def test_fed_prox(self, prefix, to_zero):
     with enable_x64(True):
       g = golden('j')
-      self.check(g, g['steps'], (g[prefix + '_W_end'], g[prefix + '_b_end']),
-                 fed_prox.fed_prox(float(g['mu']), to_zero),
-                 linear(g['W_ref'], g['b_ref']))
+      self.check(
+        g,
+        g['steps'],
+        (g[prefix + '_W_end'], g[prefix + '_b_end']),
+        fed_prox.fed_prox(float(g['mu']), to_zero),
+        linear(g['W_ref'], g['b_ref']),
+      )
 
   def test_fed_dyn(self):
     with enable_x64(True):
       g = golden('g')
       zero = jax.tree.map(jnp.zeros_like, flat(g['hist']))
-      self.check(g, g['steps'], (g['W_end'], g['b_end']),
-                 fed_dyn.fed_dyn(float(g['alpha'])),
-                 linear(g['W_ref'], g['b_ref']), zero, flat(g['hist']))
+      self.check(
+        g,
+        g['steps'],
+        (g['W_end'], g['b_end']),
+        fed_dyn.fed_dyn(float(g['alpha'])),
+        linear(g['W_ref'], g['b_ref']),
+        zero,
+        flat(g['hist']),
+      )
 
   @parameterized.parameters('h', 'h_clip')
   def test_scaffold(self, prefix):
@@ -278,33 +386,45 @@ class LocalTrainingTest(parameterized.TestCase):
       g = golden(prefix)
       server = flat(g['c_minus_ci'])
       zero = jax.tree.map(jnp.zeros_like, server)
-      self.check(g, g['n_minibatch'], (g['W_end'], g['b_end']),
-                 scaffold.scaffold(), shared=(server, ()), own=zero)
+      self.check(
+        g,
+        g['n_minibatch'],
+        (g['W_end'], g['b_end']),
+        scaffold.scaffold(),
+        shared=(server, ()),
+        own=zero,
+      )
 
   def test_moon_loss(self):
     with enable_x64(True):
       g = {k: jnp.asarray(v) for k, v in golden('i').items()}
       features, near, far, logits = (
-          g[k].astype(float) for k in (
-              'embed_cur', 'embed_glb', 'embed_old', 'logits'))
+        g[k].astype(float)
+        for k in ('embed_cur', 'embed_glb', 'embed_old', 'logits')
+      )
 
       def loss(features, logits, seen=True):
         model = base.Model(None, lambda v, x: base.Output(None, v, ()))
         part = moon.moon(model, float(g['mu']), float(g['tau']))
         view = base.View(*[None] * 9)._replace(
-            received=near, own=(far, jnp.bool_(seen)))
+          received=near, own=(far, jnp.bool_(seen))
+        )
         batch = base.Batch(None, g['labels'], jnp.ones(len(logits), bool))
-        con = part.penalty(None, base.Output(None, features, ()), batch, view,
-                           None)
+        con = part.penalty(
+          None, base.Output(None, features, ()), batch, view, None
+        )
         return losses.cross_entropy(logits, g['labels']) + con, con
 
       (total, con), grads = jax.jit(
-          jax.value_and_grad(loss, (0, 1), has_aux=True))(features, logits)
+        jax.value_and_grad(loss, (0, 1), has_aux=True)
+      )(features, logits)
       np.testing.assert_allclose(con, g['loss_con_with_mu'], rtol=1e-9)
       np.testing.assert_allclose(total - con, g['loss_ce'], rtol=1e-9)
       np.testing.assert_allclose(grads[0], g['grad_embed_cur'], atol=1e-9)
       np.testing.assert_allclose(grads[1], g['grad_logits'], atol=1e-9)
-      first = jax.jit(jax.grad(lambda f: loss(f, logits, seen=False)[0]))(features)
+      first = jax.jit(jax.grad(lambda f: loss(f, logits, seen=False)[0]))(
+        features
+      )
       np.testing.assert_array_equal(first, g['grad_embed_cur_no_old'])
 
 
@@ -319,42 +439,67 @@ class RoundsTest(parameterized.TestCase):
     y = [g[f'y{k}'] for k in range(num_clients)]
     ends = np.cumsum([len(v) for v in y])
     data = clients.from_partition(
-        np.concatenate(x), np.concatenate(y),
-        np.split(np.arange(ends[-1]), ends[:-1]))
+      np.concatenate(x),
+      np.concatenate(y),
+      np.split(np.arange(ends[-1]), ends[:-1]),
+    )
     rounds = schedules.bernoulli(
-        int(g['hp_rounds']), num_clients, num_clients * float(g['hp_act_prob']),
-        int(g['hp_seed']))
+      int(g['hp_rounds']),
+      num_clients,
+      num_clients * float(g['hp_act_prob']),
+      int(g['hp_seed']),
+    )
     chosen = np.zeros_like(g['selected'])
     for t, ids in enumerate(rounds.client_id):
       chosen[t, ids[ids < num_clients]] = True
     np.testing.assert_array_equal(chosen, g['selected'])
     lr, decay = float(g['hp_lr']), float(g['hp_lr_decay'])
     start = jax.tree.map(
-        lambda a: a.astype(jnp.float32), linear(g['W0'], g['b0']))
+      lambda a: a.astype(jnp.float32), linear(g['W0'], g['b0'])
+    )
     fed = federation.federation(
-        model._replace(init=lambda key: start),
-        base.chain(method, evaluation.last_models()),
-        solvers.local_sgd(
-            lambda t: lr * decay**t, batch_size=int(g['hp_batch']),
-            epochs=None if steps else int(g['hp_epochs']), steps=steps,
-            weight_decay=float(g['hp_weight_decay']), clip_norm=10.),
-        num_clients, weighting=weighting)
+      model._replace(init=lambda key: start),
+      base.chain(method, evaluation.last_models()),
+      solvers.local_sgd(
+        lambda t: lr * decay**t,
+        batch_size=int(g['hp_batch']),
+        epochs=None if steps else int(g['hp_epochs']),
+        steps=steps,
+        weight_decay=float(g['hp_weight_decay']),
+        clip_norm=10.0,
+      ),
+      num_clients,
+      weighting=weighting,
+    )
     count = data.count if weighting == 'examples' else jnp.ones(num_clients)
     after = []
     federation.run(
-        fed, fed.init(jax.random.key(0)), data, rounds, jax.random.key(0),
-        every=1, callback=lambda _, state, info: after.append(jax.tree.map(
-            np.array, {
-                'cld': state.variables, 'sel': info.models['average'],
-                'all': evaluation.mean_of_last_models(
-                    state.clients[0][-1], count)})))
+      fed,
+      fed.init(jax.random.key(0)),
+      data,
+      rounds,
+      jax.random.key(0),
+      every=1,
+      callback=lambda _, state, info: after.append(
+        jax.tree.map(
+          np.array,
+          {
+            'cld': state.variables,
+            'sel': info.models['average'],
+            'all': evaluation.mean_of_last_models(state.clients[0][-1], count),
+          },
+        )
+      ),
+    )
     return after
 
   def check(self, after, prefix, **names):
     g = golden('w')
     for t, models_ in enumerate(after):
       for ours, theirs in names.items():
-        want = linear(g[f'{prefix}_{theirs}_W'][t], g[f'{prefix}_{theirs}_b'][t])
+        want = linear(
+          g[f'{prefix}_{theirs}_W'][t], g[f'{prefix}_{theirs}_b'][t]
+        )
         chex.assert_trees_all_close(models_[ours], want, atol=1e-5)
 
   def test_fed_avg(self):
@@ -364,23 +509,26 @@ class RoundsTest(parameterized.TestCase):
   def test_fed_dyn(self):
     alpha = float(golden('w')['hp_alpha_dyn'])
     after = self.models_after(
-        base.chain(fed_avg.fed_avg(), fed_dyn.fed_dyn(alpha)), 'uniform')
+      base.chain(fed_avg.fed_avg(), fed_dyn.fed_dyn(alpha)), 'uniform'
+    )
     self.check(after, 'feddyn', cld='cld', sel='sel', all='all')
 
   def test_scaffold(self):
     g = golden('w')
     part = scaffold.scaffold(learning_rate=float(g['hp_lr']))
     after = self.models_after(
-        base.chain(fed_avg.fed_avg(), part), 'uniform',
-        int(g['hp_n_minibatch']))
+      base.chain(fed_avg.fed_avg(), part), 'uniform', int(g['hp_n_minibatch'])
+    )
     self.check(after, 'scaffold', cld='sel', sel='sel')
 
   def test_scaffold_takes_the_rate_of_the_round(self):
     """By default it differs from the official code once the rate decays."""
     g = golden('w')
     after = self.models_after(
-        base.chain(fed_avg.fed_avg(), scaffold.scaffold()), 'uniform',
-        int(g['hp_n_minibatch']))
+      base.chain(fed_avg.fed_avg(), scaffold.scaffold()),
+      'uniform',
+      int(g['hp_n_minibatch']),
+    )
     self.check(after[:2], 'scaffold', cld='sel')
     gap = np.abs(after[2]['cld'].params['W'] - g['scaffold_sel_W'][2]).max()
     self.assertGreater(gap, 1e-4)
@@ -389,55 +537,67 @@ class RoundsTest(parameterized.TestCase):
     g = golden('w')
     plain = linear_model()
     embed = lambda v, x, **kwargs: plain.apply(v, x, **kwargs)._replace(
-        features=x * v.params['W'].sum(0))
+      features=x * v.params['W'].sum(0)
+    )
     model = plain._replace(apply=embed)
     part = moon.moon(model, float(g['hp_mu_moon']), float(g['hp_tau_moon']))
     after = self.models_after(
-        base.chain(fed_avg.fed_avg(), part), 'examples', model=model)
+      base.chain(fed_avg.fed_avg(), part), 'examples', model=model
+    )
     self.check(after, 'moon', cld='sel', sel='sel')
 
 
 class PartitionTest(absltest.TestCase):
-
   def test_dirichlet(self):
     g = golden('p_dir03')
     num, num_classes, num_clients, seed = map(int, g['n_ncls_nclient_seed'])
     alpha, sigma = map(float, g['alpha_sigma'])
     labels = np.arange(num) % num_classes
     parts = partition.dirichlet(
-        labels, num_clients, alpha, seed=seed, sigma=sigma)
+      labels, num_clients, alpha, seed=seed, sigma=sigma
+    )
     np.testing.assert_array_equal([len(p) for p in parts], g['sizes'])
     np.testing.assert_array_equal(np.concatenate(parts), g['index_concat'])
     np.testing.assert_array_equal(
-        [np.bincount(labels[p], minlength=num_classes) for p in parts],
-        g['counts'])
+      [np.bincount(labels[p], minlength=num_classes) for p in parts],
+      g['counts'],
+    )
 
 
 class ServerStepTest(parameterized.TestCase):
-
   @parameterized.parameters('sgd', 'adam')
   def test_fine_tune(self, optimizer):
     with enable_x64(True):
       g = golden(f'f_lin_{optimizer}')
-      part = lambda prefix: {k[len(prefix) + 1:]: v for k, v in g.items()
-                             if k.startswith(prefix + '/')}
+      part = lambda prefix: {
+        k[len(prefix) + 1 :]: v
+        for k, v in g.items()
+        if k.startswith(prefix + '/')
+      }
       width, size = 4, 8
       made = lambda prefix: generator_variables(part(prefix), width, size // 4)
-      net = lambda name: linear(
-          g[name + '/fc.weight'], g[name + '/fc.bias'])
+      net = lambda name: linear(g[name + '/fc.weight'], g[name + '/fc.bias'])
       generator = models.image_generator(
-          (size, size, 3), 3, noise_dim=4, width=width)
+        (size, size, 3), 3, noise_dim=4, width=width
+      )
       batch = int(g['hp_batch'])
       student, after, terms = fed_ftg.fine_tune(
-          linear_model(), generator, net('student0'), made('gen0'),
-          jax.tree.map(lambda *a: jnp.stack(a), net('teacher0'), net('teacher1')),
-          jnp.asarray(g['counts']), jnp.asarray(g['z'], float),
-          jnp.asarray(g['labels']).reshape(-1, batch),
-          generator_optimizer=getattr(optax, optimizer)(float(g['hp_gen_lr'])),
-          student_optimizer=distillation.sgd(
-              float(g['hp_glb_lr']), float(g['hp_weight_decay'])),
-          generator_steps=int(g['hp_inner_g']), student_steps=int(g['hp_inner_d']),
-          **fed_ftg.PRESETS['official'])
+        linear_model(),
+        generator,
+        net('student0'),
+        made('gen0'),
+        jax.tree.map(lambda *a: jnp.stack(a), net('teacher0'), net('teacher1')),
+        jnp.asarray(g['counts']),
+        jnp.asarray(g['z'], float),
+        jnp.asarray(g['labels']).reshape(-1, batch),
+        generator_optimizer=getattr(optax, optimizer)(float(g['hp_gen_lr'])),
+        student_optimizer=distillation.sgd(
+          float(g['hp_glb_lr']), float(g['hp_weight_decay'])
+        ),
+        generator_steps=int(g['hp_inner_g']),
+        student_steps=int(g['hp_inner_d']),
+        **fed_ftg.PRESETS['official'],
+      )
       chex.assert_trees_all_close(student, net('student1'), atol=1e-9)
       chex.assert_trees_all_close(after, made('gen1'), atol=1e-7)
       parts = [terms[name].reshape(-1) for name in ('md', 'cls', 'dis')]

@@ -7,8 +7,7 @@ through one compiled program, except the plain loop it is compared with.
 import functools
 from typing import NamedTuple
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import chex
 import jax
 from jax import enable_x64
@@ -17,21 +16,42 @@ import numpy as np
 import optax
 import pytest
 
-from fedftg_jax import base, distillation, evaluation, federation, keys, losses
-from fedftg_jax import recipes, trees
-from fedftg_jax.methods import batch_norm, fed_avg, fed_df, fed_dyn, fed_nova
-from fedftg_jax.methods import moon, q_fed_avg, scaffold
+from fedftg_jax import (
+  base,
+  distillation,
+  evaluation,
+  federation,
+  keys,
+  losses,
+  recipes,
+  trees,
+)
+from fedftg_jax.methods import (
+  batch_norm,
+  fed_avg,
+  fed_df,
+  fed_dyn,
+  fed_nova,
+  moon,
+  q_fed_avg,
+  scaffold,
+)
 from fedftg_jax.models import classifiers
 from tests import problems
 
 KEY = jax.random.key(5)
 EVERY = 4  # rounds in the compiled chunk; shorter ones are padded to it
 GENERATOR = problems.GENERATOR
-# Adam blows rounding up, and rows are compared with a loop that adds up in another
-# order: a small rate keeps that small.
+# Adam blows rounding up, and rows are compared with a loop that adds up in
+# another order: a small rate keeps that small.
 FTG = dict(iterations=1, student_steps=2, batch_size=6, generator_lr=1e-4)
-DF = dict(generator_steps=2, student_steps=2, batch_size=6, student_lr=1.,
-          generator_lr=1e-4)
+DF = dict(
+  generator_steps=2,
+  student_steps=2,
+  batch_size=6,
+  student_lr=1.0,
+  generator_lr=1e-4,
+)
 PUBLIC = problems.make_data((9,), seed=4).x
 # Its features depend on its parameters, as MOON's contrast needs.
 MODEL = problems.from_flax(classifiers.MLP(problems.NUM_CLASSES, (6,)))
@@ -42,6 +62,7 @@ CLASSES = problems.NUM_CLASSES
 
 class Row(NamedTuple):
   """One combination, and what it sends beside the model, in 32-bit words."""
+
   method: str
   down: int = 0
   up: int = 0
@@ -51,54 +72,80 @@ class Row(NamedTuple):
 
 
 PLAIN = {
-    'fed_avg': Row('fed_avg'),
-    'fed_adam': Row('fed_avg', server=optax.adam(.01, eps=1e-3)),
-    'fed_yogi': Row('fed_avg', server=optax.yogi(.01)),
-    'fed_adagrad': Row('fed_avg', server=optax.adagrad(.1)),
-    'fed_avg_m': Row('fed_avg', server=optax.sgd(1., momentum=.9)),
-    'fed_nova': Row('fed_nova', up=1),
-    'q_fed_avg': Row('q_fed_avg', up=2),
-    'fed_prox': Row('fed_prox', options={'fed_prox': dict(mu=.5)}),
-    'fed_prox_to_zero': Row(
-        'fed_prox', options={'fed_prox': dict(mu=.5, to_zero=True)}),
-    'fed_dyn': Row('fed_dyn', options={'fed_dyn': dict(alpha=.1)}),
-    'scaffold': Row('scaffold', WORDS, WORDS),
-    'scaffold_option_1': Row(
-        'scaffold', WORDS, WORDS, {'scaffold': dict(option=1, batch_size=4)}),
-    'scaffold_untuned': Row(
-        'scaffold', 2 * WORDS, WORDS,
-        {'scaffold': dict(untuned_reference=True, learning_rate=.1)}),
-    'moon': Row('moon', options={'moon': dict(mu=1., tau=.5)}),
+  'fed_avg': Row('fed_avg'),
+  'fed_adam': Row('fed_avg', server=optax.adam(0.01, eps=1e-3)),
+  'fed_yogi': Row('fed_avg', server=optax.yogi(0.01)),
+  'fed_adagrad': Row('fed_avg', server=optax.adagrad(0.1)),
+  'fed_avg_m': Row('fed_avg', server=optax.sgd(1.0, momentum=0.9)),
+  'fed_nova': Row('fed_nova', up=1),
+  'q_fed_avg': Row('q_fed_avg', up=2),
+  'fed_prox': Row('fed_prox', options={'fed_prox': dict(mu=0.5)}),
+  'fed_prox_to_zero': Row(
+    'fed_prox', options={'fed_prox': dict(mu=0.5, to_zero=True)}
+  ),
+  'fed_dyn': Row('fed_dyn', options={'fed_dyn': dict(alpha=0.1)}),
+  'scaffold': Row('scaffold', WORDS, WORDS),
+  'scaffold_option_1': Row(
+    'scaffold', WORDS, WORDS, {'scaffold': dict(option=1, batch_size=4)}
+  ),
+  'scaffold_untuned': Row(
+    'scaffold',
+    2 * WORDS,
+    WORDS,
+    {'scaffold': dict(untuned_reference=True, learning_rate=0.1)},
+  ),
+  'moon': Row('moon', options={'moon': dict(mu=1.0, tau=0.5)}),
 }
 WITH_FTG = {
-    name + '+fed_ftg': row._replace(
-        method=row.method + '+fed_ftg', up=row.up + CLASSES)
-    for name, row in PLAIN.items()
-    if name not in ('fed_yogi', 'fed_adagrad', 'fed_prox_to_zero')}
+  name + '+fed_ftg': row._replace(
+    method=row.method + '+fed_ftg', up=row.up + CLASSES
+  )
+  for name, row in PLAIN.items()
+  if name not in ('fed_yogi', 'fed_adagrad', 'fed_prox_to_zero')
+}
 ROWS = {
-    **PLAIN,
-    'fed_df': Row('fed_df', up=CLASSES),
-    'fed_df_public': Row('fed_df_public', options={
-        'fed_df_public': {**DF, 'ensemble': 'logit'}}),
-    'scaffold+fed_df': Row('scaffold+fed_df', WORDS, WORDS + CLASSES),
-    'fed_dyn+fed_nova+fed_prox': Row('fed_dyn+fed_nova+fed_prox', up=1),
-    **WITH_FTG,
-    'fed_ftg_robust': Row(
-        'fed_ftg', up=CLASSES, options={'fed_ftg': {**FTG, 'preset': 'robust'}}),
-    'local': Row('fed_avg', policy='local'),
-    'reset': Row('fed_avg', policy='reset'),
-    'local+fed_ftg': Row('fed_ftg', up=CLASSES, policy='local'),
-    'reset+scaffold': Row(
-        'scaffold', NET_WORDS, NET_WORDS, policy='reset'),
+  **PLAIN,
+  'fed_df': Row('fed_df', up=CLASSES),
+  'fed_df_public': Row(
+    'fed_df_public', options={'fed_df_public': {**DF, 'ensemble': 'logit'}}
+  ),
+  'scaffold+fed_df': Row('scaffold+fed_df', WORDS, WORDS + CLASSES),
+  'fed_dyn+fed_nova+fed_prox': Row('fed_dyn+fed_nova+fed_prox', up=1),
+  **WITH_FTG,
+  'fed_ftg_robust': Row(
+    'fed_ftg', up=CLASSES, options={'fed_ftg': {**FTG, 'preset': 'robust'}}
+  ),
+  'local': Row('fed_avg', policy='local'),
+  'reset': Row('fed_avg', policy='reset'),
+  'local+fed_ftg': Row('fed_ftg', up=CLASSES, policy='local'),
+  'reset+scaffold': Row('scaffold', NET_WORDS, NET_WORDS, policy='reset'),
 }
 
 # Their parts are in other rows; they are checked together in `make test-all`.
-SLOW = ('fed_adam+fed_ftg', 'fed_dyn+fed_ftg', 'moon+fed_ftg', 'fed_adam',
-        'scaffold_option_1', 'fed_prox_to_zero', 'fed_avg_m+fed_ftg', 'fed_nova+fed_ftg',
-        'q_fed_avg+fed_ftg', 'fed_prox+fed_ftg', 'scaffold_option_1+fed_ftg',
-        'scaffold_untuned+fed_ftg', 'scaffold+fed_df', 'fed_yogi', 'fed_adagrad',
-        'reset+scaffold', 'local+fed_ftg', 'scaffold_untuned', 'scaffold+fed_ftg',
-        'fed_avg_m', 'fed_df_public', 'reset')
+SLOW = (
+  'fed_adam+fed_ftg',
+  'fed_dyn+fed_ftg',
+  'moon+fed_ftg',
+  'fed_adam',
+  'scaffold_option_1',
+  'fed_prox_to_zero',
+  'fed_avg_m+fed_ftg',
+  'fed_nova+fed_ftg',
+  'q_fed_avg+fed_ftg',
+  'fed_prox+fed_ftg',
+  'scaffold_option_1+fed_ftg',
+  'scaffold_untuned+fed_ftg',
+  'scaffold+fed_df',
+  'fed_yogi',
+  'fed_adagrad',
+  'reset+scaffold',
+  'local+fed_ftg',
+  'scaffold_untuned',
+  'scaffold+fed_ftg',
+  'fed_avg_m',
+  'fed_df_public',
+  'reset',
+)
 
 
 def build(row):
@@ -107,14 +154,22 @@ def build(row):
   if row.policy != 'aggregate':
     model = problems.NORMED
   options = {
-      'fed_ftg': FTG, 'fed_df': DF, 'fed_df_public': DF,
-      'q_fed_avg': dict(batch_size=4),
-      **row.options}
-  method = batch_norm.with_policy(row.policy, recipes.build(
-      row.method, recipes.Settings(
-          model, CLASSES, row.server, GENERATOR, options)), model, 4)
-  fed = problems.make(
-      model, method, weighting=recipes.weighting(row.method))
+    'fed_ftg': FTG,
+    'fed_df': DF,
+    'fed_df_public': DF,
+    'q_fed_avg': dict(batch_size=4),
+    **row.options,
+  }
+  method = batch_norm.with_policy(
+    row.policy,
+    recipes.build(
+      row.method,
+      recipes.Settings(model, CLASSES, row.server, GENERATOR, options),
+    ),
+    model,
+    4,
+  )
+  fed = problems.make(model, method, weighting=recipes.weighting(row.method))
   return model, method, fed
 
 
@@ -123,8 +178,9 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
   shared = method.broadcast(state.shared)
   num_clients, total = len(data.count), int(data.count.sum())
   ids = [int(k) for k, here in zip(cohort.client_id, cohort.arrived) if here]
-  mass = np.array([int(data.count[k]) if weighting == 'examples' else 1
-                   for k in ids])
+  mass = np.array(
+    [int(data.count[k]) if weighting == 'examples' else 1 for k in ids]
+  )
   uploads, clients = [], state.clients[0]
 
   def loss(variables, batch, key, view):
@@ -135,9 +191,10 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
 
   @jax.jit  # data are no part of a penalty; the view comes without them
   def gradient(variables, batch, key, view):
-    return jax.grad(lambda p: loss(
-        variables._replace(params=p), batch, key, view), has_aux=True)(
-            variables.params)
+    return jax.grad(
+      lambda p: loss(variables._replace(params=p), batch, key, view),
+      has_aux=True,
+    )(variables.params)
 
   for slot, k in enumerate(ids):
     count = int(data.count[k])
@@ -145,10 +202,16 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
     client_keys = keys.client_keys(key, state.round, k)
     own = jax.tree.map(lambda a, k=k: a[k], state.clients[0])
     view = base.View(
-        state.variables, state.variables, shared, own,
-        data._replace(index=rows, count=jnp.int32(count)), jnp.int32(k),
-        jnp.asarray(num_clients * count / total), state.round,
-        jnp.int32(base.NO_LIMIT))
+      state.variables,
+      state.variables,
+      shared,
+      own,
+      data._replace(index=rows, count=jnp.int32(count)),
+      jnp.int32(k),
+      jnp.asarray(num_clients * count / total),
+      state.round,
+      jnp.int32(base.NO_LIMIT),
+    )
     start = method.start(view, state.shared, slot, client_keys.start)
     view = view._replace(variables=start)
 
@@ -156,40 +219,73 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
     key_order, key_loss = jax.random.split(client_keys.solve)
     for epoch in range(2):
       draws = jax.random.uniform(
-          jax.random.fold_in(key_order, epoch), (data.index.shape[1],),
-          jnp.float32)
+        jax.random.fold_in(key_order, epoch),
+        (data.index.shape[1],),
+        jnp.float32,
+      )
       order = np.argsort(np.asarray(draws)[:count])
       for first in range(0, count, problems.BATCH):
-        some = rows[order[first:first + problems.BATCH]]
+        some = rows[order[first : first + problems.BATCH]]
         grads, aux = gradient(
-            local, base.Batch(data.x[some], data.y[some], jnp.ones(
-                len(some), bool)), jax.random.fold_in(key_loss, steps),
-            view._replace(data=None))
-        scale = min(1., 10. / float(optax.tree.norm(grads)))
+          local,
+          base.Batch(data.x[some], data.y[some], jnp.ones(len(some), bool)),
+          jax.random.fold_in(key_loss, steps),
+          view._replace(data=None),
+        )
+        scale = min(1.0, 10.0 / float(optax.tree.norm(grads)))
         decay = 1e-3 + method.decay(view)
-        local = base.Variables(jax.tree.map(
-            lambda p, g: p - .1 * .9**int(state.round) * (scale * g + decay * p),
-            local.params, grads), aux.stats)
+        local = base.Variables(
+          jax.tree.map(
+            lambda p, g: (
+              p - 0.1 * 0.9 ** int(state.round) * (scale * g + decay * p)
+            ),
+            local.params,
+            grads,
+          ),
+          aux.stats,
+        )
         steps += 1
     own, message = method.upload(
-        view, base.Local(local, jnp.int32(steps), jnp.asarray(
-            .1 * .9**int(state.round)), {}), base.Objective(
-                functools.partial(loss, view=view), 0.), client_keys.upload)
+      view,
+      base.Local(
+        local, jnp.int32(steps), jnp.asarray(0.1 * 0.9 ** int(state.round)), {}
+      ),
+      base.Objective(functools.partial(loss, view=view), 0.0),
+      client_keys.upload,
+    )
     clients = jax.tree.map(lambda a, b, k=k: a.at[k].set(b), clients, own)
-    uploads.append(base.Sent(
-        start, optax.tree.sub(local, start), message,
-        jnp.asarray(mass[slot] / mass.sum()), view.share))
+    uploads.append(
+      base.Sent(
+        start,
+        optax.tree.sub(local, start),
+        message,
+        jnp.asarray(mass[slot] / mass.sum()),
+        view.share,
+      )
+    )
   add = lambda trees_: jax.tree.map(lambda *a: sum(a), *trees_)
   received = base.Received(
-      state.variables, add([optax.tree.scale(s.weight, s.model) for s in uploads]),
-      add([method.summed(s) for s in uploads]),
-      jax.tree.map(lambda *a: jnp.stack(a), *[method.stacked(s) for s in uploads]),
-      jnp.ones(len(ids), bool), state.round, num_clients, data.public)
+    state.variables,
+    add([optax.tree.scale(s.weight, s.model) for s in uploads]),
+    add([method.summed(s) for s in uploads]),
+    jax.tree.map(
+      lambda *a: jnp.stack(a), *[method.stacked(s) for s in uploads]
+    ),
+    jnp.ones(len(ids), bool),
+    state.round,
+    num_clients,
+    data.public,
+  )
   variables, shared, _ = jax.jit(
-      lambda v, s, r, k: method.update(
-          v, s, r._replace(num_clients=num_clients, spread=lambda tree: tree), k))(
-              state.variables, state.shared, received._replace(spread=None),
-              keys.server_key(key, state.round))
+    lambda v, s, r, k: method.update(
+      v, s, r._replace(num_clients=num_clients, spread=lambda tree: tree), k
+    )
+  )(
+    state.variables,
+    state.shared,
+    received._replace(spread=None),
+    keys.server_key(key, state.round),
+  )
   return variables, shared, clients
 
 
@@ -202,8 +298,8 @@ class Contract(parameterized.TestCase):
     model, method, fed = build(row)
     data = problems.make_data()._replace(public=PUBLIC)
     rows = problems.schedule(self.IDS)
-    scan = federation._scan_rounds.on(jax.default_backend())  # pylint: disable=protected-access
-    programs = scan._cache_size()  # pylint: disable=protected-access
+    scan = federation._scan_rounds.on(jax.default_backend())
+    programs = scan._cache_size()
 
     def run(state, rows):
       state = jax.tree.map(jnp.copy, state)  # it is donated
@@ -225,33 +321,42 @@ class Contract(parameterized.TestCase):
       chex.assert_trees_all_equal_shapes_and_dtypes(whole, start)
     with self.subTest('who does not take part keeps its slot'):
       absent = lambda s: jax.tree.map(
-          lambda a: np.asarray(a)[[1, 3, 4]], s.clients)
+        lambda a: np.asarray(a)[[1, 3, 4]], s.clients
+      )
       chex.assert_trees_all_equal(absent(states[2]), absent(states[1]))
     with self.subTest('a round in which nobody arrives changes nothing'):
       nobody = part(1, 2)._replace(arrived=np.zeros((1, 4), bool))
       chex.assert_trees_all_equal(
-          run(whole, nobody)._replace(round=whole.round), whole)
+        run(whole, nobody)._replace(round=whole.round), whole
+      )
     with self.subTest('a straggler without a step'):
       lazy = part(1, 2)._replace(num_steps=np.array([[0, 9, 0, 9]], np.int32))
       chex.assert_tree_all_finite(run(whole, lazy))
-      chex.assert_tree_all_finite(run(whole, lazy._replace(
-          num_steps=np.zeros((1, 4), np.int32))))
+      chex.assert_tree_all_finite(
+        run(whole, lazy._replace(num_steps=np.zeros((1, 4), np.int32)))
+      )
     with self.subTest('one trace'):
-      self.assertEqual(scan._cache_size(), programs + 1)  # pylint: disable=protected-access
+      self.assertEqual(scan._cache_size(), programs + 1)
     with self.subTest('a plain loop gives the same'):
       cohort = jax.tree.map(lambda a: a[1], rows)
       variables, shared, clients = sequential_round(
-          model, method, recipes.weighting(row.method), states[0], data,
-          cohort, KEY)
+        model,
+        method,
+        recipes.weighting(row.method),
+        states[0],
+        data,
+        cohort,
+        KEY,
+      )
       chex.assert_trees_all_close(states[1].variables, variables, atol=1e-9)
       chex.assert_trees_all_close(states[1].shared, shared, atol=1e-9)
       chex.assert_trees_all_close(states[1].clients[0], clients, atol=1e-9)
 
 
 class ContractTest(Contract):
-
   @parameterized.named_parameters(
-      (name, row) for name, row in ROWS.items() if name not in SLOW)
+    (name, row) for name, row in ROWS.items() if name not in SLOW
+  )
   def test_row(self, row):
     with enable_x64(True):
       self.check(row)
@@ -263,12 +368,12 @@ class ContractTest(Contract):
     size = trees.num_bits(state.variables)
     data = problems.DATA._replace(public=PUBLIC)
     self.assertEqual(
-        fed.traffic(state, data), (size + 32 * row.down, size + 32 * row.up))
+      fed.traffic(state, data), (size + 32 * row.down, size + 32 * row.up)
+    )
 
 
 @pytest.mark.slow
 class FurtherContractTest(Contract):
-
   @parameterized.named_parameters((name, ROWS[name]) for name in SLOW)
   def test_row(self, row):
     with enable_x64(True):
@@ -278,15 +383,19 @@ class FurtherContractTest(Contract):
 def after(name, steps=None, **options):
   """The model after three rounds of a method with these options."""
   settings = recipes.Settings(
-      MODEL, CLASSES, generator=GENERATOR,
-      options={name: options} if options else {})
+    MODEL,
+    CLASSES,
+    generator=GENERATOR,
+    options={name: options} if options else {},
+  )
   fed = problems.make(MODEL, recipes.build(name, settings))
   rows = problems.schedule([[0, 1, 4], [2, 3, -1], [0, 2, 3]])
   if steps:
     rows = rows._replace(num_steps=np.full((3, 3), steps, np.int32))
   data = problems.DATA._replace(public=PUBLIC)
-  return federation.run(
-      fed, fed.init(KEY), data, rows, KEY, every=EVERY)[0].variables
+  return federation.run(fed, fed.init(KEY), data, rows, KEY, every=EVERY)[
+    0
+  ].variables
 
 
 @functools.cache
@@ -298,52 +407,64 @@ class NeutralTest(parameterized.TestCase):
   """Settings that switch a method off give FedAvg."""
 
   @parameterized.parameters(
-      ('fed_dyn', dict(alpha=0.)), ('q_fed_avg', dict(q=0., batch_size=4)))
+    ('fed_dyn', dict(alpha=0.0)), ('q_fed_avg', dict(q=0.0, batch_size=4))
+  )
   def test_switched_off(self, name, options):
     self.check(name, options)
 
   @parameterized.parameters(
-      ('fed_prox', dict(mu=0.)), ('fed_prox', dict(mu=0., to_zero=True)),
-      ('moon', dict(mu=0.)),
-      ('fed_df', {**DF, 'student_steps': 0}),
-      ('fed_df_public', {**DF, 'student_steps': 0}))
+    ('fed_prox', dict(mu=0.0)),
+    ('fed_prox', dict(mu=0.0, to_zero=True)),
+    ('moon', dict(mu=0.0)),
+    ('fed_df', {**DF, 'student_steps': 0}),
+    ('fed_df_public', {**DF, 'student_steps': 0}),
+  )
   @pytest.mark.slow  # below: the cases of `parameters` take it over
   def test_others_switched_off(self, name, options):
     self.check(name, options)
 
   def check(self, name, options):
     chex.assert_trees_all_close(
-        after(name, **options), after_fed_avg(), atol=1e-6)
+      after(name, **options), after_fed_avg(), atol=1e-6
+    )
 
   def test_fed_nova_with_equal_steps(self):
     chex.assert_trees_all_close(
-        after('fed_nova', steps=1), after_fed_avg(steps=1), atol=1e-6)
+      after('fed_nova', steps=1), after_fed_avg(steps=1), atol=1e-6
+    )
 
 
 class ErrorsTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ('fed_prox', dict(mu=-1.), 'mu must be at least 0, got -1'),
-      ('fed_dyn', dict(alpha=-1.), 'alpha must be at least 0, got -1'),
-      ('scaffold', dict(option=3), r'option must be one of \(1, 2\), got 3'),
-      ('scaffold', dict(learning_rate=0.), 'learning_rate must be above 0'),
-      ('moon', dict(mu=-1.), 'mu must be at least 0'),
-      ('moon', dict(tau=0.), 'tau must be above 0, got 0'),
-      ('q_fed_avg', dict(q=-.5), 'q must be at least 0, got -0.5'),
-      ('fed_df', dict(batch_size=0), 'batch_size'),
-      ('fed_df', dict(ensemble='vote'), "got 'vote'"))
+    ('fed_prox', dict(mu=-1.0), 'mu must be at least 0, got -1'),
+    ('fed_dyn', dict(alpha=-1.0), 'alpha must be at least 0, got -1'),
+    ('scaffold', dict(option=3), r'option must be one of \(1, 2\), got 3'),
+    ('scaffold', dict(learning_rate=0.0), 'learning_rate must be above 0'),
+    ('moon', dict(mu=-1.0), 'mu must be at least 0'),
+    ('moon', dict(tau=0.0), 'tau must be above 0, got 0'),
+    ('q_fed_avg', dict(q=-0.5), 'q must be at least 0, got -0.5'),
+    ('fed_df', dict(batch_size=0), 'batch_size'),
+    ('fed_df', dict(ensemble='vote'), "got 'vote'"),
+  )
   def test_options(self, name, options, message):
     settings = recipes.Settings(
-        MODEL, CLASSES, generator=GENERATOR, options={name: options})
+      MODEL, CLASSES, generator=GENERATOR, options={name: options}
+    )
     with self.assertRaisesRegex(ValueError, message):
       recipes.build(name, settings)
 
   def test_public_images_are_missing(self):
-    fed = problems.make(MODEL, recipes.build(
-        'fed_df_public', recipes.Settings(MODEL, CLASSES)))
+    fed = problems.make(
+      MODEL, recipes.build('fed_df_public', recipes.Settings(MODEL, CLASSES))
+    )
     with self.assertRaisesRegex(ValueError, 'images in Data.public'):
-      jax.eval_shape(fed.round, jax.eval_shape(fed.init, KEY), problems.DATA,
-                     problems.row([0, 1]), KEY)
+      jax.eval_shape(
+        fed.round,
+        jax.eval_shape(fed.init, KEY),
+        problems.DATA,
+        problems.row([0, 1]),
+        KEY,
+      )
 
   def test_policy(self):
     with self.assertRaisesRegex(ValueError, "got 'global'"):
@@ -364,8 +485,12 @@ class ByHandTest(absltest.TestCase):
     """Each client's model after its local training, by itself."""
     fed = problems.make(MODEL, weighting='uniform')
     num_steps = num_steps or {k: base.NO_LIMIT for k in ids}
-    return [fed.round(state, problems.DATA, problems.row(
-        [k], num_steps=[num_steps[k]]), KEY)[0].variables.params for k in ids]
+    return [
+      fed.round(
+        state, problems.DATA, problems.row([k], num_steps=[num_steps[k]]), KEY
+      )[0].variables.params
+      for k in ids
+    ]
 
   def step(self, method, ids, num_steps=None):
     fed = problems.make(MODEL, base.chain(method))
@@ -384,94 +509,133 @@ class ByHandTest(absltest.TestCase):
     a, b = self.ends(plain, [1, 3], steps)
     effective = 12 / 17 * 4 + 5 / 17 * 2
     want = jax.tree.map(
-        lambda w, a, b: w + effective * (
-            12 / 17 * (a - w) / 4 + 5 / 17 * (b - w) / 2), w, a, b)
+      lambda w, a, b: (
+        w + effective * (12 / 17 * (a - w) / 4 + 5 / 17 * (b - w) / 2)
+      ),
+      w,
+      a,
+      b,
+    )
     chex.assert_trees_all_close(got, want, atol=1e-6)
 
   def test_q_fed_avg(self):
     """Algorithm 2 with q = 2 and weights by examples."""
-    q, lipschitz = 2., 1 / .1
+    q, lipschitz = 2.0, 1 / 0.1
     plain, got = self.step(q_fed_avg.q_fed_avg(q, batch_size=5), [1, 3])
     w = plain.variables.params
-    top, bottom = jax.tree.map(jnp.zeros_like, w), 0.
-    for k, share, end in zip((1, 3), (12 / 17, 5 / 17), self.ends(
-        plain, [1, 3])):
-      rows = problems.DATA.index[k][:problems.DATA.count[k]]
+    top, bottom = jax.tree.map(jnp.zeros_like, w), 0.0
+    for k, share, end in zip(
+      (1, 3), (12 / 17, 5 / 17), self.ends(plain, [1, 3])
+    ):
+      rows = problems.DATA.index[k][: problems.DATA.count[k]]
       loss = float(cross_entropy(w, rows))
       change = jax.tree.map(lambda w, e: lipschitz * (w - e), w, end)
       top = jax.tree.map(
-          lambda t, c, f=loss, p=share: t + p * f**q * c, top, change)
+        lambda t, c, f=loss, p=share: t + p * f**q * c, top, change
+      )
       norm = float(optax.tree.norm(change))
-      bottom += share * (q * loss**(q - 1) * norm**2 + lipschitz * loss**q)
+      bottom += share * (q * loss ** (q - 1) * norm**2 + lipschitz * loss**q)
     want = jax.tree.map(lambda w, t: w - t / bottom, w, top)
     chex.assert_trees_all_close(got, want, atol=1e-6)
 
   def test_scaffold_option_1(self):
     """c_k becomes the gradient of the cross-entropy over all of client 1."""
-    fed = problems.make(MODEL, base.chain(
-        fed_avg.fed_avg(), scaffold.scaffold(option=1, batch_size=5)))
+    fed = problems.make(
+      MODEL,
+      base.chain(fed_avg.fed_avg(), scaffold.scaffold(option=1, batch_size=5)),
+    )
     state = fed.init(KEY)
     after, _ = fed.round(state, problems.DATA, problems.row([1, -1]), KEY)
     rows = problems.DATA.index[1][:12]
     want = jax.jit(jax.grad(cross_entropy))(state.variables.params, rows)
     (_, own), _ = after.clients
     chex.assert_trees_all_close(
-        jax.tree.map(lambda a: a[1], own), want, atol=1e-6)
+      jax.tree.map(lambda a: a[1], own), want, atol=1e-6
+    )
     _, (server, _) = after.shared  # share 12 * 5 / 40, N = 5
     chex.assert_trees_all_close(
-        server, jax.tree.map(lambda a: a * 12 / 40, want), atol=1e-6)
+      server, jax.tree.map(lambda a: a * 12 / 40, want), atol=1e-6
+    )
 
   def test_moon_keeps_what_was_trained(self):
     fed = problems.make(
-        MODEL, base.chain(fed_avg.fed_avg(), moon.moon(MODEL, 1., .5)))
+      MODEL, base.chain(fed_avg.fed_avg(), moon.moon(MODEL, 1.0, 0.5))
+    )
     start = fed.init(KEY)
     _, trained = jax.jit(fed.personalise)(
-        start, problems.DATA, jnp.int32(1), jnp.int32(1), KEY)
+      start, problems.DATA, jnp.int32(1), jnp.int32(1), KEY
+    )
     after, _ = fed.round(start, problems.DATA, problems.row([1, 3]), KEY)
     (_, (last, seen)), _ = after.clients
     chex.assert_trees_all_close(
-        jax.tree.map(lambda a: a[1], last), trained, atol=1e-6)
+      jax.tree.map(lambda a: a[1], last), trained, atol=1e-6
+    )
     np.testing.assert_array_equal(seen, [False, True, False, True, False])
 
   def test_fed_dyn_s_duals_add_up(self):
     """Over the rounds of a client; the server has the mean of all clients'."""
     fed = problems.make(
-        MODEL, base.chain(fed_avg.fed_avg(), fed_dyn.fed_dyn(.1)))
+      MODEL, base.chain(fed_avg.fed_avg(), fed_dyn.fed_dyn(0.1))
+    )
     one, _ = fed.round(fed.init(KEY), problems.DATA, problems.row([1, 3]), KEY)
     _, trained = jax.jit(fed.personalise)(
-        one, problems.DATA, jnp.int32(1), jnp.int32(1), KEY)
+      one, problems.DATA, jnp.int32(1), jnp.int32(1), KEY
+    )
     two, _ = fed.round(one, problems.DATA, problems.row([0, 1]), KEY)
     (_, before), _ = one.clients
     (_, after), _ = two.clients
     chex.assert_trees_all_close(
-        jax.tree.map(lambda a: a[1], after), jax.tree.map(
-            lambda a, new, old: a[1] + new - old, before, trained.params,
-            one.variables.params), atol=1e-6)
+      jax.tree.map(lambda a: a[1], after),
+      jax.tree.map(
+        lambda a, new, old: a[1] + new - old,
+        before,
+        trained.params,
+        one.variables.params,
+      ),
+      atol=1e-6,
+    )
     chex.assert_trees_all_close(
-        two.shared[1], jax.tree.map(lambda a: a.mean(0), after), atol=1e-6)
+      two.shared[1], jax.tree.map(lambda a: a.mean(0), after), atol=1e-6
+    )
 
   def test_scaffold_without_a_step_keeps_the_variate(self):
-    fed = problems.make(MODEL, base.chain(fed_avg.fed_avg(), scaffold.scaffold()))
+    fed = problems.make(
+      MODEL, base.chain(fed_avg.fed_avg(), scaffold.scaffold())
+    )
     before, _ = fed.round(
-        fed.init(KEY), problems.DATA, problems.row([1, 3]), KEY)
+      fed.init(KEY), problems.DATA, problems.row([1, 3]), KEY
+    )
     after, _ = fed.round(
-        before, problems.DATA, problems.row([1, 3], num_steps=[0, 9]), KEY)
+      before, problems.DATA, problems.row([1, 3], num_steps=[0, 9]), KEY
+    )
     (_, old), _ = before.clients
     (_, new), _ = after.clients
-    same = jax.tree.map(lambda a, b: [np.array_equal(a[k], b[k]) for k in (1, 3)],
-                        old, new)
+    same = jax.tree.map(
+      lambda a, b: [np.array_equal(a[k], b[k]) for k in (1, 3)], old, new
+    )
     self.assertEqual(same, jax.tree.map(lambda _: [True, False], old))
 
   def test_scaffold_compares_with_the_untuned_mean_on_request(self):
     """The reference moves to the aggregate, before anything refines it."""
-    shift = base.Method(update=lambda v, shared, received, key: (
-        jax.tree.map(lambda a: a + 1., v), shared, base.Info()))
-    fed = problems.make(MODEL, base.chain(
-        fed_avg.fed_avg(), scaffold.scaffold(untuned_reference=True), shift))
+    shift = base.Method(
+      update=lambda v, shared, received, key: (
+        jax.tree.map(lambda a: a + 1.0, v),
+        shared,
+        base.Info(),
+      )
+    )
+    fed = problems.make(
+      MODEL,
+      base.chain(
+        fed_avg.fed_avg(), scaffold.scaffold(untuned_reference=True), shift
+      ),
+    )
     after, info = fed.round(
-        fed.init(KEY), problems.DATA, problems.row([1, 3]), KEY)
+      fed.init(KEY), problems.DATA, problems.row([1, 3]), KEY
+    )
     chex.assert_trees_all_close(
-        after.shared[1][1], info.models['average'].params, atol=1e-6)
+      after.shared[1][1], info.models['average'].params, atol=1e-6
+    )
 
 
 class FedDfTest(parameterized.TestCase):
@@ -482,18 +646,35 @@ class FedDfTest(parameterized.TestCase):
     arrived = jnp.array([True, False, True])
     counts = jnp.array([[4, 0, 2], [0, 0, 0], [2, 2, 0]])
     return base.Received(
-        None, None, (), (teachers, counts), arrived, jnp.int32(0), 5,
-        jnp.asarray(PUBLIC))
+      None,
+      None,
+      (),
+      (teachers, counts),
+      arrived,
+      jnp.int32(0),
+      5,
+      jnp.asarray(PUBLIC),
+    )
 
   def student_steps(self, student, teachers, images, combine):
     @jax.jit
     def step(params, x):
       target = combine([MODEL.apply(t, x).logits for t in teachers])
-      grads = jax.grad(lambda p: jnp.mean(jnp.sum(
-          target * (jnp.log(target) - jax.nn.log_softmax(MODEL.apply(
-              base.Variables(p, {}), x).logits)), -1)))(params)
+      grads = jax.grad(
+        lambda p: jnp.mean(
+          jnp.sum(
+            target
+            * (
+              jnp.log(target)
+              - jax.nn.log_softmax(MODEL.apply(base.Variables(p, {}), x).logits)
+            ),
+            -1,
+          )
+        )
+      )(params)
       return jax.tree.map(
-          lambda p, g: p - DF['student_lr'] * (g + 1e-3 * p), params, grads)
+        lambda p, g: p - DF['student_lr'] * (g + 1e-3 * p), params, grads
+      )
 
     for x in images:
       student = base.Variables(step(student.params, x), {})
@@ -505,8 +686,9 @@ class FedDfTest(parameterized.TestCase):
       student, made = MODEL.init(KEY), GENERATOR.init(KEY)
       options = fed_df.Options(**DF)
       method = fed_df.fed_df(MODEL, GENERATOR, CLASSES, options)
-      got, got_made, _ = jax.jit(lambda v, s: method.update(
-          v, s, received, KEY))(student, made)
+      got, got_made, _ = jax.jit(
+        lambda v, s: method.update(v, s, received, KEY)
+      )(student, made)
       stacked, counts = received.stacked
       z, labels = fed_df.draw(KEY, counts.sum(0), 4, options)
       self.assertEqual(z.shape, (4, 6, 4))
@@ -517,20 +699,24 @@ class FedDfTest(parameterized.TestCase):
       @jax.jit
       def step(made, opt_state, z, y):
         def loss(params):
-          stats, total = made.stats, 0.
+          stats, total = made.stats, 0.0
           for teacher in teachers:
             x, stats = GENERATOR.apply(
-                base.Variables(params, stats), z, y, train=True)
+              base.Variables(params, stats), z, y, train=True
+            )
             log = jax.nn.log_softmax(MODEL.apply(teacher, x).logits)
             total += -log[jnp.arange(len(y)), y].mean() / 2
           x, stats = GENERATOR.apply(
-              base.Variables(params, stats), z, y, train=True)
+            base.Variables(params, stats), z, y, train=True
+          )
           return total + losses.diversity(z, x), stats
+
         grads, stats = jax.grad(loss, has_aux=True)(made.params)
         grads = jax.tree.map(lambda g, p: g + 1e-3 * p, grads, made.params)
         updates, opt_state = adam.update(grads, opt_state)
         return base.Variables(
-            optax.apply_updates(made.params, updates), stats), opt_state
+          optax.apply_updates(made.params, updates), stats
+        ), opt_state
 
       for i in range(2):
         made, opt_state = step(made, opt_state, z[i], labels[i])
@@ -538,24 +724,38 @@ class FedDfTest(parameterized.TestCase):
       draw = jax.jit(GENERATOR.apply)
       images = [draw(made, z[i], labels[i])[0] for i in (2, 3)]
       want = self.student_steps(
-          student, teachers, images,
-          lambda logits: sum(map(jax.nn.softmax, logits)) / 2)
+        student,
+        teachers,
+        images,
+        lambda logits: sum(map(jax.nn.softmax, logits)) / 2,
+      )
       chex.assert_trees_all_close(got, want, atol=1e-8)
 
   def test_public_images(self):
     with enable_x64(True):
       received, student = self.received(), MODEL.init(KEY)
       received = received._replace(stacked=received.stacked[0])
-      method = fed_df.fed_df_public(MODEL, fed_df.Options(
-          **DF, ensemble=distillation.mean_of_logits))
-      got, _, _ = jax.jit(lambda v: method.update(v, (), received, KEY))(student)
-      teachers = [jax.tree.map(lambda a, k=k: a[k], received.stacked)
-                  for k in (0, 2)]
-      images = [received.public[jax.random.randint(
-          jax.random.fold_in(KEY, i), (6,), 0, 9)] for i in range(2)]
+      method = fed_df.fed_df_public(
+        MODEL, fed_df.Options(**DF, ensemble=distillation.mean_of_logits)
+      )
+      got, _, _ = jax.jit(lambda v: method.update(v, (), received, KEY))(
+        student
+      )
+      teachers = [
+        jax.tree.map(lambda a, k=k: a[k], received.stacked) for k in (0, 2)
+      ]
+      images = [
+        received.public[
+          jax.random.randint(jax.random.fold_in(KEY, i), (6,), 0, 9)
+        ]
+        for i in range(2)
+      ]
       want = self.student_steps(
-          student, teachers, images,
-          lambda logits: jax.nn.softmax(sum(logits) / 2))
+        student,
+        teachers,
+        images,
+        lambda logits: jax.nn.softmax(sum(logits) / 2),
+      )
       chex.assert_trees_all_close(got, want, atol=1e-8)
 
 
@@ -566,13 +766,17 @@ class BatchNormPolicyTest(absltest.TestCase):
 
   def rounds(self, policy, ids):
     method = batch_norm.with_policy(
-        policy, recipes.build('fed_avg', recipes.Settings(self.NET, CLASSES)),
-        self.NET, 4)
+      policy,
+      recipes.build('fed_avg', recipes.Settings(self.NET, CLASSES)),
+      self.NET,
+      4,
+    )
     fed = problems.make(self.NET, method)
     states = [fed.init(KEY)]
     for row in ids:
-      states.append(fed.round(
-          states[-1], problems.DATA, problems.row(row), KEY)[0])
+      states.append(
+        fed.round(states[-1], problems.DATA, problems.row(row), KEY)[0]
+      )
     return states
 
   def test_local_begins_with_its_own(self):
@@ -580,14 +784,17 @@ class BatchNormPolicyTest(absltest.TestCase):
     part = batch_norm.local_stats()
     _, own = part.init(KEY, base.Variables((), jnp.zeros(2)))
     view = base.View(*[None] * 9)._replace(
-        variables=base.Variables((), jnp.full(2, 5.)), own=own)
+      variables=base.Variables((), jnp.full(2, 5.0)), own=own
+    )
     first = part.start(view, (), 0, KEY)
-    np.testing.assert_array_equal(first.stats, [5., 5.])  # nothing of its own yet
-    local = base.Local(base.Variables((), jnp.full(2, 7.)), 1, 1., {})
+    np.testing.assert_array_equal(
+      first.stats, [5.0, 5.0]
+    )  # nothing of its own yet
+    local = base.Local(base.Variables((), jnp.full(2, 7.0)), 1, 1.0, {})
     own, message = part.upload(view, local, None, KEY)
     self.assertEqual(message, ())
     second = part.start(view._replace(own=own), (), 0, KEY)
-    np.testing.assert_array_equal(second.stats, [7., 7.])
+    np.testing.assert_array_equal(second.stats, [7.0, 7.0])
 
   def test_local_in_rounds(self):
     """Slots differ between clients and last while others train."""
@@ -603,8 +810,9 @@ class BatchNormPolicyTest(absltest.TestCase):
   def test_aggregate_is_the_weighted_mean(self):
     """Clients 1 (12 examples) and 3 (5), each alone and together."""
     both = self.rounds('aggregate', [[1, 3]])[1].variables.stats
-    one, three = (self.rounds('aggregate', [[k, -1]])[1].variables.stats
-                  for k in (1, 3))
+    one, three = (
+      self.rounds('aggregate', [[k, -1]])[1].variables.stats for k in (1, 3)
+    )
     want = jax.tree.map(lambda a, b: (12 * a + 5 * b) / 17, one, three)
     chex.assert_trees_all_close(both, want, atol=1e-6)
 
@@ -614,16 +822,22 @@ class BatchNormPolicyTest(absltest.TestCase):
     variables = self.NET.init(KEY)
     rows = problems.DATA.index[1]
     view = base.View(*[None] * 9)._replace(
-        variables=variables._replace(stats=jax.tree.map(
-            lambda a: a + 3., variables.stats)),  # must not matter
-        data=problems.DATA._replace(index=rows, count=jnp.int32(12)))
+      variables=variables._replace(
+        stats=jax.tree.map(lambda a: a + 3.0, variables.stats)
+      ),  # must not matter
+      data=problems.DATA._replace(index=rows, count=jnp.int32(12)),
+    )
     got = jax.jit(lambda view: part.start(view, (), 0, KEY))(view).stats
     apply = jax.jit(self.NET.apply, static_argnames='train')
-    moved = [apply(variables, problems.DATA.x[rows[i:i + 4]], train=True).stats
-             for i in (0, 4, 8)]
+    moved = [
+      apply(variables, problems.DATA.x[rows[i : i + 4]], train=True).stats
+      for i in (0, 4, 8)
+    ]
     want = jax.tree.map(
-        lambda old, *new: old + sum(n - old for n in new) / 3 / .1,
-        variables.stats, *moved)
+      lambda old, *new: old + sum(n - old for n in new) / 3 / 0.1,
+      variables.stats,
+      *moved,
+    )
     chex.assert_trees_all_close(got, want, atol=1e-4)
 
   def test_reset_ignores_padding(self):
@@ -631,8 +845,11 @@ class BatchNormPolicyTest(absltest.TestCase):
     part = batch_norm.reset_stats(self.NET, 5)
     variables = self.NET.init(KEY)
     view = base.View(*[None] * 9)._replace(
-        variables=variables, data=problems.DATA._replace(
-            index=problems.DATA.index[0], count=jnp.int32(7)))
+      variables=variables,
+      data=problems.DATA._replace(
+        index=problems.DATA.index[0], count=jnp.int32(7)
+      ),
+    )
     short = view._replace(data=view.data._replace(index=view.data.index[:7]))
     start = jax.jit(lambda view: part.start(view, (), 0, KEY))
     chex.assert_trees_all_close(start(view), start(short), atol=1e-5)
@@ -643,27 +860,36 @@ class BatchNormPolicyTest(absltest.TestCase):
     _, state = self.rounds('local', [[0, 1, 2, 3, 4]])
     (stats, _), _ = jax.device_get(state.clients[0])
     structure = jax.tree.structure(stats)
-    fed = problems.make(self.NET, batch_norm.with_policy(
-        'local', fed_avg.fed_avg(), self.NET))
+    fed = problems.make(
+      self.NET, batch_norm.with_policy('local', fed_avg.fed_avg(), self.NET)
+    )
     got = evaluation.evaluate_clients(
-        self.NET, fed, state, problems.DATA, problems.DATA, KEY)['broadcast']
+      self.NET, fed, state, problems.DATA, problems.DATA, KEY
+    )['broadcast']
     apply = jax.jit(self.NET.apply)
-    for k, stats in enumerate(zip(*jax.tree.leaves(stats))):
-      rows = np.asarray(problems.DATA.index[k])[:int(problems.DATA.count[k])]
+    for k, own in enumerate(zip(*jax.tree.leaves(stats))):
+      rows = np.asarray(problems.DATA.index[k])[: int(problems.DATA.count[k])]
       variables = state.variables._replace(
-          stats=jax.tree.unflatten(structure, stats))
+        stats=jax.tree.unflatten(structure, own)
+      )
       logits = np.asarray(apply(variables, problems.DATA.x).logits)[rows]
-      np.testing.assert_allclose(got['accuracy'][k], np.mean(
-          np.argmax(logits, -1) == np.asarray(problems.DATA.y)[rows]), rtol=1e-6)
+      np.testing.assert_allclose(
+        got['accuracy'][k],
+        np.mean(np.argmax(logits, -1) == np.asarray(problems.DATA.y)[rows]),
+        rtol=1e-6,
+      )
 
   def test_evaluation_with_batch_statistics(self):
     """The running statistics do not matter."""
     variables = self.NET.init(KEY)
     other = variables._replace(
-        stats=jax.tree.map(lambda a: a + 9., variables.stats))
+      stats=jax.tree.map(lambda a: a + 9.0, variables.stats)
+    )
     x, y = problems.DATA.x, problems.DATA.y
-    a, b = (evaluation.evaluate(self.NET, v, x, y, 16, True)
-            for v in (variables, other))
+    a, b = (
+      evaluation.evaluate(self.NET, v, x, y, 16, True)
+      for v in (variables, other)
+    )
     chex.assert_trees_all_close(a, b, rtol=1e-6)
 
 

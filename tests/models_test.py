@@ -4,8 +4,7 @@ import functools
 import itertools
 import re
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import chex
 from flax import linen as nn
 import jax
@@ -15,14 +14,12 @@ import numpy as np
 import pytest
 
 from fedftg_jax import models
-from fedftg_jax.models import convolution
-from fedftg_jax.models import layers
-from fedftg_jax.models import resnet
-from fedftg_jax.models import winograd
+from fedftg_jax.models import convolution, layers, resnet, winograd
 
 KEY = jax.random.key(0)
-SMALL_RESNET = models.from_flax(resnet.ResNet(
-    3, (4, 6), 1, True, True, layers.Options('batch')), (4, 4, 3))
+SMALL_RESNET = models.from_flax(
+  resnet.ResNet(3, (4, 6), 1, True, True, layers.Options('batch')), (4, 4, 3)
+)
 DEEP = ('resnet18', 'resnet18_cifar', 'resnet20', 'vgg11')
 
 
@@ -37,8 +34,8 @@ def _random_variables(model, seed=0):
   def fill(path, leaf):
     name = path[-1].key
     if name in ('scale', 'var'):
-      return random.uniform(.5, 1.5, leaf.shape)
-    bound = np.prod(leaf.shape[:-1])**-.5 if name == 'kernel' else .1
+      return random.uniform(0.5, 1.5, leaf.shape)
+    bound = np.prod(leaf.shape[:-1]) ** -0.5 if name == 'kernel' else 0.1
     return random.uniform(-bound, bound, leaf.shape)
 
   variables = jax.tree.map_with_path(fill, jax.eval_shape(model.init, KEY))
@@ -46,15 +43,22 @@ def _random_variables(model, seed=0):
 
 
 class ClassifiersTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      # 28x28x1: conv weights + biases, then dense, by hand
-      ('mlp', (28, 28, 1), 784 * 200 + 200 + 200 * 200 + 200 + 2010, 200),
-      ('lenet', (28, 28, 1),
-       25 * 32 + 32 + 25 * 32 * 64 + 64 + 3136 * 128 + 128 + 1290, 128),
-      ('fedavg_cnn', (32, 32, 3),
-       75 * 64 + 64 + 1600 * 64 + 64 + 4096 * 384 + 384 + 384 * 192 + 192
-       + 1930, 192))
+    # 28x28x1: conv weights + biases, then dense, by hand
+    ('mlp', (28, 28, 1), 784 * 200 + 200 + 200 * 200 + 200 + 2010, 200),
+    (
+      'lenet',
+      (28, 28, 1),
+      25 * 32 + 32 + 25 * 32 * 64 + 64 + 3136 * 128 + 128 + 1290,
+      128,
+    ),
+    (
+      'fedavg_cnn',
+      (32, 32, 3),
+      75 * 64 + 64 + 1600 * 64 + 64 + 4096 * 384 + 384 + 384 * 192 + 192 + 1930,
+      192,
+    ),
+  )
   def test_sizes(self, name, image_shape, num_params, num_features):
     model = models.build(name, image_shape, 10)
     variables = jax.eval_shape(model.init, KEY)
@@ -70,49 +74,68 @@ class ClassifiersTest(parameterized.TestCase):
     variables = _random_variables(model)
     x = jax.random.normal(KEY, (4, 8, 8, 1))
     out = jax.jit(lambda *a: model.apply(*a, train=True))(
-        variables, x, jnp.ones(4, bool))
+      variables, x, jnp.ones(4, bool)
+    )
     chex.assert_tree_all_finite(out)
     chex.assert_trees_all_equal_structs(out.stats, variables.stats)
     self.assertEqual(bool(variables.stats), norm == 'batch')
     self.assertEqual('bias' in variables.params['conv0'], norm != 'batch')
 
   def test_raw_pixels_are_normalised(self):
-    model = models.build('mlp', (2, 2, 3), 3, mean=(.1, .2, .3), std=(.5, .6, .7))
+    model = models.build(
+      'mlp', (2, 2, 3), 3, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)
+    )
     variables = _random_variables(model)
-    raw = np.random.RandomState(0).randint(0, 256, (4, 2, 2, 3)).astype(np.uint8)
-    scaled = (raw / 255 - [.1, .2, .3]) / [.5, .6, .7]
+    raw = (
+      np.random.RandomState(0).randint(0, 256, (4, 2, 2, 3)).astype(np.uint8)
+    )
+    scaled = (raw / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.6, 0.7]
     np.testing.assert_allclose(
-        model.apply(variables, jnp.asarray(raw)).logits,
-        model.apply(variables, jnp.asarray(scaled, jnp.float32)).logits,
-        atol=1e-5)
+      model.apply(variables, jnp.asarray(raw)).logits,
+      model.apply(variables, jnp.asarray(scaled, jnp.float32)).logits,
+      atol=1e-5,
+    )
 
   def test_unknown_model(self):
     with self.assertRaisesRegex(ValueError, "lenet.*got 'vgg'"):
       models.build('vgg', (8, 8, 1), 3)
 
   @parameterized.parameters(
-      (dict(norm='layer'), "norm must be one of.*'group'.*got 'layer'"),
-      (dict(conv='fft'), "conv must be one of.*'matmul'.*got 'fft'"),
-      (dict(projection_dim=-1), 'projection_dim must be >= 0, got -1'),
-      (dict(image_shape=(8, 3, 1)), 'at least 4 x 4, got 8 x 3'),
-      (dict(name='vgg11', image_shape=(0, 8, 1)), 'at least 1 x 1, got 0 x 8'))
+    (dict(norm='layer'), "norm must be one of.*'group'.*got 'layer'"),
+    (dict(conv='fft'), "conv must be one of.*'matmul'.*got 'fft'"),
+    (dict(projection_dim=-1), 'projection_dim must be >= 0, got -1'),
+    (dict(image_shape=(8, 3, 1)), 'at least 4 x 4, got 8 x 3'),
+    (dict(name='vgg11', image_shape=(0, 8, 1)), 'at least 1 x 1, got 0 x 8'),
+  )
   def test_bad_arguments(self, change, message):
     arguments = dict(name='lenet', image_shape=(8, 8, 1), num_classes=3)
     with self.assertRaisesRegex(ValueError, message):
       models.build(**{**arguments, **change})
 
   @parameterized.parameters(
-      ('mlp', {'dense0/linear', 'dense1/linear', 'head/linear'}),
-      ('lenet', {'conv0', 'conv1', 'mlp/dense0/linear', 'mlp/head/linear'}),
-      ('fedavg_cnn', {'conv0', 'conv1', 'mlp/dense0/linear',
-                      'mlp/dense1/linear', 'mlp/head/linear'}))
+    ('mlp', {'dense0/linear', 'dense1/linear', 'head/linear'}),
+    ('lenet', {'conv0', 'conv1', 'mlp/dense0/linear', 'mlp/head/linear'}),
+    (
+      'fedavg_cnn',
+      {
+        'conv0',
+        'conv1',
+        'mlp/dense0/linear',
+        'mlp/dense1/linear',
+        'mlp/head/linear',
+      },
+    ),
+  )
   def test_names_of_parameters(self, name, want):
     """Saved models depend on them."""
     params = jax.eval_shape(models.build(name, (8, 8, 1), 3).init, KEY).params
-    paths = [jax.tree_util.keystr(path, simple=True, separator='/')
-             for path, _ in jax.tree.leaves_with_path(params)]
+    paths = [
+      jax.tree_util.keystr(path, simple=True, separator='/')
+      for path, _ in jax.tree.leaves_with_path(params)
+    ]
     self.assertCountEqual(
-        paths, [f'{p}/{kind}' for p in want for kind in ('kernel', 'bias')])
+      paths, [f'{p}/{kind}' for p in want for kind in ('kernel', 'bias')]
+    )
 
   @parameterized.parameters(*sorted(set(models.CLASSIFIERS).difference(DEEP)))
   def test_projection_head(self, name):
@@ -124,8 +147,9 @@ class ClassifiersTest(parameterized.TestCase):
     self.check_projection(name)
 
   def check_projection(self, name):
-    plain, model = (models.build(name, (8, 8, 3), 5, projection_dim=p)
-                    for p in (0, 7))
+    plain, model = (
+      models.build(name, (8, 8, 3), 5, projection_dim=p) for p in (0, 7)
+    )
     before, variables = (jax.eval_shape(m.init, KEY) for m in (plain, model))
     x = jnp.zeros((2, 8, 8, 3))
     width = jax.eval_shape(plain.apply, before, x).features.shape[-1]
@@ -133,15 +157,18 @@ class ClassifiersTest(parameterized.TestCase):
     self.assertEqual(out.logits.shape, (2, 5))
     self.assertEqual(out.features.shape, (2, 7))
     self.assertEqual(  # two more layers, and a narrower output layer
-        _size(variables.params) - _size(before.params),
-        width * width + width + width * 7 + 7 - (width - 7) * 5)
+      _size(variables.params) - _size(before.params),
+      width * width + width + width * 7 + 7 - (width - 7) * 5,
+    )
 
   def test_projection_by_hand(self):
     model = models.build('mlp', (2, 2, 1), 3, projection_dim=4)
     variables = _random_variables(model)
     x = jax.random.normal(KEY, (5, 2, 2, 1))
-    linear = {k: (v['linear']['kernel'], v['linear']['bias'])
-              for k, v in variables.params.items()}
+    linear = {
+      k: (v['linear']['kernel'], v['linear']['bias'])
+      for k, v in variables.params.items()
+    }
     value = x.reshape(5, 4)
     for name in ('dense0', 'dense1', 'projection0', 'projection1', 'head'):
       weight, bias = linear[name]
@@ -154,15 +181,18 @@ class ClassifiersTest(parameterized.TestCase):
 
 
 class DeepClassifiersTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ('resnet18', 100, None), ('resnet18_cifar', 10, 'group'),
-      ('resnet20', 10, 'batch'), ('vgg11', 10, None))
+    ('resnet18', 100, None),
+    ('resnet18_cifar', 10, 'group'),
+    ('resnet20', 10, 'batch'),
+    ('vgg11', 10, None),
+  )
   def test_size(self, *case):
     self.check_size(*case)
 
-  @parameterized.parameters(*itertools.product(
-      DEEP, (10, 100), (None, 'batch', 'group')))
+  @parameterized.parameters(
+    *itertools.product(DEEP, (10, 100), (None, 'batch', 'group'))
+  )
   @pytest.mark.slow  # below: the cases of `parameters` take it over
   def test_sizes(self, *case):
     self.check_size(*case)
@@ -170,8 +200,12 @@ class DeepClassifiersTest(parameterized.TestCase):
   def check_size(self, name, num_classes, norm):
     model = models.build(name, (32, 32, 3), num_classes, norm=norm)
     variables = jax.eval_shape(model.init, KEY)
-    of_ten = {'resnet18': 11_181_642, 'resnet18_cifar': 11_173_962,
-              'resnet20': 269_722, 'vgg11': 9_231_114}[name]
+    of_ten = {
+      'resnet18': 11_181_642,
+      'resnet18_cifar': 11_173_962,
+      'resnet20': 269_722,
+      'vgg11': 9_231_114,
+    }[name]
     head = (num_classes - 10) * (65 if name == 'resnet20' else 513)
     self.assertEqual(_size(variables.params), of_ten + head)
     self.assertEqual(bool(variables.stats), norm != 'group')
@@ -179,8 +213,9 @@ class DeepClassifiersTest(parameterized.TestCase):
   def test_shapes(self):
     self.check_shapes('vgg11', (28, 28, 1))
 
-  @parameterized.parameters(*itertools.product(
-      DEEP, ((32, 32, 3), (28, 28, 1), (8, 8, 1), (1, 3, 2))))
+  @parameterized.parameters(
+    *itertools.product(DEEP, ((32, 32, 3), (28, 28, 1), (8, 8, 1), (1, 3, 2)))
+  )
   @pytest.mark.slow  # below: the cases of `parameters` take it over
   def test_shapes_of_all(self, *case):
     self.check_shapes(*case)
@@ -188,8 +223,11 @@ class DeepClassifiersTest(parameterized.TestCase):
   def check_shapes(self, name, image_shape):
     model = models.build(name, image_shape, 10)
     variables = jax.eval_shape(model.init, KEY)
-    out = jax.eval_shape(lambda v, x: model.apply(v, x, train=True),
-                         variables, jnp.zeros((2, *image_shape)))
+    out = jax.eval_shape(
+      lambda v, x: model.apply(v, x, train=True),
+      variables,
+      jnp.zeros((2, *image_shape)),
+    )
     self.assertEqual(out.logits.shape, (2, 10))
     self.assertEqual(out.features.shape, (2, 64 if name == 'resnet20' else 512))
     chex.assert_trees_all_equal_shapes(out.stats, variables.stats)
@@ -213,8 +251,11 @@ class DeepClassifiersTest(parameterized.TestCase):
       for norm in norms:
         model = models.build(name, (8, 8, 3), 3, norm=norm)
         params = jax.eval_shape(model.init, KEY).params
-        convs = [path for path, leaf in jax.tree.leaves_with_path(params)
-                 if path[-2].key == 'conv' and path[-1].key == 'bias']
+        convs = [
+          path
+          for path, leaf in jax.tree.leaves_with_path(params)
+          if path[-2].key == 'conv' and path[-1].key == 'bias'
+        ]
         self.assertEqual(bool(convs), name == 'vgg11' or norm == 'none')
 
   def test_padding_changes_nothing(self):
@@ -231,7 +272,7 @@ class DeepClassifiersTest(parameterized.TestCase):
       x = jax.random.normal(KEY, (5, 4, 4, 3))
       mask = jnp.array([True, False, True, True, False])
       apply = jax.jit(lambda *a: model.apply(*a, train=True))
-      padded = apply(variables, x.at[1].mul(100.), mask)
+      padded = apply(variables, x.at[1].mul(100.0), mask)
       alone = apply(variables, x[mask], jnp.ones(3, bool))
       np.testing.assert_allclose(padded.logits[mask], alone.logits, atol=1e-9)
       chex.assert_trees_all_close(padded.stats, alone.stats, rtol=1e-9)
@@ -249,11 +290,13 @@ class DeepClassifiersTest(parameterized.TestCase):
       x = jax.random.normal(KEY, (2, 3, 4, 4, 3))
       apply = lambda v, x: model.apply(v, x, train=True)
       both = jax.jit(jax.vmap(apply))(
-          jax.tree.map(lambda *a: jnp.stack(a), *variables), x)
+        jax.tree.map(lambda *a: jnp.stack(a), *variables), x
+      )
       apply = jax.jit(apply)
       alone = [apply(v, a) for v, a in zip(variables, x)]
       chex.assert_trees_all_close(
-          both, jax.tree.map(lambda *a: jnp.stack(a), *alone), atol=1e-9)
+        both, jax.tree.map(lambda *a: jnp.stack(a), *alone), atol=1e-9
+      )
 
   def test_gradients_are_finite(self):
     self.check_gradients('batch')
@@ -279,8 +322,9 @@ class DeepClassifiersTest(parameterized.TestCase):
     for num_valid in (0, 1, 2):
       grads = gradient(variables.params, jnp.arange(2) < num_valid)
       chex.assert_tree_all_finite(grads)
-      self.assertEqual(any(jnp.any(g) for g in jax.tree.leaves(grads)),
-                       num_valid > 0)
+      self.assertEqual(
+        any(jnp.any(g) for g in jax.tree.leaves(grads)), num_valid > 0
+      )
 
   def test_running_variance(self):
     self.check_running_variance('lenet')
@@ -297,16 +341,26 @@ class DeepClassifiersTest(parameterized.TestCase):
       model = models.build(name, (4, 4, 2), 3, norm='batch', torch_bn=torch_bn)
       variables = _random_variables(model)
       variables = variables._replace(
-          stats=jax.tree.map(jnp.zeros_like, variables.stats))
+        stats=jax.tree.map(jnp.zeros_like, variables.stats)
+      )
       x = jax.random.normal(KEY, (3, 4, 4, 2))
-      new = jax.jit(lambda v, x: model.apply(v, x, train=True))(variables, x).stats
-      stats.append({
+      new = jax.jit(lambda v, x: model.apply(v, x, train=True))(
+        variables, x
+      ).stats
+      stats.append(
+        {
           path[:-1]: np.asarray(leaf)
           for path, leaf in jax.tree.leaves_with_path(new)
-          if path[-1].key == 'var'})
+          if path[-1].key == 'var'
+        }
+      )
     # Pixels behind the convolutions of a stage: vgg11, resnet20, lenet.
-    pixels = {'conv': (16, 4, 1, 1, 1), 'block': (16, 4, 1), 'stem': (16,),
-              'norm': (16, 4)}
+    pixels = {
+      'conv': (16, 4, 1, 1, 1),
+      'block': (16, 4, 1),
+      'stem': (16,),
+      'norm': (16, 4),
+    }
     for path, var in stats[0].items():
       kind, layer = re.fullmatch(r'([a-z]+)(\d*).*', path[0].key).groups()
       n = 3 * pixels[kind][int(layer or 0)]
@@ -314,24 +368,30 @@ class DeepClassifiersTest(parameterized.TestCase):
 
 
 class BasicBlockTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      (4, 1, True), (6, 2, True), (6, 1, True), (6, 2, False))
+    (4, 1, True), (6, 2, True), (6, 1, True), (6, 2, False)
+  )
   def test_equals_plain_formula(self, features, stride, project):
     with enable_x64(True):
       block = resnet.BasicBlock(
-          features, stride, project, layers.Options('batch'))
+        features, stride, project, layers.Options('batch')
+      )
       x = jax.random.normal(KEY, (3, 5, 6, 4))
       shapes = jax.eval_shape(block.init, KEY, x)
       tree = jax.tree.map(
-          lambda a: jnp.asarray(np.random.RandomState(a.size).rand(*a.shape)),
-          shapes)
+        lambda a: jnp.asarray(np.random.RandomState(a.size).rand(*a.shape)),
+        shapes,
+      )
 
       def unit(x, name, stride, pad):
         p, s = tree['params'][name], tree['batch_stats'][name]['norm']['batch']
         x = jax.lax.conv_general_dilated(
-            x, p['conv']['kernel'], (stride, stride), ((pad, pad),) * 2,
-            dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+          x,
+          p['conv']['kernel'],
+          (stride, stride),
+          ((pad, pad),) * 2,
+          dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
         x = (x - s['mean']) / jnp.sqrt(s['var'] + 1e-5)
         p = p['norm']['batch']
         return x * p['scale'] + p['bias']
@@ -343,10 +403,13 @@ class BasicBlockTest(parameterized.TestCase):
         shortcut = unit(x, 'shortcut', stride, 0)
       elif stride == 2:
         shortcut = jnp.concatenate(
-            [x[:, ::2, ::2], jnp.zeros((3, 3, 3, 2))], axis=-1)
+          [x[:, ::2, ::2], jnp.zeros((3, 3, 3, 2))], axis=-1
+        )
       np.testing.assert_allclose(
-          jax.jit(block.apply)(tree, x), jnp.maximum(branch + shortcut, 0),
-          rtol=1e-12)
+        jax.jit(block.apply)(tree, x),
+        jnp.maximum(branch + shortcut, 0),
+        rtol=1e-12,
+      )
       self.assertEqual('shortcut' in tree['params'], project and features == 6)
 
   def test_initialisation(self):
@@ -355,27 +418,38 @@ class BasicBlockTest(parameterized.TestCase):
       block = resnet.BasicBlock(64, 1, True, layers.Options(norm))
       params = jax.jit(block.init)(KEY, x)['params']
       np.testing.assert_allclose(
-          params['conv0']['conv']['kernel'].std(), (2 / (9 * 64))**.5, rtol=.02)
+        params['conv0']['conv']['kernel'].std(),
+        (2 / (9 * 64)) ** 0.5,
+        rtol=0.02,
+      )
       if norm == 'none':
         np.testing.assert_array_equal(block.apply({'params': params}, x), x)
       else:
-        self.assertGreater(params['conv1']['conv']['kernel'].std(), .05)
+        self.assertGreater(params['conv1']['conv']['kernel'].std(), 0.05)
         np.testing.assert_array_equal(params['conv1']['norm'][norm]['scale'], 1)
         np.testing.assert_array_equal(params['conv1']['norm'][norm]['bias'], 0)
 
 
 class ConvolutionTest(parameterized.TestCase):
-
   # Each pair of values of two arguments.
   @parameterized.parameters(
-      (1, 1, 2, False), (1, 2, 4, True), (3, 1, 4, True), (3, 2, 2, False),
-      (4, 1, 2, True), (4, 2, 4, False), (5, 1, 4, False), (5, 2, 2, True),
-      (6, 1, 2, False), (6, 2, 4, True))
+    (1, 1, 2, False),
+    (1, 2, 4, True),
+    (3, 1, 4, True),
+    (3, 2, 2, False),
+    (4, 1, 2, True),
+    (4, 2, 4, False),
+    (5, 1, 4, False),
+    (5, 2, 2, True),
+    (6, 1, 2, False),
+    (6, 2, 4, True),
+  )
   def test_implementations_agree(self, *case):
     self.check_implementations(*case)
 
-  @parameterized.parameters(*itertools.product(
-      (1, 3, 4, 5, 6), (1, 2), (2, 4), (False, True)))
+  @parameterized.parameters(
+    *itertools.product((1, 3, 4, 5, 6), (1, 2), (2, 4), (False, True))
+  )
   @pytest.mark.slow  # below: the cases of `parameters` take it over
   def test_implementations_agree_everywhere(self, *case):
     self.check_implementations(*case)
@@ -390,13 +464,18 @@ class ConvolutionTest(parameterized.TestCase):
       def plain(x, kernel):
         pad = (0, 0) if valid else ((size - 1) // 2, size // 2)
         return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), (pad, pad),
-            dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+          x,
+          kernel,
+          (stride, stride),
+          (pad, pad),
+          dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
 
       def run(compute):
         def both(x, kernel):
           out, pull = jax.vjp(jax.vmap(compute), x, kernel)
           return out, pull(jnp.sin(out))
+
         return jax.jit(both)(x, kernel)
 
       want = run(plain)
@@ -404,27 +483,30 @@ class ConvolutionTest(parameterized.TestCase):
       height, width = -(-(7 - lost) // stride), -(-(6 - lost) // stride)
       self.assertEqual(want[0].shape, (2, 2, height, width, num_out))
       for implementation in convolution.IMPLEMENTATIONS:
-        out = run(lambda x, k: convolution.convolve(
-            x, k, implementation, stride, valid))
+        out = run(
+          lambda x, k: convolution.convolve(x, k, implementation, stride, valid)
+        )
         chex.assert_trees_all_close(out, want, atol=1e-11)
 
   @parameterized.parameters((3, (5, 6), False), (4, (9, 8), True))
   def test_winograd(self, *case):
     self.check_winograd(*case)
 
-  @parameterized.parameters(*itertools.product(
-      (3, 4, 5), ((16, 13), (9, 8), (5, 6)), (False, True)))
+  @parameterized.parameters(
+    *itertools.product((3, 4, 5), ((16, 13), (9, 8), (5, 6)), (False, True))
+  )
   @pytest.mark.slow  # below: the cases of `parameters` take it over
   def test_winograd_everywhere(self, *case):
     self.check_winograd(*case)
 
   def check_winograd(self, size, image, valid):
-    """As the plain one: in value and gradient, all images at once and in blocks.
-    """
+    """As the plain one: in value and gradient, all images at once and in blocks."""
+
     def run(compute, x, kernel):
       def both(x, kernel):
         out, pull = jax.vjp(compute, x, kernel)
         return out, pull(jnp.sin(out))
+
       return jax.jit(both)(x, kernel)
 
     with enable_x64(True):
@@ -437,14 +519,23 @@ class ConvolutionTest(parameterized.TestCase):
       self.assertEqual(plan is not None, used)
       if not used:
         return
-      want = run(lambda x, k: convolution.convolve(
-          x, k, 'lax', valid=valid), x, kernel)
+      want = run(
+        lambda x, k: convolution.convolve(x, k, 'lax', valid=valid), x, kernel
+      )
       for block in (2, 4):
-        got = run(lambda x, k: winograd.convolve(
-            x, k, padding, plan._replace(block=block)), x, kernel)
+        got = run(
+          lambda x, k: winograd.convolve(
+            x, k, padding, plan._replace(block=block)
+          ),
+          x,
+          kernel,
+        )
         chex.assert_trees_all_close(got, want, rtol=1e-9, atol=1e-9)
-      chosen = run(lambda x, k: convolution.convolve(
-          x, k, 'winograd', valid=valid), x, kernel)
+      chosen = run(
+        lambda x, k: convolution.convolve(x, k, 'winograd', valid=valid),
+        x,
+        kernel,
+      )
       chex.assert_trees_all_close(chosen, want, rtol=1e-9, atol=1e-9)
 
   @parameterized.parameters(3, 5)
@@ -456,23 +547,27 @@ class ConvolutionTest(parameterized.TestCase):
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(implementation):
-      out, pull = jax.vjp(lambda x, k: convolution.convolve(
-          x, k, implementation), x, kernel)
+      out, pull = jax.vjp(
+        lambda x, k: convolution.convolve(x, k, implementation), x, kernel
+      )
       return out, *pull(out)
 
     for got, want in zip(run('winograd'), run('lax')):
       self.assertLess(abs(got - want).max() / abs(want).max(), 2e-5)
 
   @parameterized.parameters(
-      ((16, 16), (3, 3), (15, 64)), ((1, 1), (3, 3), (64, 64)),
-      ((8, 8), (3, 5), (64, 64)),
-      ((16, 16), (7, 7), (64, 64)))
+    ((16, 16), (3, 3), (15, 64)),
+    ((1, 1), (3, 3), (64, 64)),
+    ((8, 8), (3, 5), (64, 64)),
+    ((16, 16), (7, 7), (64, 64)),
+  )
   def test_where_winograd_does_not_pay(self, outputs, size, channels):
     self.assertIsNone(winograd.tiling(10, outputs, size, channels))
 
   @parameterized.parameters((4, 3, 5, 2), (1, 2, 2, 3))
   def test_enlarged(self, height, width, num_in, num_out):
     """In value and gradient, as the convolution of the enlarged image."""
+
     def plain(x, kernel):
       large = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
       return convolution.convolve(large, kernel, 'lax')
@@ -481,6 +576,7 @@ class ConvolutionTest(parameterized.TestCase):
       def both(x, kernel):
         out, pull = jax.vjp(compute, x, kernel)
         return out, pull(jnp.sin(out))
+
       return jax.jit(both)(x, kernel)
 
     with enable_x64(True):
@@ -488,23 +584,37 @@ class ConvolutionTest(parameterized.TestCase):
       kernel = jax.random.normal(KEY, (3, 3, num_in, num_out))
       want = run(plain, x, kernel)
       for implementation in convolution.IMPLEMENTATIONS:
-        out = run(functools.partial(
-            convolution.convolve_enlarged, implementation=implementation),
-                  x, kernel)
+        out = run(
+          functools.partial(
+            convolution.convolve_enlarged, implementation=implementation
+          ),
+          x,
+          kernel,
+        )
         chex.assert_trees_all_close(out, want, atol=1e-11)
 
   def test_enlarged_has_no_stride(self):
     with self.assertRaisesRegex(ValueError, 'stride 1 .*got stride=2'):
       layers.Conv(2, 3, enlarge=True, stride=2).init(
-          KEY, jnp.zeros((1, 4, 4, 2)))
+        KEY, jnp.zeros((1, 4, 4, 2))
+      )
 
   @parameterized.parameters((3, 1, 4), (3, 1, 1), (3, 2, 4), (1, 2, 4))
   def test_no_grouped_convolution_under_vmap(self, size, stride, num_out):
-    x, kernel = jnp.zeros((2, 3, 6, 6, 2)), jnp.zeros(
-        (2, size, size, 2, num_out))
+    x, kernel = (
+      jnp.zeros((2, 3, 6, 6, 2)),
+      jnp.zeros((2, size, size, 2, num_out)),
+    )
     for implementation in convolution.IMPLEMENTATIONS[:-1]:
-      text = jax.jit(jax.vmap(lambda x, k: convolution.convolve(
-          x, k, implementation, stride))).lower(x, kernel).as_text()
+      text = (
+        jax.jit(
+          jax.vmap(
+            lambda x, k: convolution.convolve(x, k, implementation, stride)
+          )
+        )
+        .lower(x, kernel)
+        .as_text()
+      )
       self.assertNotIn('convolution', text)
       if size == 1:
         self.assertEqual(text.count('dot_general'), 1)
@@ -512,6 +622,7 @@ class ConvolutionTest(parameterized.TestCase):
 
 class Smooth(nn.Module):
   """No maximum, whose winner a rounding may change."""
+
   conv: str
   norm: str
 
@@ -525,7 +636,6 @@ class Smooth(nn.Module):
 
 
 class PrecisionTest(parameterized.TestCase):
-
   @parameterized.parameters(('winograd', 'batch'), ('slices', 'group'))
   @pytest.mark.slow  # below: the cases of `parameters` take it over
   def test_bfloat16(self, conv, norm):
@@ -538,42 +648,56 @@ class PrecisionTest(parameterized.TestCase):
     def run(dtype):
       model = models.from_flax(Smooth(conv, norm), x.shape[1:], dtype=dtype)
       variables = model.init(KEY)
+
       def loss(params):
         output = model.apply(
-            variables._replace(params=params), x, jnp.arange(12) < 11, True)
-        return jnp.mean(jax.nn.log_softmax(output.logits)[jnp.arange(12), y]), output
+          variables._replace(params=params), x, jnp.arange(12) < 11, True
+        )
+        return jnp.mean(
+          jax.nn.log_softmax(output.logits)[jnp.arange(12), y]
+        ), output
+
       grads, output = jax.grad(loss, has_aux=True)(variables.params)
       return grads, output
 
     (want, exact), (got, output) = run(None), run(jnp.bfloat16)
     chex.assert_trees_all_equal_dtypes((got, output), (want, exact))
-    flat = [jnp.concatenate([a.ravel() for a in jax.tree.leaves(g)])
-            for g in (want, got)]
+    flat = [
+      jnp.concatenate([a.ravel() for a in jax.tree.leaves(g)])
+      for g in (want, got)
+    ]
     error = jnp.linalg.norm(flat[0] - flat[1]) / jnp.linalg.norm(flat[0])
-    self.assertBetween(error, 1e-4, .03)
-    np.testing.assert_allclose(output.logits, exact.logits, atol=.03)
+    self.assertBetween(error, 1e-4, 0.03)
+    np.testing.assert_allclose(output.logits, exact.logits, atol=0.03)
 
   @pytest.mark.slow
   def test_generator(self):
     outputs = []
     for dtype in (None, jnp.bfloat16):
       generator = models.image_generator(
-          (8, 8, 1), 3, noise_dim=4, width=2, dtype=dtype)
-      outputs.append(jax.jit(lambda key, generator=generator: generator.apply(
-          generator.init(key), jnp.ones((2, 4)), jnp.arange(2), train=True))(KEY))
+        (8, 8, 1), 3, noise_dim=4, width=2, dtype=dtype
+      )
+      outputs.append(
+        jax.jit(
+          lambda key, generator=generator: generator.apply(
+            generator.init(key), jnp.ones((2, 4)), jnp.arange(2), train=True
+          )
+        )(KEY)
+      )
     chex.assert_trees_all_equal_dtypes(*outputs)
     difference = abs(outputs[0][0] - outputs[1][0]).max()
-    self.assertBetween(difference, 1e-4, .1)
+    self.assertBetween(difference, 1e-4, 0.1)
 
 
 class MaxPoolTest(parameterized.TestCase):
-
   def test_gradient_of_equal_values_and_nan(self):
     """One of equal values has the whole gradient; NaN is not lost."""
     pool = lambda x: layers.max_pool(x.reshape(1, 2, 2, 1))[0, 0, 0, 0]
-    for values, want in (([1., 3., 3., 3.], [0, 0, 1, 0]),
-                         ([1., 3., 1., 3.], [0, 1, 0, 0]),
-                         ([3., 3., 3., 3.], [1, 0, 0, 0])):
+    for values, want in (
+      ([1.0, 3.0, 3.0, 3.0], [0, 0, 1, 0]),
+      ([1.0, 3.0, 1.0, 3.0], [0, 1, 0, 0]),
+      ([3.0, 3.0, 3.0, 3.0], [1, 0, 0, 0]),
+    ):
       np.testing.assert_array_equal(jax.grad(pool)(jnp.array(values)), want)
     for i in range(4):
       self.assertTrue(np.isnan(pool(jnp.ones(4).at[i].set(jnp.nan))))
@@ -581,20 +705,27 @@ class MaxPoolTest(parameterized.TestCase):
   def test_two_by_two(self):
     x = jax.random.normal(KEY, (2, 5, 4, 3))
     np.testing.assert_array_equal(
-        layers.max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
+      layers.max_pool(x), nn.max_pool(x, (2, 2), (2, 2))
+    )
 
   @parameterized.product(
-      window=((3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 1, 0), (3, 3, 0)),
-      shape=((2, 8, 7, 3), (1, 3, 4, 1)))
+    window=((3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 1, 0), (3, 3, 0)),
+    shape=((2, 8, 7, 3), (1, 3, 4, 1)),
+  )
   def test_equals_reduce_window(self, window, shape):
     size, stride, padding = window
-    x = jax.random.normal(KEY, shape) - 3.
+    x = jax.random.normal(KEY, shape) - 3.0
 
     def plain(x):
       pad = padding, padding
       return jax.lax.reduce_window(
-          x, -jnp.inf, jax.lax.max, (1, size, size, 1), (1, stride, stride, 1),
-          ((0, 0), pad, pad, (0, 0)))
+        x,
+        -jnp.inf,
+        jax.lax.max,
+        (1, size, size, 1),
+        (1, stride, stride, 1),
+        ((0, 0), pad, pad, (0, 0)),
+      )
 
     def both(pool):
       out, pull = jax.vjp(pool, x)
@@ -604,20 +735,20 @@ class MaxPoolTest(parameterized.TestCase):
     chex.assert_trees_all_close(out, both(plain), atol=1e-6)
 
   def test_one_pixel(self):
-    x = jnp.full((1, 1, 1, 2), -3.)
+    x = jnp.full((1, 1, 1, 2), -3.0)
     np.testing.assert_array_equal(layers.max_pool(x, 3, 2, 1), x)
 
   def test_inside_scan_and_vmap(self):
     x = jax.random.normal(KEY, (2, 1, 5, 5, 2))
-    one = jax.jit(jax.grad(lambda x: jnp.sum(layers.max_pool(x, 3, 2, 1)**2)))
-    want = jnp.stack([x[i] - .1 * one(x[i]) for i in (0, 1)])
-    step = lambda x, _: (x - .1 * jax.vmap(one)(x), None)
+    one = jax.jit(jax.grad(lambda x: jnp.sum(layers.max_pool(x, 3, 2, 1) ** 2)))
+    want = jnp.stack([x[i] - 0.1 * one(x[i]) for i in (0, 1)])
+    step = lambda x, _: (x - 0.1 * jax.vmap(one)(x), None)
     np.testing.assert_allclose(
-        jax.lax.scan(step, x, length=1)[0], want, atol=1e-6)
+      jax.lax.scan(step, x, length=1)[0], want, atol=1e-6
+    )
 
 
 class BatchNormTest(parameterized.TestCase):
-
   @parameterized.parameters(True, False)
   def test_masked_equals_unpadded(self, unbiased):
     with enable_x64(True):
@@ -626,17 +757,22 @@ class BatchNormTest(parameterized.TestCase):
       variables = norm.init(KEY, x)
       mask = jnp.array([True, True, False, True, False, False])
       padded, new = norm.apply(
-          variables, x, mask, True, mutable=['batch_stats'])
+        variables, x, mask, True, mutable=['batch_stats']
+      )
       alone, want = norm.apply(
-          variables, x[mask], None, True, mutable=['batch_stats'])
+        variables, x[mask], None, True, mutable=['batch_stats']
+      )
       np.testing.assert_allclose(padded[mask], alone, atol=1e-12)
       chex.assert_trees_all_close(new, want, atol=1e-12)
       values = np.asarray(x)[np.asarray(mask)].reshape(-1, 2)
       np.testing.assert_allclose(
-          new['batch_stats']['mean'], .1 * values.mean(0), atol=1e-12)
+        new['batch_stats']['mean'], 0.1 * values.mean(0), atol=1e-12
+      )
       np.testing.assert_allclose(
-          new['batch_stats']['var'],
-          .9 + .1 * values.var(0, ddof=int(unbiased)), atol=1e-12)
+        new['batch_stats']['var'],
+        0.9 + 0.1 * values.var(0, ddof=int(unbiased)),
+        atol=1e-12,
+      )
 
   def test_masked_gradient(self):
     """Padding takes no part in the gradient, and gets none."""
@@ -656,14 +792,20 @@ class BatchNormTest(parameterized.TestCase):
       np.testing.assert_allclose(grads[1], 0)
       rows = np.array([0, 2, 3])
       np.testing.assert_allclose(
-          grads[rows], gradient(np.asarray(x)[rows], None), atol=1e-12)
+        grads[rows], gradient(np.asarray(x)[rows], None), atol=1e-12
+      )
 
   def test_padding_does_not_grow(self):
     """As it would, by 300 a norm, where all valid values are the same."""
     norm = layers.BatchNorm()
-    x = jnp.array([[2., 3.], [9., -9.]])
-    out, _ = norm.apply(norm.init(KEY, x), x, jnp.array([True, False]), True,
-                        mutable=['batch_stats'])
+    x = jnp.array([[2.0, 3.0], [9.0, -9.0]])
+    out, _ = norm.apply(
+      norm.init(KEY, x),
+      x,
+      jnp.array([True, False]),
+      True,
+      mutable=['batch_stats'],
+    )
     np.testing.assert_array_equal(out, 0)
 
   @parameterized.parameters(0, 1)
@@ -671,24 +813,27 @@ class BatchNormTest(parameterized.TestCase):
     norm = layers.BatchNorm()
     x = jax.random.normal(KEY, (3, 2))
     variables = norm.init(KEY, x)
-    out, new = norm.apply(variables, x, jnp.arange(3) < num_valid, True,
-                          mutable=['batch_stats'])
+    out, new = norm.apply(
+      variables, x, jnp.arange(3) < num_valid, True, mutable=['batch_stats']
+    )
     chex.assert_tree_all_finite((out, new))
     if not num_valid:
       chex.assert_trees_all_equal(new['batch_stats'], variables['batch_stats'])
 
 
 class GeneratorTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ((8, 8, 1), 3), ((12, 8, 3), 5), ((28, 28, 1), 10), ((4, 4, 2), 1))
+    ((8, 8, 1), 3), ((12, 8, 3), 5), ((28, 28, 1), 10), ((4, 4, 2), 1)
+  )
   def test_shapes(self, image_shape, num_classes):
     generator = models.image_generator(
-        image_shape, num_classes, noise_dim=7, width=2)
+      image_shape, num_classes, noise_dim=7, width=2
+    )
     variables = _random_variables(generator)
     labels = np.arange(5) % num_classes
     images, stats = jax.jit(generator.apply, static_argnames='train')(
-        variables, jax.random.normal(KEY, (5, 7)), labels, train=True)
+      variables, jax.random.normal(KEY, (5, 7)), labels, train=True
+    )
     self.assertEqual(images.shape, (5, *image_shape))
     chex.assert_trees_all_equal_shapes(stats, variables.stats)
     images = np.asarray(images)
@@ -698,15 +843,19 @@ class GeneratorTest(parameterized.TestCase):
   @parameterized.parameters((100, 10, 682_499), (256, 100, 1_690_115))
   def test_official_sizes(self, noise_dim, num_classes, want):
     generator = models.image_generator(
-        (32, 32, 3), num_classes, noise_dim=noise_dim)
+      (32, 32, 3), num_classes, noise_dim=noise_dim
+    )
     params = jax.eval_shape(generator.init, KEY).params
     self.assertEqual(_size(params), want)
 
   def test_without_bias_before_norm(self):
     with_bias, without = (
-        jax.eval_shape(models.image_generator(
-            (8, 8, 1), 3, width=2, bias_before_norm=b).init, KEY).params
-        for b in (True, False))
+      jax.eval_shape(
+        models.image_generator((8, 8, 1), 3, width=2, bias_before_norm=b).init,
+        KEY,
+      ).params
+      for b in (True, False)
+    )
     self.assertIn('bias', with_bias['conv1'])
     for name in ('conv1', 'conv2'):
       self.assertNotIn('bias', without[name])

@@ -24,8 +24,16 @@ import time
 from typing import NamedTuple
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-PYTEST = (sys.executable, '-m', 'pytest', '-x', '-q', '--color=no',
-          '-m', 'not slow and not browser')
+PYTEST = (
+  sys.executable,
+  '-m',
+  'pytest',
+  '-x',
+  '-q',
+  '--color=no',
+  '-m',
+  'not slow and not browser',
+)
 WHOLE = '-n', '2', '--dist', 'worksteal', 'tests'
 LIMIT = 3600  # seconds for one call of pytest
 # Pytest's exit status; with -n, -x ends in STOPPED.
@@ -35,6 +43,7 @@ CAUGHT, MISSED, UNCLEAR = 'caught by', 'MISSED', 'UNCLEAR:'
 
 class Fault(NamedTuple):
   """A text in a file, what is put in its place, and the tests to run first."""
+
   name: str
   path: str
   old: str
@@ -55,214 +64,455 @@ PARTITION = 'fedftg_jax/data/partition.py'
 CHECKPOINT = 'fedftg_jax/checkpoint.py'
 
 OF_ENGINE = 'federation_test.py', 'methods_test.py'
-OF_SOLVER = 'solvers_test.py',
-OF_FED_FTG = 'fed_ftg_test.py',
-OF_METHODS = 'methods_test.py',
-OF_PARTITION = 'partition_test.py',
+OF_SOLVER = ('solvers_test.py',)
+OF_FED_FTG = ('fed_ftg_test.py',)
+OF_METHODS = ('methods_test.py',)
+OF_PARTITION = ('partition_test.py',)
 OF_CHECKPOINT = 'checkpoint_test.py', 'resume_test.py'
 
 FAULTS = (
-    # The engine.
-    Fault('engine_weight_counts_absent', ENGINE,  # not renormalised
-          'weight = mass / jnp.maximum(jnp.sum(mass), 1)',
-          "all_of_them = count if weighting == 'examples' else count > 0\n"
-          '  weight = mass / jnp.maximum(jnp.sum(all_of_them), 1)', OF_ENGINE),
-    Fault('engine_absent_slot_written', ENGINE,
-          'written = jnp.where(arrived, rows.place, num_clients)',
-          'written = rows.place', OF_ENGINE),
-    Fault('engine_absent_client_sends', ENGINE,
-          '  sent = trees.where(\n'
-          '      row.arrived, sent, jax.tree.map(jnp.zeros_like, sent))\n',
-          '', OF_ENGINE),
-    Fault('engine_empty_client_arrives', ENGINE,
-          'arrived = cohort.arrived & (count > 0)',
-          'arrived = cohort.arrived & (cohort.client_id < num_clients)',
-          OF_ENGINE),
-    Fault('engine_client_key_by_slot', ENGINE,
-          'keys.client_keys(base_key, round_, row.client_id)',
-          'keys.client_keys(base_key, round_, row.slot)', OF_ENGINE),
-    Fault('engine_server_key_repeats', ENGINE,
-          'keys.server_key(key, state.round)',
-          'keys.server_key(key, jnp.int32(0))', OF_ENGINE),
-    Fault('engine_nobody_arrives_yet_updates', ENGINE,
-          'anybody = jnp.any(arrived)',
-          'anybody = jnp.any(rows.client_id < num_clients)', OF_ENGINE),
-    Fault('engine_start_wrong_sign', ENGINE,
-          'delta + (start - old)', 'delta + (old - start)', OF_ENGINE),
-    Fault('engine_batch_norm_unmasked', ENGINE,
-          'model.apply(variables, batch.x, mask=batch.mask, train=True)',
-          'model.apply(variables, batch.x, train=True)', OF_ENGINE),
-    Fault('engine_batch_norm_stale', ENGINE,
-          'LossAux(output.stats, cross_entropy)',
-          'LossAux(variables.stats, cross_entropy)', OF_ENGINE),
-    Fault('engine_num_steps_not_sorted', ENGINE,
-          'ids, arrived, num_steps = (\n'
-          '      np.take_along_axis(a, order, 1) '
-          'for a in (ids, arrived, num_steps))',
-          'ids, arrived = (\n'
-          '      np.take_along_axis(a, order, 1) for a in (ids, arrived))',
-          OF_ENGINE),
-    Fault('engine_blank_row_is_a_round', ENGINE,
-          'somebody = jnp.any(cohort.client_id < num_clients)',
-          'somebody = jnp.any(cohort.client_id <= num_clients)', OF_ENGINE),
-
-    # The solver.
-    Fault('solver_partial_batch_dropped', SOLVER,
-          'batches = -(-count // batch_size)',
-          'batches = jnp.maximum(count // batch_size, 1)', OF_SOLVER),
-    Fault('solver_padding_is_an_example', SOLVER,  # off by one
-          'first + jnp.arange(batch_size) < count',
-          'first + jnp.arange(batch_size) <= count', OF_SOLVER),
-    Fault('solver_same_order_each_epoch', SOLVER,
-          'jax.random.fold_in(key, epoch)', 'jax.random.fold_in(key, 0)',
-          OF_SOLVER),
-    Fault('solver_decay_is_clipped', SOLVER,
-          '      grads, _ = clip.update(grads, clip.init(params))\n'
-          '      grads = jax.tree.map('
-          'lambda g, p: g + decay * p, grads, params)\n',
-          '      grads = jax.tree.map('
-          'lambda g, p: g + decay * p, grads, params)\n'
-          '      grads, _ = clip.update(grads, clip.init(params))\n',
-          OF_SOLVER),
-    Fault('solver_decay_of_method_lost', SOLVER,
-          'decay = weight_decay + objective.decay', 'decay = weight_decay',
-          OF_SOLVER),
-    Fault('solver_same_augmentation_each_step', SOLVER,
-          'jax.random.fold_in(key_augment, i)', 'key_augment',
-          ('augment_test.py', 'solvers_test.py')),
-    Fault('solver_loss_by_batches', SOLVER,  # a partial batch counts as a whole
-          'total[0] + seen * aux.cross_entropy, total[1] + seen',
-          'total[0] + aux.cross_entropy, total[1] + 1', OF_SOLVER),
-
-    # FedFTG.
-    Fault('fed_ftg_class_weights_axis', FED_FTG,
-          'jnp.sum(counts, axis=0)', 'jnp.sum(counts, axis=1, keepdims=True)',
-          OF_FED_FTG),
-    Fault('fed_ftg_uniform_weights_unmasked', FED_FTG,
-          'jnp.ones(counts.shape) * distillation.present(arrived)[:, None]',
-          'jnp.ones(counts.shape) / len(counts)', OF_FED_FTG),
-    Fault('fed_ftg_hard_samples_sign', FED_FTG,
-          "by_name['md'] = -jnp.mean(gap * alpha, axis=1)",
-          "by_name['md'] = jnp.mean(gap * alpha, axis=1)", OF_FED_FTG),
-    Fault('fed_ftg_kl_arguments', FED_FTG,
-          'losses.kl_divergence(teacher, student)',
-          'losses.kl_divergence(student, teacher)', OF_FED_FTG),
-    Fault('fed_ftg_diversity_counts_absent', FED_FTG,
-          'num_teachers = jnp.maximum(jnp.sum(arrived), 1)',
-          'num_teachers = len(counts)', OF_FED_FTG),
-    Fault('fed_ftg_stale_generator', FED_FTG,  # the student's images
-          'generator.apply(generating[0], z, labels)',
-          'generator.apply(carry[1], z, labels)', OF_FED_FTG),
-    Fault('fed_ftg_generator_statistics_stale', FED_FTG,
-          '(Variables(params, stats), opt_state), by_name',
-          '(Variables(params, made.stats), opt_state), by_name', OF_FED_FTG),
-    Fault('fed_ftg_temperature_not_squared', FED_FTG,
-          'terms.temperature**2', 'terms.temperature', OF_FED_FTG),
-    Fault('fed_ftg_key_drawn_from_twice', FED_FTG,
-          'draw_labels(key_labels, counts', 'draw_labels(key_noise, counts',
-          OF_FED_FTG),
-    Fault('fed_ftg_labels_off_by_one', DISTILLATION,
-          "jnp.arange(num, dtype=jnp.uint32), 'right')",
-          "jnp.arange(num, dtype=jnp.uint32), 'left')", OF_FED_FTG),
-    Fault('fed_ftg_batch_statistics_kept', DISTILLATION,
-          'train=True)._replace(stats=variables.stats)', 'train=True)',
-          OF_FED_FTG),
-
-    # SCAFFOLD.
-    Fault('scaffold_slope_sign', SCAFFOLD,
-          'lambda c, c_k: c / share - c_k', 'lambda c, c_k: c_k - c / share',
-          OF_METHODS),
-    Fault('scaffold_share_not_in_slope', SCAFFOLD,
-          'lambda c, c_k: c / share - c_k', 'lambda c, c_k: c - c_k',
-          OF_METHODS),
-    Fault('scaffold_rate_ignored', SCAFFOLD,
-          'local.step_size if learning_rate is None else learning_rate',
-          'local.step_size', OF_METHODS),
-    Fault('scaffold_server_divides_by_cohort', SCAFFOLD,
-          '1 / received.num_clients', '1 / len(received.arrived)', OF_METHODS),
-    Fault('scaffold_idle_client_renews', SCAFFOLD,
-          '    own = trees.where(local.num_steps > 0, own, view.own)\n', '',
-          OF_METHODS),
-
-    # FedDyn.
-    Fault('fed_dyn_strength_times_share', FED_DYN,
-          'alpha / jnp.where(', 'alpha * jnp.where(', OF_METHODS),
-    Fault('fed_dyn_slope_sign', FED_DYN,
-          'optax.tree.sub(view.own, view.received.params)',
-          'optax.tree.sub(view.received.params, view.own)', OF_METHODS),
-    Fault('fed_dyn_dual_forgets', FED_DYN,
-          'return optax.tree.add(view.own, change), ()', 'return change, ()',
-          OF_METHODS),
-    Fault('fed_dyn_server_divides_by_cohort', FED_DYN,
-          '1 / received.num_clients', '1 / len(received.arrived)', OF_METHODS),
-    Fault('fed_dyn_corrects_without_regulariser', FED_DYN,
-          'if not alpha:', 'if alpha is None:', OF_METHODS),
-
-    # MOON.
-    Fault('moon_near_and_far', MOON,
-          'losses.contrast(output.features, near, far, tau)',
-          'losses.contrast(output.features, far, near, tau)', OF_METHODS),
-    Fault('moon_first_round_counts', MOON,
-          'mu * seen * losses', 'mu * losses', OF_METHODS),
-    Fault('moon_unmasked', MOON,
-          'losses.masked_mean(contrast, batch.mask)', 'jnp.mean(contrast)',
-          OF_METHODS),
-    Fault('moon_keeps_received_model', MOON,
-          'del view, objective, key\n    return (local.variables,',
-          'del objective, key\n    return (view.received,', OF_METHODS),
-    Fault('moon_references_in_train_mode', MOON,
-          'model.apply(v, batch.x).features',
-          'model.apply(v, batch.x, train=True).features', OF_METHODS),
-
-    # Partitions.
-    Fault('partition_dirichlet_axis', PARTITION,
-          'cumulative = np.cumsum(priors, axis=1)',
-          'cumulative = np.cumsum(priors, axis=0)', OF_PARTITION),
-    Fault('partition_redraws_off_by_one', PARTITION,  # generator ends elsewhere
-          'rng.uniform(size=hits[0] + 1)', 'rng.uniform(size=hits[0])',
-          OF_PARTITION),
-    Fault('partition_cuts_rounded_down', PARTITION,
-          'np.rint(np.cumsum(proportions)[:-1] * len(rows)).astype(int)',
-          '(np.cumsum(proportions)[:-1] * len(rows)).astype(int)',
-          OF_PARTITION),
-    Fault('partition_shards_not_dealt', PARTITION,
-          'dealt = rng.permutation(num)', 'dealt = np.arange(num)',
-          OF_PARTITION),
-    Fault('partition_owners_not_shared', PARTITION,
-          '(-sizes[c] / owners[c], c)', '(-sizes[c], c)', OF_PARTITION),
-    Fault('partition_power_law_sign', PARTITION,
-          'rng.standard_normal(num_clients) - power *',
-          'rng.standard_normal(num_clients) + power *', OF_PARTITION),
-    Fault('partition_index_off_by_one', PARTITION,
-          'used.max() >= num_examples', 'used.max() > num_examples',
-          OF_PARTITION),
-    Fault('partition_smallest_remainders', PARTITION,
-          'np.argsort(sizes - exact,', 'np.argsort(exact - sizes,',
-          OF_PARTITION),
-
-    # Checkpoints.
-    Fault('checkpoint_leaves_one_more', CHECKPOINT,
-          'if r <= round_][:-keep]', 'if r <= round_][:-keep - 1]',
-          OF_CHECKPOINT),
-    Fault('checkpoint_later_rounds_count', CHECKPOINT,
-          '[r for r in rounds(folder) if r <= round_][:-keep]',
-          'rounds(folder)[:-keep]', OF_CHECKPOINT),
-    Fault('checkpoint_rounds_as_text', CHECKPOINT,  # 10 before 9
-          'sorted(int(name) for name in os.listdir(folder) if name.isdigit())',
-          '[int(name) for name in sorted(os.listdir(folder)) '
-          'if name.isdigit()]', OF_CHECKPOINT),
-    Fault('checkpoint_fingerprint_of_names', CHECKPOINT,
-          '    digest.update(array.reshape(-1).view(np.uint8))\n', '',
-          OF_CHECKPOINT),
-    Fault('checkpoint_of_another_run', CHECKPOINT,
-          "about.get('note') != json.loads(json.dumps(note))",
-          "'note' not in about", OF_CHECKPOINT),
-    Fault('checkpoint_of_another_type', CHECKPOINT,
-          '(got.shape, got.dtype) != (leaf.shape, leaf.dtype)',
-          'got.shape != leaf.shape', OF_CHECKPOINT),
-    Fault('checkpoint_has_more', CHECKPOINT,
-          'sorted(wanted.keys() ^ arrays.keys())',
-          'sorted(wanted.keys() - arrays.keys())', OF_CHECKPOINT),
+  # The engine.
+  Fault(
+    'engine_weight_counts_absent',
+    ENGINE,  # not renormalised
+    'weight = mass / jnp.maximum(jnp.sum(mass), 1)',
+    "all_of_them = count if weighting == 'examples' else count > 0\n"
+    '  weight = mass / jnp.maximum(jnp.sum(all_of_them), 1)',
+    OF_ENGINE,
+  ),
+  Fault(
+    'engine_absent_slot_written',
+    ENGINE,
+    'written = jnp.where(arrived, rows.place, num_clients)',
+    'written = rows.place',
+    OF_ENGINE,
+  ),
+  Fault(
+    'engine_absent_client_sends',
+    ENGINE,
+    '  sent = trees.where(row.arrived, sent, jax.tree.map(jnp.zeros_like, sent))',
+    '',
+    OF_ENGINE,
+  ),
+  Fault(
+    'engine_empty_client_arrives',
+    ENGINE,
+    'arrived = cohort.arrived & (count > 0)',
+    'arrived = cohort.arrived & (cohort.client_id < num_clients)',
+    OF_ENGINE,
+  ),
+  Fault(
+    'engine_client_key_by_slot',
+    ENGINE,
+    'keys.client_keys(base_key, round_, row.client_id)',
+    'keys.client_keys(base_key, round_, row.slot)',
+    OF_ENGINE,
+  ),
+  Fault(
+    'engine_server_key_repeats',
+    ENGINE,
+    '      state.variables, state.shared, received, keys.server_key(key, state.round)',
+    '      state.variables,\n'
+    '      state.shared,\n'
+    '      received,\n'
+    '      keys.server_key(key, jnp.int32(0)),',
+    OF_ENGINE,
+  ),
+  Fault(
+    'engine_nobody_arrives_yet_updates',
+    ENGINE,
+    'anybody = jnp.any(arrived)',
+    'anybody = jnp.any(rows.client_id < num_clients)',
+    OF_ENGINE,
+  ),
+  Fault(
+    'engine_start_wrong_sign',
+    ENGINE,
+    'delta + (start - old)',
+    'delta + (old - start)',
+    OF_ENGINE,
+  ),
+  Fault(
+    'engine_batch_norm_unmasked',
+    ENGINE,
+    'model.apply(variables, batch.x, mask=batch.mask, train=True)',
+    'model.apply(variables, batch.x, train=True)',
+    OF_ENGINE,
+  ),
+  Fault(
+    'engine_batch_norm_stale',
+    ENGINE,
+    'LossAux(output.stats, cross_entropy)',
+    'LossAux(variables.stats, cross_entropy)',
+    OF_ENGINE,
+  ),
+  Fault(
+    'engine_num_steps_not_sorted',
+    ENGINE,
+    '  ids, arrived, num_steps = (\n'
+    '    np.take_along_axis(a, order, 1) for a in (ids, arrived, num_steps)\n'
+    '  )',
+    '  ids, arrived = (np.take_along_axis(a, order, 1) for a in (ids, arrived))',
+    OF_ENGINE,
+  ),
+  Fault(
+    'engine_blank_row_is_a_round',
+    ENGINE,
+    'somebody = jnp.any(cohort.client_id < num_clients)',
+    'somebody = jnp.any(cohort.client_id <= num_clients)',
+    OF_ENGINE,
+  ),
+  # The solver.
+  Fault(
+    'solver_partial_batch_dropped',
+    SOLVER,
+    'batches = -(-count // batch_size)',
+    'batches = jnp.maximum(count // batch_size, 1)',
+    OF_SOLVER,
+  ),
+  Fault(
+    'solver_padding_is_an_example',
+    SOLVER,  # off by one
+    'first + jnp.arange(batch_size) < count',
+    'first + jnp.arange(batch_size) <= count',
+    OF_SOLVER,
+  ),
+  Fault(
+    'solver_same_order_each_epoch',
+    SOLVER,
+    '    draw = jax.random.uniform(\n'
+    '      jax.random.fold_in(key, epoch), (cap,), jnp.float32\n'
+    '    )',
+    '    draw = jax.random.uniform(jax.random.fold_in(key, 0), (cap,), jnp.float32)',
+    OF_SOLVER,
+  ),
+  Fault(
+    'solver_decay_is_clipped',
+    SOLVER,
+    '      grads, _ = clip.update(grads, clip.init(params))\n'
+    '      grads = jax.tree.map(lambda g, p: g + decay * p, grads, params)\n'
+    '',
+    '      grads = jax.tree.map(lambda g, p: g + decay * p, grads, params)\n'
+    '      grads, _ = clip.update(grads, clip.init(params))\n'
+    '',
+    OF_SOLVER,
+  ),
+  Fault(
+    'solver_decay_of_method_lost',
+    SOLVER,
+    'decay = weight_decay + objective.decay',
+    'decay = weight_decay',
+    OF_SOLVER,
+  ),
+  Fault(
+    'solver_same_augmentation_each_step',
+    SOLVER,
+    '      batch = batch._replace(\n'
+    '        x=augment(jax.random.fold_in(key_augment, i), batch.x)\n'
+    '      )',
+    '      batch = batch._replace(x=augment(key_augment, batch.x))',
+    ('augment_test.py', 'solvers_test.py'),
+  ),
+  Fault(
+    'solver_loss_by_batches',
+    SOLVER,  # a partial batch counts as a whole
+    'total[0] + seen * aux.cross_entropy, total[1] + seen',
+    'total[0] + aux.cross_entropy, total[1] + 1',
+    OF_SOLVER,
+  ),
+  # FedFTG.
+  Fault(
+    'fed_ftg_class_weights_axis',
+    FED_FTG,
+    'jnp.sum(counts, axis=0)',
+    'jnp.sum(counts, axis=1, keepdims=True)',
+    OF_FED_FTG,
+  ),
+  Fault(
+    'fed_ftg_uniform_weights_unmasked',
+    FED_FTG,
+    'jnp.ones(counts.shape) * distillation.present(arrived)[:, None]',
+    'jnp.ones(counts.shape) / len(counts)',
+    OF_FED_FTG,
+  ),
+  Fault(
+    'fed_ftg_hard_samples_sign',
+    FED_FTG,
+    "by_name['md'] = -jnp.mean(gap * alpha, axis=1)",
+    "by_name['md'] = jnp.mean(gap * alpha, axis=1)",
+    OF_FED_FTG,
+  ),
+  Fault(
+    'fed_ftg_kl_arguments',
+    FED_FTG,
+    'losses.kl_divergence(teacher, student)',
+    'losses.kl_divergence(student, teacher)',
+    OF_FED_FTG,
+  ),
+  Fault(
+    'fed_ftg_diversity_counts_absent',
+    FED_FTG,
+    'num_teachers = jnp.maximum(jnp.sum(arrived), 1)',
+    'num_teachers = len(counts)',
+    OF_FED_FTG,
+  ),
+  Fault(
+    'fed_ftg_stale_generator',
+    FED_FTG,  # the student's images
+    'generator.apply(generating[0], z, labels)',
+    'generator.apply(carry[1], z, labels)',
+    OF_FED_FTG,
+  ),
+  Fault(
+    'fed_ftg_generator_statistics_stale',
+    FED_FTG,
+    '(Variables(params, stats), opt_state), by_name',
+    '(Variables(params, made.stats), opt_state), by_name',
+    OF_FED_FTG,
+  ),
+  Fault(
+    'fed_ftg_temperature_not_squared',
+    FED_FTG,
+    'terms.temperature**2',
+    'terms.temperature',
+    OF_FED_FTG,
+  ),
+  Fault(
+    'fed_ftg_key_drawn_from_twice',
+    FED_FTG,
+    'draw_labels(key_labels, counts',
+    'draw_labels(key_noise, counts',
+    OF_FED_FTG,
+  ),
+  Fault(
+    'fed_ftg_labels_off_by_one',
+    DISTILLATION,
+    "jnp.arange(num, dtype=jnp.uint32), 'right')",
+    "jnp.arange(num, dtype=jnp.uint32), 'left')",
+    OF_FED_FTG,
+  ),
+  Fault(
+    'fed_ftg_batch_statistics_kept',
+    DISTILLATION,
+    'train=True)._replace(stats=variables.stats)',
+    'train=True)',
+    OF_FED_FTG,
+  ),
+  # SCAFFOLD.
+  Fault(
+    'scaffold_slope_sign',
+    SCAFFOLD,
+    'lambda c, c_k: c / share - c_k',
+    'lambda c, c_k: c_k - c / share',
+    OF_METHODS,
+  ),
+  Fault(
+    'scaffold_share_not_in_slope',
+    SCAFFOLD,
+    'lambda c, c_k: c / share - c_k',
+    'lambda c, c_k: c - c_k',
+    OF_METHODS,
+  ),
+  Fault(
+    'scaffold_rate_ignored',
+    SCAFFOLD,
+    'local.step_size if learning_rate is None else learning_rate',
+    'local.step_size',
+    OF_METHODS,
+  ),
+  Fault(
+    'scaffold_server_divides_by_cohort',
+    SCAFFOLD,
+    '1 / received.num_clients',
+    '1 / len(received.arrived)',
+    OF_METHODS,
+  ),
+  Fault(
+    'scaffold_idle_client_renews',
+    SCAFFOLD,
+    '    own = trees.where(local.num_steps > 0, own, view.own)\n',
+    '',
+    OF_METHODS,
+  ),
+  # FedDyn.
+  Fault(
+    'fed_dyn_strength_times_share',
+    FED_DYN,
+    'alpha / jnp.where(',
+    'alpha * jnp.where(',
+    OF_METHODS,
+  ),
+  Fault(
+    'fed_dyn_slope_sign',
+    FED_DYN,
+    'optax.tree.sub(view.own, view.received.params)',
+    'optax.tree.sub(view.received.params, view.own)',
+    OF_METHODS,
+  ),
+  Fault(
+    'fed_dyn_dual_forgets',
+    FED_DYN,
+    'return optax.tree.add(view.own, change), ()',
+    'return change, ()',
+    OF_METHODS,
+  ),
+  Fault(
+    'fed_dyn_server_divides_by_cohort',
+    FED_DYN,
+    '1 / received.num_clients',
+    '1 / len(received.arrived)',
+    OF_METHODS,
+  ),
+  Fault(
+    'fed_dyn_corrects_without_regulariser',
+    FED_DYN,
+    'if not alpha:',
+    'if alpha is None:',
+    OF_METHODS,
+  ),
+  # MOON.
+  Fault(
+    'moon_near_and_far',
+    MOON,
+    'losses.contrast(output.features, near, far, tau)',
+    'losses.contrast(output.features, far, near, tau)',
+    OF_METHODS,
+  ),
+  Fault(
+    'moon_first_round_counts',
+    MOON,
+    'mu * seen * losses',
+    'mu * losses',
+    OF_METHODS,
+  ),
+  Fault(
+    'moon_unmasked',
+    MOON,
+    'losses.masked_mean(contrast, batch.mask)',
+    'jnp.mean(contrast)',
+    OF_METHODS,
+  ),
+  Fault(
+    'moon_keeps_received_model',
+    MOON,
+    'del view, objective, key\n    return (local.variables,',
+    'del objective, key\n    return (view.received,',
+    OF_METHODS,
+  ),
+  Fault(
+    'moon_references_in_train_mode',
+    MOON,
+    'model.apply(v, batch.x).features',
+    'model.apply(v, batch.x, train=True).features',
+    OF_METHODS,
+  ),
+  # Partitions.
+  Fault(
+    'partition_dirichlet_axis',
+    PARTITION,
+    'cumulative = np.cumsum(priors, axis=1)',
+    'cumulative = np.cumsum(priors, axis=0)',
+    OF_PARTITION,
+  ),
+  Fault(
+    'partition_redraws_off_by_one',
+    PARTITION,  # generator ends elsewhere
+    'rng.uniform(size=hits[0] + 1)',
+    'rng.uniform(size=hits[0])',
+    OF_PARTITION,
+  ),
+  Fault(
+    'partition_cuts_rounded_down',
+    PARTITION,
+    'np.rint(np.cumsum(proportions)[:-1] * len(rows)).astype(int)',
+    '(np.cumsum(proportions)[:-1] * len(rows)).astype(int)',
+    OF_PARTITION,
+  ),
+  Fault(
+    'partition_shards_not_dealt',
+    PARTITION,
+    'dealt = rng.permutation(num)',
+    'dealt = np.arange(num)',
+    OF_PARTITION,
+  ),
+  Fault(
+    'partition_owners_not_shared',
+    PARTITION,
+    '(-sizes[c] / owners[c], c)',
+    '(-sizes[c], c)',
+    OF_PARTITION,
+  ),
+  Fault(
+    'partition_power_law_sign',
+    PARTITION,
+    'rng.standard_normal(num_clients) - power *',
+    'rng.standard_normal(num_clients) + power *',
+    OF_PARTITION,
+  ),
+  Fault(
+    'partition_index_off_by_one',
+    PARTITION,
+    'used.max() >= num_examples',
+    'used.max() > num_examples',
+    OF_PARTITION,
+  ),
+  Fault(
+    'partition_smallest_remainders',
+    PARTITION,
+    'np.argsort(sizes - exact,',
+    'np.argsort(exact - sizes,',
+    OF_PARTITION,
+  ),
+  # Checkpoints.
+  Fault(
+    'checkpoint_leaves_one_more',
+    CHECKPOINT,
+    '  for old in [r for r in rounds(folder) if r <= round_][:-keep]:',
+    '  for old in [r for r in rounds(folder) if r <= round_][: -keep - 1]:',
+    OF_CHECKPOINT,
+  ),
+  Fault(
+    'checkpoint_later_rounds_count',
+    CHECKPOINT,
+    '[r for r in rounds(folder) if r <= round_][:-keep]',
+    'rounds(folder)[:-keep]',
+    OF_CHECKPOINT,
+  ),
+  Fault(
+    'checkpoint_rounds_as_text',
+    CHECKPOINT,  # 10 before 9
+    'sorted(int(name) for name in os.listdir(folder) if name.isdigit())',
+    '[int(name) for name in sorted(os.listdir(folder)) if name.isdigit()]',
+    OF_CHECKPOINT,
+  ),
+  Fault(
+    'checkpoint_fingerprint_of_names',
+    CHECKPOINT,
+    '    digest.update(array.reshape(-1).view(np.uint8))\n',
+    '',
+    OF_CHECKPOINT,
+  ),
+  Fault(
+    'checkpoint_of_another_run',
+    CHECKPOINT,
+    "about.get('note') != json.loads(json.dumps(note))",
+    "'note' not in about",
+    OF_CHECKPOINT,
+  ),
+  Fault(
+    'checkpoint_of_another_type',
+    CHECKPOINT,
+    '(got.shape, got.dtype) != (leaf.shape, leaf.dtype)',
+    'got.shape != leaf.shape',
+    OF_CHECKPOINT,
+  ),
+  Fault(
+    'checkpoint_has_more',
+    CHECKPOINT,
+    'sorted(wanted.keys() ^ arrays.keys())',
+    'sorted(wanted.keys() - arrays.keys())',
+    OF_CHECKPOINT,
+  ),
 )
 
 
@@ -275,14 +525,17 @@ def with_fault(root: pathlib.Path, fault: Fault) -> str:
   text = (root / fault.path).read_text(encoding='utf-8')
   times = text.count(fault.old)
   if times != 1:
-    raise ValueError(f'{fault.name}: what it replaces occurs {times} times in '
-                     f'{fault.path}, must be once:\n{fault.old}')
+    raise ValueError(
+      f'{fault.name}: what it replaces occurs {times} times in '
+      f'{fault.path}, must be once:\n{fault.old}'
+    )
   text = text.replace(fault.old, fault.new)
   try:
     compile(text, fault.path, 'exec')
   except SyntaxError as error:
-    raise ValueError(f'{fault.name}: {fault.path} does not compile then '
-                     f'({error})') from error
+    raise ValueError(
+      f'{fault.name}: {fault.path} does not compile then ({error})'
+    ) from error
   return text
 
 
@@ -294,16 +547,23 @@ def misfits() -> list[str]:
       with_fault(REPO, fault)
     except (OSError, ValueError) as error:
       wrong.append(str(error))
-    wrong += [f'{fault.name}: there is no tests/{name}'
-              for name in fault.tests if not (REPO / 'tests' / name).exists()]
+    wrong += [
+      f'{fault.name}: there is no tests/{name}'
+      for name in fault.tests
+      if not (REPO / 'tests' / name).exists()
+    ]
   return wrong
 
 
 def copy_sources(to: pathlib.Path) -> None:
   """Copies the files that git does not ignore."""
   names = subprocess.run(
-      ['git', 'ls-files', '-z', '-co', '--exclude-standard'], cwd=REPO,
-      check=True, capture_output=True, text=True).stdout.split('\0')
+    ['git', 'ls-files', '-z', '-co', '--exclude-standard'],
+    cwd=REPO,
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout.split('\0')
   for name in filter(None, names):
     if (REPO / name).is_file():  # one that was removed may still be listed
       (to / name).parent.mkdir(parents=True, exist_ok=True)
@@ -317,9 +577,14 @@ def run_pytest(root: pathlib.Path, *arguments: str) -> tuple[int, str]:
   """
   cache = root.parent / 'cache'
   done = subprocess.run(
-      [*PYTEST, '-o', f'cache_dir={cache}', *arguments], cwd=root, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LIMIT,
-      env=os.environ | {'PYTHONPATH': str(root)})
+    [*PYTEST, '-o', f'cache_dir={cache}', *arguments],
+    cwd=root,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    timeout=LIMIT,
+    env=os.environ | {'PYTHONPATH': str(root)},
+  )
   return done.returncode, done.stdout
 
 
@@ -328,8 +593,9 @@ def verdict(status: int, output: str) -> str:
   if status == PASSED:
     return MISSED
   # A failed import names a file only; then the fault is not a fair one.
-  found = re.search(r'^(?:FAILED|ERROR|SUBFAILED.*\]) (tests/\S+?::.+?)(?: - |$)',
-                    output, re.M)
+  found = re.search(
+    r'^(?:FAILED|ERROR|SUBFAILED.*\]) (tests/\S+?::.+?)(?: - |$)', output, re.M
+  )
   if status in (FAILED, STOPPED) and found:
     return f'{CAUGHT} {found[1]}'
   return f'{UNCLEAR} pytest ended with {status}\n{output[-3000:]}'
@@ -366,8 +632,9 @@ def print_list(faults: list[Fault]) -> None:
 def print_table(rows: list[tuple[Fault, str, float]]) -> None:
   """Prints a line for each fault."""
   lines = [('name', 'file', 'result', 'seconds')] + [
-      (fault.name, fault.path, result.splitlines()[0], f'{seconds:.0f}')
-      for fault, result, seconds in rows]
+    (fault.name, fault.path, result.splitlines()[0], f'{seconds:.0f}')
+    for fault, result, seconds in rows
+  ]
   widths = [max(map(len, column)) for column in zip(*lines)]
   for line in lines:
     print('  '.join(map(str.ljust, line, widths)).rstrip())
@@ -378,8 +645,13 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--only', metavar='NAME', help='one fault')
   parser.add_argument('--list', action='store_true', help='names, no tests')
-  parser.add_argument('--jobs', type=int, default=1, metavar='N',
-                      help='faults at once, each with up to two processes')
+  parser.add_argument(
+    '--jobs',
+    type=int,
+    default=1,
+    metavar='N',
+    help='faults at once, each with up to two processes',
+  )
   args = parser.parse_args()
   if args.jobs < 1:
     parser.error('--jobs must be at least 1')

@@ -4,8 +4,7 @@ import pathlib
 import shutil
 import subprocess
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import nbclient
 import nbformat
 import pytest
@@ -13,23 +12,37 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = ROOT / 'experiments' / 'colab'
 NAMES = 'quick_start', 'your_own_method'
-TINY = {'CLIENTS': 4, 'COHORT': 2, 'ROUNDS': 2, 'LOCAL_EPOCHS': 1,
-        'GENERATOR_WIDTH': 2, 'EVALUATE_EVERY': 1}
+TINY = {
+  'CLIENTS': 4,
+  'COHORT': 2,
+  'ROUNDS': 2,
+  'LOCAL_EPOCHS': 1,
+  'GENERATOR_WIDTH': 2,
+  'EVALUATE_EVERY': 1,
+}
 
 
 def read(name):
-  return nbformat.read(NOTEBOOKS / f'{name}.ipynb', as_version=nbformat.NO_CONVERT)
+  return nbformat.read(
+    NOTEBOOKS / f'{name}.ipynb', as_version=nbformat.NO_CONVERT
+  )
 
 
 def with_settings(notebook, **values):
   """A notebook with a cell after that of its settings, which replaces them."""
   place, cell = next(
-      (i, cell) for i, cell in enumerate(notebook.cells)
-      if 'parameters' in cell.metadata.get('tags', []))
+    (i, cell)
+    for i, cell in enumerate(notebook.cells)
+    if 'parameters' in cell.metadata.get('tags', [])
+  )
   for name in values:
     assert f'\n{name} = ' in '\n' + cell.source, name
-  notebook.cells.insert(place + 1, nbformat.v4.new_code_cell('\n'.join(
-      f'{name} = {value!r}' for name, value in values.items())))
+  notebook.cells.insert(
+    place + 1,
+    nbformat.v4.new_code_cell(
+      '\n'.join(f'{name} = {value!r}' for name, value in values.items())
+    ),
+  )
   return notebook
 
 
@@ -41,7 +54,6 @@ def said(notebook):
 
 
 class NotebooksTest(parameterized.TestCase):
-
   def test_all_are_known(self):
     self.assertCountEqual([p.stem for p in NOTEBOOKS.glob('*.ipynb')], NAMES)
 
@@ -56,8 +68,10 @@ class NotebooksTest(parameterized.TestCase):
       for line in cell.source.split('\n'):
         self.assertLessEqual(len(line), 88, line)
     with self.subTest('nothing of one machine'):
-      self.assertNotRegex((NOTEBOOKS / f'{name}.ipynb').read_text(),
-                          r'"/|\'/|/home|/root|/content')
+      self.assertNotRegex(
+        (NOTEBOOKS / f'{name}.ipynb').read_text(),
+        r'"/|\'/|/home|/root|/content',
+      )
     with self.subTest('the same first cell'):
       first = next(c for c in notebook.cells if c.cell_type == 'code')
       other = next(c for c in read(NAMES[0]).cells if c.cell_type == 'code')
@@ -71,35 +85,50 @@ class NotebooksTest(parameterized.TestCase):
     notebook = read(NAMES[0])
     notebook.cells = [c for c in notebook.cells if c.cell_type == 'code'][:1]
     with self.assertRaisesRegex(
-        nbclient.exceptions.CellExecutionError, 'set REPOSITORY above'):
+      nbclient.exceptions.CellExecutionError, 'set REPOSITORY above'
+    ):
       nbclient.NotebookClient(
-          notebook, timeout=120, kernel_name='python3',
-          resources={'metadata': {'path': folder}}).execute()
+        notebook,
+        timeout=120,
+        kernel_name='python3',
+        resources={'metadata': {'path': folder}},
+      ).execute()
     # With an address it is cloned, beside the notebook.
     address = pathlib.Path(self.create_tempdir().full_path, 'anywhere')
     shutil.copytree(ROOT / 'fedftg_jax', address / 'fedftg_jax')
     shutil.copy(ROOT / 'requirements.txt', address)
-    for command in (['init', '-q'], ['add', '.'],
-                    ['-c', 'user.name=a', '-c', 'user.email=a@b.c', 'commit', '-qm',
-                     'all']):
+    for command in (
+      ['init', '-q'],
+      ['add', '.'],
+      ['-c', 'user.name=a', '-c', 'user.email=a@b.c', 'commit', '-qm', 'all'],
+    ):
       subprocess.run(['git', *command], cwd=address, check=True)
     notebook.cells[0].source = notebook.cells[0].source.replace(
-        "REPOSITORY = ''", f"REPOSITORY = 'file://{address}'", 1)
+      "REPOSITORY = ''", f"REPOSITORY = 'file://{address}'", 1
+    )
     nbclient.NotebookClient(
-        notebook, timeout=120, kernel_name='python3',
-        resources={'metadata': {'path': folder}}).execute()
+      notebook,
+      timeout=120,
+      kernel_name='python3',
+      resources={'metadata': {'path': folder}},
+    ).execute()
     self.assertIn(f'fedftg_jax from {folder}/code', said(notebook)[0])
 
   @parameterized.parameters(
-      ('quick_start', 3, 'fed_avg+fed_ftg: round 2/2, accuracy', {}),
-      ('your_own_method', 1, 'all four hold', {'FTG_ITERATIONS': 1}))
+    ('quick_start', 3, 'fed_avg+fed_ftg: round 2/2, accuracy', {}),
+    ('your_own_method', 1, 'all four hold', {'FTG_ITERATIONS': 1}),
+  )
   @pytest.mark.slow
   def test_runs(self, name, num_pictures, text, more):
     notebook = with_settings(
-        read(name), **TINY, **more, DATA_DIR=self.create_tempdir().full_path)
+      read(name), **TINY, **more, DATA_DIR=self.create_tempdir().full_path
+    )
     nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name='python3',
-        resources={'metadata': {'path': str(NOTEBOOKS)}}).execute()
+      notebook,
+      timeout=600,
+      kernel_name='python3',
+      resources={'metadata': {'path': str(NOTEBOOKS)}},
+    ).execute()
     printed, pictures = said(notebook)
     self.assertIn(text, printed)
     self.assertEqual(pictures, num_pictures)

@@ -4,8 +4,7 @@ import functools
 import os
 import time
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import hypothesis
 from hypothesis import strategies as st
 import numpy as np
@@ -14,27 +13,33 @@ from fedftg_jax.data import partition, skew
 
 
 class PartitionTest(parameterized.TestCase):
-
   @hypothesis.settings(deadline=None, max_examples=60)
   @hypothesis.given(
-      st.floats(-2, 2).map(lambda e: 10**e), st.integers(1, 12),
-      st.integers(1, 6), st.integers(0, 150), st.floats(0, 1),
-      st.integers(0, 2**31 - 1))
+    st.floats(-2, 2).map(lambda e: 10**e),
+    st.integers(1, 12),
+    st.integers(1, 6),
+    st.integers(0, 150),
+    st.floats(0, 1),
+    st.integers(0, 2**31 - 1),
+  )
   def test_dirichlet(self, alpha, num_clients, num_classes, extra, sigma, seed):
     """Every example once, sizes and class totals exact, for any alpha."""
     num = num_clients + extra
     labels = np.random.RandomState(seed).randint(num_classes, size=num)
     parts = partition.dirichlet(
-        labels, num_clients, alpha, seed=seed, sigma=sigma)
+      labels, num_clients, alpha, seed=seed, sigma=sigma
+    )
     rng = np.random.RandomState(seed)
     rng.permutation(num)
     sizes = partition.client_sizes(rng, num, num_clients, sigma)
     np.testing.assert_array_equal([len(p) for p in parts], sizes)
     np.testing.assert_array_equal(
-        np.sort(np.concatenate(parts)), np.arange(num))
+      np.sort(np.concatenate(parts)), np.arange(num)
+    )
 
   def test_capped_redraws_are_those_of_single_draws(self):
     """Blocks of uniforms leave the stream where single draws would."""
+
     def single(rng, cumulative, left, max_redraws):
       for _ in range(max_redraws + 1):
         label = np.argmax(rng.uniform() <= cumulative)
@@ -42,47 +47,57 @@ class PartitionTest(parameterized.TestCase):
           return label
       return None
 
-    cumulative = np.cumsum([.999, .0009, .0001])
+    cumulative = np.cumsum([0.999, 0.0009, 0.0001])
     for seed in range(20):
       for left in ([0, 1, 1], [0, 0, 1]):
         rngs = [np.random.RandomState(seed) for _ in range(2)]
-        results = [draw(rng, cumulative, np.array(left), 3000) for draw, rng in
-                   zip((partition._draw_class, single), rngs)]  # pylint: disable=protected-access
+        results = [
+          draw(rng, cumulative, np.array(left), 3000)
+          for draw, rng in zip((partition._draw_class, single), rngs)
+        ]
         self.assertEqual(*results)
         self.assertEqual(*[rng.uniform() for rng in rngs])
 
   def test_small_alpha_ends(self):
     """The setting in which the official loop was seen not to end."""
     labels = np.repeat(np.arange(10), 400)
-    parts = partition.dirichlet(labels, 20, .05)
+    parts = partition.dirichlet(labels, 20, 0.05)
     self.assertEqual(sum(map(len, parts)), 4000)
     biggest = [np.bincount(labels[p]).max() / len(p) for p in parts]
-    self.assertGreater(np.mean(biggest), .5)  # few classes a client
+    self.assertGreater(np.mean(biggest), 0.5)  # few classes a client
 
   def test_alpha_decides_the_skew(self):
     labels = np.repeat(np.arange(10), 400)
-    skew = [np.mean([np.bincount(labels[p]).max() / len(p)
-                     for p in partition.dirichlet(labels, 20, alpha)])
-            for alpha in (.05, .3, 100.)]
-    self.assertGreater(skew[0], skew[1] + .1)
-    self.assertGreater(skew[1], skew[2] + .1)
-    self.assertLess(skew[2], .2)
+    skew = [
+      np.mean(
+        [
+          np.bincount(labels[p]).max() / len(p)
+          for p in partition.dirichlet(labels, 20, alpha)
+        ]
+      )
+      for alpha in (0.05, 0.3, 100.0)
+    ]
+    self.assertGreater(skew[0], skew[1] + 0.1)
+    self.assertGreater(skew[1], skew[2] + 0.1)
+    self.assertLess(skew[2], 0.2)
 
   def test_iid(self):
     labels = np.arange(103) % 5
     parts = partition.iid(labels, 4, seed=1)
     np.testing.assert_array_equal(
-        np.sort(np.concatenate(parts)), np.arange(103))
+      np.sort(np.concatenate(parts)), np.arange(103)
+    )
     self.assertLessEqual(max(map(len, parts)) - min(map(len, parts)), 3)
 
   def test_like_another_partition(self):
     """Every test example once; classes go where the training classes are."""
     train = np.repeat(np.arange(4), 30)
     test = np.repeat(np.arange(5), 7)  # nobody trains on class 4
-    parts = partition.dirichlet(train, 6, .3)
+    parts = partition.dirichlet(train, 6, 0.3)
     shares = partition.like(test, train, parts)
     np.testing.assert_array_equal(
-        np.sort(np.concatenate(shares)), np.flatnonzero(test < 4))
+      np.sort(np.concatenate(shares)), np.flatnonzero(test < 4)
+    )
     for part, share in zip(parts, shares):
       held = np.bincount(train[part], minlength=4) / 30 * 7
       got = np.bincount(test[share], minlength=4)
@@ -90,17 +105,18 @@ class PartitionTest(parameterized.TestCase):
 
   def test_saved_partition_is_replayed(self):
     path = os.path.join(self.create_tempdir().full_path, 'p.npz')
-    parts = partition.dirichlet(np.arange(50) % 5, 12, .1)
+    parts = partition.dirichlet(np.arange(50) % 5, 12, 0.1)
     partition.save(path, parts)
     for a, b in zip(parts, partition.load(path, 50)):
       np.testing.assert_array_equal(a, b)
 
   @parameterized.parameters(
-      (dict(a=np.arange(3), b=np.array([2])), 'more than one client'),
-      (dict(a=np.arange(51)), 'between 0 and 49'),
-      (dict(a=np.array([-1])), 'between 0 and 49'),
-      (dict(a=np.zeros(3)), 'integer array per client'),
-      ({}, 'integer array per client'))
+    (dict(a=np.arange(3), b=np.array([2])), 'more than one client'),
+    (dict(a=np.arange(51)), 'between 0 and 49'),
+    (dict(a=np.array([-1])), 'between 0 and 49'),
+    (dict(a=np.zeros(3)), 'integer array per client'),
+    ({}, 'integer array per client'),
+  )
   def test_unfit_partition_files(self, arrays, message):
     path = os.path.join(self.create_tempdir().full_path, 'p.npz')
     np.savez(path, **arrays)
@@ -108,11 +124,12 @@ class PartitionTest(parameterized.TestCase):
       partition.load(path, 50)
 
   @parameterized.parameters(
-      (dict(alpha=0.), 'alpha must be above 0, got 0'),
-      (dict(num_clients=51), r'number of examples \(50\), got 51'),
-      (dict(sigma=-1.), 'sigma must be at least 0'))
+    (dict(alpha=0.0), 'alpha must be above 0, got 0'),
+    (dict(num_clients=51), r'number of examples \(50\), got 51'),
+    (dict(sigma=-1.0), 'sigma must be at least 0'),
+  )
   def test_errors(self, changes, message):
-    settings = {'num_clients': 5, 'alpha': 1., **changes}
+    settings = {'num_clients': 5, 'alpha': 1.0, **changes}
     with self.assertRaisesRegex(ValueError, message):
       partition.dirichlet(np.arange(50) % 5, **settings)
 
@@ -124,19 +141,27 @@ class SchemesTest(parameterized.TestCase):
     """Every example once: class totals follow."""
     self.assertLen(parts, num_clients)
     np.testing.assert_array_equal(
-        np.sort(np.concatenate(parts)), np.arange(len(labels)))
+      np.sort(np.concatenate(parts)), np.arange(len(labels))
+    )
 
   @hypothesis.settings(deadline=None, max_examples=60)
   @hypothesis.given(
-      st.floats(-4, 2).map(lambda e: 10**e), st.integers(1, 40),
-      st.integers(1, 6), st.integers(0, 5), st.integers(0, 60),
-      st.integers(0, 2**31 - 1))
+    st.floats(-4, 2).map(lambda e: 10**e),
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(0, 5),
+    st.integers(0, 60),
+    st.integers(0, 2**31 - 1),
+  )
   def test_dirichlet_class(
-      self, alpha, num_clients, num_classes, min_size, extra, seed):
+    self, alpha, num_clients, num_classes, min_size, extra, seed
+  ):
     labels = np.random.RandomState(seed).randint(
-        num_classes, size=num_clients * max(min_size, 1) + extra)
+      num_classes, size=num_clients * max(min_size, 1) + extra
+    )
     draw = functools.partial(
-        partition.dirichlet_class, labels, num_clients, alpha, min_size=min_size)
+      partition.dirichlet_class, labels, num_clients, alpha, min_size=min_size
+    )
     parts = draw(seed=seed)
     self.assert_whole(parts, labels, num_clients)
     self.assertGreaterEqual(min(map(len, parts)), min_size)
@@ -146,20 +171,23 @@ class SchemesTest(parameterized.TestCase):
   def test_dirichlet_class_follows_its_draws(self):
     """By class, shares have mean 1 / N and variance (N - 1) / (N^2 (N a + 1))."""
     labels, num = np.repeat(np.arange(200), 100), 5
-    for alpha in (.1, .5, 5.):
-      counts = skew.class_counts(labels, partition.dirichlet_class(
-          labels, num, alpha, min_size=0), 200)
+    for alpha in (0.1, 0.5, 5.0):
+      counts = skew.class_counts(
+        labels, partition.dirichlet_class(labels, num, alpha, min_size=0), 200
+      )
       exact = (num - 1) / num**2 / (num * alpha + 1)
-      self.assertAlmostEqual(counts.var() / 100**2 / exact, 1, delta=.08)
+      self.assertAlmostEqual(counts.var() / 100**2 / exact, 1, delta=0.08)
     # Cuts are rounded to the nearest: no client is favoured by its place.
-    even = partition.dirichlet_class(labels, num, 1000.)
+    even = partition.dirichlet_class(labels, num, 1000.0)
     np.testing.assert_allclose([*map(len, even)], 4000, atol=60)
 
   def test_only_who_lacks_examples_gets_some(self):
     """What is filled up is otherwise what would have been drawn."""
     labels = np.repeat(np.arange(10), 40)
-    free, filled = (partition.dirichlet_class(labels, 50, .1, min_size=size)
-                    for size in (0, 4))
+    free, filled = (
+      partition.dirichlet_class(labels, 50, 0.1, min_size=size)
+      for size in (0, 4)
+    )
     sizes = np.array([*map(len, free)])
     self.assertLess(sizes.min(), 4)
     moved = np.maximum(4 - sizes, 0).sum()
@@ -174,8 +202,12 @@ class SchemesTest(parameterized.TestCase):
 
   @hypothesis.settings(deadline=None, max_examples=60)
   @hypothesis.given(
-      st.integers(1, 30), st.integers(1, 5), st.integers(0, 90), st.integers(1, 7),
-      st.integers(0, 2**31 - 1))
+    st.integers(1, 30),
+    st.integers(1, 5),
+    st.integers(0, 90),
+    st.integers(1, 7),
+    st.integers(0, 2**31 - 1),
+  )
   def test_shards(self, num_clients, per_client, extra, num_classes, seed):
     num = num_clients * per_client + extra
     labels = np.random.RandomState(seed).randint(num_classes, size=num)
@@ -183,8 +215,9 @@ class SchemesTest(parameterized.TestCase):
     self.assert_whole(parts, labels, num_clients)
     size = num / (num_clients * per_client)
     for part in parts:
-      self.assertBetween(len(part), per_client * (size // 1),
-                         per_client * -(-size // 1))
+      self.assertBetween(
+        len(part), per_client * (size // 1), per_client * -(-size // 1)
+      )
 
   def test_shards_of_one_class_each(self):
     """McMahan's setting in small: 100 clients, 2 shards of 30 each."""
@@ -193,7 +226,7 @@ class SchemesTest(parameterized.TestCase):
     self.assertEqual(set(counts.ravel()), {0, 30, 60})
     has = (counts > 0).sum(1)
     self.assertEqual(set(has), {1, 2})
-    self.assertGreater((has == 2).mean(), .75)  # 0.9 expected
+    self.assertGreater((has == 2).mean(), 0.75)  # 0.9 expected
 
   @hypothesis.settings(deadline=None, max_examples=60)
   @hypothesis.given(st.data())
@@ -201,8 +234,13 @@ class SchemesTest(parameterized.TestCase):
     num_classes = data.draw(st.integers(1, 8))
     per_client = data.draw(st.integers(1, num_classes))
     num_clients = data.draw(st.integers(-(-num_classes // per_client), 25))
-    sizes = data.draw(st.lists(st.integers(num_clients, 3 * num_clients),
-                               min_size=num_classes, max_size=num_classes))
+    sizes = data.draw(
+      st.lists(
+        st.integers(num_clients, 3 * num_clients),
+        min_size=num_classes,
+        max_size=num_classes,
+      )
+    )
     labels = 2 * np.repeat(np.arange(num_classes), sizes)  # odd ones are absent
     seed = data.draw(st.integers(0, 2**31 - 1))
     parts = partition.classes(labels, num_clients, per_client, seed=seed)
@@ -218,17 +256,23 @@ class SchemesTest(parameterized.TestCase):
     for c, size in enumerate(sizes):
       if owners[c] > 1 and owners[fullest] < num_clients:
         self.assertGreaterEqual(
-            size / (owners[c] - 1) + 1e-9, sizes[fullest] / owners[fullest])
+          size / (owners[c] - 1) + 1e-9, sizes[fullest] / owners[fullest]
+        )
 
   def test_classes_of_equal_size(self):
     labels = np.repeat(np.arange(10), 40)
     counts = skew.class_counts(labels, partition.classes(labels, 20, 2), 10)
     self.assertEqual(set(counts.ravel()), {0, 10})
-    # Who shares which classes is random: all 45 pairs come, about equally often.
+    # Who shares which classes is random: all 45 pairs come, about equally
+    # often.
     pairs = np.zeros((10, 10))
     for seed in range(150):
-      has = skew.class_counts(
-          labels, partition.classes(labels, 20, 2, seed=seed), 10) > 0
+      has = (
+        skew.class_counts(
+          labels, partition.classes(labels, 20, 2, seed=seed), 10
+        )
+        > 0
+      )
       pairs += has.T.astype(int) @ has
     pairs = pairs[np.triu_indices(10, 1)]
     self.assertEqual(pairs.sum(), 150 * 20)
@@ -237,27 +281,38 @@ class SchemesTest(parameterized.TestCase):
 
   @hypothesis.settings(deadline=None, max_examples=60)
   @hypothesis.given(
-      st.integers(1, 40), st.integers(0, 4), st.integers(0, 200), st.floats(0, 3),
-      st.floats(0, 5), st.integers(0, 2**31 - 1))
+    st.integers(1, 40),
+    st.integers(0, 4),
+    st.integers(0, 200),
+    st.floats(0, 3),
+    st.floats(0, 5),
+    st.integers(0, 2**31 - 1),
+  )
   def test_quantity(self, num_clients, min_size, extra, sigma, power, seed):
     labels = np.zeros(num_clients * max(min_size, 1) + extra, int)
     parts = partition.quantity(
-        labels, num_clients, sigma=sigma, power=power, min_size=min_size,
-        seed=seed)
+      labels,
+      num_clients,
+      sigma=sigma,
+      power=power,
+      min_size=min_size,
+      seed=seed,
+    )
     self.assert_whole(parts, labels, num_clients)
     self.assertGreaterEqual(min(map(len, parts)), min_size)
 
   def test_quantity_follows_its_law(self):
     labels = np.zeros(100_000, int)
-    sizes = np.sort([*map(len, partition.quantity(
-        labels, 50, power=1.5, min_size=0))])[::-1]
-    exact = np.arange(1, 51)**-1.5
-    np.testing.assert_allclose(
-        sizes, 100_000 * exact / exact.sum(), atol=1)
-    log = np.log([*map(len, partition.quantity(labels, 2000, sigma=.5))])
-    self.assertAlmostEqual(log.std(), .5, delta=.03)
+    sizes = np.sort(
+      [*map(len, partition.quantity(labels, 50, power=1.5, min_size=0))]
+    )[::-1]
+    exact = np.arange(1, 51) ** -1.5
+    np.testing.assert_allclose(sizes, 100_000 * exact / exact.sum(), atol=1)
+    log = np.log([*map(len, partition.quantity(labels, 2000, sigma=0.5))])
+    self.assertAlmostEqual(log.std(), 0.5, delta=0.03)
     np.testing.assert_array_equal(
-        [*map(len, partition.quantity(labels, 10))], 10_000)
+      [*map(len, partition.quantity(labels, 10))], 10_000
+    )
 
   def test_natural(self):
     parts = partition.natural(np.array([2, 0, 2, 0, 4]), 5)
@@ -268,21 +323,24 @@ class SchemesTest(parameterized.TestCase):
   @parameterized.parameters('dirichlet_class', 'shards', 'classes', 'quantity')
   def test_seeds(self, name):
     labels = np.repeat(np.arange(10), 40)
-    options = {'dirichlet_class': {'alpha': .3}, 'quantity': {'power': 1}}
+    options = {'dirichlet_class': {'alpha': 0.3}, 'quantity': {'power': 1}}
     draw = functools.partial(
-        getattr(partition, name), labels, 20, **options.get(name, {}))
+      getattr(partition, name), labels, 20, **options.get(name, {})
+    )
     for a, b in zip(draw(seed=3), draw(seed=3)):
       np.testing.assert_array_equal(a, b)
-    self.assertNotEqual([sorted(p) for p in draw(seed=3)],
-                        [sorted(p) for p in draw(seed=4)])
+    self.assertNotEqual(
+      [sorted(p) for p in draw(seed=3)], [sorted(p) for p in draw(seed=4)]
+    )
 
   @parameterized.parameters(
-      ('dirichlet', dict(alpha=.01)),
-      ('dirichlet_class', dict(alpha=.01, min_size=10)),
-      ('dirichlet_class', dict(alpha=1e-9, min_size=30)),
-      ('shards', dict(shards_per_client=30)),
-      ('classes', dict(classes_per_client=9)),
-      ('quantity', dict(power=3., min_size=1)))
+    ('dirichlet', dict(alpha=0.01)),
+    ('dirichlet_class', dict(alpha=0.01, min_size=10)),
+    ('dirichlet_class', dict(alpha=1e-9, min_size=30)),
+    ('shards', dict(shards_per_client=30)),
+    ('classes', dict(classes_per_client=9)),
+    ('quantity', dict(power=3.0, min_size=1)),
+  )
   def test_many_clients_end_soon(self, name, options):
     labels = np.random.RandomState(0).randint(10, size=60_000)
     start = time.process_time()
@@ -292,20 +350,33 @@ class SchemesTest(parameterized.TestCase):
     self.assertGreaterEqual(min(map(len, parts)), options.get('min_size', 0))
 
   @parameterized.parameters(
-      ('dirichlet_class', dict(alpha=0.), 'alpha must be above 0, got 0'),
-      ('dirichlet_class', dict(alpha=1., min_size=11),
-       'min_size must be between 0 and 10, .* 50 .* 5 clients, got 11'),
-      ('quantity', dict(min_size=-1), 'min_size must be between 0 and 10'),
-      ('quantity', dict(power=-1.), 'power must be at least 0, got -1'),
-      ('quantity', dict(num_clients=51), r'number of examples \(50\), got 51'),
-      ('shards', dict(shards_per_client=0), 'at least 1, and at most 10 .*got 0'),
-      ('shards', dict(shards_per_client=11), 'at most 10 for 50 examples on 5'),
-      ('classes', dict(classes_per_client=6),
-       r'between 1 and the number of classes \(5\), got 6'),
-      ('classes', dict(num_clients=2, classes_per_client=2),
-       r'at least the number of classes \(5\), .*got 4'),
-      ('classes', dict(num_clients=20, classes_per_client=3),
-       'classes_per_client must be at most 2 for 20 clients.*got 3'))
+    ('dirichlet_class', dict(alpha=0.0), 'alpha must be above 0, got 0'),
+    (
+      'dirichlet_class',
+      dict(alpha=1.0, min_size=11),
+      'min_size must be between 0 and 10, .* 50 .* 5 clients, got 11',
+    ),
+    ('quantity', dict(min_size=-1), 'min_size must be between 0 and 10'),
+    ('quantity', dict(power=-1.0), 'power must be at least 0, got -1'),
+    ('quantity', dict(num_clients=51), r'number of examples \(50\), got 51'),
+    ('shards', dict(shards_per_client=0), 'at least 1, and at most 10 .*got 0'),
+    ('shards', dict(shards_per_client=11), 'at most 10 for 50 examples on 5'),
+    (
+      'classes',
+      dict(classes_per_client=6),
+      r'between 1 and the number of classes \(5\), got 6',
+    ),
+    (
+      'classes',
+      dict(num_clients=2, classes_per_client=2),
+      r'at least the number of classes \(5\), .*got 4',
+    ),
+    (
+      'classes',
+      dict(num_clients=20, classes_per_client=3),
+      'classes_per_client must be at most 2 for 20 clients.*got 3',
+    ),
+  )
   def test_errors(self, name, changes, message):
     settings = {'num_clients': 5, **changes}
     with self.assertRaisesRegex(ValueError, message):
@@ -313,23 +384,35 @@ class SchemesTest(parameterized.TestCase):
 
 
 class SkewTest(absltest.TestCase):
-
   def test_by_hand(self):
     counts = np.array([[4, 0], [1, 1], [0, 2], [0, 0]])
     # Everybody: 5/8 and 3/8.
     np.testing.assert_allclose(
-        skew.total_variation(counts), [3 / 8, 1 / 8, 5 / 8, np.nan])
+      skew.total_variation(counts), [3 / 8, 1 / 8, 5 / 8, np.nan]
+    )
     np.testing.assert_allclose(
-        skew.effective_classes(counts), [1, 2, 1, np.nan])
+      skew.effective_classes(counts), [1, 2, 1, np.nan]
+    )
     # Half of the mean absolute difference over the mean, of 4, 2, 2, 0.
     self.assertAlmostEqual(
-        skew.gini(counts.sum(1)), (2 + 2 + 4 + 0 + 2 + 2) * 2 / 16 / 2 / 2)
-    self.assertEqual(skew.measures(counts), {
-        'num_clients': 4, 'num_without_examples': 1, 'num_examples': 8,
-        'size_min': 0, 'size_median': 2., 'size_max': 4,
+      skew.gini(counts.sum(1)), (2 + 2 + 4 + 0 + 2 + 2) * 2 / 16 / 2 / 2
+    )
+    self.assertEqual(
+      skew.measures(counts),
+      {
+        'num_clients': 4,
+        'num_without_examples': 1,
+        'num_examples': 8,
+        'size_min': 0,
+        'size_median': 2.0,
+        'size_max': 4,
         'size_gini': skew.gini(counts.sum(1)),
-        'total_variation_mean': 3 / 8, 'effective_classes_mean': 4 / 3,
-        'effective_classes_min': 1., 'effective_classes_max': 2.})
+        'total_variation_mean': 3 / 8,
+        'effective_classes_mean': 4 / 3,
+        'effective_classes_min': 1.0,
+        'effective_classes_max': 2.0,
+      },
+    )
 
   def test_ends_of_the_scales(self):
     even, alone = np.full(5, 7), np.array([0, 0, 0, 0, 7])
@@ -338,14 +421,15 @@ class SkewTest(absltest.TestCase):
     same = np.tile([3, 1, 2], (4, 1))
     np.testing.assert_allclose(skew.total_variation(same), 0)
     apart = np.eye(50, dtype=int)
-    np.testing.assert_allclose(skew.total_variation(apart), .98)
+    np.testing.assert_allclose(skew.total_variation(apart), 0.98)
     np.testing.assert_allclose(skew.effective_classes(apart), 1)
-    weights = np.array([[.5, .25, .25]]) * 8  # entropy 1.5 bits
+    weights = np.array([[0.5, 0.25, 0.25]]) * 8  # entropy 1.5 bits
     np.testing.assert_allclose(skew.effective_classes(weights), 2**1.5)
 
   def test_class_counts(self):
     counts = skew.class_counts(
-        np.array([0, 2, 2, 1]), [np.array([1, 2]), np.array([], int)], 4)
+      np.array([0, 2, 2, 1]), [np.array([1, 2]), np.array([], int)], 4
+    )
     np.testing.assert_array_equal(counts, [[0, 0, 2, 0], [0, 0, 0, 0]])
 
 

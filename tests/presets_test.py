@@ -7,17 +7,13 @@ import struct
 import tempfile
 
 from absl import flags as absl_flags
-from absl.testing import absltest
-from absl.testing import flagsaver
-from absl.testing import parameterized
+from absl.testing import absltest, flagsaver, parameterized
 import numpy as np
 import pytest
 
-from fedftg_jax.configuration import resolve
-from fedftg_jax.configuration import assembly
+from fedftg_jax.configuration import assembly, resolve
+from fedftg_jax.programs import compare, sweep
 from fedftg_jax.system import cli
-from fedftg_jax.programs import compare
-from fedftg_jax.programs import sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / 'experiments' / 'presets'
@@ -28,8 +24,11 @@ def write_cifar(folder, files, num_labels, num):
   """Files of CIFAR's binary version, with random images."""
   folder.mkdir(parents=True)
   for name in files:
-    records = np.random.RandomState(0).randint(
-        256, size=(num, num_labels + 3072)).astype(np.uint8)
+    records = (
+      np.random.RandomState(0)
+      .randint(256, size=(num, num_labels + 3072))
+      .astype(np.uint8)
+    )
     records[:, :num_labels] = (np.arange(num) % 10)[:, None]
     records.tofile(folder / name)
 
@@ -37,9 +36,13 @@ def write_cifar(folder, files, num_labels, num):
 def write_idx(folder, prefix, num):
   """Files of the MNIST family, with black images."""
   folder.mkdir(exist_ok=True)
-  for kind, values in (('images-idx3', np.zeros((num, 28, 28), np.uint8)),
-                       ('labels-idx1', (np.arange(num) % 10).astype(np.uint8))):
-    head = struct.pack(f'>BBBB{values.ndim}I', 0, 0, 8, values.ndim, *values.shape)
+  for kind, values in (
+    ('images-idx3', np.zeros((num, 28, 28), np.uint8)),
+    ('labels-idx1', (np.arange(num) % 10).astype(np.uint8)),
+  ):
+    head = struct.pack(
+      f'>BBBB{values.ndim}I', 0, 0, 8, values.ndim, *values.shape
+    )
     (folder / f'{prefix}-{kind}-ubyte').write_bytes(head + values.tobytes())
 
 
@@ -48,13 +51,16 @@ def configurations(program):
   if program == 'compare':
     return compare.parse_methods(absl_flags.FLAGS.methods)
   if program == 'sweep':
-    return {name: entry.config for name, entry in sweep.parse(
-        absl_flags.FLAGS.grid, absl_flags.FLAGS.list).items()}
+    return {
+      name: entry.config
+      for name, entry in sweep.parse(
+        absl_flags.FLAGS.grid, absl_flags.FLAGS.list
+      ).items()
+    }
   return {'': resolve.config()}
 
 
 class PresetsTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -63,10 +69,15 @@ class PresetsTest(parameterized.TestCase):
     cls.addClassCleanup(temporary.cleanup)
     cls.folder = pathlib.Path(temporary.name)
     originals = cls.folder / 'originals'
-    write_cifar(originals / 'cifar-10-batches-bin',
-                [*(f'data_batch_{i}.bin' for i in range(1, 6)), 'test_batch.bin'],
-                1, 60)
-    write_cifar(originals / 'cifar-100-binary', ['train.bin', 'test.bin'], 2, 300)
+    write_cifar(
+      originals / 'cifar-10-batches-bin',
+      [*(f'data_batch_{i}.bin' for i in range(1, 6)), 'test_batch.bin'],
+      1,
+      60,
+    )
+    write_cifar(
+      originals / 'cifar-100-binary', ['train.bin', 'test.bin'], 2, 300
+    )
     for prefix in ('train', 't10k'):
       write_idx(originals / 'fashion_mnist', prefix, 300)
 
@@ -75,13 +86,20 @@ class PresetsTest(parameterized.TestCase):
     """Inside, the flags are a preset's; gives the program of its command."""
     text = (FOLDER / f'{name}.flags').read_text()
     command = re.match(
-        r'# \.venv/bin/python -m experiments\.(train|compare|sweep) '
-        rf'--flagfile=experiments/presets/{name}\.flags\n', text)
+      r'# \.venv/bin/python -m experiments\.(train|compare|sweep) '
+      rf'--flagfile=experiments/presets/{name}\.flags\n',
+      text,
+    )
     self.assertIsNotNone(command, 'the first line must be the command')
     with flagsaver.flagsaver(), contextlib.chdir(ROOT):
-      cli.parse(['program', f'--flagfile=experiments/presets/{name}.flags',
-                 f'--manual_dir={self.folder}/originals',
-                 f'--data_dir={self.folder}/data'])
+      cli.parse(
+        [
+          'program',
+          f'--flagfile=experiments/presets/{name}.flags',
+          f'--manual_dir={self.folder}/originals',
+          f'--data_dir={self.folder}/data',
+        ]
+      )
       yield command[1]
 
   @parameterized.parameters(*(n for n in NAMES if not n.startswith('mnist5k')))
@@ -98,9 +116,11 @@ class PresetsTest(parameterized.TestCase):
       self.assertTrue(absl_flags.FLAGS.workdir.startswith('runs/'))
       configs = configurations(program)
     first = next(iter(configs.values()))
-    # Not inside: leaving that would forget flags of modules that are imported now.
+    # Not inside: leaving that would forget flags of modules that are imported
+    # now.
     built = assembly.build(
-        first, f'{self.folder}/data', f'{self.folder}/originals')
+      first, f'{self.folder}/data', f'{self.folder}/originals'
+    )
     self.assertLen(built.parts, first['num_clients'])
     self.assertLen(built.schedule.client_id, first['rounds'])
 
@@ -108,7 +128,7 @@ class PresetsTest(parameterized.TestCase):
   def test_says_what_was_measured(self, name):
     text = (FOLDER / f'{name}.flags').read_text()
     for what in ('Time', 'Score'):
-      line, = re.findall(rf'^# {what}: (.*)', text, re.M)
+      (line,) = re.findall(rf'^# {what}: (.*)', text, re.M)
       self.assertRegex(line, r'^not measured\.$|\d')
 
   def test_folders_are_their_own(self):
@@ -122,21 +142,41 @@ class PresetsTest(parameterized.TestCase):
     """Numbers by hand, from the official code's scripts."""
     with self.parsed('cifar100'):
       config = resolve.config()
-    self.assertContainsSubset({
-        'num_clients': 100, 'cohort': 10, 'rounds': 1000, 'local_epochs': 5,
-        'batch_size': 50, 'learning_rate': .1, 'lr_decay': .998,
-        'weight_decay': 1e-3, 'clip_norm': 10., 'ftg_batch_size': 50,
-        'ftg_iterations': 10, 'ftg_generator_steps': 1, 'ftg_student_steps': 5,
-        'ftg_student_lr': .1, 'ftg_generator_lr': .01, 'noise_dim': 256,
-        'generator_width': 64, 'batch_norm': 'aggregate', 'torch_bn': True,
-        'augment': 'flip_crop', 'schedule': 'bernoulli'}.items(), config.items())
+    self.assertContainsSubset(
+      {
+        'num_clients': 100,
+        'cohort': 10,
+        'rounds': 1000,
+        'local_epochs': 5,
+        'batch_size': 50,
+        'learning_rate': 0.1,
+        'lr_decay': 0.998,
+        'weight_decay': 1e-3,
+        'clip_norm': 10.0,
+        'ftg_batch_size': 50,
+        'ftg_iterations': 10,
+        'ftg_generator_steps': 1,
+        'ftg_student_steps': 5,
+        'ftg_student_lr': 0.1,
+        'ftg_generator_lr': 0.01,
+        'noise_dim': 256,
+        'generator_width': 64,
+        'batch_norm': 'aggregate',
+        'torch_bn': True,
+        'augment': 'flip_crop',
+        'schedule': 'bernoulli',
+      }.items(),
+      config.items(),
+    )
     with self.parsed('cifar10_table'):
       names = configurations('sweep')
     self.assertLen(names, 3 * 11)
-    self.assertEqual(names['partition=iid,method=fed_dyn+fed_ftg']['partition'],
-                     'iid')
+    self.assertEqual(
+      names['partition=iid,method=fed_dyn+fed_ftg']['partition'], 'iid'
+    )
     self.assertTrue(
-        names['dirichlet_alpha=0.6,method=scaffold']['scaffold_lr0'])
+      names['dirichlet_alpha=0.6,method=scaffold']['scaffold_lr0']
+    )
     with self.parsed('cifar10_ablations'):
       self.assertLen(configurations('compare'), 7)
 

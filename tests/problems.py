@@ -12,7 +12,13 @@ from fedftg_jax.data import clients, schedules
 from fedftg_jax.methods import fed_avg
 from fedftg_jax.models import layers
 
-SIZES = (7, 12, 1, 5, 15)  # one example; no multiple of the batch size; a full one
+SIZES = (
+  7,
+  12,
+  1,
+  5,
+  15,
+)  # one example; no multiple of the batch size; a full one
 IMAGE_SHAPE = (8, 8, 1)
 NUM_CLASSES = 3
 BATCH = 5
@@ -20,6 +26,7 @@ BATCH = 5
 
 class Net(nn.Module):
   """A convolution, a norm and a linear layer."""
+
   norm: str = 'none'
 
   @nn.compact
@@ -55,18 +62,21 @@ class DenseGenerator(nn.Module):
   @nn.compact
   def __call__(self, z, labels, train=False):
     x = jnp.concatenate(
-        [z, jax.nn.one_hot(labels, NUM_CLASSES, dtype=z.dtype)], axis=-1)
+      [z, jax.nn.one_hot(labels, NUM_CLASSES, dtype=z.dtype)], axis=-1
+    )
     # No bias: its gradient is 0 but for rounding, which Adam would blow up.
     x = nn.Dense(6, use_bias=False, param_dtype=jnp.result_type(float))(x)
     x = nn.tanh(layers.BatchNorm()(x, train=train))
     return nn.tanh(layers.Dense(int(np.prod(IMAGE_SHAPE)))(x)).reshape(
-        -1, *IMAGE_SHAPE)
+      -1, *IMAGE_SHAPE
+    )
 
 
 def _generator(noise_dim=4):
   def init(key):
     tree = DenseGenerator().init(
-        key, jnp.zeros((1, noise_dim)), jnp.zeros(1, jnp.int32))
+      key, jnp.zeros((1, noise_dim)), jnp.zeros(1, jnp.int32)
+    )
     return base.Variables(tree['params'], tree['batch_stats'])
 
   def apply(variables, z, labels, train=False):
@@ -74,7 +84,8 @@ def _generator(noise_dim=4):
     if not train:
       return DenseGenerator().apply(tree, z, labels), variables.stats
     images, new = DenseGenerator().apply(
-        tree, z, labels, train=True, mutable=['batch_stats'])
+      tree, z, labels, train=True, mutable=['batch_stats']
+    )
     return images, new['batch_stats']
 
   return base.Generator(init, apply, noise_dim)
@@ -83,16 +94,19 @@ def _generator(noise_dim=4):
 def quick(pair):
   """A model or generator with weights of one draw: each draw of its own would take
   a tenth of a second to compile."""
+
   @jax.jit
   def init(key):
     random = np.random.RandomState(0)
-    scale = jax.random.uniform(key, minval=.5, maxval=1.5)
+    scale = jax.random.uniform(key, minval=0.5, maxval=1.5)
 
     def fill(path, leaf):
       if path[-1].key != 'kernel':
         return jnp.full_like(leaf, path[-1].key in ('scale', 'var'))
       fan_in = np.prod(leaf.shape[:-1])
-      return (scale * random.normal(0, fan_in**-.5, leaf.shape)).astype(leaf.dtype)
+      return (scale * random.normal(0, fan_in**-0.5, leaf.shape)).astype(
+        leaf.dtype
+      )
 
     return jax.tree.map_with_path(fill, jax.eval_shape(pair.init, key))
 
@@ -100,7 +114,7 @@ def quick(pair):
 
 
 def from_flax(module):
-  return quick(models.from_flax(module, IMAGE_SHAPE, (.4,), (.3,)))
+  return quick(models.from_flax(module, IMAGE_SHAPE, (0.4,), (0.3,)))
 
 
 @functools.cache  # equal models are one, so that jit knows them again
@@ -119,7 +133,7 @@ def make_data(sizes=SIZES, seed=0):
   y = rng.randint(NUM_CLASSES, size=num)
   x = rng.randint(0, 120, (num, *IMAGE_SHAPE)).astype(np.uint8)
   for i, label in enumerate(y):
-    x[i, label * 2:label * 2 + 2] += 100
+    x[i, label * 2 : label * 2 + 2] += 100
   parts = np.split(rng.permutation(num), np.cumsum(sizes)[:-1])
   return clients.from_partition(x, y, parts)
 
@@ -128,21 +142,29 @@ DATA = make_data()
 
 
 def solver(**changes):
-  settings = dict(batch_size=BATCH, epochs=2, weight_decay=1e-3, clip_norm=10.)
-  return solvers.local_sgd(
-      lambda r: .1 * .9**r, **{**settings, **changes})
+  settings = dict(batch_size=BATCH, epochs=2, weight_decay=1e-3, clip_norm=10.0)
+  return solvers.local_sgd(lambda r: 0.1 * 0.9**r, **{**settings, **changes})
 
 
 SOLVER = solver()
 FED_AVG = base.chain(fed_avg.fed_avg())
-_make = functools.cache(federation.federation)  # an equal one is compiled already
+_make = functools.cache(
+  federation.federation
+)  # an equal one is compiled already
 
 
-def make(model=LINEAR, method=FED_AVG, sizes=SIZES, solve=SOLVER, client_chunk=0,
-         **kwargs):
+def make(
+  model=LINEAR,
+  method=FED_AVG,
+  sizes=SIZES,
+  solve=SOLVER,
+  client_chunk=0,
+  **kwargs,
+):
   """All clients stacked, whatever the device."""
   return _make(
-      model, method, solve, len(sizes), client_chunk=client_chunk, **kwargs)
+    model, method, solve, len(sizes), client_chunk=client_chunk, **kwargs
+  )
 
 
 def schedule(rows, num_clients=len(SIZES)):
@@ -155,8 +177,14 @@ def row(ids, arrived=True, num_steps=base.NO_LIMIT, num_clients=len(SIZES)):
   pad = max(num_clients - len(ids), 0)
   ids = np.pad(ids, (0, pad), constant_values=-1)
   fill = lambda value: np.append(
-      np.broadcast_to(value, len(ids) - pad), np.zeros(pad, int))
+    np.broadcast_to(value, len(ids) - pad), np.zeros(pad, int)
+  )
   cohort = schedule([ids], num_clients)
-  return jax.tree.map(jnp.asarray, base.Cohort(
-      cohort.client_id[0], cohort.arrived[0] & fill(arrived).astype(bool),
-      fill(num_steps).astype(np.int32)))
+  return jax.tree.map(
+    jnp.asarray,
+    base.Cohort(
+      cohort.client_id[0],
+      cohort.arrived[0] & fill(arrived).astype(bool),
+      fill(num_steps).astype(np.int32),
+    ),
+  )

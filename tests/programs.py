@@ -7,23 +7,35 @@ import json
 import os
 import pathlib
 
-from absl.testing import absltest
-from absl.testing import flagsaver
+from absl.testing import absltest, flagsaver
 import jax
 from matplotlib import figure
 import numpy as np
 
-from fedftg_jax.configuration import assembly
+from fedftg_jax.configuration import assembly, folders
 from fedftg_jax.system import cli
-from fedftg_jax.configuration import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What no compiled part depends on.
-_OF_A_RUN = ('rounds', 'seed', 'eval_every', 'partition_seed', 'schedule',
-             'schedule_seed', 'dropout_rate', 'straggler_rate', 'min_availability',
-             'evaluate_clients', 'personalise')
-_SMALL_FTG = ('--ftg_iterations=1', '--ftg_student_steps=1', '--generator_width=2',
-              '--noise_dim=4')
+_OF_A_RUN = (
+  'rounds',
+  'seed',
+  'eval_every',
+  'partition_seed',
+  'schedule',
+  'schedule_seed',
+  'dropout_rate',
+  'straggler_rate',
+  'min_availability',
+  'evaluate_clients',
+  'personalise',
+)
+_SMALL_FTG = (
+  '--ftg_iterations=1',
+  '--ftg_student_steps=1',
+  '--generator_width=2',
+  '--noise_dim=4',
+)
 
 
 def write_data(folder):
@@ -34,7 +46,7 @@ def write_data(folder):
     y = np.arange(num) % 3
     x = rng.randint(0, 120, (num, 8, 8, 1))
     for i, label in enumerate(y):
-      x[i, label * 2:label * 2 + 2] += 100
+      x[i, label * 2 : label * 2 + 2] += 100
     arrays |= {split + '_x': x.astype(np.uint8), split + '_y': y}
   path = os.path.join(folder, 'own.npz')
   np.savez(path, **arrays)
@@ -44,16 +56,26 @@ def write_data(folder):
 def small(data):
   """Flags of a run of seconds; with FedAvg, as programs of FedFTG take longest to
   compile."""
-  return [f'--dataset=npz:{data}', '--num_clients=4', '--cohort=2', '--model=mlp',
-          '--rounds=3', '--local_epochs=1', '--batch_size=10', '--eval_every=2',
-          '--dirichlet_alpha=1', *_SMALL_FTG, '--method=fed_avg']
+  return [
+    f'--dataset=npz:{data}',
+    '--num_clients=4',
+    '--cohort=2',
+    '--model=mlp',
+    '--rounds=3',
+    '--local_epochs=1',
+    '--batch_size=10',
+    '--eval_every=2',
+    '--dirichlet_alpha=1',
+    *_SMALL_FTG,
+    '--method=fed_avg',
+  ]
 
 
 def call(program, *argv, draw=False):
   """Runs a program; (exit status, stdout, stderr).
 
-  Runs of one configuration share what is compiled, see `forget`. Pictures, which
-  take as long as a small run, are files without content unless `draw`.
+  Runs of one configuration share what is compiled, see `forget`. Pictures,
+  which take as long as a small run, are files without content unless `draw`.
   """
   out, err = io.StringIO(), io.StringIO()
   shared = functools.partial(_build, assembly.build)
@@ -64,10 +86,11 @@ def call(program, *argv, draw=False):
     stack.enter_context(absltest.mock.patch.object(assembly, 'build', shared))
     stack.enter_context(absltest.mock.patch.object(jax, 'clear_caches'))
     if not draw:
-      stack.enter_context(absltest.mock.patch.object(
-          figure.Figure, 'savefig', _save_nothing))
+      stack.enter_context(
+        absltest.mock.patch.object(figure.Figure, 'savefig', _save_nothing)
+      )
     try:
-      cli.parse(["program", *argv], program)
+      cli.parse(['program', *argv], program)
       cli.guarded(program.main)
       status = 0
     except SystemExit as stop:
@@ -88,12 +111,19 @@ def _build(build, config, *places):
   if not os.path.isfile(data):
     return build(config, *places)
   compiled = {k: v for k, v in config.items() if k not in _OF_A_RUN}
-  key = build, json.dumps({**compiled, 'dataset': pathlib.Path(
-      data).read_bytes().hex()}, sort_keys=True), places
+  key = (
+    build,
+    json.dumps(
+      {**compiled, 'dataset': pathlib.Path(data).read_bytes().hex()},
+      sort_keys=True,
+    ),
+    places,
+  )
   if key not in _built:
     _built[key] = build(config, *places)
   return assembly.with_seeds(_built[key], config)._replace(
-      contents=folders.contents(config))
+    contents=folders.contents(config)
+  )
 
 
 _built = {}

@@ -11,39 +11,35 @@ import time
 import warnings
 
 from absl import flags as absl_flags
-from absl.testing import absltest
-from absl.testing import flagsaver
-from absl.testing import parameterized
+from absl.testing import absltest, flagsaver, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
 
-from fedftg_jax.configuration import resolve
-from fedftg_jax.configuration import assembly
-from fedftg_jax.programs import benchmark
-from fedftg_jax.programs import compare
-from fedftg_jax.results import statistics
-from fedftg_jax.configuration import flags
-from fedftg_jax.results import plots
+from fedftg_jax import federation
+from fedftg_jax.configuration import assembly, flags, resolve
+from fedftg_jax.contestants import ours, workloads
+from fedftg_jax.programs import benchmark, compare, train
+from fedftg_jax.results import plots, statistics
 from fedftg_jax.results import rows as rows_lib
 from fedftg_jax.runs import writer
-from fedftg_jax.programs import train
-from fedftg_jax.contestants import ours
-from fedftg_jax.contestants import workloads
-from fedftg_jax import federation
 from tests.programs import ROOT, call, forget, small, write_data
+
 
 def write_odd_data(path):
   """Images whose sides the generator cannot make."""
-  np.savez(path, train_x=np.zeros((9, 6, 6, 1), np.uint8),
-           train_y=np.arange(9) % 3, test_x=np.zeros((3, 6, 6, 1), np.uint8),
-           test_y=np.arange(3))
+  np.savez(
+    path,
+    train_x=np.zeros((9, 6, 6, 1), np.uint8),
+    train_y=np.arange(9) % 3,
+    test_x=np.zeros((3, 6, 6, 1), np.uint8),
+    test_y=np.arange(3),
+  )
 
 
 class TrainTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -55,21 +51,28 @@ class TrainTest(parameterized.TestCase):
     self.args = small(write_data(self.folder))
 
   def train(self, name, *changes, **settings):
-    return call(train, *self.args, *changes, f'--workdir={self.folder / name}',
-                **settings)
+    return call(
+      train, *self.args, *changes, f'--workdir={self.folder / name}', **settings
+    )
 
   def test_dropouts_and_stragglers_are_replayed_from_the_file(self):
-    realism = ['--method=fed_nova', '--dropout_rate=0.3',
-               '--straggler_rate=0.5', '--min_availability=0.5']
+    realism = [
+      '--method=fed_nova',
+      '--dropout_rate=0.3',
+      '--straggler_rate=0.5',
+      '--min_availability=0.5',
+    ]
     status, _, err = self.train('a', *realism)
     self.assertEqual(status, 0, err)
     saved = self.folder / 'a' / 'schedule.npz'
     status, _, err = self.train(
-        'b', '--method=fed_nova', f'--schedule=file:{saved}')
+      'b', '--method=fed_nova', f'--schedule=file:{saved}'
+    )
     self.assertEqual(status, 0, err)
     plain = self.train('c', '--method=fed_nova')
-    a, b, c = ((self.folder / name / 'metrics.jsonl').read_text()
-               for name in 'abc')
+    a, b, c = (
+      (self.folder / name / 'metrics.jsonl').read_text() for name in 'abc'
+    )
     self.assertEqual(plain[0], 0)
     self.assertEqual(a, b)
     self.assertNotEqual(a, c)
@@ -78,16 +81,23 @@ class TrainTest(parameterized.TestCase):
   @pytest.mark.slow  # below: the cases of `parameters` take it over
   def test_batch_norm_policy(self, policy):
     status, _, err = self.train(
-        'a', '--method=fed_avg', '--model=lenet', '--norm=batch',
-        '--evaluate_all', f'--batch_norm={policy}')
+      'a',
+      '--method=fed_avg',
+      '--model=lenet',
+      '--norm=batch',
+      '--evaluate_all',
+      f'--batch_norm={policy}',
+    )
     self.assertEqual(status, 0, err)
     config = json.loads((self.folder / 'a' / 'config.json').read_text())
     self.assertEqual(config['config']['batch_norm'], policy)
-    row = json.loads((self.folder / 'a' / 'metrics.jsonl').read_text().split(
-        '\n')[0])
+    row = json.loads(
+      (self.folder / 'a' / 'metrics.jsonl').read_text().split('\n')[0]
+    )
     own = ['own_statistics'] if policy == 'local' else []
     self.assertCountEqual(
-        row['accuracy'], ['average', 'broadcast', 'all', *own])
+      row['accuracy'], ['average', 'broadcast', 'all', *own]
+    )
 
   def test_public_data(self):
     self.check_public_data('train:20', 40)
@@ -100,15 +110,20 @@ class TrainTest(parameterized.TestCase):
 
   def check_public_data(self, public, train_rows):
     status, _, err = self.train(
-        'a', '--method=fed_df_public', '--df_student_steps=2',
-        f'--public_data={public}')
+      'a',
+      '--method=fed_df_public',
+      '--df_student_steps=2',
+      f'--public_data={public}',
+    )
     self.assertEqual(status, 0, err)
     with np.load(self.folder / 'a' / 'partition.npz') as parts:
       self.assertEqual(sum(len(parts[k]) for k in parts.files), train_rows)
 
   @parameterized.parameters(
-      ('fed_avg', ''), ('fed_df', 'generator_steps lambda_dis ensemble'),
-      ('fed_df_public+fed_ftg', 'student_lr ensemble'))
+    ('fed_avg', ''),
+    ('fed_df', 'generator_steps lambda_dis ensemble'),
+    ('fed_df_public+fed_ftg', 'student_lr ensemble'),
+  )
   def test_a_flag_that_does_nothing_is_no_part_of_the_run(self, method, used):
     with flagsaver.flagsaver():
       config = resolve.config(method=method, public_data='train:9')
@@ -118,31 +133,45 @@ class TrainTest(parameterized.TestCase):
       self.assertEmpty(df)
     if 'generator_steps' not in used:
       self.assertNoCommonElements(
-          df, {'df_generator_steps', 'df_generator_lr', 'df_lambda_dis'})
+        df, {'df_generator_steps', 'df_generator_lr', 'df_lambda_dis'}
+      )
 
   @parameterized.parameters(
-      ('fed_ftg', {}, .5), ('fed_df', {}, .5),
-      ('fed_ftg', {'ftg_weight_decay': 0.}, 0.))
+    ('fed_ftg', {}, 0.5),
+    ('fed_df', {}, 0.5),
+    ('fed_ftg', {'ftg_weight_decay': 0.0}, 0.0),
+  )
   def test_prox_to_zero_reaches_the_student(self, method, changes, decay):
     """As in the official code, where it is part of the decay."""
     with flagsaver.flagsaver():
-      configs = [resolve.config(
-          method=f'fed_prox+{method}', prox_mu=.25, weight_decay=.5,
-          prox_to_zero=to_zero, **changes) for to_zero in (False, True)]
-    decays = [assembly._options(method, config)['weight_decay']
-              for config in configs]  # pylint: disable=protected-access
-    self.assertEqual(decays, [decay, decay + .25])
+      configs = [
+        resolve.config(
+          method=f'fed_prox+{method}',
+          prox_mu=0.25,
+          weight_decay=0.5,
+          prox_to_zero=to_zero,
+          **changes,
+        )
+        for to_zero in (False, True)
+      ]
+    decays = [
+      assembly._options(method, config)['weight_decay'] for config in configs
+    ]
+    self.assertEqual(decays, [decay, decay + 0.25])
 
   @parameterized.parameters(
-      ({}, .5), ({'ftg_preset': 'robust'}, 0.), ({'ftg_weight_decay': .25}, .25),
-      ({'ftg_preset': 'robust', 'ftg_weight_decay': .25}, .25))
+    ({}, 0.5),
+    ({'ftg_preset': 'robust'}, 0.0),
+    ({'ftg_weight_decay': 0.25}, 0.25),
+    ({'ftg_preset': 'robust', 'ftg_weight_decay': 0.25}, 0.25),
+  )
   def test_the_students_weight_decay(self, changes, decay):
     """That of clients as in the official code, where nothing else is said."""
     with flagsaver.flagsaver():
-      config = resolve.config(method='fed_ftg', weight_decay=.5, **changes)
-    options = assembly._options('fed_ftg', config)  # pylint: disable=protected-access
+      config = resolve.config(method='fed_ftg', weight_decay=0.5, **changes)
+    options = assembly._options('fed_ftg', config)
     self.assertEqual(options['weight_decay'], decay)
-    self.assertEqual(config['weight_decay'], .5)
+    self.assertEqual(config['weight_decay'], 0.5)
 
   def test_precision(self):
     self.check_precision('bfloat16')
@@ -164,13 +193,15 @@ class TrainTest(parameterized.TestCase):
 
     with absltest.mock.patch.object(federation, 'run', look):
       status, _, err = self.train(
-          precision, '--method=fed_avg', f'--precision={precision}')
+        precision, '--method=fed_avg', f'--precision={precision}'
+      )
     self.assertEqual(status, 0, err)
     self.assertEqual('HIGHEST' in asked[0], precision == 'highest')
     self.assertEqual('bf16' in asked[0], precision == 'bfloat16')
-    row = json.loads((
-        self.folder / precision / 'metrics.jsonl').read_text().split('\n')[0])
-    self.assertGreater(row['test_accuracy'], .8)
+    row = json.loads(
+      (self.folder / precision / 'metrics.jsonl').read_text().split('\n')[0]
+    )
+    self.assertGreater(row['test_accuracy'], 0.8)
 
   def test_files(self):
     self.args.append('--method=fed_ftg')
@@ -178,20 +209,49 @@ class TrainTest(parameterized.TestCase):
     self.assertEqual(status, 0, err)
     self.assertIn('round 3/3', out)
     run = self.folder / 'a'
-    self.assertCountEqual([p.name for p in run.iterdir()], [
-        'classes.json', 'clients.json', 'config.json', 'counts.npz',
-        'curves.png', 'generated.npz', 'generated.png', 'nearest.npz', 'metrics.csv',
-        'metrics.jsonl', 'params.npz', 'partition.npz', 'report.html',
-        'schedule.npz', 'summary.json', 'timings.jsonl'])
-    rows = [json.loads(r) for r in (run / 'metrics.jsonl').read_text().split(
-        '\n') if r]
+    self.assertCountEqual(
+      [p.name for p in run.iterdir()],
+      [
+        'classes.json',
+        'clients.json',
+        'config.json',
+        'counts.npz',
+        'curves.png',
+        'generated.npz',
+        'generated.png',
+        'nearest.npz',
+        'metrics.csv',
+        'metrics.jsonl',
+        'params.npz',
+        'partition.npz',
+        'report.html',
+        'schedule.npz',
+        'summary.json',
+        'timings.jsonl',
+      ],
+    )
+    rows = [
+      json.loads(r)
+      for r in (run / 'metrics.jsonl').read_text().split('\n')
+      if r
+    ]
     self.assertEqual([r['round'] for r in rows], [2, 3])
     for row in rows:
       self.assertContainsSubset(
-          ['round', 'train_loss', 'test_loss', 'test_accuracy', 'accuracy',
-           'bytes_up', 'bytes_down'], row)
+        [
+          'round',
+          'train_loss',
+          'test_loss',
+          'test_accuracy',
+          'accuracy',
+          'bytes_up',
+          'bytes_down',
+        ],
+        row,
+      )
       self.assertCountEqual(
-          row['accuracy'], ['average', 'broadcast', 'aggregated', 'fine_tuned'])
+        row['accuracy'], ['average', 'broadcast', 'aggregated', 'fine_tuned']
+      )
       self.assertEqual(row['test_accuracy'], row['accuracy']['broadcast'])
     # Bytes by hand: an MLP 64-200-200-3 in float32, and three counts.
     model = 4 * (64 * 200 + 200 + 200 * 200 + 200 + 200 * 3 + 3)
@@ -213,14 +273,18 @@ class TrainTest(parameterized.TestCase):
   def test_repeats(self):
     self.train('a')
     run = self.folder / 'a'
-    rows = [json.loads(r) for r in (run / 'metrics.jsonl').read_text().split(
-        '\n') if r]
+    rows = [
+      json.loads(r)
+      for r in (run / 'metrics.jsonl').read_text().split('\n')
+      if r
+    ]
     # The same run elsewhere: the same bytes.
     forget()
     self.train('b')
     for name in ('metrics.jsonl', 'params.npz', 'partition.npz'):
-      self.assertEqual((run / name).read_bytes(),
-                       (self.folder / 'b' / name).read_bytes(), name)
+      self.assertEqual(
+        (run / name).read_bytes(), (self.folder / 'b' / name).read_bytes(), name
+      )
     # Finished: left alone, and said so.
     before = (run / 'metrics.jsonl').stat().st_mtime_ns
     status, out, _ = self.train('a')
@@ -237,13 +301,17 @@ class TrainTest(parameterized.TestCase):
     status, out, err = self.train('a', '--learning_rate=0.2')
     self.assertEqual(status, 2)
     self.assertRegex(
-        err, r'^error: --workdir=.*another configuration \(learning_rate: 0.1, '
-        r'not 0.2\); choose another folder\n$')
+      err,
+      r'^error: --workdir=.*another configuration \(learning_rate: 0.1, '
+      r'not 0.2\); choose another folder\n$',
+    )
     # The saved partition is replayed; a changed file is noticed.
     partition = run / 'partition.npz'
     self.train('c', f'--partition=file:{partition}')
-    self.assertEqual((self.folder / 'c' / 'metrics.jsonl').read_bytes(),
-                     (self.folder / 'b' / 'metrics.jsonl').read_bytes())
+    self.assertEqual(
+      (self.folder / 'c' / 'metrics.jsonl').read_bytes(),
+      (self.folder / 'b' / 'metrics.jsonl').read_bytes(),
+    )
     np.savez(partition, a=np.arange(10), b=np.arange(10, 60))
     status, _, err = self.train('c', f'--partition=file:{partition}')
     self.assertEqual(status, 2)
@@ -254,15 +322,18 @@ class TrainTest(parameterized.TestCase):
     run = self.folder / 'cut'
     stopped = Exception('power cut')
     with absltest.mock.patch.object(
-        writer.RunWriter, 'finish', side_effect=stopped):
-      with self.assertRaises(Exception):
+      writer.RunWriter, 'finish', side_effect=stopped
+    ):
+      with self.assertRaisesRegex(Exception, 'power cut'):
         self.train('cut')
     self.assertFalse((run / 'summary.json').exists())
     (run / 'metrics.jsonl').write_text('{"round": 2, "half a li')
     status, _, _ = self.train('cut')
     self.assertEqual(status, 0)
-    self.assertEqual((run / 'metrics.jsonl').read_bytes(),
-                     (self.folder / 'whole' / 'metrics.jsonl').read_bytes())
+    self.assertEqual(
+      (run / 'metrics.jsonl').read_bytes(),
+      (self.folder / 'whole' / 'metrics.jsonl').read_bytes(),
+    )
     # A folder with other things in it is not written to.
     (self.folder / 'mine').mkdir()
     (self.folder / 'mine' / 'thesis.tex').write_text('')
@@ -277,31 +348,44 @@ class TrainTest(parameterized.TestCase):
 
   def test_compare(self):
     work = self.folder / 'c'
-    args = [*self.args, '--seeds=2', f'--workdir={work}',
-            '--methods=fed_avg,fed_prox:prox_mu=0.5:prox_to_zero=true']
+    args = [
+      *self.args,
+      '--seeds=2',
+      f'--workdir={work}',
+      '--methods=fed_avg,fed_prox:prox_mu=0.5:prox_to_zero=true',
+    ]
     status, out, err = call(compare, *args)
     self.assertEqual(status, 0, err)
     self.assertIn('final accuracy', ' '.join(out.split()))
     summary = json.loads((work / 'summary.json').read_text())
-    self.assertCountEqual(summary['methods'], [
-        'fed_avg', 'fed_prox:prox_mu=0.5:prox_to_zero=true'])
+    self.assertCountEqual(
+      summary['methods'], ['fed_avg', 'fed_prox:prox_mu=0.5:prox_to_zero=true']
+    )
     figures = summary['methods']['fed_avg']['final_accuracy']
-    per_seed = [json.loads((work / f'fed_avg/seed{s}/summary.json').read_text())[
-        'final_accuracy'] for s in (0, 1)]
+    per_seed = [
+      json.loads((work / f'fed_avg/seed{s}/summary.json').read_text())[
+        'final_accuracy'
+      ]
+      for s in (0, 1)
+    ]
     self.assertEqual(figures['per_seed'], per_seed)
     self.assertAlmostEqual(figures['mean'], np.mean(per_seed))
     self.assertAlmostEqual(figures['std'], np.std(per_seed, ddof=1))
     self.assertLen((work / 'table.md').read_text().splitlines(), 4)
-    config = json.loads((
+    config = json.loads(
+      (
         work / 'fed_prox_prox_mu=0.5_prox_to_zero=true/seed0/config.json'
-    ).read_text())['config']
-    self.assertEqual(config['prox_mu'], .5)
+      ).read_text()
+    )['config']
+    self.assertEqual(config['prox_mu'], 0.5)
     self.assertTrue(config['prox_to_zero'])
     # Finished runs are skipped, a missing one is made.
     kept = work / 'fed_avg/seed0/metrics.jsonl'
     gone = work / 'fed_avg/seed1'
-    before, content = kept.stat().st_mtime_ns, (
-        gone / 'metrics.jsonl').read_bytes()
+    before, content = (
+      kept.stat().st_mtime_ns,
+      (gone / 'metrics.jsonl').read_bytes(),
+    )
     (gone / 'summary.json').unlink()
     status, out, _ = call(compare, *args)
     self.assertEqual(status, 0)
@@ -313,12 +397,15 @@ class TrainTest(parameterized.TestCase):
     shorter = json.loads((work / 'summary.json').read_text())['methods']
     first = json.loads(content.decode().split('\n')[0])
     self.assertEqual(first['round'], 2)
-    self.assertEqual(shorter['fed_avg']['final_accuracy']['per_seed'][1],
-                     first['test_accuracy'])
+    self.assertEqual(
+      shorter['fed_avg']['final_accuracy']['per_seed'][1],
+      first['test_accuracy'],
+    )
     # The folder is that of a comparison, and of this one.
     for changes, message in (
-        (['--dirichlet_alpha=2'], 'another configuration .dirichlet_alpha: 1.0'),
-        (['--methods=fed_avg:batch_size=5', '--batch_size=5'], None)):
+      (['--dirichlet_alpha=2'], 'another configuration .dirichlet_alpha: 1.0'),
+      (['--methods=fed_avg:batch_size=5', '--batch_size=5'], None),
+    ):
       status, _, err = call(compare, *args, *changes)
       self.assertEqual(status, 2 if message else 0, err)
       self.assertRegex(err, message or '^$')
@@ -327,15 +414,21 @@ class TrainTest(parameterized.TestCase):
     self.assertIn('holds a comparison', err)
     # train's own run of that seed is the same run.
     self.train('alone', '--method=fed_avg', '--seed=1')
-    self.assertEqual((self.folder / 'alone/metrics.jsonl').read_bytes(), content)
+    self.assertEqual(
+      (self.folder / 'alone/metrics.jsonl').read_bytes(), content
+    )
 
   def test_diverged_run_stops(self):
     status, _, err = self.train(
-        'd', '--method=fed_avg', '--learning_rate=1e30', '--clip_norm=0')
+      'd', '--method=fed_avg', '--learning_rate=1e30', '--clip_norm=0'
+    )
     self.assertEqual(status, 1)
-    self.assertRegex(err, r'^error: .*/d: the model is no longer finite after a '
-                     'round between 1 and 2; .* A smaller --learning_rate or '
-                     '--clip_norm may help$')
+    self.assertRegex(
+      err,
+      r'^error: .*/d: the model is no longer finite after a '
+      'round between 1 and 2; .* A smaller --learning_rate or '
+      '--clip_norm may help$',
+    )
     self.assertEqual(err.count('\n'), 1)
 
   @pytest.mark.slow
@@ -343,34 +436,52 @@ class TrainTest(parameterized.TestCase):
     """One line, although there are no images to show."""
     with warnings.catch_warnings(action='error', category=RuntimeWarning):
       status, _, err = self.train(
-          'd', '--method=fed_ftg', '--ftg_preset=intended', '--ftg_student_lr=1e30')
+        'd',
+        '--method=fed_ftg',
+        '--ftg_preset=intended',
+        '--ftg_student_lr=1e30',
+      )
     self.assertEqual(status, 1)
-    self.assertRegex(err, r'no longer finite .* --ftg_student_clip \(0 is none\) may')
+    self.assertRegex(
+      err, r'no longer finite .* --ftg_student_clip \(0 is none\) may'
+    )
     self.assertEqual(err.count('\n'), 1)
 
   def test_seeds_at_once(self):
     work = self.folder / 's'
     args = [*self.args, '--seeds=2', '--methods=fed_avg']
     call(compare, *args, f'--workdir={work}')
-    status, _, err = call(compare, *args, '--seeds_at_once=2',
-                          f'--workdir={work}2')
+    status, _, err = call(
+      compare, *args, '--seeds_at_once=2', f'--workdir={work}2'
+    )
     self.assertEqual(status, 0, err)
     for seed in (0, 1):
-      one, both = (np.load(f'{w}/fed_avg/seed{seed}/params.npz')
-                   for w in (work, f'{work}2'))
+      one, both = (
+        np.load(f'{w}/fed_avg/seed{seed}/params.npz')
+        for w in (work, f'{work}2')
+      )
       for name in one.files:
         np.testing.assert_allclose(one[name], both[name], atol=1e-5)
 
   def test_vary_partition(self):
     work = self.folder / 'v'
-    call(compare, *self.args, '--seeds=2', '--methods=fed_avg',
-         '--vary_partition', f'--workdir={work}')
-    configs = [json.loads((work / f'fed_avg/seed{s}/config.json').read_text())[
-        'config'] for s in (0, 1)]
+    call(
+      compare,
+      *self.args,
+      '--seeds=2',
+      '--methods=fed_avg',
+      '--vary_partition',
+      f'--workdir={work}',
+    )
+    configs = [
+      json.loads((work / f'fed_avg/seed{s}/config.json').read_text())['config']
+      for s in (0, 1)
+    ]
     self.assertEqual([c['partition_seed'] for c in configs], [0, 1])
     self.assertEqual([c['schedule_seed'] for c in configs], [0, 1])
-    parts = [(work / f'fed_avg/seed{s}/partition.npz').read_bytes()
-             for s in (0, 1)]
+    parts = [
+      (work / f'fed_avg/seed{s}/partition.npz').read_bytes() for s in (0, 1)
+    ]
     self.assertNotEqual(*parts)
 
 
@@ -378,66 +489,79 @@ class ErrorsTest(parameterized.TestCase):
   """Each wrong value: one line that names flag, value and what is right."""
 
   @parameterized.parameters(
-      ('--rounds=abc', '--rounds=abc: must be a positive integer'),
-      ('--rounds=0', '--rounds=0: must be a positive integer'),
-      ('--cohort=21', '--cohort=21: must be at most --num_clients=20'),
-      ('--evaluate_all --client_state=host',
-       '--evaluate_all=True: needs --client_state=device'),
-      ('--moon_tau=0', '--moon_tau=0.0: must be above 0'),
-      ('--scaffold_option=3', '--scaffold_option=3'),
-      ('--dropout_rate=1.5', '--dropout_rate=1.5'),
-      ('--public_data=20', '--public_data=20: must be train:NUM or npz:PATH'),
-      ('--method=fed_df_public', '--public_data=: fed_df_public needs images'),
-      ('--dirichlet_alpha=0', '--dirichlet_alpha=0.0: must be above 0'),
-      ('--dirichlet_alpha=nan', '--dirichlet_alpha=nan: must be a finite number'),
-      ('--learning_rate=-1', '--learning_rate=-1: must be a non-negative number'),
-      ('--lr_decay=2', r'--lr_decay=2: must be a number in the range \[0, 1\]'),
-      ('--model=resnet', '--model=resnet: .*mlp.*lenet.*fedavg_cnn'),
-      ('--method=fedavg', "--method=fedavg: no method 'fedavg': must be one of"),
-      ('--method=fed_avg+fed_avg',
-       '--method=fed_avg.fed_avg: fed_avg is named twice'),
-      ('--dataset=cifar9', '--dataset=cifar9: must be one of mnist5k, .*npz:PATH'),
-      ('--dataset=npz:/no/x.npz', '--dataset=npz:/no/x.npz: no such file'),
-      ('--partition=dirichelt', '--partition=dirichelt: must be one of'),
-      ('--partition=file:/no', '--partition=file:/no: no such file'),
-      ('--schedule=file:/no', '--schedule=file:/no: no such file'),
-      ('--schedule=poisson', '--schedule=poisson: must be one of'),
-      ('--ftg_preset=best', '--ftg_preset=best: .*official.*paper.*intended'),
-      ('--ftg_md=l2', '--ftg_md=l2: .*l1.*kl'),
-      ('--ftg_memory=1', '--ftg_memory=1.0: must be below 1'),
-      ('--df_memory=1', '--df_memory=1.0: must be below 1'),
-      ('--ftg_iterations=99999999', '--ftg_iterations=99999999: must be at most'),
-      ('--ftg_temperature=0', '--ftg_temperature=0.0: must be above 0'),
-      ('--norm=batch --model=mlp', '--norm=batch: must be none for --model=mlp'),
-      ('--server_learning_rate=0', '--server_learning_rate=0.0: must be above 0'),
-      ('--flagfile=/no/file', '--flagfile: .*/no/file.*must name a file'),
-      ('--server_optimizer=lion', '--server_optimizer=lion: .*adam'),
-      ('--vary_partition=7', '--vary_partition=7: '),
-      ('--round=3', '--round=3: no such flag; did you mean --rounds'),
-      ('--xyzzy', '--xyzzy: no such flag; --help lists all'),
-      ('stray', 'stray: not understood; values are given as --flag=value'),
-      ('--data_dir=/dev/null', '--data_dir=/dev/null: must be a folder'),
-      ('--workdir=/dev/null/w', '--workdir=/dev/null/w: cannot be written'))
+    ('--rounds=abc', '--rounds=abc: must be a positive integer'),
+    ('--rounds=0', '--rounds=0: must be a positive integer'),
+    ('--cohort=21', '--cohort=21: must be at most --num_clients=20'),
+    (
+      '--evaluate_all --client_state=host',
+      '--evaluate_all=True: needs --client_state=device',
+    ),
+    ('--moon_tau=0', '--moon_tau=0.0: must be above 0'),
+    ('--scaffold_option=3', '--scaffold_option=3'),
+    ('--dropout_rate=1.5', '--dropout_rate=1.5'),
+    ('--public_data=20', '--public_data=20: must be train:NUM or npz:PATH'),
+    ('--method=fed_df_public', '--public_data=: fed_df_public needs images'),
+    ('--dirichlet_alpha=0', '--dirichlet_alpha=0.0: must be above 0'),
+    ('--dirichlet_alpha=nan', '--dirichlet_alpha=nan: must be a finite number'),
+    ('--learning_rate=-1', '--learning_rate=-1: must be a non-negative number'),
+    ('--lr_decay=2', r'--lr_decay=2: must be a number in the range \[0, 1\]'),
+    ('--model=resnet', '--model=resnet: .*mlp.*lenet.*fedavg_cnn'),
+    ('--method=fedavg', "--method=fedavg: no method 'fedavg': must be one of"),
+    (
+      '--method=fed_avg+fed_avg',
+      '--method=fed_avg.fed_avg: fed_avg is named twice',
+    ),
+    (
+      '--dataset=cifar9',
+      '--dataset=cifar9: must be one of mnist5k, .*npz:PATH',
+    ),
+    ('--dataset=npz:/no/x.npz', '--dataset=npz:/no/x.npz: no such file'),
+    ('--partition=dirichelt', '--partition=dirichelt: must be one of'),
+    ('--partition=file:/no', '--partition=file:/no: no such file'),
+    ('--schedule=file:/no', '--schedule=file:/no: no such file'),
+    ('--schedule=poisson', '--schedule=poisson: must be one of'),
+    ('--ftg_preset=best', '--ftg_preset=best: .*official.*paper.*intended'),
+    ('--ftg_md=l2', '--ftg_md=l2: .*l1.*kl'),
+    ('--ftg_memory=1', '--ftg_memory=1.0: must be below 1'),
+    ('--df_memory=1', '--df_memory=1.0: must be below 1'),
+    ('--ftg_iterations=99999999', '--ftg_iterations=99999999: must be at most'),
+    ('--ftg_temperature=0', '--ftg_temperature=0.0: must be above 0'),
+    ('--norm=batch --model=mlp', '--norm=batch: must be none for --model=mlp'),
+    ('--server_learning_rate=0', '--server_learning_rate=0.0: must be above 0'),
+    ('--flagfile=/no/file', '--flagfile: .*/no/file.*must name a file'),
+    ('--server_optimizer=lion', '--server_optimizer=lion: .*adam'),
+    ('--vary_partition=7', '--vary_partition=7: '),
+    ('--round=3', '--round=3: no such flag; did you mean --rounds'),
+    ('--xyzzy', '--xyzzy: no such flag; --help lists all'),
+    ('stray', 'stray: not understood; values are given as --flag=value'),
+    ('--data_dir=/dev/null', '--data_dir=/dev/null: must be a folder'),
+    ('--workdir=/dev/null/w', '--workdir=/dev/null/w: cannot be written'),
+  )
   def test_one_line_and_status_2(self, argument, message):
-    with absltest.mock.patch.object(assembly, 'build', side_effect=AssertionError):
+    with absltest.mock.patch.object(
+      assembly, 'build', side_effect=AssertionError
+    ):
       status, _, err = call(train, *argument.split())
     self.assertEqual(status, 2)
     self.assertRegex(err, '^error: ' + message)
     self.assertEqual(err.count('\n'), 1)
 
   @parameterized.parameters(
-      ('--methods=', '--methods=: must name at least one'),
-      ('--methods=fed_avg,fed_avg', 'fed_avg is named twice'),
-      ('--methods=fed_avg,nix', '--methods=nix: --method=nix: no method'),
-      ('--methods=fed_avg:ronds=3', '--ronds=3: no such flag'),
-      ('--methods=fed_avg:batch_size=x', '--batch_size=x: .*integer'),
-      ('--methods=fed_avg:rounds=3', 'rounds must be the same for all methods'),
-      ('--methods=fed_avg:tensorboard=true', 'tensorboard changes no result'),
-      ('--methods=fed_avg:batch_size', "no method 'fed_avg:batch_size'"),
-      ('--methods=fed_ftg:ftg_md=l2', '--ftg_md=l2: .*l1'),
-      ('--seeds=0', '--seeds=0: must be a positive integer'))
+    ('--methods=', '--methods=: must name at least one'),
+    ('--methods=fed_avg,fed_avg', 'fed_avg is named twice'),
+    ('--methods=fed_avg,nix', '--methods=nix: --method=nix: no method'),
+    ('--methods=fed_avg:ronds=3', '--ronds=3: no such flag'),
+    ('--methods=fed_avg:batch_size=x', '--batch_size=x: .*integer'),
+    ('--methods=fed_avg:rounds=3', 'rounds must be the same for all methods'),
+    ('--methods=fed_avg:tensorboard=true', 'tensorboard changes no result'),
+    ('--methods=fed_avg:batch_size', "no method 'fed_avg:batch_size'"),
+    ('--methods=fed_ftg:ftg_md=l2', '--ftg_md=l2: .*l1'),
+    ('--seeds=0', '--seeds=0: must be a positive integer'),
+  )
   def test_compare(self, argument, message):
-    with absltest.mock.patch.object(assembly, 'build', side_effect=AssertionError):
+    with absltest.mock.patch.object(
+      assembly, 'build', side_effect=AssertionError
+    ):
       status, _, err = call(compare, argument)
     self.assertEqual(status, 2)
     self.assertRegex(err, '^error: .*' + message)
@@ -453,14 +577,16 @@ class ErrorsTest(parameterized.TestCase):
     ids = os.path.join(folder, 'ids.npy')
     np.save(ids, [[0, 0]] * 3)
     for changes, message in (
-        ([f'--dataset=npz:{broken}'], '--dataset=npz:.*not a readable .npz'),
-        ([f'--dataset=npz:{odd}', '--method=fed_ftg'], 'divisible by 4.*6, 6, 1'),
-        ([f'--partition=file:{broken}'], '--partition=file:.*not a readable'),
-        ([f'--schedule=file:{ids}'], 'client 0 is twice in round 0'),
-        ([f'--schedule=file:{ids}', '--rounds=9'], 'has 3 rounds, 9 are asked'),
-        (['--num_clients=61'], '--num_clients=61: .*number of examples')):
+      ([f'--dataset=npz:{broken}'], '--dataset=npz:.*not a readable .npz'),
+      ([f'--dataset=npz:{odd}', '--method=fed_ftg'], 'divisible by 4.*6, 6, 1'),
+      ([f'--partition=file:{broken}'], '--partition=file:.*not a readable'),
+      ([f'--schedule=file:{ids}'], 'client 0 is twice in round 0'),
+      ([f'--schedule=file:{ids}', '--rounds=9'], 'has 3 rounds, 9 are asked'),
+      (['--num_clients=61'], '--num_clients=61: .*number of examples'),
+    ):
       status, _, err = call(
-          train, *small(own), *changes, f'--workdir={folder}/{len(changes)}')
+        train, *small(own), *changes, f'--workdir={folder}/{len(changes)}'
+      )
       self.assertEqual(status, 2, changes)
       self.assertRegex(err, '^error: .*' + message)
       self.assertEqual(err.count('\n'), 1)
@@ -470,23 +596,41 @@ class ErrorsTest(parameterized.TestCase):
     folder = self.create_tempdir().full_path
     write_odd_data(f'{folder}/odd.npz')
     status, _, err = call(
-        train, *small(f'{folder}/odd.npz'), '--model=lenet', '--num_clients=2',
-        '--norm=group', f'--workdir={folder}/a')
+      train,
+      *small(f'{folder}/odd.npz'),
+      '--model=lenet',
+      '--num_clients=2',
+      '--norm=group',
+      f'--workdir={folder}/a',
+    )
     self.assertEqual(status, 0, err)
 
   def test_as_a_process(self):
     """Status and line are what a shell sees; help is there."""
     for name in flags.FTG_OPTIONS:  # what it is, and what if it is left out
-      self.assertRegex(absl_flags.FLAGS[f'ftg_{name}'].help, r'\w.*\. Default: ')
+      self.assertRegex(
+        absl_flags.FLAGS[f'ftg_{name}'].help, r'\w.*\. Default: '
+      )
     command = [sys.executable, '-m', 'experiments.train']
-    wrong = subprocess.run([*command, '--rounds=-3'], cwd=ROOT, text=True,
-                           capture_output=True, check=False)
+    wrong = subprocess.run(
+      [*command, '--rounds=-3'],
+      cwd=ROOT,
+      text=True,
+      capture_output=True,
+      check=False,
+    )
     self.assertEqual(wrong.returncode, 2)
     self.assertEqual(
-        wrong.stderr, 'error: --rounds=-3: must be a positive integer\n')
+      wrong.stderr, 'error: --rounds=-3: must be a positive integer\n'
+    )
     self.assertEqual(wrong.stdout, '')
-    help_ = subprocess.run([*command, '--help'], cwd=ROOT, text=True,
-                           capture_output=True, check=False)
+    help_ = subprocess.run(
+      [*command, '--help'],
+      cwd=ROOT,
+      text=True,
+      capture_output=True,
+      check=False,
+    )
     self.assertIn('Concentration of the Dirichlet', help_.stdout)
     self.assertIn('--ftg_student_bn', help_.stdout)
 
@@ -495,24 +639,36 @@ class ErrorsTest(parameterized.TestCase):
     """Ctrl-C ends with one line and status 130; the same command completes."""
     folder = self.create_tempdir().full_path
     args = small(write_data(folder))
-    command = [sys.executable, '-m', 'experiments.train', *args,
-               '--method=fed_avg', '--eval_every=1', f'--workdir={folder}/w']
+    command = [
+      sys.executable,
+      '-m',
+      'experiments.train',
+      *args,
+      '--method=fed_avg',
+      '--eval_every=1',
+      f'--workdir={folder}/w',
+    ]
     # A shell starts its background jobs with this signal ignored, and children
     # inherit that: the program is to begin as from a terminal.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
-        [*command, '--rounds=100000'], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+      [*command, '--rounds=100000'],
+      cwd=ROOT,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+    )
     signal.signal(signal.SIGINT, before)
     metrics = pathlib.Path(folder, 'w', 'metrics.jsonl')
     deadline = time.time() + 120
     while not metrics.exists() and time.time() < deadline:
-      time.sleep(.1)
+      time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     self.assertEqual(process.returncode, 130, err)
     self.assertEqual(
-        err, 'interrupted; the same command goes on from the last checkpoint\n')
+      err, 'interrupted; the same command goes on from the last checkpoint\n'
+    )
     rows = metrics.read_text().splitlines()
     self.assertEqual(json.loads(rows[-1])['round'], len(rows))
     again = subprocess.run(command, cwd=ROOT, check=False)
@@ -526,8 +682,11 @@ class DevicesTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
-    self.args = [*small(write_data(self.folder)), '--method=scaffold',
-                 '--cohort=3']
+    self.args = [
+      *small(write_data(self.folder)),
+      '--method=scaffold',
+      '--cohort=3',
+    ]
 
   def params(self, name):
     with np.load(self.folder / name / 'params.npz') as arrays:
@@ -536,15 +695,19 @@ class DevicesTest(parameterized.TestCase):
   def assert_same_run(self, a, b):
     for name, value in self.params(a).items():
       np.testing.assert_allclose(
-          self.params(b)[name], value, atol=1e-5, err_msg=name)
+        self.params(b)[name], value, atol=1e-5, err_msg=name
+      )
 
   def train(self, name, *changes):
     return call(train, *self.args, f'--workdir={self.folder / name}', *changes)
 
   @pytest.mark.slow
   def test_devices_agree(self):
-    for name, changes in (('one', []), ('two', ['--num_devices=2']),
-                          ('all', ['--num_devices=0', '--client_chunk=1'])):
+    for name, changes in (
+      ('one', []),
+      ('two', ['--num_devices=2']),
+      ('all', ['--num_devices=0', '--client_chunk=1']),
+    ):
       status, _, err = self.train(name, *changes)
       self.assertEqual(status, 0, err)
     config = json.loads((self.folder / 'all' / 'config.json').read_text())
@@ -556,9 +719,14 @@ class DevicesTest(parameterized.TestCase):
   def test_seeds_at_once_on_devices(self):
     for name, devices in (('one', 1), ('two', 2)):
       status, _, err = call(
-          compare, *self.args, '--methods=fed_avg', '--seeds=2',
-          '--seeds_at_once=2', f'--num_devices={devices}',
-          f'--workdir={self.folder / name}')
+        compare,
+        *self.args,
+        '--methods=fed_avg',
+        '--seeds=2',
+        '--seeds_at_once=2',
+        f'--num_devices={devices}',
+        f'--workdir={self.folder / name}',
+      )
       self.assertEqual(status, 0, err)
     self.assert_same_run('one/fed_avg/seed1', 'two/fed_avg/seed1')
 
@@ -569,30 +737,49 @@ class DevicesTest(parameterized.TestCase):
       free.bind(('localhost', 0))
       port = free.getsockname()[1]
     args = [*self.args, '--eval_every=1', '--checkpoint_every=1']
-    command = [sys.executable, '-m', 'experiments.train', *args,
-               '--num_processes=2', f'--coordinator=localhost:{port}']
+    command = [
+      sys.executable,
+      '-m',
+      'experiments.train',
+      *args,
+      '--num_processes=2',
+      f'--coordinator=localhost:{port}',
+    ]
     for rounds in (2, 3):  # and they go on together
-      together = [subprocess.Popen(
-          [*command, f'--workdir={self.folder / "both"}', f'--process_id={i}',
-           f'--rounds={rounds}'], cwd=ROOT, stdout=subprocess.PIPE,
-          stderr=subprocess.STDOUT, text=True) for i in (0, 1)]
+      together = [
+        subprocess.Popen(
+          [
+            *command,
+            f'--workdir={self.folder / "both"}',
+            f'--process_id={i}',
+            f'--rounds={rounds}',
+          ],
+          cwd=ROOT,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT,
+          text=True,
+        )
+        for i in (0, 1)
+      ]
       said = [process.communicate(timeout=300)[0] for process in together]
       for process, text in zip(together, said):
         self.assertEqual(process.returncode, 0, text)
       self.assertIn('final accuracy', said[0])
       self.assertNotIn('round', said[1])
     self.assertIn('going on after round 2', said[0])
-    status, _, err = call(
-        train, *args, f'--workdir={self.folder / "one"}')
+    status, _, err = call(train, *args, f'--workdir={self.folder / "one"}')
     self.assertEqual(status, 0, err)
     self.assert_same_run('one', 'both')
 
   @parameterized.parameters(
-      (['--num_devices=9'], '--num_devices=9: num_devices must be 0 .* to 8'),
-      (['--num_devices=-1'], '--num_devices=-1: must be'),
-      (['--coordinator=localhost:1'], 'needs --num_processes'),
-      (['--coordinator=localhost:1', '--num_processes=2', '--process_id=2'],
-       '--process_id=2: must be less than --num_processes=2'))
+    (['--num_devices=9'], '--num_devices=9: num_devices must be 0 .* to 8'),
+    (['--num_devices=-1'], '--num_devices=-1: must be'),
+    (['--coordinator=localhost:1'], 'needs --num_processes'),
+    (
+      ['--coordinator=localhost:1', '--num_processes=2', '--process_id=2'],
+      '--process_id=2: must be less than --num_processes=2',
+    ),
+  )
   def test_errors(self, changes, message):
     status, _, err = self.train('a', *changes)
     self.assertEqual(status, 2)
@@ -602,24 +789,39 @@ class DevicesTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_compiled_programs_are_kept(self):
     cache = self.folder / 'cache'
-    command = [sys.executable, '-m', 'experiments.train', *self.args,
-               '--method=fed_avg']
-    environment = {k: v for k, v in os.environ.items()
-                   if k != 'JAX_COMPILATION_CACHE_DIR'}
-    subprocess.run([*command, f'--workdir={self.folder / "a"}'], cwd=ROOT,
-                   env={**environment, 'XDG_CACHE_HOME': str(cache)}, check=True,
-                   stdout=subprocess.DEVNULL)
+    command = [
+      sys.executable,
+      '-m',
+      'experiments.train',
+      *self.args,
+      '--method=fed_avg',
+    ]
+    environment = {
+      k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'
+    }
+    subprocess.run(
+      [*command, f'--workdir={self.folder / "a"}'],
+      cwd=ROOT,
+      env={**environment, 'XDG_CACHE_HOME': str(cache)},
+      check=True,
+      stdout=subprocess.DEVNULL,
+    )
     self.assertNotEmpty(list(cache.glob('fedftg_jax/compiled-*/*')))
 
 
 class BenchmarkTest(parameterized.TestCase):
-
   @pytest.mark.slow
   def test_side_by_side(self):
     out = pathlib.Path(self.create_tempdir().full_path, 'speed.json')
     status, screen, err = call(
-        benchmark, '--workloads=W0', '--against=plain_jax,torch,fedjax',
-        '--cohorts=3', '--repeat=2', f'--out={out}', draw=True)
+      benchmark,
+      '--workloads=W0',
+      '--against=plain_jax,torch,fedjax',
+      '--cohorts=3',
+      '--repeat=2',
+      f'--out={out}',
+      draw=True,
+    )
     self.assertEqual(status, 0, err)
     figures = json.loads(out.read_text())
     self.assertContainsSubset(['processor', 'cores'], figures['machine'])
@@ -636,51 +838,76 @@ class BenchmarkTest(parameterized.TestCase):
     self.assertEqual(Image.open(out.with_suffix('.png')).format, 'PNG')
 
   @parameterized.parameters(
-      ('--workloads=W9', '--workloads=W9: must be one of W1'),
-      ('--against=tf', '--against=tf: must be one of torch'),
-      ('--repeat=0', '--repeat=0: must be a positive'),
-      ('--cohorts=2,x', '--cohorts=x: must be positive integers'),
-      ('--peer_python=/no/python', '--peer_python=/no/python: must be a Python'),
-      ('--out=a.txt', '--out=a.txt: must end in .json'))
+    ('--workloads=W9', '--workloads=W9: must be one of W1'),
+    ('--against=tf', '--against=tf: must be one of torch'),
+    ('--repeat=0', '--repeat=0: must be a positive'),
+    ('--cohorts=2,x', '--cohorts=x: must be positive integers'),
+    ('--peer_python=/no/python', '--peer_python=/no/python: must be a Python'),
+    ('--out=a.txt', '--out=a.txt: must end in .json'),
+  )
   def test_errors(self, argument, message):
     status, _, err = call(benchmark, argument)
     self.assertEqual(status, 2)
     self.assertStartsWith(err, 'error: ' + message)
 
   @parameterized.parameters(
-      ('small_cnn', (32, 32, 3), 896 + 18_496 + 1_605_760 + 1_290),
-      ('fedavg_cnn', (32, 32, 3), 4_864 + 102_464 + 1_573_248 + 73_920 + 1_930),
-      ('mlp', (28, 28, 1), 157_000 + 40_200 + 2_010))
+    ('small_cnn', (32, 32, 3), 896 + 18_496 + 1_605_760 + 1_290),
+    ('fedavg_cnn', (32, 32, 3), 4_864 + 102_464 + 1_573_248 + 73_920 + 1_930),
+    ('mlp', (28, 28, 1), 157_000 + 40_200 + 2_010),
+  )
   def test_sizes_of_the_models(self, name, image_shape, size):
     workload = workloads.WORKLOADS['W0']._replace(
-        model=name, image_shape=image_shape)
-    variables = jax.eval_shape(ours.make_model(workload).init, jax.random.key(0))
+      model=name, image_shape=image_shape
+    )
+    variables = jax.eval_shape(
+      ours.make_model(workload).init, jax.random.key(0)
+    )
     self.assertEqual(sum(a.size for a in jax.tree.leaves(variables)), size)
 
 
 class ReportTest(absltest.TestCase):
-
   def test_figures(self):
-    rows = [{'round': t, 'test_accuracy': a, 'accuracy': {'average': a / 2},
-             'bytes_up': t, 'bytes_down': 2 * t}
-            for t, a in ((2, .3), (4, .6), (6, .55), (14, .7))]
-    self.assertEqual(statistics.rounds_to(rows, .6), 4)
-    self.assertIsNone(statistics.rounds_to(rows, .8))
+    rows = [
+      {
+        'round': t,
+        'test_accuracy': a,
+        'accuracy': {'average': a / 2},
+        'bytes_up': t,
+        'bytes_down': 2 * t,
+      }
+      for t, a in ((2, 0.3), (4, 0.6), (6, 0.55), (14, 0.7))
+    ]
+    self.assertEqual(statistics.rounds_to(rows, 0.6), 4)
+    self.assertIsNone(statistics.rounds_to(rows, 0.8))
     # The last ten rounds are 5 to 14.
-    self.assertEqual(rows_lib.summarise(rows), {
-        'rounds': 14, 'final_accuracy': .625, 'best_accuracy': .7,
-        'final_accuracy_of': {'average': .3125}, 'bytes_up': 14,
-        'bytes_down': 28})
-    runs = [{'best_accuracy': .71}, {'best_accuracy': .64}]
-    self.assertEqual(statistics.common_target({'a': runs}), .6)
     self.assertEqual(
-        statistics.mean_and_std([1., 3.]), {'mean': 2., 'std': 2**.5, 'per_seed': [1., 3.]})
+      rows_lib.summarise(rows),
+      {
+        'rounds': 14,
+        'final_accuracy': 0.625,
+        'best_accuracy': 0.7,
+        'final_accuracy_of': {'average': 0.3125},
+        'bytes_up': 14,
+        'bytes_down': 28,
+      },
+    )
+    runs = [{'best_accuracy': 0.71}, {'best_accuracy': 0.64}]
+    self.assertEqual(statistics.common_target({'a': runs}), 0.6)
+    self.assertEqual(
+      statistics.mean_and_std([1.0, 3.0]),
+      {'mean': 2.0, 'std': 2**0.5, 'per_seed': [1.0, 3.0]},
+    )
 
   def test_curves_with_bands(self):
     path = os.path.join(self.create_tempdir().full_path, 'c.png')
-    plots.curves(path, {'a': [[(1, 3., .1), (2, 6., .5)],
-                              [(1, 3., .2), (2, 6., .4)]],
-                        'b': [[(1, 3., .3), (2, 6., .6)]]}, 'accuracy')
+    plots.curves(
+      path,
+      {
+        'a': [[(1, 3.0, 0.1), (2, 6.0, 0.5)], [(1, 3.0, 0.2), (2, 6.0, 0.4)]],
+        'b': [[(1, 3.0, 0.3), (2, 6.0, 0.6)]],
+      },
+      'accuracy',
+    )
     pixels = np.asarray(Image.open(path).convert('RGB'))
     self.assertGreater(len(np.unique(pixels.reshape(-1, 3), axis=0)), 50)
 

@@ -12,40 +12,45 @@ import struct
 import tempfile
 
 from absl import flags as absl_flags
-from absl.testing import absltest
-from absl.testing import flagsaver
-from absl.testing import parameterized
+from absl.testing import absltest, flagsaver, parameterized
 import matplotlib.figure
 import numpy as np
 
-from fedftg_jax.results import rows as rows_lib
-from fedftg_jax.system import cli
-from fedftg_jax.programs import compare
-from fedftg_jax.programs import report
-from fedftg_jax.system import files
-from fedftg_jax.runs import writer
-from fedftg_jax.results import page as page_lib
-from fedftg_jax.results import reader
-from fedftg_jax.results import tables
-from fedftg_jax.results import verdicts
-from fedftg_jax.runs import scoring
-from fedftg_jax.results import svg
-from fedftg_jax.programs import train
 from fedftg_jax import evaluation
 from fedftg_jax.data import images
+from fedftg_jax.programs import compare, report, train
+from fedftg_jax.results import page as page_lib
+from fedftg_jax.results import reader, svg, tables, verdicts
+from fedftg_jax.results import rows as rows_lib
+from fedftg_jax.runs import scoring, writer
+from fedftg_jax.system import cli, files
 from tests import programs
 
 
-def run_by_hand(accuracy, seed=0, megabytes=1., **fields):
+def run_by_hand(accuracy, seed=0, megabytes=1.0, **fields):
   """A run with one evaluation per round, of the broadcast model."""
-  rows = [{'round': t + 1, 'accuracy': {'broadcast': a, 'average': a},
-           'test_accuracy': a, 'bytes_up': megabytes * 5e5 * (t + 1),
-           'bytes_down': megabytes * 5e5 * (t + 1)}
-          for t, a in enumerate(accuracy)]
-  empty = dict(versions={}, timings=[], clients={}, classes={}, counts={},
-               images={}, nearest={})
-  return reader.Recorded(**{
-      'config': {'seed': seed}, 'rows': rows, **empty, **fields})
+  rows = [
+    {
+      'round': t + 1,
+      'accuracy': {'broadcast': a, 'average': a},
+      'test_accuracy': a,
+      'bytes_up': megabytes * 5e5 * (t + 1),
+      'bytes_down': megabytes * 5e5 * (t + 1),
+    }
+    for t, a in enumerate(accuracy)
+  ]
+  empty = dict(
+    versions={},
+    timings=[],
+    clients={},
+    classes={},
+    counts={},
+    images={},
+    nearest={},
+  )
+  return reader.Recorded(
+    **{'config': {'seed': seed}, 'rows': rows, **empty, **fields}
+  )
 
 
 class Page(html.parser.HTMLParser):
@@ -80,8 +85,11 @@ class Page(html.parser.HTMLParser):
 def make(*argv):
   """Runs the program `report`; (exit status, stderr)."""
   err = io.StringIO()
-  with flagsaver.flagsaver(), contextlib.redirect_stderr(err), (
-      contextlib.redirect_stdout(io.StringIO())):
+  with (
+    flagsaver.flagsaver(),
+    contextlib.redirect_stderr(err),
+    contextlib.redirect_stdout(io.StringIO()),
+  ):
     try:
       rest = cli.parse(['report', *argv], report)
       cli.guarded(functools.partial(report.main, *rest[1:]))
@@ -100,12 +108,20 @@ class RunTest(parameterized.TestCase):
     temporary = tempfile.TemporaryDirectory()
     cls.addClassCleanup(temporary.cleanup)
     cls.folder = pathlib.Path(temporary.name)
-    cls.args = [*programs.small(programs.write_data(cls.folder)),
-                '--method=fed_ftg']
+    cls.args = [
+      *programs.small(programs.write_data(cls.folder)),
+      '--method=fed_ftg',
+    ]
     cls.run_folder = cls.folder / 'run'
     status, _, err = programs.call(
-        train, *cls.args, '--evaluate_clients=every', '--personalise',
-        '--tensorboard', f'--workdir={cls.run_folder}', draw=True)
+      train,
+      *cls.args,
+      '--evaluate_clients=every',
+      '--personalise',
+      '--tensorboard',
+      f'--workdir={cls.run_folder}',
+      draw=True,
+    )
     assert status == 0, err
     cls.rows = files.read_jsonl(cls.run_folder / 'metrics.jsonl')
 
@@ -119,17 +135,19 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(sum(clients['train_examples']), 60)
     accuracy = np.array(clients['accuracy']['broadcast'], float)
     self.assertAlmostEqual(
-        np.nansum(accuracy * clients['test_examples']) / 30,
-        self.rows[-1]['test_accuracy'], places=5)
+      np.nansum(accuracy * clients['test_examples']) / 30,
+      self.rows[-1]['test_accuracy'],
+      places=5,
+    )
 
   def test_summaries_agree(self):
     clients = self.json('clients.json')
     for name in ('broadcast', 'personalised'):
-      want = evaluation.fairness(
-          np.array(clients['accuracy'][name], float))
+      want = evaluation.fairness(np.array(clients['accuracy'][name], float))
       for key, value in want.items():
         self.assertAlmostEqual(
-            clients['summary'][name][key], value, places=5, msg=key)
+          clients['summary'][name][key], value, places=5, msg=key
+        )
     self.assertEqual(self.json('summary.json')['clients'], clients['summary'])
     self.assertEqual(self.rows[-1]['clients'], clients['summary'])
     self.assertIn('personalised', self.rows[0]['clients'])
@@ -140,14 +158,19 @@ class RunTest(parameterized.TestCase):
     self.assertCountEqual(classes['accuracy'], self.rows[-1]['accuracy'])
     for name, values in classes['accuracy'].items():
       self.assertAlmostEqual(
-          np.mean(values), self.rows[-1]['accuracy'][name], places=5)
+        np.mean(values), self.rows[-1]['accuracy'][name], places=5
+      )
 
   def test_counts_are_the_partition_s(self):
     labels = np.arange(60) % 3
-    with np.load(self.run_folder / 'counts.npz') as counts, np.load(
-        self.run_folder / 'partition.npz') as parts:
-      np.testing.assert_array_equal(counts['train'], [
-          np.bincount(labels[parts[k]], minlength=3) for k in parts.files])
+    with (
+      np.load(self.run_folder / 'counts.npz') as counts,
+      np.load(self.run_folder / 'partition.npz') as parts,
+    ):
+      np.testing.assert_array_equal(
+        counts['train'],
+        [np.bincount(labels[parts[k]], minlength=3) for k in parts.files],
+      )
       self.assertEqual(counts['test'].sum(), 30)
 
   def test_csv_is_the_same(self):
@@ -155,19 +178,26 @@ class RunTest(parameterized.TestCase):
       rows = list(csv.DictReader(file))
     self.assertIn('clients/personalised/jain', rows[0])
     self.assertEqual(
-        [{k: v if v == '' else float(v) for k, v in row.items()} for row in rows],
-        [{k: '' if v is None else float(v) for k, v in rows_lib.flat(row).items()}
-         for row in self.rows])
+      [{k: v if v == '' else float(v) for k, v in row.items()} for row in rows],
+      [
+        {
+          k: '' if v is None else float(v)
+          for k, v in rows_lib.flat(row).items()
+        }
+        for row in self.rows
+      ],
+    )
 
   def test_tensorboard(self):
     """Read as TensorFlow writes it: length, its checksum, event, checksum."""
-    from tensorboardX.proto import event_pb2  # pylint: disable=g-import-not-at-top
-    path, = (self.run_folder / 'tensorboard').iterdir()
+    from tensorboardX.proto import event_pb2
+
+    (path,) = (self.run_folder / 'tensorboard').iterdir()
     data, found, pictures = path.read_bytes(), {}, []
     while data:
-      length, = struct.unpack('<Q', data[:8])
-      event = event_pb2.Event.FromString(data[12:12 + length])
-      data = data[16 + length:]
+      (length,) = struct.unpack('<Q', data[:8])
+      event = event_pb2.Event.FromString(data[12 : 12 + length])
+      data = data[16 + length :]
       for value in event.summary.value:
         if value.HasField('image'):
           pictures.append((event.step, value.image.width))
@@ -176,7 +206,9 @@ class RunTest(parameterized.TestCase):
     for row in self.rows:
       for name, value in rows_lib.flat(row).items():
         if name != 'round':
-          np.testing.assert_allclose(found[row['round'], name], value, rtol=1e-6)
+          np.testing.assert_allclose(
+            found[row['round'], name], value, rtol=1e-6
+          )
       self.assertGreater(found[row['round'], 'rounds_per_second'], 0)
     self.assertEqual([step for step, _ in pictures], [2, 3])
 
@@ -193,8 +225,10 @@ class RunTest(parameterized.TestCase):
     for row in self.rows:
       change = np.array(row['class_change'], float)
       np.testing.assert_allclose(
-          np.nansum(change * counts) / counts.sum(),
-          row['accuracy']['fine_tuned'] - row['accuracy']['aggregated'], atol=1e-5)
+        np.nansum(change * counts) / counts.sum(),
+        row['accuracy']['fine_tuned'] - row['accuracy']['aggregated'],
+        atol=1e-5,
+      )
     header, *_ = (self.run_folder / 'metrics.csv').read_text().splitlines()
     self.assertNotIn('class', header)
 
@@ -203,7 +237,10 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(found['generated'].shape, (3, 8, 8, 1))
     self.assertEqual(found['real'].shape, (3, 8, 8, 1))
     with np.load(self.folder / 'own.npz') as data:
-      scaled, labels = 255 * images.scaled(data['train_x'] / 1.), data['train_y']
+      scaled, labels = (
+        255 * images.scaled(data['train_x'] / 1.0),
+        data['train_y'],
+      )
     for image, label in zip(found['real'], found['label']):
       alike = (np.abs(scaled - image) <= 1).all((1, 2, 3))
       self.assertIn(label, labels[alike])
@@ -212,12 +249,15 @@ class RunTest(parameterized.TestCase):
     rng = np.random.RandomState(0)
     real = rng.randint(0, 256, (700, 3, 2, 1)).astype(np.uint8)
     seen = lambda x: x / np.float32(255)
-    apart = np.sqrt(((seen(real)[:, None] - seen(real)[None])**2).mean((2, 3, 4)))
-    place, distance = scoring._nearest(seen(real[5:8]), real, seen)  # pylint: disable=protected-access
+    apart = np.sqrt(
+      ((seen(real)[:, None] - seen(real)[None]) ** 2).mean((2, 3, 4))
+    )
+    place, distance = scoring._nearest(seen(real[5:8]), real, seen)
     np.testing.assert_array_equal(place, [5, 6, 7])
     np.testing.assert_allclose(distance, 0, atol=1e-3)
-    place, distance = scoring._nearest(  # pylint: disable=protected-access
-        seen(real[5:8]), real, seen, np.arange(5, 8))
+    place, distance = scoring._nearest(
+      seen(real[5:8]), real, seen, np.arange(5, 8)
+    )
     np.fill_diagonal(apart, np.inf)
     np.testing.assert_array_equal(place, apart[5:8].argmin(1))
     np.testing.assert_allclose(distance, apart[5:8].min(1), rtol=1e-4)
@@ -234,13 +274,24 @@ class RunTest(parameterized.TestCase):
     for link in page.links:
       self.assertRegex(link, '^(data:|#)')
     headers = [table[0] for table in page.tables]
-    self.assertIn(['', 'mean', 'worst 10 %', 'best 10 %', 'variance',
-                   'Jain index', 'clients'], headers)
+    self.assertIn(
+      [
+        '',
+        'mean',
+        'worst 10 %',
+        'best 10 %',
+        'variance',
+        'Jain index',
+        'clients',
+      ],
+      headers,
+    )
     self.assertIn(['flag', 'value'], headers)
     final = dict(row[:2] for row in page.tables[0])
     name = next(k for k in final if 'broadcast' in k)
     self.assertEqual(
-        final[name], f'{100 * self.json("summary.json")["final_accuracy"]:.2f}')
+      final[name], f'{100 * self.json("summary.json")["final_accuracy"]:.2f}'
+    )
 
   def test_again_by_hand(self):
     path = self.run_folder / 'report.html'
@@ -270,15 +321,22 @@ class RunTest(parameterized.TestCase):
     page_lib.write(evil)
     page = (evil / 'report.html').read_text()
     self.assertNotIn('<script', page)
-    self.assertIn(text, ''.join(Page(page).tables[-2][0] + Page(
-        page).tables[-1][-1] + Page(page).words))
+    self.assertIn(
+      text,
+      ''.join(
+        Page(page).tables[-2][0] + Page(page).tables[-1][-1] + Page(page).words
+      ),
+    )
 
   @parameterized.parameters(
-      ([], 'error: no argument: must be one FOLDER'),
-      (['a', 'b'], 'error: a b: must be one FOLDER'),
-      (['/no/folder'], 'error: /no/folder: must be a folder that train, '
-       'compare or sweep'),
-      (['--workdir=x'], 'error: .*--workdir=x: no such flag|error: no argument'))
+    ([], 'error: no argument: must be one FOLDER'),
+    (['a', 'b'], 'error: a b: must be one FOLDER'),
+    (
+      ['/no/folder'],
+      'error: /no/folder: must be a folder that train, compare or sweep',
+    ),
+    (['--workdir=x'], 'error: .*--workdir=x: no such flag|error: no argument'),
+  )
   def test_errors(self, argv, message):
     status, err = make(*argv)
     self.assertEqual(status, 2)
@@ -289,26 +347,34 @@ class RunTest(parameterized.TestCase):
   def test_when_clients_are_evaluated(self, when):
     folder = self.folder / when
     status, _, err = programs.call(
-        train, *self.args, f'--evaluate_clients={when}', f'--workdir={folder}')
+      train, *self.args, f'--evaluate_clients={when}', f'--workdir={folder}'
+    )
     self.assertEqual(status, 0, err)
     self.assertEqual((folder / 'clients.json').exists(), when == 'final')
     # Looking changes nothing; the rows begin those of a longer run.
     for row, watched in zip(
-        files.read_jsonl(folder / 'metrics.jsonl'), self.rows):
-      self.assertEqual(row, {k: v for k, v in watched.items() if k != 'clients'})
+      files.read_jsonl(folder / 'metrics.jsonl'), self.rows
+    ):
+      self.assertEqual(
+        row, {k: v for k, v in watched.items() if k != 'clients'}
+      )
     self.assertFalse((folder / 'tensorboard').exists())
 
 
 class ScoringTest(parameterized.TestCase):
-
   def test_a_model_under_two_names_is_scored_once(self):
     folder = self.create_tempdir().full_path
     args = programs.small(programs.write_data(folder))
     with absltest.mock.patch.object(
-        evaluation, 'evaluate', wraps=evaluation.evaluate) as evaluate:
+      evaluation, 'evaluate', wraps=evaluation.evaluate
+    ) as evaluate:
       status, _, err = programs.call(
-          train, *args, '--method=fed_avg', '--evaluate_clients=none',
-          f'--workdir={folder}/run')
+        train,
+        *args,
+        '--method=fed_avg',
+        '--evaluate_clients=none',
+        f'--workdir={folder}/run',
+      )
     self.assertEqual(status, 0, err)
     for row in files.read_jsonl(pathlib.Path(folder) / 'run' / 'metrics.jsonl'):
       self.assertEqual(row['accuracy']['average'], row['accuracy']['broadcast'])
@@ -316,30 +382,40 @@ class ScoringTest(parameterized.TestCase):
 
 
 class ComparisonTest(absltest.TestCase):
-
   def test_page(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
     status, _, err = programs.call(
-        compare, *programs.small(programs.write_data(folder)),
-        '--seeds=2', '--methods=fed_avg,fed_avg:batch_size=5',
-        f'--workdir={folder / "c"}')
+      compare,
+      *programs.small(programs.write_data(folder)),
+      '--seeds=2',
+      '--methods=fed_avg,fed_avg:batch_size=5',
+      f'--workdir={folder / "c"}',
+    )
     self.assertEqual(status, 0, err)
     page = Page((folder / 'c' / 'report.html').read_text())
     summary = files.read_json(folder / 'c' / 'summary.json')
     self.assertEqual(summary['seeds'], [0, 1])
-    self.assertEqual(page.tables[0][0], [
-        'method', 'final', 'plain average', 'best', 'seed 0', 'seed 1'])
+    self.assertEqual(
+      page.tables[0][0],
+      ['method', 'final', 'plain average', 'best', 'seed 0', 'seed 1'],
+    )
     for row in page.tables[0][1:]:
       figures = summary['methods'][row[0]]['final_accuracy']
-      self.assertEqual(row[1], f'{100 * figures["mean"]:.2f} ± '
-                       f'{100 * figures["std"]:.2f}')
       self.assertEqual(
-          row[4:], [f'{100 * a:.2f}' for a in figures['per_seed']])
-    self.assertIn([['flag', 'fed_avg', 'fed_avg:batch_size=5'],
-                   ['batch_size', '10', '5']], [t[:2] for t in page.tables])
+        row[1], f'{100 * figures["mean"]:.2f} ± {100 * figures["std"]:.2f}'
+      )
+      self.assertEqual(row[4:], [f'{100 * a:.2f}' for a in figures['per_seed']])
+    self.assertIn(
+      [['flag', 'fed_avg', 'fed_avg:batch_size=5'], ['batch_size', '10', '5']],
+      [t[:2] for t in page.tables],
+    )
     of_clients = summary['methods']['fed_avg']['clients']['broadcast']
-    per_seed = [files.read_json(folder / f'c/fed_avg/seed{s}/summary.json')[
-        'clients']['broadcast']['worst'] for s in (0, 1)]
+    per_seed = [
+      files.read_json(folder / f'c/fed_avg/seed{s}/summary.json')['clients'][
+        'broadcast'
+      ]['worst']
+      for s in (0, 1)
+    ]
     self.assertEqual(of_clients['worst']['per_seed'], per_seed)
 
 
@@ -348,75 +424,137 @@ class TablesTest(absltest.TestCase):
 
   def test_on_validation_data(self):
     """Only the broadcast model is measured on it: mean of the last rounds."""
-    run = run_by_hand([.5, .5])
-    for row, accuracy in zip(run.rows, (.6, .7)):
+    run = run_by_hand([0.5, 0.5])
+    for row, accuracy in zip(run.rows, (0.6, 0.7)):
       row['validation_accuracy'] = accuracy
     entries = {name: [(run, name)] for name in ('broadcast', 'average')}
     self.assertEqual(
-        tables.final(entries, 'model'),
-        (['model', 'on validation data', 'final', 'best'],
-         [['broadcast', '65.00', '50.00', '50.00'],
-          ['average', '–', '50.00', '50.00']]))
+      tables.final(entries, 'model'),
+      (
+        ['model', 'on validation data', 'final', 'best'],
+        [
+          ['broadcast', '65.00', '50.00', '50.00'],
+          ['average', '–', '50.00', '50.00'],
+        ],
+      ),
+    )
     # Models that are one, and several seeds.
-    models = page_lib._models(run)  # pylint: disable=protected-access
+    models = page_lib._models(run)
     self.assertEqual(models, {'broadcast = average': 'broadcast'})
     entries = {'a': [(run, 'broadcast')] * 2}
     self.assertEqual(
-        tables.final(entries, 'method', average=True),
-        (['method', 'on validation data', 'final', 'plain average', 'best',
-          'seed 0', 'seed 0'],
-         [['a', '65.00 ± 0.00', '50.00 ± 0.00', '50.00 ± 0.00', '50.00 ± 0.00',
-           '50.00', '50.00']]))
+      tables.final(entries, 'method', average=True),
+      (
+        [
+          'method',
+          'on validation data',
+          'final',
+          'plain average',
+          'best',
+          'seed 0',
+          'seed 0',
+        ],
+        [
+          [
+            'a',
+            '65.00 ± 0.00',
+            '50.00 ± 0.00',
+            '50.00 ± 0.00',
+            '50.00 ± 0.00',
+            '50.00',
+            '50.00',
+          ]
+        ],
+      ),
+    )
 
   def test_the_broadcast_model_among_equals(self):
     """It is the one that is measured on validation data."""
-    run = run_by_hand([.5])
-    run.rows[0]['accuracy'] = {'average': .5, 'broadcast': .5, 'other': .4}
+    run = run_by_hand([0.5])
+    run.rows[0]['accuracy'] = {'average': 0.5, 'broadcast': 0.5, 'other': 0.4}
     self.assertEqual(
-        page_lib._models(run),  # pylint: disable=protected-access
-        {'average = broadcast': 'broadcast', 'other': 'other'})
+      page_lib._models(run),
+      {'average = broadcast': 'broadcast', 'other': 'other'},
+    )
 
   def test_rounds_to_targets(self):
-    entries = {'a': [(run_by_hand([.4, .6, .8]), 'broadcast'),
-                     (run_by_hand([.4, .5, .6]), 'broadcast')],
-               'b': [(run_by_hand([.1, .2, .3], megabytes=4), 'broadcast')] * 2}
-    self.assertEqual(tables.targets(entries, .3), tables.Table(
+    entries = {
+      'a': [
+        (run_by_hand([0.4, 0.6, 0.8]), 'broadcast'),
+        (run_by_hand([0.4, 0.5, 0.6]), 'broadcast'),
+      ],
+      'b': [(run_by_hand([0.1, 0.2, 0.3], megabytes=4), 'broadcast')] * 2,
+    }
+    self.assertEqual(
+      tables.targets(entries, 0.3),
+      tables.Table(
         ['', '30 %', '50 %', '70 %', '80 %'],
-        [['a', '1 (1 MB)', '2 (2 MB)', '3 (3 MB), 1 of 2 never',
-          '3 (3 MB), 1 of 2 never'],
-         ['b', '3 (12 MB)', 'never', 'never', 'never']]))
+        [
+          [
+            'a',
+            '1 (1 MB)',
+            '2 (2 MB)',
+            '3 (3 MB), 1 of 2 never',
+            '3 (3 MB), 1 of 2 never',
+          ],
+          ['b', '3 (12 MB)', 'never', 'never', 'never'],
+        ],
+      ),
+    )
     self.assertIsNone(tables.targets({'b': entries['b']}))
 
   def test_verdict_of_a_comparison(self):
     def entries(*finals):
-      return {name: [(run_by_hand([a]), 'broadcast') for a in values]
-              for name, values in zip('abc', finals)}
+      return {
+        name: [(run_by_hand([a]), 'broadcast') for a in values]
+        for name, values in zip('abc', finals)
+      }
 
-    verdict = verdicts.of_comparison  # pylint: disable=protected-access
+    verdict = verdicts.of_comparison
     self.assertEqual(
-        verdict(entries([.5, .6], [.7, .9])),
-        'b ends highest, at 80.00 ± 14.14 % test accuracy, 25.00 points above a, '
-        'more than the spread over 2 seeds (14.14).')
-    self.assertIn('no more than the spread', verdict(
-        entries([.5, .6], [.5, .72])))
-    self.assertIn('One seed each', verdict(entries([.5], [.6])))
+      verdict(entries([0.5, 0.6], [0.7, 0.9])),
+      'b ends highest, at 80.00 ± 14.14 % test accuracy, 25.00 points above a, '
+      'more than the spread over 2 seeds (14.14).',
+    )
+    self.assertIn(
+      'no more than the spread', verdict(entries([0.5, 0.6], [0.5, 0.72]))
+    )
+    self.assertIn('One seed each', verdict(entries([0.5], [0.6])))
     self.assertEqual(
-        verdict(entries([.5])), 'a ends at 50.00 % test accuracy.')
+      verdict(entries([0.5])), 'a ends at 50.00 % test accuracy.'
+    )
 
   def test_fairness(self):
-    summary = {'broadcast': {'mean': .5, 'worst': .2, 'best': .9,
-                             'variance': .0123, 'jain': .87654, 'clients': 7}}
-    run = run_by_hand([.5], clients={'summary': summary})
+    summary = {
+      'broadcast': {
+        'mean': 0.5,
+        'worst': 0.2,
+        'best': 0.9,
+        'variance': 0.0123,
+        'jain': 0.87654,
+        'clients': 7,
+      }
+    }
+    run = run_by_hand([0.5], clients={'summary': summary})
     self.assertEqual(
-        tables.fairness({'a': [(run, 'broadcast')]}).rows,
-        [['a', '50.00', '20.00', '90.00', '123.0', '0.877', '7']])
+      tables.fairness({'a': [(run, 'broadcast')]}).rows,
+      [['a', '50.00', '20.00', '90.00', '123.0', '0.877', '7']],
+    )
 
   def test_times(self):
-    timings = [{'train_seconds': 3., 'evaluate_seconds': 1.,
-                'checkpoint_seconds': .5, 'compile_seconds': 2.}] * 2
-    run = run_by_hand([.1, .2, .3], timings=timings)
-    self.assertEqual(tables.times({'a': [run]}).rows,
-                     [['a', '6.0', '2.0', '1.0', '4.0', '0.5']])
+    timings = [
+      {
+        'train_seconds': 3.0,
+        'evaluate_seconds': 1.0,
+        'checkpoint_seconds': 0.5,
+        'compile_seconds': 2.0,
+      }
+    ] * 2
+    run = run_by_hand([0.1, 0.2, 0.3], timings=timings)
+    self.assertEqual(
+      tables.times({'a': [run]}).rows,
+      [['a', '6.0', '2.0', '1.0', '4.0', '0.5']],
+    )
 
   def test_strips_have_few_rounds_and_the_first_and_last(self):
     images = {t: np.full((2, 4, 4, 1), t, np.uint8) for t in range(1, 40)}
@@ -439,32 +577,40 @@ class TablesTest(absltest.TestCase):
     rng = np.random.RandomState(0)
     counts = rng.poisson(3, (5000, 10))
     accuracy = rng.rand(5000)
-    run = run_by_hand([.5, .6], counts={'train': counts}, clients={
+    run = run_by_hand(
+      [0.5, 0.6],
+      counts={'train': counts},
+      clients={
         'summary': {'broadcast': evaluation.fairness(accuracy)},
-        'accuracy': {'broadcast': accuracy.tolist()}})
+        'accuracy': {'broadcast': accuracy.tolist()},
+      },
+    )
     run = run._replace(config={'seed': 0, 'partition': 'iid'})
     entries = {'a': [(run, 'broadcast')]}
-    sections = page_lib._sections(  # pylint: disable=protected-access
-        entries, {'': entries}, {'a': [run]})
+    sections = page_lib._sections(entries, {'': entries}, {'a': [run]})
     self.assertStartsWith(sections['partition'], '<img src="data:image/png')
     self.assertLess(sum(len(str(v)) for v in sections.values()), 5e5)
 
   def test_flat(self):
-    self.assertEqual(rows_lib.flat({'a': 1, 'b': {'c': 2, 'd': {'e': None}}}),
-                     {'a': 1, 'b/c': 2, 'b/d/e': None})
+    self.assertEqual(
+      rows_lib.flat({'a': 1, 'b': {'c': 2, 'd': {'e': None}}}),
+      {'a': 1, 'b/c': 2, 'b/d/e': None},
+    )
 
 
 class SvgTest(absltest.TestCase):
-
   def test_two_pictures_on_a_page(self):
     """No id is there twice, every reference has its target, labels are text."""
+
     def draw(file, color):
       figure = matplotlib.figure.Figure()
       axes = figure.add_subplot()
       axes.plot([1, 2], [3, 4], 'o-', color=color)
       figure.savefig(file)
 
-    page = ''.join(svg.inline(name, 'a "label" <b>', draw, 'C1') for name in 'ab')
+    page = ''.join(
+      svg.inline(name, 'a "label" <b>', draw, 'C1') for name in 'ab'
+    )
     ids = re.findall(r' id="([^"]+)"', page)
     used = re.findall(r'(?:url\(|href=")#([^")]+)', page)
     self.assertLen(set(ids), len(ids))

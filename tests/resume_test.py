@@ -13,24 +13,27 @@ import sys
 import threading
 import time
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from upath import UPath
 
-from fedftg_jax.programs import compare
+from fedftg_jax.programs import compare, train
+from fedftg_jax.runs import resume, scoring, writer
 from fedftg_jax.system import files
-from fedftg_jax.runs import writer
-from fedftg_jax.runs import resume
-from fedftg_jax.runs import scoring
-from fedftg_jax.programs import train
 from tests import programs
 
 # Whatever a run ends with, but for what has times in it.
-SAME = ('params.npz', 'metrics.jsonl', 'metrics.csv', 'clients.json',
-        'classes.json', 'partition.npz', 'schedule.npz')
+SAME = (
+  'params.npz',
+  'metrics.jsonl',
+  'metrics.csv',
+  'clients.json',
+  'classes.json',
+  'partition.npz',
+  'schedule.npz',
+)
 
 
 class PowerCut(BaseException):
@@ -38,22 +41,32 @@ class PowerCut(BaseException):
 
 
 class ResumeTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
-    self.args = [*programs.small(programs.write_data(self.folder)),
-                 '--rounds=5', '--eval_every=1', '--checkpoint_every=2']
+    self.args = [
+      *programs.small(programs.write_data(self.folder)),
+      '--rounds=5',
+      '--eval_every=1',
+      '--checkpoint_every=2',
+    ]
 
   def train(self, name, *changes, method='scaffold'):
     return programs.call(
-        train, *self.args, f'--method={method}',
-        f'--workdir={self.folder / name}', *changes)
+      train,
+      *self.args,
+      f'--method={method}',
+      f'--workdir={self.folder / name}',
+      *changes,
+    )
 
   def assert_same(self, a, b, names=SAME):
     for name in names:
-      self.assertEqual((self.folder / a / name).read_bytes(),
-                       (self.folder / b / name).read_bytes(), name)
+      self.assertEqual(
+        (self.folder / a / name).read_bytes(),
+        (self.folder / b / name).read_bytes(),
+        name,
+      )
 
   def test_stopped_at_any_file(self):
     """At whichever file the power goes, before or after it is in its place."""
@@ -87,15 +100,24 @@ class ResumeTest(parameterized.TestCase):
       self.assert_same('whole', f'cut{stop}')
 
   @parameterized.parameters(
-      ('fed_ftg', ['--ftg_preset=robust', '--tensorboard']),
-      ('moon', ['--client_state=disk']))
+    ('fed_ftg', ['--ftg_preset=robust', '--tensorboard']),
+    ('moon', ['--client_state=disk']),
+  )
   def test_all_that_a_run_holds_comes_back(self, method, changes):
     self.check_all(method, changes)
 
   @parameterized.parameters(
-      ('fed_ftg', []),
-      ('fed_avg', ['--server_optimizer=adam', '--eval_every=2', '--rounds=7',
-                   '--dropout_rate=0.3']))
+    ('fed_ftg', []),
+    (
+      'fed_avg',
+      [
+        '--server_optimizer=adam',
+        '--eval_every=2',
+        '--rounds=7',
+        '--dropout_rate=0.3',
+      ],
+    ),
+  )
   @pytest.mark.slow  # below: the cases of `parameters` take it over
   def test_all_that_other_runs_hold_comes_back(self, method, changes):
     self.check_all(method, changes)
@@ -118,8 +140,10 @@ class ResumeTest(parameterized.TestCase):
     self.assert_same('whole', 'cut')
     if method == 'fed_ftg':
       self.assert_same('whole', 'cut', ('nearest.npz',))
-      with np.load(self.folder / 'whole/generated.npz') as whole, np.load(
-          self.folder / 'cut/generated.npz') as cut:
+      with (
+        np.load(self.folder / 'whole/generated.npz') as whole,
+        np.load(self.folder / 'cut/generated.npz') as cut,
+      ):
         self.assertEqual(whole.files, cut.files)
         for name in whole.files:
           np.testing.assert_array_equal(whole[name], cut[name])
@@ -127,15 +151,16 @@ class ResumeTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_seeds_at_once(self):
     args = [*self.args, '--methods=scaffold', '--seeds=2', '--seeds_at_once=2']
+
     def run(name):
-      return programs.call(
-          compare, *args, f'--workdir={self.folder / name}')
+      return programs.call(compare, *args, f'--workdir={self.folder / name}')
+
     self.assertEqual(run('whole')[0], 0)
     written = writer.RunWriter.add_timing
 
     def cut(run, timing):
       written(run, timing)
-      if timing['round'] == 5 and run._seed == 1:  # pylint: disable=protected-access
+      if timing['round'] == 5 and run._seed == 1:
         raise PowerCut
 
     with absltest.mock.patch.object(writer.RunWriter, 'add_timing', cut):
@@ -165,22 +190,26 @@ class ResumeTest(parameterized.TestCase):
     status, out, err = programs.call(train, *args)
     self.assertEqual(status, 0, err)
     self.assertIn('going on after round 4', out)
-    self.assertCountEqual(
-        files.names(there), os.listdir(self.folder / 'whole'))
+    self.assertCountEqual(files.names(there), os.listdir(self.folder / 'whole'))
     self.assertCountEqual(files.names(there / resume.FOLDER), ['4', '5'])
     for name in SAME:
-      self.assertEqual((there / name).read_bytes(),
-                       (self.folder / 'whole' / name).read_bytes(), name)
+      self.assertEqual(
+        (there / name).read_bytes(),
+        (self.folder / 'whole' / name).read_bytes(),
+        name,
+      )
     status, out, _ = programs.call(train, *args)
     self.assertEqual(status, 0)
     self.assertIn('already finished', out)
 
   @parameterized.parameters(
-      ('foo://a/b', 'cannot be reached .*Unsupported'),
-      ('memory://a/b --tensorboard', 'needs a --workdir on this machine'))
+    ('foo://a/b', 'cannot be reached .*Unsupported'),
+    ('memory://a/b --tensorboard', 'needs a --workdir on this machine'),
+  )
   def test_stores_that_cannot_be(self, where, message):
     status, _, err = programs.call(
-        train, *self.args, *f'--workdir={where}'.split())
+      train, *self.args, *f'--workdir={where}'.split()
+    )
     self.assertEqual(status, 2)
     self.assertRegex(err, f'^error: --.*{message}')
     self.assertEqual(err.count('\n'), 1)
@@ -208,7 +237,9 @@ class ResumeTest(parameterized.TestCase):
     (self.folder / 'a/summary.json').unlink()
     status, _, err = self.train('a', '--rounds=3')
     self.assertEqual(status, 2)
-    self.assertRegex(err, '^error: --rounds=3: .* goes on from round 5; must be')
+    self.assertRegex(
+      err, '^error: --rounds=3: .* goes on from round 5; must be'
+    )
     self.assertEqual(self.train('a')[0], 0)
 
   def test_asked_to_end(self):
@@ -216,11 +247,13 @@ class ResumeTest(parameterized.TestCase):
     asked = threading.Event()
     asked.set()
     with absltest.mock.patch.object(
-        resume, 'listening', lambda: contextlib.nullcontext(asked)):
+      resume, 'listening', lambda: contextlib.nullcontext(asked)
+    ):
       status, _, err = self.train('cut')
     self.assertEqual(status, 143)
     self.assertEqual(
-        err, 'terminated: round 1 of 5 is kept; the same command goes on\n')
+      err, 'terminated: round 1 of 5 is kept; the same command goes on\n'
+    )
     status, out, _ = self.train('cut')
     self.assertEqual(status, 0)
     self.assertIn('going on after round 1', out)
@@ -232,21 +265,38 @@ class ResumeTest(parameterized.TestCase):
     self.assertCountEqual(os.listdir(kept), ['4', '5'])
     self.train('other', '--seed=1')
     for name, spoil in (
-        ('truncated', lambda: [p.write_bytes(p.read_bytes()[:100])
-                               for p in (kept / '5').rglob('*') if p.is_file()]),
-        ('foreign', lambda: (shutil.rmtree(kept / '5'), shutil.copytree(
-            self.folder / 'other' / resume.FOLDER / '5', kept / '5')))):
+      (
+        'truncated',
+        lambda: [
+          p.write_bytes(p.read_bytes()[:100])
+          for p in (kept / '5').rglob('*')
+          if p.is_file()
+        ],
+      ),
+      (
+        'foreign',
+        lambda: (
+          shutil.rmtree(kept / '5'),
+          shutil.copytree(
+            self.folder / 'other' / resume.FOLDER / '5', kept / '5'
+          ),
+        ),
+      ),
+    ):
       (self.folder / 'whole/summary.json').unlink()
       spoil()
       before = (self.folder / 'whole/params.npz').read_bytes()
       status, out, err = self.train('whole')
       self.assertEqual(status, 0, err)
-      why = 'cannot be read' if name == 'truncated' else (
-          'is the checkpoint of another run')
-      self.assertRegex(out, f'{kept}/5: {why}.*; it is left out\n'
-                       'going on after round 4')
-      self.assertEqual(
-          (self.folder / 'whole/params.npz').read_bytes(), before)
+      why = (
+        'cannot be read'
+        if name == 'truncated'
+        else ('is the checkpoint of another run')
+      )
+      self.assertRegex(
+        out, f'{kept}/5: {why}.*; it is left out\ngoing on after round 4'
+      )
+      self.assertEqual((self.folder / 'whole/params.npz').read_bytes(), before)
       self.assertCountEqual(os.listdir(kept), ['4', '5', '5.refused'])
 
   def test_rows_that_are_lost(self):
@@ -263,7 +313,8 @@ class ResumeTest(parameterized.TestCase):
     """The last finite checkpoint stays, the error names the rounds around."""
     self.assertEqual(self.train('a', '--rounds=4')[0], 0)
     with absltest.mock.patch.object(
-        scoring, '_all_finite', lambda tree: jnp.array(False)):
+      scoring, '_all_finite', lambda tree: jnp.array(False)
+    ):
       status, _, err = self.train('a')
     self.assertEqual(status, 1)
     self.assertRegex(err, 'no longer finite after a round between 5 and 5; ')
@@ -287,17 +338,32 @@ class ResumeTest(parameterized.TestCase):
   def test_a_full_disk(self):
     """One line, and nothing that was written before is lost."""
     self.assertEqual(self.train('whole')[0], 0)
-    limit = 100_000  # bytes of a file: metrics fit, a checkpoint's models do not
+    limit = (
+      100_000  # bytes of a file: metrics fit, a checkpoint's models do not
+    )
     process = subprocess.run(
-        [sys.executable, '-m', 'experiments.train', *self.args,
-         '--method=scaffold', '--compile_cache=',
-         f'--workdir={self.folder / "full"}'],
-        cwd=programs.ROOT, text=True, capture_output=True, check=False,
-        preexec_fn=lambda: resource.setrlimit(
-            resource.RLIMIT_FSIZE, (limit, limit)))
+      [
+        sys.executable,
+        '-m',
+        'experiments.train',
+        *self.args,
+        '--method=scaffold',
+        '--compile_cache=',
+        f'--workdir={self.folder / "full"}',
+      ],
+      cwd=programs.ROOT,
+      text=True,
+      capture_output=True,
+      check=False,
+      preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (limit, limit)
+      ),
+    )
     self.assertEqual(process.returncode, 1, process.stderr)
-    self.assertRegex(process.stderr.splitlines()[-1],
-                     '^error: .*the checkpoint of round 2 cannot be written')
+    self.assertRegex(
+      process.stderr.splitlines()[-1],
+      '^error: .*the checkpoint of round 2 cannot be written',
+    )
     rows = (self.folder / 'full/metrics.jsonl').read_text().splitlines()
     self.assertEqual([json.loads(row)['round'] for row in rows], [1, 2])
     self.assertEqual(self.train('full')[0], 0)
@@ -309,13 +375,24 @@ class ResumeTest(parameterized.TestCase):
     """A real process, several times; then the bytes of one that was not."""
     cache = {**os.environ, 'XDG_CACHE_HOME': str(self.folder / 'cache')}
     args = [*self.args, '--rounds=400', '--checkpoint_every=3']
-    command = [sys.executable, '-m', 'experiments.train', *args,
-               '--method=scaffold']
+    command = [
+      sys.executable,
+      '-m',
+      'experiments.train',
+      *args,
+      '--method=scaffold',
+    ]
+
     def start(name):
       return subprocess.Popen(
-          [*command, f'--workdir={self.folder / name}'], text=True, env=cache,
-          cwd=programs.ROOT, stdout=subprocess.PIPE,
-          stderr=subprocess.PIPE)
+        [*command, f'--workdir={self.folder / name}'],
+        text=True,
+        env=cache,
+        cwd=programs.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+      )
+
     whole = start('whole')
     whole.communicate(timeout=300)
     self.assertEqual(whole.returncode, 0)
@@ -335,8 +412,10 @@ class ResumeTest(parameterized.TestCase):
     _, err = last.communicate(timeout=300)
     self.assertEqual(last.returncode, 0, err)
     self.assert_same('whole', 'cut')
-    rounds = [json.loads(line)['round'] for line in (
-        self.folder / 'cut/metrics.jsonl').read_text().splitlines()]
+    rounds = [
+      json.loads(line)['round']
+      for line in (self.folder / 'cut/metrics.jsonl').read_text().splitlines()
+    ]
     self.assertEqual(rounds, list(range(1, 401)))
 
 

@@ -1,7 +1,6 @@
 """Local training: masks, fixed steps, stragglers, clip and decay in order."""
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,56 +16,79 @@ KEY = jax.random.key(0)
 def view(count=12, num_steps=base.NO_LIMIT, round_=0, cap=12):
   """One client that holds rows 0 ... count - 1; its model is one number."""
   data = base.Data(
-      jnp.arange(20.)[:, None], jnp.zeros(20, jnp.int32),
-      jnp.arange(cap) % 20, jnp.int32(count))
-  model = base.Variables(jnp.float32(2.), {})
+    jnp.arange(20.0)[:, None],
+    jnp.zeros(20, jnp.int32),
+    jnp.arange(cap) % 20,
+    jnp.int32(count),
+  )
+  model = base.Variables(jnp.float32(2.0), {})
   return base.View(
-      model, model, (), (), data, jnp.int32(0), jnp.float32(1),
-      jnp.int32(round_), jnp.int32(num_steps))
+    model,
+    model,
+    (),
+    (),
+    data,
+    jnp.int32(0),
+    jnp.float32(1),
+    jnp.int32(round_),
+    jnp.int32(num_steps),
+  )
 
 
-def objective(gradient, decay=0.):
+def objective(gradient, decay=0.0):
   """A loss with a constant gradient that reports the mean of the batch."""
+
   def loss(variables, batch, key):
     del key
-    seen = jnp.sum(batch.x[:, 0] * batch.mask) / jnp.maximum(batch.mask.sum(), 1)
+    seen = jnp.sum(batch.x[:, 0] * batch.mask) / jnp.maximum(
+      batch.mask.sum(), 1
+    )
     return gradient * variables.params, base.LossAux({}, seen)
+
   return base.Objective(loss, decay)
 
 
 class LocalSgdTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      (12, dict(epochs=2), 6), (11, dict(epochs=1), 3), (1, dict(epochs=3), 3),
-      (0, dict(epochs=3), 0), (12, dict(steps=7), 7), (1, dict(steps=7), 7),
-      (0, dict(steps=7), 0))
+    (12, dict(epochs=2), 6),
+    (11, dict(epochs=1), 3),
+    (1, dict(epochs=3), 3),
+    (0, dict(epochs=3), 0),
+    (12, dict(steps=7), 7),
+    (1, dict(steps=7), 7),
+    (0, dict(steps=7), 0),
+  )
   def test_number_of_steps(self, count, length, want):
-    solve = solvers.local_sgd(1., batch_size=4, **length)
-    local = solve(objective(1.), view(count), KEY)
+    solve = solvers.local_sgd(1.0, batch_size=4, **length)
+    local = solve(objective(1.0), view(count), KEY)
     self.assertEqual(int(local.num_steps), want)
-    np.testing.assert_allclose(local.variables.params, 2. - want)
+    np.testing.assert_allclose(local.variables.params, 2.0 - want)
 
   @parameterized.parameters(0, 1, 4, 100)
   def test_straggler(self, limit):
-    solve = solvers.local_sgd(1., batch_size=4, epochs=2)
-    local = solve(objective(1.), view(num_steps=limit), KEY)
+    solve = solvers.local_sgd(1.0, batch_size=4, epochs=2)
+    local = solve(objective(1.0), view(num_steps=limit), KEY)
     self.assertEqual(int(local.num_steps), min(limit, 6))
-    np.testing.assert_allclose(local.variables.params, 2. - min(limit, 6))
+    np.testing.assert_allclose(local.variables.params, 2.0 - min(limit, 6))
 
   @parameterized.parameters(dict(epochs=3), dict(steps=9))
   def test_every_epoch_sees_every_example_once(self, **length):
     """The mean of all batches, weighted by size, is that of the data."""
     count = 11
-    solve = solvers.local_sgd(1., batch_size=4, **length)
-    local = solve(objective(1.), view(count), KEY)
+    solve = solvers.local_sgd(1.0, batch_size=4, **length)
+    local = solve(objective(1.0), view(count), KEY)
     np.testing.assert_allclose(
-        local.metrics['train_loss'], np.arange(count).mean(), rtol=1e-6)
+      local.metrics['train_loss'], np.arange(count).mean(), rtol=1e-6
+    )
 
   def test_epochs_are_shuffled_anew(self):
     """The same orders, whether drawn beforehand or where they are used."""
     table, lazy = (
-        jnp.stack([solvers._orders(KEY, view(11).data, n, 4)(e)  # pylint: disable=protected-access
-                   for e in range(3)]) for n in (3, None))
+      jnp.stack(
+        [solvers._orders(KEY, view(11).data, n, 4)(e) for e in range(3)]
+      )
+      for n in (3, None)
+    )
     np.testing.assert_array_equal(table, lazy)
     self.assertEqual(table.shape, (3, 12))
     for order in np.asarray(table):
@@ -76,36 +98,40 @@ class LocalSgdTest(parameterized.TestCase):
   def test_clip_then_decay(self):
     """Gradient 10 is clipped to 1; decay .5 * 2 comes on top, unclipped."""
     solve = solvers.local_sgd(
-        .1, batch_size=12, epochs=1, clip_norm=1., weight_decay=.3)
-    local = solve(objective(10., decay=.2), view(), KEY)
+      0.1, batch_size=12, epochs=1, clip_norm=1.0, weight_decay=0.3
+    )
+    local = solve(objective(10.0, decay=0.2), view(), KEY)
     np.testing.assert_allclose(
-        local.variables.params, 2. - .1 * (1. + .5 * 2.), rtol=1e-6)
+      local.variables.params, 2.0 - 0.1 * (1.0 + 0.5 * 2.0), rtol=1e-6
+    )
 
   def test_learning_rate_of_the_round(self):
-    solve = solvers.local_sgd(lambda r: .5**r, batch_size=12, epochs=1)
-    local = solve(objective(1.), view(round_=3), KEY)
-    np.testing.assert_allclose(local.step_size, .125)
-    np.testing.assert_allclose(local.variables.params, 2. - .125)
+    solve = solvers.local_sgd(lambda r: 0.5**r, batch_size=12, epochs=1)
+    local = solve(objective(1.0), view(round_=3), KEY)
+    np.testing.assert_allclose(local.step_size, 0.125)
+    np.testing.assert_allclose(local.variables.params, 2.0 - 0.125)
 
   def test_optimizer_state_is_fresh(self):
     solve = solvers.local_sgd(
-        1., batch_size=6, epochs=1, optimizer=optax.trace(.5))
+      1.0, batch_size=6, epochs=1, optimizer=optax.trace(0.5)
+    )
     for _ in range(2):
-      local = solve(objective(1.), view(), KEY)
-      np.testing.assert_allclose(local.variables.params, 2. - 1. - 1.5)
+      local = solve(objective(1.0), view(), KEY)
+      np.testing.assert_allclose(local.variables.params, 2.0 - 1.0 - 1.5)
 
   @parameterized.parameters(
-      (dict(), 'either epochs or steps'),
-      (dict(epochs=1, steps=1), 'either epochs or steps'),
-      (dict(epochs=0), 'epochs must be at least 1, got 0'),
-      (dict(steps=-1), 'steps must be at least 1, got -1'))
+    (dict(), 'either epochs or steps'),
+    (dict(epochs=1, steps=1), 'either epochs or steps'),
+    (dict(epochs=0), 'epochs must be at least 1, got 0'),
+    (dict(steps=-1), 'steps must be at least 1, got -1'),
+  )
   def test_errors(self, length, message):
     with self.assertRaisesRegex(ValueError, message):
-      solvers.local_sgd(1., batch_size=4, **length)
+      solvers.local_sgd(1.0, batch_size=4, **length)
 
   def test_frozen(self):
     given = view()
-    local = solvers.frozen(objective(1.), given, KEY)
+    local = solvers.frozen(objective(1.0), given, KEY)
     chex.assert_trees_all_equal(local.variables, given.variables)
     self.assertEqual(int(local.num_steps), 0)
 

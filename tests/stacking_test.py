@@ -1,7 +1,6 @@
 """The client axis: chunks and devices give what one stack gives."""
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import chex
 import jax
 from jax import enable_x64
@@ -17,13 +16,19 @@ KEY = jax.random.key(3)
 FTG = dict(iterations=1, student_steps=2, batch_size=6, generator_lr=1e-4)
 DF = dict(generator_steps=2, student_steps=2, batch_size=6, generator_lr=1e-4)
 JOINT = {**FTG, 'gen_step': 'joint'}
-MEMORY = {**JOINT, 'memory': .9}  # one more teacher than clients
+MEMORY = {**JOINT, 'memory': 0.9}  # one more teacher than clients
 
 
 def make(name, model=problems.LINEAR, options=None, **settings):
-  method = recipes.build(name, recipes.Settings(
-      model, problems.NUM_CLASSES, generator=problems.GENERATOR,
-      options={'fed_ftg': options or FTG, 'fed_df': DF}))
+  method = recipes.build(
+    name,
+    recipes.Settings(
+      model,
+      problems.NUM_CLASSES,
+      generator=problems.GENERATOR,
+      options={'fed_ftg': options or FTG, 'fed_df': DF},
+    ),
+  )
   return problems.make(model, method, **settings)
 
 
@@ -41,14 +46,23 @@ class OverClientsTest(parameterized.TestCase):
       return {'sum': shared * number}, (number**2, vector + number)
 
     summed, (squares, vectors) = jax.jit(
-        lambda rows: stacking.over_clients(function, 2., rows, chunk, mesh))(rows)
+      lambda rows: stacking.over_clients(function, 2.0, rows, chunk, mesh)
+    )(rows)
     self.assertEqual(float(summed['sum']), 2 * rows[0].sum())
-    np.testing.assert_array_equal(squares, rows[0]**2)
+    np.testing.assert_array_equal(squares, rows[0] ** 2)
     np.testing.assert_array_equal(vectors, 1 + rows[0][:, None] * [[1, 1]])
 
   @parameterized.parameters(
-      (5, 0, None, 5), (5, 1, None, 5), (5, 2, None, 6), (5, 9, None, 5),
-      (5, 0, 2, 6), (5, 2, 2, 8), (5, 3, 2, 6), (5, 0, 8, 8), (1, 1, 1, 1))
+    (5, 0, None, 5),
+    (5, 1, None, 5),
+    (5, 2, None, 6),
+    (5, 9, None, 5),
+    (5, 0, 2, 6),
+    (5, 2, 2, 8),
+    (5, 3, 2, 6),
+    (5, 0, 8, 8),
+    (1, 1, 1, 1),
+  )
   def test_num_rows(self, cohort, chunk, devices, want):
     mesh = devices and stacking.make_mesh(devices)
     self.assertEqual(stacking.num_rows(cohort, chunk, mesh), want)
@@ -68,15 +82,21 @@ class DevicesTest(parameterized.TestCase):
     mesh = devices and stacking.make_mesh(devices)
     fed = make(name, mesh=mesh, **settings)
     return federation.run(
-        fed, fed.init(KEY), problems.make_data(), problems.schedule(self.ROWS),
-        KEY, every=2)
+      fed,
+      fed.init(KEY),
+      problems.make_data(),
+      problems.schedule(self.ROWS),
+      KEY,
+      every=2,
+    )
 
   def check_same(self, meshes, name, options=None):
     with enable_x64(True):
       state, metrics = self.after(name, None, options=options)
       for devices, chunk in meshes:
         other, other_metrics = self.after(
-            name, devices, client_chunk=chunk, options=options)
+          name, devices, client_chunk=chunk, options=options
+        )
         chex.assert_trees_all_close(other, state, atol=1e-9)
         chex.assert_trees_all_close(other_metrics, metrics, atol=1e-9)
 
@@ -84,8 +104,12 @@ class DevicesTest(parameterized.TestCase):
     self.check_same(((2, 1),), 'fed_dyn+fed_nova')
 
   @parameterized.parameters(
-      ('fed_avg',), ('scaffold+fed_ftg',), ('fed_ftg', MEMORY), ('fed_df',),
-      ('fed_dyn+fed_nova',))
+    ('fed_avg',),
+    ('scaffold+fed_ftg',),
+    ('fed_ftg', MEMORY),
+    ('fed_df',),
+    ('fed_dyn+fed_nova',),
+  )
   @pytest.mark.slow  # below: the cases of `parameters` take it over
   def test_every_method_is_the_same_on_any_number(self, *method):
     self.check_same(((1, 0), (2, 1), (4, 0), (8, 0)), *method)
@@ -96,21 +120,34 @@ class DevicesTest(parameterized.TestCase):
     fed = make('fed_ftg', options=JOINT, mesh=mesh)
     state, data = stacking.put((fed.init(KEY), problems.DATA), mesh)
     text = fed.round.lower(
-        state, data, jax.tree.map(lambda a: a[0], problems.schedule([range(4)])),
-        KEY).as_text()
+      state,
+      data,
+      jax.tree.map(lambda a: a[0], problems.schedule([range(4)])),
+      KEY,
+    ).as_text()
     kernel = '4x64x3xf32'  # four teachers' linear layers
     self.assertRegex(
-        text, rf'sharding_constraint .*"clients".*: tensor<{kernel}>')
+      text, rf'sharding_constraint .*"clients".*: tensor<{kernel}>'
+    )
 
   @pytest.mark.slow
   def test_over_seeds(self):
     with enable_x64(True):
       seeds = jnp.stack([jax.random.key(s) for s in (3, 4)])
-      both = [federation.over_seeds(make('fed_avg', mesh=mesh))
-              for mesh in (None, stacking.make_mesh(4))]
-      (state, _), (other, _) = [federation.run(
-          fed, fed.init(seeds), problems.make_data(),
-          problems.schedule(self.ROWS), seeds) for fed in both]
+      both = [
+        federation.over_seeds(make('fed_avg', mesh=mesh))
+        for mesh in (None, stacking.make_mesh(4))
+      ]
+      (state, _), (other, _) = [
+        federation.run(
+          fed,
+          fed.init(seeds),
+          problems.make_data(),
+          problems.schedule(self.ROWS),
+          seeds,
+        )
+        for fed in both
+      ]
       chex.assert_trees_all_close(other, state, atol=1e-9)
 
   def test_no_client_is_gathered(self):
@@ -125,8 +162,11 @@ class DevicesTest(parameterized.TestCase):
     mesh = stacking.make_mesh(4)
     fed = make(name, problems.make_model('batch'), mesh=mesh)
     state, data = stacking.put((fed.init(KEY), problems.DATA), mesh)
-    text = fed.round.lower(
-        state, data, problems.row(range(5)), KEY).compile().as_text()
+    text = (
+      fed.round.lower(state, data, problems.row(range(5)), KEY)
+      .compile()
+      .as_text()
+    )
     self.assertIn('all-reduce', text)
     for exchange in ('all-gather', 'all-to-all', 'collective-permute'):
       self.assertNotIn(exchange, text)
@@ -134,12 +174,16 @@ class DevicesTest(parameterized.TestCase):
   def test_one_trace(self):
     chex.clear_trace_counter()
     traced = chex.assert_max_traces(n=1)(problems.LINEAR.apply)
-    fed = make('fed_avg', problems.LINEAR._replace(apply=traced),
-               mesh=stacking.make_mesh(2))
+    fed = make(
+      'fed_avg',
+      problems.LINEAR._replace(apply=traced),
+      mesh=stacking.make_mesh(2),
+    )
     state = fed.init(KEY)
     for _ in range(2):
-      state, _ = federation.run(fed, state, problems.DATA,
-                                problems.schedule(self.ROWS), KEY, every=2)
+      state, _ = federation.run(
+        fed, state, problems.DATA, problems.schedule(self.ROWS), KEY, every=2
+      )
     self.assertEqual(int(state.round), 6)
 
 

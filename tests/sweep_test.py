@@ -5,25 +5,19 @@ import itertools
 import pathlib
 
 from absl import flags as absl_flags
-from absl.testing import absltest
-from absl.testing import flagsaver
-from absl.testing import parameterized
+from absl.testing import absltest, flagsaver, parameterized
 import numpy as np
 from PIL import Image
 import pytest
 
-from fedftg_jax.system import cli
-from fedftg_jax.results import statistics
-from fedftg_jax.system import files
-from fedftg_jax.results import plots
+from fedftg_jax.programs import sweep, train
+from fedftg_jax.results import plots, statistics
 from fedftg_jax.runs import suite
-from fedftg_jax.programs import sweep
-from fedftg_jax.programs import train
+from fedftg_jax.system import cli, files
 from tests.programs import call, small, write_data
 
 
 class ParseTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -31,64 +25,95 @@ class ParseTest(parameterized.TestCase):
 
   def test_a_grid_is_all_combinations(self):
     entries = sweep.parse(
-        ['learning_rate=.03,0.1', 'cohort=2,3', 'method=fed_avg,fed_dyn'], [])
-    want = itertools.product((.03, .1), (2, 3), ('fed_avg', 'fed_dyn'))
-    found = [(c['learning_rate'], c['cohort'], c['method'])
-             for _, c in entries.values()]
+      ['learning_rate=.03,0.1', 'cohort=2,3', 'method=fed_avg,fed_dyn'], []
+    )
+    want = itertools.product((0.03, 0.1), (2, 3), ('fed_avg', 'fed_dyn'))
+    found = [
+      (c['learning_rate'], c['cohort'], c['method'])
+      for _, c in entries.values()
+    ]
     self.assertEqual(found, list(want))
     self.assertIn('learning_rate=0.03,cohort=2,method=fed_dyn', entries)
 
   def test_a_flag_that_does_nothing_multiplies_nothing(self):
-    entries = sweep.parse(
-        ['method=fed_avg,fed_prox', 'prox_mu=0.01,0.1,1'], [])
-    self.assertEqual(list(entries), [
-        'method=fed_avg', 'method=fed_prox,prox_mu=0.01',
-        'method=fed_prox,prox_mu=0.1', 'method=fed_prox,prox_mu=1.0'])
+    entries = sweep.parse(['method=fed_avg,fed_prox', 'prox_mu=0.01,0.1,1'], [])
+    self.assertEqual(
+      list(entries),
+      [
+        'method=fed_avg',
+        'method=fed_prox,prox_mu=0.01',
+        'method=fed_prox,prox_mu=0.1',
+        'method=fed_prox,prox_mu=1.0',
+      ],
+    )
     self.assertEqual(entries['method=fed_avg'].settings, {'method': 'fed_avg'})
 
   def test_a_list(self):
-    entries = sweep.parse([], [
-        'learning_rate=0.03:local_epochs=10', 'local_epochs=7',
-        'method=fed_avg:evaluate_all=true'])
+    entries = sweep.parse(
+      [],
+      [
+        'learning_rate=0.03:local_epochs=10',
+        'local_epochs=7',
+        'method=fed_avg:evaluate_all=true',
+      ],
+    )
     settings = [entry.settings for entry in entries.values()]
     # What an entry does not say is as for all.
-    base = {'learning_rate': .1, 'local_epochs': 5, 'method': 'fed_ftg'}
-    self.assertEqual(settings, [
-        {**base, 'learning_rate': .03, 'local_epochs': 10},
+    base = {'learning_rate': 0.1, 'local_epochs': 5, 'method': 'fed_ftg'}
+    self.assertEqual(
+      settings,
+      [
+        {**base, 'learning_rate': 0.03, 'local_epochs': 10},
         {**base, 'local_epochs': 7},
-        {**base, 'method': 'fed_avg', 'evaluate_all': True}])
+        {**base, 'method': 'fed_avg', 'evaluate_all': True},
+      ],
+    )
     self.assertEqual(list(entries)[2], 'method=fed_avg,evaluate_all=true')
 
   def test_a_list_in_a_grid(self):
     entries = sweep.parse(
-        ['cohort=2,3'], ['learning_rate=1:local_steps=3', 'learning_rate=2'])
-    self.assertEqual(list(entries), [
+      ['cohort=2,3'], ['learning_rate=1:local_steps=3', 'learning_rate=2']
+    )
+    self.assertEqual(
+      list(entries),
+      [
         'learning_rate=1.0,local_steps=3,cohort=2',
         'learning_rate=1.0,local_steps=3,cohort=3',
-        'learning_rate=2.0,cohort=2', 'learning_rate=2.0,cohort=3'])
+        'learning_rate=2.0,cohort=2',
+        'learning_rate=2.0,cohort=3',
+      ],
+    )
 
   @parameterized.parameters(
-      ('', '--grid=: must be FLAG=VALUE,VALUE, or give --list'),
-      ('--grid=cohort', '--grid=cohort: must be FLAG=VALUE,VALUE'),
-      ('--grid=cohort=', '--grid=cohort=: must be FLAG=VALUE,VALUE'),
-      ('--grid=cohrt=1', '--cohrt=1: no such flag'),
-      ('--grid=cohort=2,x', '--cohort=x: must be a positive integer'),
-      ('--grid=cohort=2,2', '--grid=cohort=2,2: a value is there twice'),
-      ('--grid=cohort=2 --grid=cohort=3', '--grid=cohort=3: cohort is given twice'),
-      ('--grid=seed=0,1', '--grid=seed=0,1: seeds are not swept; give --seeds'),
-      ('--grid=cohort=2,21', '--grid=cohort=21: --cohort=21: must be at most '
-       '--num_clients=20'),
-      ('--grid=method=fed_avg,nix', "--grid=method=nix: --method=nix: no method"),
-      ('--grid=dyn_alpha=1,2', '--grid=dyn_alpha: changes no result of these'),
-      ('--grid=workdir=a,b', '--grid=workdir: changes no result of these'),
-      ('--list=cohort', '--list=cohort: must be FLAG=VALUE:FLAG=VALUE'),
-      ('--list=cohort=2:cohort=3', 'cohort is given twice'),
-      ('--list=cohort=2,cohort=2', 'cohort=2 is there twice'),
-      ('--list=cohort=21', '--list=cohort=21: --cohort=21: must be at most'),
-      ('--list=cohort=2 --grid=cohort=3', '--list=cohort=2: cohort is in --grid'),
-      ('--grid=cohort=2 --seeds_at_once=2 --client_state=host',
-       '--seeds_at_once=2: must be 1 without --client_state=device'),
-      ('--grid=num_clients=20,5000', '--num_clients=5000: .*number of examples'))
+    ('', '--grid=: must be FLAG=VALUE,VALUE, or give --list'),
+    ('--grid=cohort', '--grid=cohort: must be FLAG=VALUE,VALUE'),
+    ('--grid=cohort=', '--grid=cohort=: must be FLAG=VALUE,VALUE'),
+    ('--grid=cohrt=1', '--cohrt=1: no such flag'),
+    ('--grid=cohort=2,x', '--cohort=x: must be a positive integer'),
+    ('--grid=cohort=2,2', '--grid=cohort=2,2: a value is there twice'),
+    (
+      '--grid=cohort=2 --grid=cohort=3',
+      '--grid=cohort=3: cohort is given twice',
+    ),
+    ('--grid=seed=0,1', '--grid=seed=0,1: seeds are not swept; give --seeds'),
+    (
+      '--grid=cohort=2,21',
+      '--grid=cohort=21: --cohort=21: must be at most --num_clients=20',
+    ),
+    ('--grid=method=fed_avg,nix', '--grid=method=nix: --method=nix: no method'),
+    ('--grid=dyn_alpha=1,2', '--grid=dyn_alpha: changes no result of these'),
+    ('--grid=workdir=a,b', '--grid=workdir: changes no result of these'),
+    ('--list=cohort', '--list=cohort: must be FLAG=VALUE:FLAG=VALUE'),
+    ('--list=cohort=2:cohort=3', 'cohort is given twice'),
+    ('--list=cohort=2,cohort=2', 'cohort=2 is there twice'),
+    ('--list=cohort=21', '--list=cohort=21: --cohort=21: must be at most'),
+    ('--list=cohort=2 --grid=cohort=3', '--list=cohort=2: cohort is in --grid'),
+    (
+      '--grid=cohort=2 --seeds_at_once=2 --client_state=host',
+      '--seeds_at_once=2: must be 1 without --client_state=device',
+    ),
+    ('--grid=num_clients=20,5000', '--num_clients=5000: .*number of examples'),
+  )
   def test_one_line_and_status_2(self, arguments, message):
     folder = pathlib.Path(self.create_tempdir().full_path, 'w')
     status, _, err = call(sweep, *arguments.split(), f'--workdir={folder}')
@@ -99,16 +124,19 @@ class ParseTest(parameterized.TestCase):
 
 
 class SweepTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
-    self.args = [*small(write_data(self.folder)), '--method=fed_avg',
-                 '--evaluate_clients=none']
+    self.args = [
+      *small(write_data(self.folder)),
+      '--method=fed_avg',
+      '--evaluate_clients=none',
+    ]
 
   def sweep(self, name, *changes, **settings):
-    return call(sweep, *self.args, *changes, f'--workdir={self.folder / name}',
-                **settings)
+    return call(
+      sweep, *self.args, *changes, f'--workdir={self.folder / name}', **settings
+    )
 
   def table(self, name):
     with open(self.folder / name / 'table.csv', encoding='utf-8') as file:
@@ -122,15 +150,20 @@ class SweepTest(parameterized.TestCase):
     self.assertIn('Who holds what', (self.folder / 'a/report.html').read_text())
     # More values in the same folder: only what is new is trained, or missing.
     name = 'learning_rate=0.1,partition_seed=3'
-    before = {path: path.stat().st_mtime_ns
-              for path in self.folder.glob('a/*/*/metrics.jsonl')}
+    before = {
+      path: path.stat().st_mtime_ns
+      for path in self.folder.glob('a/*/*/metrics.jsonl')
+    }
     (self.folder / f'a/{name}/seed0/summary.json').unlink()
     status, out, err = self.sweep('a', rates, grid, draw=True)
     self.assertEqual(status, 0, err)
     self.assertEqual(out.count('seed 0: compiling'), 3)
     self.assertIn(f'{name} seed 0: ', out)
-    changed = {str(path.relative_to(self.folder / 'a').parent)
-               for path, time in before.items() if path.stat().st_mtime_ns != time}
+    changed = {
+      str(path.relative_to(self.folder / 'a').parent)
+      for path, time in before.items()
+      if path.stat().st_mtime_ns != time
+    }
     self.assertEqual(changed, {f'{name}/seed0'})
     summary = files.read_json(self.folder / 'a' / 'summary.json')
     rows = summary['configurations']
@@ -139,22 +172,39 @@ class SweepTest(parameterized.TestCase):
     self.assertEqual(finals, sorted(finals, reverse=True))
     # Each run is `train`'s own.
     per_seed = next(row for row in rows if row['name'] == name)[
-        'final_accuracy']['per_seed']
-    self.assertEqual(per_seed, [files.read_json(
-        self.folder / f'a/{name}/seed0/summary.json')['final_accuracy']])
-    call(train, *self.args, '--partition_seed=3', f'--workdir={self.folder}/alone')
+      'final_accuracy'
+    ]['per_seed']
     self.assertEqual(
-        (self.folder / 'alone/metrics.jsonl').read_bytes(),
-        (self.folder / f'a/{name}/seed0/metrics.jsonl').read_bytes())
+      per_seed,
+      [
+        files.read_json(self.folder / f'a/{name}/seed0/summary.json')[
+          'final_accuracy'
+        ]
+      ],
+    )
+    call(
+      train, *self.args, '--partition_seed=3', f'--workdir={self.folder}/alone'
+    )
+    self.assertEqual(
+      (self.folder / 'alone/metrics.jsonl').read_bytes(),
+      (self.folder / f'a/{name}/seed0/metrics.jsonl').read_bytes(),
+    )
     # The tables say the same, in the same order.
     table = self.table('a')
     self.assertEqual(
-        [(float(row['learning_rate']), int(row['partition_seed'])) for row in table],
-        [tuple(row['settings'].values()) for row in rows])
+      [
+        (float(row['learning_rate']), int(row['partition_seed']))
+        for row in table
+      ],
+      [tuple(row['settings'].values()) for row in rows],
+    )
     np.testing.assert_allclose(
-        [float(row['final_accuracy']) for row in table], finals)
+      [float(row['final_accuracy']) for row in table], finals
+    )
     lines = (self.folder / 'a/table.md').read_text().splitlines()
-    self.assertStartsWith(lines[0], '| learning_rate | partition_seed | final acc')
+    self.assertStartsWith(
+      lines[0], '| learning_rate | partition_seed | final acc'
+    )
     self.assertLen(lines, 6)
     self.assertEqual(Image.open(self.folder / 'a/sweep.png').format, 'PNG')
     page = (self.folder / 'a/report.html').read_text()
@@ -163,43 +213,68 @@ class SweepTest(parameterized.TestCase):
     self.assertNotIn('Who holds what', page)  # they hold different things
     # A folder of something else is refused.
     for changes, message in (
-        (['--batch_size=5'], 'another configuration .batch_size: 10, not 5'),
-        (['--workdir=' + str(self.folder / 'alone')], 'holds a single run')):
-      status, _, err = call(sweep, *self.args, rates, grid,
-                            f'--workdir={self.folder}/a', *changes)
+      (['--batch_size=5'], 'another configuration .batch_size: 10, not 5'),
+      (['--workdir=' + str(self.folder / 'alone')], 'holds a single run'),
+    ):
+      status, _, err = call(
+        sweep, *self.args, rates, grid, f'--workdir={self.folder}/a', *changes
+      )
       self.assertEqual(status, 2)
       self.assertRegex(err, message)
 
   def test_validation_decides(self):
     status, _, err = self.sweep(
-        'a', '--grid=method=fed_avg,fed_prox', '--validation_share=0.5')
+      'a', '--grid=method=fed_avg,fed_prox', '--validation_share=0.5'
+    )
     self.assertEqual(status, 0, err)
     summary = files.read_json(self.folder / 'a' / 'summary.json')
     self.assertEqual(summary['sorted_by'], 'final_validation_accuracy')
-    self.assertIn('on validation data', (self.folder / 'a/table.md').read_text())
-    self.assertIn('on what is kept apart',
-                  (self.folder / 'a/report.html').read_text())
+    self.assertIn(
+      'on validation data', (self.folder / 'a/table.md').read_text()
+    )
+    self.assertIn(
+      'on what is kept apart', (self.folder / 'a/report.html').read_text()
+    )
     # By hand: the better on the test set is the worse on validation data.
     spread = lambda *x: statistics.mean_and_std(list(x))
-    runs = {name: [{
-        'final_accuracy_of': {}, 'final_accuracy': test, 'rounds': 1,
-        'final_validation_accuracy': validation, 'best_accuracy': test,
-        'rows': [], 'bytes_up': 0, 'train_seconds': 1., 'clients': {}}]
-            for name, test, validation in (('a', .8, .5), ('b', .7, .6))}
+    runs = {
+      name: [
+        {
+          'final_accuracy_of': {},
+          'final_accuracy': test,
+          'rounds': 1,
+          'final_validation_accuracy': validation,
+          'best_accuracy': test,
+          'rows': [],
+          'bytes_up': 0,
+          'train_seconds': 1.0,
+          'clients': {},
+        }
+      ]
+      for name, test, validation in (('a', 0.8, 0.5), ('b', 0.7, 0.6))
+    }
     runs['c'] = [None]
-    entries = {name: sweep.Entry({'cohort': i}, {})
-               for i, name in enumerate('abc')}
+    entries = {
+      name: sweep.Entry({'cohort': i}, {}) for i, name in enumerate('abc')
+    }
     with flagsaver.flagsaver():
       summary = sweep.summarise(entries, runs)
-    self.assertEqual([r['name'] for r in summary['configurations']], list('bac'))
-    self.assertEqual(summary['target_accuracy'], .8)  # what half of two reach
-    self.assertEqual(summary['configurations'][0]['final_validation_accuracy'],
-                     spread(.6))
+    self.assertEqual(
+      [r['name'] for r in summary['configurations']], list('bac')
+    )
+    self.assertEqual(summary['target_accuracy'], 0.8)  # what half of two reach
+    self.assertEqual(
+      summary['configurations'][0]['final_validation_accuracy'], spread(0.6)
+    )
 
   @pytest.mark.slow
   def test_one_diverges(self):
-    args = ['--grid=learning_rate=0.1,1e30', '--clip_norm=0', '--seeds=2',
-            '--seeds_at_once=2']
+    args = [
+      '--grid=learning_rate=0.1,1e30',
+      '--clip_norm=0',
+      '--seeds=2',
+      '--seeds_at_once=2',
+    ]
     status, out, err = self.sweep('a', *args)
     self.assertEqual(status, 0, err)
     self.assertIn('no longer finite', out)
@@ -235,29 +310,41 @@ class SweepTest(parameterized.TestCase):
 
 
 class FiguresTest(parameterized.TestCase):
-
   def test_share_of_a_target(self):
-    runs = {name: [{'best_accuracy': a} for a in best] for name, best in
-            (('a', (.92, .97)), ('b', (.71,)), ('c', (.3,)))}
-    self.assertEqual(statistics.common_target(runs), .3)
-    self.assertEqual(statistics.common_target(runs, share=.5), .7)
-    self.assertEqual(statistics.common_target(runs, share=.3), .9)
+    runs = {
+      name: [{'best_accuracy': a} for a in best]
+      for name, best in (('a', (0.92, 0.97)), ('b', (0.71,)), ('c', (0.3,)))
+    }
+    self.assertEqual(statistics.common_target(runs), 0.3)
+    self.assertEqual(statistics.common_target(runs, share=0.5), 0.7)
+    self.assertEqual(statistics.common_target(runs, share=0.3), 0.9)
 
   def test_names_do_not_collide(self):
-    self.assertEqual(sweep.name_of({'a': True, 'b': .1}), 'a=true,b=0.1')
-    self.assertNotEqual(sweep.name_of({'a': .1234567}),
-                        sweep.name_of({'a': .1234568}))
+    self.assertEqual(sweep.name_of({'a': True, 'b': 0.1}), 'a=true,b=0.1')
+    self.assertNotEqual(
+      sweep.name_of({'a': 0.1234567}), sweep.name_of({'a': 0.1234568})
+    )
 
   @parameterized.parameters(
-      (('a',), [((.1,), 50., 1.), ((1,), np.nan, 0.), ((.01,), 60., 0.)]),
-      (('a',), [(('mlp',), 50., 0.), (('resnet18_cifar',), 60., 0.)]),
-      (('a', 'b'), [(('x', .1), 50., 0.), (('y', None), 40., 0.),
-                    (('x', .2), np.nan, 0.)]))
+    (('a',), [((0.1,), 50.0, 1.0), ((1,), np.nan, 0.0), ((0.01,), 60.0, 0.0)]),
+    (('a',), [(('mlp',), 50.0, 0.0), (('resnet18_cifar',), 60.0, 0.0)]),
+    (
+      ('a', 'b'),
+      [
+        (('x', 0.1), 50.0, 0.0),
+        (('y', None), 40.0, 0.0),
+        (('x', 0.2), np.nan, 0.0),
+      ],
+    ),
+  )
   def test_pictures(self, swept, points):
     drawn = {}
     with absltest.mock.patch.object(
-        plots.plt, 'close', side_effect=lambda f: drawn.update(axes=f.axes[0])):
-      plots.sweep(self.create_tempdir().full_path + '/p.png', swept, points, 's')
+      plots.plt, 'close', side_effect=lambda f: drawn.update(axes=f.axes[0])
+    ):
+      plots.sweep(
+        self.create_tempdir().full_path + '/p.png', swept, points, 's'
+      )
     axes = drawn['axes']
     ticks = [label.get_text() for label in axes.get_xticklabels()]
     texts = [text.get_text() for text in axes.texts]

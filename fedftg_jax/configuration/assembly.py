@@ -1,47 +1,41 @@
 """From a configuration to all parts of a run, built and checked."""
 
+from collections.abc import Mapping
 import functools
-from typing import Any, Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedftg_jax.system import cli
-from fedftg_jax.system import devices
-from fedftg_jax.configuration import flags
+from fedftg_jax import base, evaluation, federation, models, recipes, solvers
+from fedftg_jax.configuration import flags, folders
 from fedftg_jax.configuration.resolve import Configuration
-from fedftg_jax.configuration import folders
-from fedftg_jax import base
-from fedftg_jax import evaluation
-from fedftg_jax import federation
-from fedftg_jax import models
-from fedftg_jax import recipes
-from fedftg_jax import solvers
-from fedftg_jax.data import augment
-from fedftg_jax.data import clients
-from fedftg_jax.data import datasets
-from fedftg_jax.data import partition
-from fedftg_jax.data import schedules
+from fedftg_jax.data import augment, clients, datasets, partition, schedules
 from fedftg_jax.methods import batch_norm, fed_df
+from fedftg_jax.system import cli, devices
 
 
 class Experiment(NamedTuple):
   """All parts of a run, built and checked."""
+
   config: Configuration
   contents: dict[str, str]  # fingerprints of the files that it names
   loaded: datasets.Dataset
   dataset: datasets.Dataset  # without what is public or for validation
   parts: list[np.ndarray]  # row indices of each client
   data: base.Data
-  schedule: base.Cohort    # leading axis [T]
+  schedule: base.Cohort  # leading axis [T]
   model: base.Model
   method: base.Method
   federation: base.Federation
 
 
-def build(config: Mapping[str, Any], data_dir: str | None = None,
-          manual_dir: str | None = None) -> Experiment:
+def build(
+  config: Mapping[str, Any],
+  data_dir: str | None = None,
+  manual_dir: str | None = None,
+) -> Experiment:
   """Loads the data and builds the federation that `config` asks for.
 
   Args:
@@ -57,36 +51,63 @@ def build(config: Mapping[str, Any], data_dir: str | None = None,
   dataset, public, parts = share_out(config, loaded)
   schedule = _schedule(config, parts)
   model = _checked(
-      'model', config, models.build, config['model'], dataset.image_shape,
-      dataset.num_classes, mean=dataset.mean, std=dataset.std,
-      norm=config['norm'], conv=config['conv'],
-      projection_dim=config['projection_dim'],
-      torch_bn=config['torch_bn'], dtype=_dtype(config))
+    'model',
+    config,
+    models.build,
+    config['model'],
+    dataset.image_shape,
+    dataset.num_classes,
+    mean=dataset.mean,
+    std=dataset.std,
+    norm=config['norm'],
+    conv=config['conv'],
+    projection_dim=config['projection_dim'],
+    torch_bn=config['torch_bn'],
+    dtype=_dtype(config),
+  )
   method = _method(config, dataset, model)
   steps = config['local_steps'] or None
   solver = solvers.local_sgd(
-      _decayed(config['learning_rate'], config),
-      batch_size=config['batch_size'],
-      epochs=None if steps else config['local_epochs'], steps=steps,
-      weight_decay=config['weight_decay'],
-      clip_norm=config['clip_norm'] or None, **_augment(config, dataset))
+    _decayed(config['learning_rate'], config),
+    batch_size=config['batch_size'],
+    epochs=None if steps else config['local_epochs'],
+    steps=steps,
+    weight_decay=config['weight_decay'],
+    clip_norm=config['clip_norm'] or None,
+    **_augment(config, dataset),
+  )
   fed = federation.federation(
-      model, method, solver, len(parts), weighting=config['weighting'],
-      client_chunk=config['client_chunk'],
-      mesh=devices.mesh(config['num_devices']),
-      client_state='device' if config['client_state'] == 'device' else 'host')
-  data = clients.from_partition(
-      dataset.train_x, dataset.train_y, parts, public)
+    model,
+    method,
+    solver,
+    len(parts),
+    weighting=config['weighting'],
+    client_chunk=config['client_chunk'],
+    mesh=devices.mesh(config['num_devices']),
+    client_state='device' if config['client_state'] == 'device' else 'host',
+  )
+  data = clients.from_partition(dataset.train_x, dataset.train_y, parts, public)
   return Experiment(
-      config, folders.contents(config), loaded, dataset, parts, data, schedule,
-      model, method, fed)
+    config,
+    folders.contents(config),
+    loaded,
+    dataset,
+    parts,
+    data,
+    schedule,
+    model,
+    method,
+    fed,
+  )
 
 
-def load(config: Configuration, data_dir: str | None,
-         manual_dir: str | None) -> datasets.Dataset:
+def load(
+  config: Configuration, data_dir: str | None, manual_dir: str | None
+) -> datasets.Dataset:
   """The data set that `config` names; cli.UsageError if that is impossible."""
   return _checked(
-      'dataset', config, _load, config['dataset'], data_dir, manual_dir)
+    'dataset', config, _load, config['dataset'], data_dir, manual_dir
+  )
 
 
 _load = functools.lru_cache(maxsize=1)(datasets.load)
@@ -106,7 +127,8 @@ def _dtype(config):
 def matmul_precision(config: Configuration):
   """A context in which matrix products are as `config` asks for."""
   return jax.default_matmul_precision(
-      'highest' if config['precision'] == 'highest' else None)
+    'highest' if config['precision'] == 'highest' else None
+  )
 
 
 def _decayed(rate, config):
@@ -117,29 +139,47 @@ def _augment(config, dataset) -> dict[str, Any]:
   """The solver's argument `augment`, if any."""
   if config['augment'] == 'none':
     return {}
-  return {'augment': lambda key, x: augment.flip_crop(
-      key, models.normalise(x, dataset.mean, dataset.std))}
+  return {
+    'augment': lambda key, x: augment.flip_crop(
+      key, models.normalise(x, dataset.mean, dataset.std)
+    )
+  }
 
 
 def _method(config, dataset, model) -> base.Method:
   """The method under the policy for BatchNorm statistics."""
-  options = {part: _options(part, config)
-             for part in recipes.parse(config['method'])}
+  options = {
+    part: _options(part, config) for part in recipes.parse(config['method'])
+  }
   generator = None
   if recipes.generates(config['method']):
     generator = _checked(
-        'dataset', config, models.image_generator, dataset.image_shape,
-        dataset.num_classes, noise_dim=config['noise_dim'],
-        width=config['generator_width'],
-        bias_before_norm=config['generator_bias'], conv=config['conv'],
-        dtype=_dtype(config))
+      'dataset',
+      config,
+      models.image_generator,
+      dataset.image_shape,
+      dataset.num_classes,
+      noise_dim=config['noise_dim'],
+      width=config['generator_width'],
+      bias_before_norm=config['generator_bias'],
+      conv=config['conv'],
+      dtype=_dtype(config),
+    )
   settings = recipes.Settings(
-      model, dataset.num_classes, recipes.server_optimizer(
-          config['server_optimizer'], config['server_learning_rate']),
-      generator, options)
+    model,
+    dataset.num_classes,
+    recipes.server_optimizer(
+      config['server_optimizer'], config['server_learning_rate']
+    ),
+    generator,
+    options,
+  )
   method = batch_norm.with_policy(
-      config['batch_norm'],
-      recipes.build(config['method'], settings), model, config['batch_size'])
+    config['batch_norm'],
+    recipes.build(config['method'], settings),
+    model,
+    config['batch_size'],
+  )
   if config['evaluate_all']:
     method = base.chain(method, evaluation.last_models())
   return method
@@ -148,19 +188,25 @@ def _method(config, dataset, model) -> base.Method:
 def _options(part, config) -> dict[str, Any]:
   """The arguments of a method's function, from its flags."""
   prefix = flags.PREFIXES.get(part)
-  values = {k[len(prefix):]: v for k, v in config.items()
-            if prefix and k.startswith(prefix)}
+  values = {
+    k[len(prefix) :]: v
+    for k, v in config.items()
+    if prefix and k.startswith(prefix)
+  }
   if part == 'scaffold':
     return {
-        'option': values['option'], 'batch_size': config['batch_size'],
-        'untuned_reference': values['ref_untuned'],
-        'learning_rate': config['learning_rate'] if values['lr0'] else None}
+      'option': values['option'],
+      'batch_size': config['batch_size'],
+      'untuned_reference': values['ref_untuned'],
+      'learning_rate': config['learning_rate'] if values['lr0'] else None,
+    }
   if part == 'q_fed_avg':
     return {**values, 'batch_size': config['batch_size']}
   known = {
-      'fed_ftg': recipes.FtgOptions._fields,
-      'fed_df': (*fed_df.Options._fields, 'memory'),
-      'fed_df_public': fed_df.Options._fields}.get(part)
+    'fed_ftg': recipes.FtgOptions._fields,
+    'fed_df': (*fed_df.Options._fields, 'memory'),
+    'fed_df_public': fed_df.Options._fields,
+  }.get(part)
   if known is None:
     return values
   chosen = {k: v for k, v in values.items() if k in known}
@@ -173,7 +219,7 @@ def _options(part, config) -> dict[str, Any]:
 
 
 def share_out(
-    config: Configuration, loaded: datasets.Dataset
+  config: Configuration, loaded: datasets.Dataset
 ) -> tuple[datasets.Dataset, np.ndarray | tuple[()], list[np.ndarray]]:
   """What the clients have: after validation and public images are taken away.
 
@@ -185,12 +231,21 @@ def share_out(
     cli.UsageError: where data and configuration do not fit.
   """
   loaded = _checked(
-      'train_examples', config, datasets.with_examples,
-      loaded, config['train_examples'], config['partition_seed'])
+    'train_examples',
+    config,
+    datasets.with_examples,
+    loaded,
+    config['train_examples'],
+    config['partition_seed'],
+  )
   kept = _checked(
-      'validation_share', config,
-      datasets.with_validation, loaded, config['validation_share'],
-      config['partition_seed'])
+    'validation_share',
+    config,
+    datasets.with_validation,
+    loaded,
+    config['validation_share'],
+    config['partition_seed'],
+  )
   dataset, public = _public(config, kept)
   return dataset, public, _partition(config, dataset)
 
@@ -198,18 +253,34 @@ def share_out(
 def _partition(config, dataset) -> list[np.ndarray]:
   kind, labels = config['partition'], dataset.train_y
   if kind.startswith('file:'):
-    return _checked('partition', config, partition.load, kind[len('file:'):],
-                    len(labels))
+    return _checked(
+      'partition', config, partition.load, kind[len('file:') :], len(labels)
+    )
   if kind == 'natural':
-    return _checked('partition', config, partition.natural, dataset.train_clients,
-                    dataset.num_natural)
+    return _checked(
+      'partition',
+      config,
+      partition.natural,
+      dataset.train_clients,
+      dataset.num_natural,
+    )
   make, arguments = flags.PARTITIONS[kind]
-  _checked('num_clients', config, partition.check_num_clients, len(labels),
-           config['num_clients'])
+  _checked(
+    'num_clients',
+    config,
+    partition.check_num_clients,
+    len(labels),
+    config['num_clients'],
+  )
   return _checked(
-      'partition', config, make, labels, config['num_clients'],
-      seed=config['partition_seed'],
-      **{argument: config[flag] for flag, argument in arguments.items()})
+    'partition',
+    config,
+    make,
+    labels,
+    config['num_clients'],
+    seed=config['partition_seed'],
+    **{argument: config[flag] for flag, argument in arguments.items()},
+  )
 
 
 def _public(config, dataset):
@@ -217,46 +288,77 @@ def _public(config, dataset):
   kind, _, rest = config['public_data'].partition(':')
   if kind == 'npz':
     return dataset, _checked(
-        'public_data', config, datasets.read_images, rest, dataset)
+      'public_data', config, datasets.read_images, rest, dataset
+    )
   if not kind:
     return dataset, ()
   num, total = int(rest), len(dataset.train_y)
   if num >= total:
     raise cli.UsageError(
-        'public_data', config['public_data'],
-        f'must leave some of the {total} training images to the clients')
+      'public_data',
+      config['public_data'],
+      f'must leave some of the {total} training images to the clients',
+    )
   order = np.random.RandomState([config['partition_seed'], 1]).permutation(
-      total)
+    total
+  )
   kept = np.sort(order[num:])
   return dataset.take(kept), dataset.train_x[order[:num]]
 
 
 def _schedule(config, parts) -> base.Cohort:
   kind, num_rounds, num_clients = (
-      config['schedule'], config['rounds'], len(parts))
+    config['schedule'],
+    config['rounds'],
+    len(parts),
+  )
   if kind.startswith('file:'):
-    schedule = _checked('schedule', config, schedules.load, kind[len('file:'):],
-                        num_rounds, num_clients)
-    return _checked('schedule', config, federation.check_schedule, schedule,
-                    num_clients)
+    schedule = _checked(
+      'schedule',
+      config,
+      schedules.load,
+      kind[len('file:') :],
+      num_rounds,
+      num_clients,
+    )
+    return _checked(
+      'schedule', config, federation.check_schedule, schedule, num_clients
+    )
   make = schedules.exact if kind == 'exact' else schedules.bernoulli
   seed = config['schedule_seed']
   available = schedules.availability(
-      num_clients, config['min_availability'], seed)
-  schedule = _checked('cohort', config, make, num_rounds, num_clients,
-                      config['cohort'], seed, available)
+    num_clients, config['min_availability'], seed
+  )
+  schedule = _checked(
+    'cohort',
+    config,
+    make,
+    num_rounds,
+    num_clients,
+    config['cohort'],
+    seed,
+    available,
+  )
   schedule = schedules.with_dropouts(schedule, config['dropout_rate'], seed)
   batches = -(-np.array([len(part) for part in parts]) // config['batch_size'])
   steps = config['local_steps'] or config['local_epochs'] * batches
   return schedules.with_stragglers(
-      schedule, np.broadcast_to(steps, num_clients), config['straggler_rate'],
-      seed)
+    schedule,
+    np.broadcast_to(steps, num_clients),
+    config['straggler_rate'],
+    seed,
+  )
 
 
 def with_seeds(experiment: Experiment, config: Configuration) -> Experiment:
   """The same compiled parts with the partition and schedule of `config`."""
   dataset, public, parts = share_out(config, experiment.loaded)
   return experiment._replace(
-      config=config, dataset=dataset, parts=parts,
-      schedule=_schedule(config, parts), data=clients.from_partition(
-          dataset.train_x, dataset.train_y, parts, public))
+    config=config,
+    dataset=dataset,
+    parts=parts,
+    schedule=_schedule(config, parts),
+    data=clients.from_partition(
+      dataset.train_x, dataset.train_y, parts, public
+    ),
+  )

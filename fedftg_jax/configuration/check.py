@@ -5,14 +5,14 @@ import os
 from typing import Any
 
 from fedftg_jax import recipes
-from fedftg_jax.configuration.flags import FTG, is_given, PARTITIONS, SCHEDULES
+from fedftg_jax.configuration.flags import FTG, PARTITIONS, SCHEDULES, is_given
 from fedftg_jax.data import datasets
-from fedftg_jax.system import cli
-from fedftg_jax.system import files
+from fedftg_jax.system import cli, files
 
 
 def check(values: dict[str, Any]) -> None:
   """Checks what a type and a bound cannot say."""
+
   def require(flag, condition, right):
     if not condition:
       raise cli.UsageError(flag, values[flag], right)
@@ -21,49 +21,84 @@ def check(values: dict[str, Any]) -> None:
     if isinstance(value, float):
       require(name, math.isfinite(value), 'must be a finite number')
   folder = values['data_dir']
-  require('data_dir', folder is None or not os.path.exists(folder)
-          or os.path.isdir(folder), 'must be a folder')
+  require(
+    'data_dir',
+    folder is None or not os.path.exists(folder) or os.path.isdir(folder),
+    'must be a folder',
+  )
   folder = values['manual_dir']
-  require('manual_dir', folder is None or os.path.isdir(folder),
-          'must be a folder')
-  _check_by('dataset', values, datasets.check_name, values['data_dir'],
-            values['manual_dir'])
+  require(
+    'manual_dir', folder is None or os.path.isdir(folder), 'must be a folder'
+  )
+  _check_by(
+    'dataset',
+    values,
+    datasets.check_name,
+    values['data_dir'],
+    values['manual_dir'],
+  )
   _check_by('method', values, recipes.parse)
   for flag, allowed in (('partition', PARTITIONS), ('schedule', SCHEDULES)):
     value = values[flag]
     if value.startswith('file:'):
-      require(flag, os.path.isfile(value[len('file:'):]), 'no such file')
+      require(flag, os.path.isfile(value[len('file:') :]), 'no such file')
     else:
       require(flag, value in allowed, 'must be one of ' + ', '.join(allowed))
-  require('evaluate_all', not values['evaluate_all']
-          or values['client_state'] == 'device', 'needs --client_state=device')
-  require('tensorboard', not values['tensorboard']
-          or files.is_local(values['workdir'] or '.'),
-          'needs a --workdir on this machine')
+  require(
+    'evaluate_all',
+    not values['evaluate_all'] or values['client_state'] == 'device',
+    'needs --client_state=device',
+  )
+  require(
+    'tensorboard',
+    not values['tensorboard'] or files.is_local(values['workdir'] or '.'),
+    'needs a --workdir on this machine',
+  )
   require('validation_share', values['validation_share'] < 1, 'must be below 1')
-  require('partition', values['partition'] != 'quantity' or values['size_sigma']
-          or values['size_power'], 'needs --size_sigma or --size_power above 0')
+  require(
+    'partition',
+    values['partition'] != 'quantity'
+    or values['size_sigma']
+    or values['size_power'],
+    'needs --size_sigma or --size_power above 0',
+  )
   require('ftg_temperature', values['ftg_temperature'] > 0, 'must be above 0')
   for name in FTG + 'memory', 'df_memory':
     require(name, values[name] < 1, 'must be below 1')
-  for name, batch in ((FTG + 'iterations', FTG + 'batch_size'),
-                      ('df_generator_steps', 'df_batch_size'),
-                      ('df_student_steps', 'df_batch_size')):
+  for name, batch in (
+    (FTG + 'iterations', FTG + 'batch_size'),
+    ('df_generator_steps', 'df_batch_size'),
+    ('df_student_steps', 'df_batch_size'),
+  ):
     most = 2**30 // values[batch]
-    require(name, values[name] <= most,
-            f'must be at most {most} with batches of {values[batch]}')
+    require(
+      name,
+      values[name] <= most,
+      f'must be at most {most} with batches of {values[batch]}',
+    )
   require('moon_tau', values['moon_tau'] > 0, 'must be above 0')
-  require('scaffold_lr0', not values['scaffold_lr0']
-          or values['learning_rate'] > 0, 'needs a --learning_rate above 0')
+  require(
+    'scaffold_lr0',
+    not values['scaffold_lr0'] or values['learning_rate'] > 0,
+    'needs a --learning_rate above 0',
+  )
   _check_public(values, require)
   rate = values['server_learning_rate']
   require('server_learning_rate', rate is None or rate > 0, 'must be above 0')
-  require('norm', values['norm'] == 'none' or values['model'] != 'mlp',
-          'must be none for --model=mlp, which has no convolutions')
+  require(
+    'norm',
+    values['norm'] == 'none' or values['model'] != 'mlp',
+    'must be none for --model=mlp, which has no convolutions',
+  )
   require('dirichlet_alpha', values['dirichlet_alpha'] > 0, 'must be above 0')
-  if not (values['schedule'].startswith('file:') or is_given(values['partition'])):
-    require('cohort', values['cohort'] <= values['num_clients'],
-            f'must be at most --num_clients={values["num_clients"]}')
+  if not (
+    values['schedule'].startswith('file:') or is_given(values['partition'])
+  ):
+    require(
+      'cohort',
+      values['cohort'] <= values['num_clients'],
+      f'must be at most --num_clients={values["num_clients"]}',
+    )
 
 
 def _check_public(values, require):
@@ -71,14 +106,21 @@ def _check_public(values, require):
   if kind == 'npz':
     require('public_data', os.path.isfile(rest), 'no such file')
   elif kind == 'train':
-    require('public_data', rest.isdigit() and int(rest) > 0,
-            'train: must be followed by a number of images')
+    require(
+      'public_data',
+      rest.isdigit() and int(rest) > 0,
+      'train: must be followed by a number of images',
+    )
   else:
-    require('public_data', not values['public_data'],
-            'must be train:NUM or npz:PATH')
+    require(
+      'public_data', not values['public_data'], 'must be train:NUM or npz:PATH'
+    )
   if 'fed_df_public' in recipes.parse(values['method']):
-    require('public_data', values['public_data'],
-            'fed_df_public needs images: give train:NUM or npz:PATH')
+    require(
+      'public_data',
+      values['public_data'],
+      'fed_df_public needs images: give train:NUM or npz:PATH',
+    )
 
 
 def _check_by(flag, values, function, *args):

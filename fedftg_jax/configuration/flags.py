@@ -1,8 +1,8 @@
 """The flags that all programs have."""
 
+from collections.abc import Callable
 import inspect
 import re
-from typing import Callable
 
 from absl import flags
 
@@ -13,34 +13,52 @@ from fedftg_jax.models import convolution, layers
 
 CLIENT_STATES = ('device', 'host', 'disk')
 PRECISIONS = ('default', 'highest', 'bfloat16')
-# By kind: the function of `partition`, and by flag the argument that it gives; None
-# where the parts are there already.
+# By kind: the function of `partition`, and by flag the argument that it gives;
+# None where the parts are there already.
 PARTITIONS: dict[str, tuple[Callable | None, dict[str, str]]] = {
-    'dirichlet': (partition.dirichlet, {
-        'dirichlet_alpha': 'alpha', 'size_sigma': 'sigma'}),
-    'dirichlet_class': (partition.dirichlet_class, {
-        'dirichlet_alpha': 'alpha', 'min_size': 'min_size'}),
-    'iid': (partition.iid, {'size_sigma': 'sigma'}),
-    'quantity': (partition.quantity, {
-        'size_sigma': 'sigma', 'size_power': 'power', 'min_size': 'min_size'}),
-    'shards': (partition.shards, {'shards_per_client': 'shards_per_client'}),
-    'classes': (partition.classes, {'classes_per_client': 'classes_per_client'}),
-    'natural': (None, {}),
-    'file:PATH': (None, {}),
+  'dirichlet': (
+    partition.dirichlet,
+    {'dirichlet_alpha': 'alpha', 'size_sigma': 'sigma'},
+  ),
+  'dirichlet_class': (
+    partition.dirichlet_class,
+    {'dirichlet_alpha': 'alpha', 'min_size': 'min_size'},
+  ),
+  'iid': (partition.iid, {'size_sigma': 'sigma'}),
+  'quantity': (
+    partition.quantity,
+    {'size_sigma': 'sigma', 'size_power': 'power', 'min_size': 'min_size'},
+  ),
+  'shards': (partition.shards, {'shards_per_client': 'shards_per_client'}),
+  'classes': (partition.classes, {'classes_per_client': 'classes_per_client'}),
+  'natural': (None, {}),
+  'file:PATH': (None, {}),
 }
 SCHEDULES = ('exact', 'bernoulli', 'file:PATH')
 FTG = 'ftg_'
-# Of `recipes.FtgOptions`, what has a flag with the preset's value as its default.
-FTG_OPTIONS = tuple(name for name in recipes.FtgOptions._fields if name not in (
-    'batch_size', 'weight_decay'))
+# Of `recipes.FtgOptions`, what has a flag with the preset's value as its
+# default.
+FTG_OPTIONS = tuple(
+  name
+  for name in recipes.FtgOptions._fields
+  if name not in ('batch_size', 'weight_decay')
+)
 # The flags of a method, by what their names begin with; the rest of a name is
 # that of the argument, see `assembly`.
 PREFIXES = {
-    'fed_prox': 'prox_', 'fed_dyn': 'dyn_', 'scaffold': 'scaffold_',
-    'moon': 'moon_', 'q_fed_avg': 'fair_', 'fed_df': 'df_',
-    'fed_df_public': 'df_', 'fed_ftg': FTG}
+  'fed_prox': 'prox_',
+  'fed_dyn': 'dyn_',
+  'scaffold': 'scaffold_',
+  'moon': 'moon_',
+  'q_fed_avg': 'fair_',
+  'fed_df': 'df_',
+  'fed_df_public': 'df_',
+  'fed_ftg': FTG,
+}
 EVALUATE_CLIENTS = ('none', 'final', 'every')
-SECTIONS: dict[str, list[str]] = {}  # titles in --help, and the flags under them
+SECTIONS: dict[
+  str, list[str]
+] = {}  # titles in --help, and the flags under them
 
 
 def is_given(kind: str) -> bool:
@@ -51,11 +69,14 @@ def is_given(kind: str) -> bool:
 def _define() -> None:
   """Defines all, and remembers what each is about."""
   for title, define in (
-      ('Data', _define_data), ('Partition', _define_partition),
-      ('Federation', _define_federation), ('Model and local training',
-                                           _define_training),
-      ('Single methods', _define_methods), ('FedFTG', _define_ftg),
-      ('Evaluation and results', _define_results)):
+    ('Data', _define_data),
+    ('Partition', _define_partition),
+    ('Federation', _define_federation),
+    ('Model and local training', _define_training),
+    ('Single methods', _define_methods),
+    ('FedFTG', _define_ftg),
+    ('Evaluation and results', _define_results),
+  ):
     before = set(flags.FLAGS)
     define()
     SECTIONS[title] = [name for name in flags.FLAGS if name not in before]
@@ -64,258 +85,492 @@ def _define() -> None:
 def _define_data() -> None:
   """What is learned from, and who holds it."""
   flags.DEFINE_string(
-      'dataset', 'mnist5k', 'Data set: mnist5k (5,000 real MNIST images that come '
-      'with a Python package); mnist, fashion_mnist, kmnist, emnist/*, cifar10 or '
-      'cifar100, prepared here from their original files; another '
-      'image-classification set of TensorFlow Datasets that is prepared already; '
-      'folder:PATH, with images in train/CLASS/ and test/CLASS/; or npz:PATH, an '
-      '.npz with train_x, train_y, test_x, test_y (images NHWC, uint8 or float32) '
-      'and perhaps train_client_id.')
+    'dataset',
+    'mnist5k',
+    'Data set: mnist5k (5,000 real MNIST images that come '
+    'with a Python package); mnist, fashion_mnist, kmnist, emnist/*, cifar10 or '
+    'cifar100, prepared here from their original files; another '
+    'image-classification set of TensorFlow Datasets that is prepared already; '
+    'folder:PATH, with images in train/CLASS/ and test/CLASS/; or npz:PATH, an '
+    '.npz with train_x, train_y, test_x, test_y (images NHWC, uint8 or float32) '
+    'and perhaps train_client_id.',
+  )
   flags.DEFINE_string(
-      'public_data', '', 'Unlabelled images on the server, for fed_df_public: '
-      'train:NUM (taken from the training set before it is shared out) or '
-      'npz:PATH (an .npz with x, images like the data set\'s).')
+    'public_data',
+    '',
+    'Unlabelled images on the server, for fed_df_public: '
+    'train:NUM (taken from the training set before it is shared out) or '
+    "npz:PATH (an .npz with x, images like the data set's).",
+  )
   flags.DEFINE_string(
-      'data_dir', None, 'Where prepared data sets are kept; default: that of '
-      'TensorFlow Datasets (~/tensorflow_datasets).')
+    'data_dir',
+    None,
+    'Where prepared data sets are kept; default: that of '
+    'TensorFlow Datasets (~/tensorflow_datasets).',
+  )
   flags.DEFINE_string(
-      'manual_dir', None, 'Folder with the original files of the data set, as '
-      'published, from which it is prepared; default: downloads/manual in '
-      '--data_dir, and where a Debian package puts them.')
+    'manual_dir',
+    None,
+    'Folder with the original files of the data set, as '
+    'published, from which it is prepared; default: downloads/manual in '
+    '--data_dir, and where a Debian package puts them.',
+  )
   flags.DEFINE_integer(
-      'train_examples', 0, 'So many training examples, of each class the same '
-      'share, instead of all; 0 for all.', lower_bound=0)
+    'train_examples',
+    0,
+    'So many training examples, of each class the same '
+    'share, instead of all; 0 for all.',
+    lower_bound=0,
+  )
   flags.DEFINE_float(
-      'validation_share', 0., 'Share of the training set that is kept apart, the '
-      'same of each class, and evaluated beside the test set.', lower_bound=0)
+    'validation_share',
+    0.0,
+    'Share of the training set that is kept apart, the '
+    'same of each class, and evaluated beside the test set.',
+    lower_bound=0,
+  )
   flags.DEFINE_enum(
-      'augment', 'none', augment.KINDS, 'Augmentation of training images: '
-      'flip_crop mirrors with probability 1/2 and, with probability 1/2, pads by '
-      '4 and crops.')
+    'augment',
+    'none',
+    augment.KINDS,
+    'Augmentation of training images: '
+    'flip_crop mirrors with probability 1/2 and, with probability 1/2, pads by '
+    '4 and crops.',
+  )
 
 
 def _define_partition() -> None:
   """Who holds what."""
   flags.DEFINE_string(
-      'partition', 'dirichlet', 'Who holds what: dirichlet (class proportions of '
-      'each client), dirichlet_class (client proportions of each class), iid, '
-      'quantity (unequal sizes), shards (of examples sorted by class), classes '
-      '(exactly --classes_per_client each), natural (as the data say), or '
-      'file:PATH (an .npz with one index array per client, such as the '
-      'partition.npz that every run writes).')
+    'partition',
+    'dirichlet',
+    'Who holds what: dirichlet (class proportions of '
+    'each client), dirichlet_class (client proportions of each class), iid, '
+    'quantity (unequal sizes), shards (of examples sorted by class), classes '
+    '(exactly --classes_per_client each), natural (as the data say), or '
+    'file:PATH (an .npz with one index array per client, such as the '
+    'partition.npz that every run writes).',
+  )
   flags.DEFINE_float(
-      'dirichlet_alpha', .1, 'Concentration of the Dirichlet partitions: the '
-      'smaller, the fewer classes a client has.')
+    'dirichlet_alpha',
+    0.1,
+    'Concentration of the Dirichlet partitions: the '
+    'smaller, the fewer classes a client has.',
+  )
   flags.DEFINE_float(
-      'size_sigma', 0., 'dirichlet, iid, quantity: lognormal spread of the client '
-      'sizes; 0 for equal ones.', lower_bound=0)
+    'size_sigma',
+    0.0,
+    'dirichlet, iid, quantity: lognormal spread of the client '
+    'sizes; 0 for equal ones.',
+    lower_bound=0,
+  )
   flags.DEFINE_float(
-      'size_power', 0., 'quantity: exponent of a power law of the client sizes.',
-      lower_bound=0)
+    'size_power',
+    0.0,
+    'quantity: exponent of a power law of the client sizes.',
+    lower_bound=0,
+  )
   flags.DEFINE_integer(
-      'min_size', 1, 'dirichlet_class, quantity: examples that each client has at '
-      'least.', lower_bound=0)
-  flags.DEFINE_integer('shards_per_client', 2, 'shards: how many each client has.',
-                       lower_bound=1)
-  flags.DEFINE_integer('classes_per_client', 2, 'classes: how many each client '
-                       'has.', lower_bound=1)
-  flags.DEFINE_integer('partition_seed', 0, 'Seed of the partition, and of what is '
-                       'kept apart before.',
-                       lower_bound=0, upper_bound=2**31 - 1)
+    'min_size',
+    1,
+    'dirichlet_class, quantity: examples that each client has at least.',
+    lower_bound=0,
+  )
+  flags.DEFINE_integer(
+    'shards_per_client', 2, 'shards: how many each client has.', lower_bound=1
+  )
+  flags.DEFINE_integer(
+    'classes_per_client', 2, 'classes: how many each client has.', lower_bound=1
+  )
+  flags.DEFINE_integer(
+    'partition_seed',
+    0,
+    'Seed of the partition, and of what is kept apart before.',
+    lower_bound=0,
+    upper_bound=2**31 - 1,
+  )
 
 
 def _define_federation() -> None:
   """Who takes part, and what the server does."""
   flags.DEFINE_integer('num_clients', 20, 'Number of clients.', lower_bound=1)
-  flags.DEFINE_integer('cohort', 5, 'Clients per round (on average, with '
-                       '--schedule=bernoulli).', lower_bound=1)
+  flags.DEFINE_integer(
+    'cohort',
+    5,
+    'Clients per round (on average, with --schedule=bernoulli).',
+    lower_bound=1,
+  )
   flags.DEFINE_string(
-      'schedule', 'exact', 'Participation: exact (always --cohort clients), '
-      'bernoulli (each client on its own, never none), or file:PATH (.npy of '
-      'client ids [rounds, cohort], -1 for padding, or the schedule.npz that '
-      'every run writes, with dropouts and stragglers).')
-  flags.DEFINE_integer('schedule_seed', 0, 'Seed of the participation.',
-                       lower_bound=0, upper_bound=2**31 - 1)
+    'schedule',
+    'exact',
+    'Participation: exact (always --cohort clients), '
+    'bernoulli (each client on its own, never none), or file:PATH (.npy of '
+    'client ids [rounds, cohort], -1 for padding, or the schedule.npz that '
+    'every run writes, with dropouts and stragglers).',
+  )
+  flags.DEFINE_integer(
+    'schedule_seed',
+    0,
+    'Seed of the participation.',
+    lower_bound=0,
+    upper_bound=2**31 - 1,
+  )
   flags.DEFINE_float(
-      'dropout_rate', 0., 'Share of the selected clients that do not arrive.',
-      lower_bound=0, upper_bound=1)
+    'dropout_rate',
+    0.0,
+    'Share of the selected clients that do not arrive.',
+    lower_bound=0,
+    upper_bound=1,
+  )
   flags.DEFINE_float(
-      'straggler_rate', 0., 'Share of the selected clients that do only some of '
-      'their local steps, a number drawn anew each time.', lower_bound=0,
-      upper_bound=1)
+    'straggler_rate',
+    0.0,
+    'Share of the selected clients that do only some of '
+    'their local steps, a number drawn anew each time.',
+    lower_bound=0,
+    upper_bound=1,
+  )
   flags.DEFINE_float(
-      'min_availability', 1., 'Each client can be reached with a probability of '
-      'its own, drawn once between this and 1.', lower_bound=0, upper_bound=1)
+    'min_availability',
+    1.0,
+    'Each client can be reached with a probability of '
+    'its own, drawn once between this and 1.',
+    lower_bound=0,
+    upper_bound=1,
+  )
   flags.DEFINE_integer('rounds', 30, 'Communication rounds.', lower_bound=1)
   flags.DEFINE_integer(
-      'num_devices', None, 'Devices that share the clients of a round, 0 for all; '
-      'default: one on a CPU, else all.', lower_bound=0)
-  flags.DEFINE_integer('client_chunk', None, 'Clients stacked at once, 0 for all; '
-                       'default: 1 on a CPU, else all.', lower_bound=0)
+    'num_devices',
+    None,
+    'Devices that share the clients of a round, 0 for all; '
+    'default: one on a CPU, else all.',
+    lower_bound=0,
+  )
+  flags.DEFINE_integer(
+    'client_chunk',
+    None,
+    'Clients stacked at once, 0 for all; default: 1 on a CPU, else all.',
+    lower_bound=0,
+  )
   flags.DEFINE_enum(
-      'client_state', 'device', CLIENT_STATES, 'Where what clients keep between '
-      'rounds lies: on the device, in the host\'s memory, or in files of the '
-      'run\'s folder (disk) that are mapped into it; off the device only the '
-      'clients of the coming --eval_every rounds are on it.')
+    'client_state',
+    'device',
+    CLIENT_STATES,
+    'Where what clients keep between '
+    "rounds lies: on the device, in the host's memory, or in files of the "
+    "run's folder (disk) that are mapped into it; off the device only the "
+    'clients of the coming --eval_every rounds are on it.',
+  )
   known = '; '.join(f'{k}: {r.help}' for k, r in recipes.RECIPES.items())
-  flags.DEFINE_string('method', 'fed_ftg', 'A method, or several joined with +. '
-                      + known)
-  flags.DEFINE_enum('weighting', None, federation.WEIGHTINGS,
-                    'How clients count in the mean; default: the method\'s own.')
-  flags.DEFINE_enum('server_optimizer', 'sgd', list(recipes.SERVER_OPTIMIZERS),
-                    'Optimiser on the mean of the clients\' changes; sgd with rate '
-                    '1 is FedAvg, adam FedAdam, momentum (0.9) FedAvgM.')
+  flags.DEFINE_string(
+    'method', 'fed_ftg', 'A method, or several joined with +. ' + known
+  )
+  flags.DEFINE_enum(
+    'weighting',
+    None,
+    federation.WEIGHTINGS,
+    "How clients count in the mean; default: the method's own.",
+  )
+  flags.DEFINE_enum(
+    'server_optimizer',
+    'sgd',
+    list(recipes.SERVER_OPTIMIZERS),
+    "Optimiser on the mean of the clients' changes; sgd with rate "
+    '1 is FedAvg, adam FedAdam, momentum (0.9) FedAvgM.',
+  )
   rates = ', '.join(
-      f'{k} {rate:g}' for k, (_, rate) in recipes.SERVER_OPTIMIZERS.items())
-  flags.DEFINE_float('server_learning_rate', None, 'Of the server optimiser; '
-                     f'default: {rates}.')
+    f'{k} {rate:g}' for k, (_, rate) in recipes.SERVER_OPTIMIZERS.items()
+  )
+  flags.DEFINE_float(
+    'server_learning_rate', None, f'Of the server optimiser; default: {rates}.'
+  )
 
 
 def _define_training() -> None:
   """The model and the clients' local training."""
   flags.DEFINE_enum('model', 'lenet', list(models.CLASSIFIERS), 'Classifier.')
-  flags.DEFINE_enum('norm', None, layers.NORMS, 'Normalisation after the '
-                    'convolutions; default: batch for resnet* and vgg11, else '
-                    'none.')
-  flags.DEFINE_enum('batch_norm', 'aggregate', batch_norm.POLICIES, 'BatchNorm '
-                    'statistics: aggregate (averaged with the model), local '
-                    '(each client keeps its own), or reset (a client estimates '
-                    'them on its data before it trains).')
-  flags.DEFINE_bool('torch_bn', True, 'Running variances are unbiased, as '
-                    'PyTorch\'s.')
-  flags.DEFINE_integer('projection_dim', 0, 'Width of a projection head in front '
-                       'of the last layer (MOON\'s paper: 256); 0 for none.',
-                       lower_bound=0)
-  flags.DEFINE_enum('conv', None, convolution.IMPLEMENTATIONS, 'How convolutions '
-                    'are computed; the results agree. Default: winograd on a '
-                    'CPU, else matmul.')
-  flags.DEFINE_enum('precision', 'default', PRECISIONS, 'default: float32, with '
-                    'the matrix products that the device is made for (TF32 on a '
-                    'recent GPU, bfloat16 on a TPU); highest: float32 products; '
-                    'bfloat16: layers compute in it, while weights, sums, norms, '
-                    'last layer and losses stay float32.')
-  flags.DEFINE_integer('local_epochs', 5, 'Epochs per client and round.',
-                       lower_bound=1)
-  flags.DEFINE_integer('local_steps', 0, 'Steps per client and round instead of '
-                       'epochs; 0 for epochs.', lower_bound=0)
-  flags.DEFINE_integer('batch_size', 50, 'Examples per local step.',
-                       lower_bound=1)
-  flags.DEFINE_float('learning_rate', .1, 'Of local SGD.', lower_bound=0)
-  flags.DEFINE_float('lr_decay', .998, 'Factor of all learning rates per round.',
-                     lower_bound=0, upper_bound=1)
-  flags.DEFINE_float('weight_decay', 1e-3, 'Of local SGD, of students on the '
-                     'server (but see --ftg_weight_decay), and of FedDF\'s '
-                     'generator.', lower_bound=0)
-  flags.DEFINE_float('clip_norm', 10., 'Largest norm of a local gradient, before '
-                     'weight decay; 0 for no clip.', lower_bound=0)
+  flags.DEFINE_enum(
+    'norm',
+    None,
+    layers.NORMS,
+    'Normalisation after the '
+    'convolutions; default: batch for resnet* and vgg11, else '
+    'none.',
+  )
+  flags.DEFINE_enum(
+    'batch_norm',
+    'aggregate',
+    batch_norm.POLICIES,
+    'BatchNorm '
+    'statistics: aggregate (averaged with the model), local '
+    '(each client keeps its own), or reset (a client estimates '
+    'them on its data before it trains).',
+  )
+  flags.DEFINE_bool(
+    'torch_bn', True, "Running variances are unbiased, as PyTorch's."
+  )
+  flags.DEFINE_integer(
+    'projection_dim',
+    0,
+    'Width of a projection head in front '
+    "of the last layer (MOON's paper: 256); 0 for none.",
+    lower_bound=0,
+  )
+  flags.DEFINE_enum(
+    'conv',
+    None,
+    convolution.IMPLEMENTATIONS,
+    'How convolutions '
+    'are computed; the results agree. Default: winograd on a '
+    'CPU, else matmul.',
+  )
+  flags.DEFINE_enum(
+    'precision',
+    'default',
+    PRECISIONS,
+    'default: float32, with '
+    'the matrix products that the device is made for (TF32 on a '
+    'recent GPU, bfloat16 on a TPU); highest: float32 products; '
+    'bfloat16: layers compute in it, while weights, sums, norms, '
+    'last layer and losses stay float32.',
+  )
+  flags.DEFINE_integer(
+    'local_epochs', 5, 'Epochs per client and round.', lower_bound=1
+  )
+  flags.DEFINE_integer(
+    'local_steps',
+    0,
+    'Steps per client and round instead of epochs; 0 for epochs.',
+    lower_bound=0,
+  )
+  flags.DEFINE_integer(
+    'batch_size', 50, 'Examples per local step.', lower_bound=1
+  )
+  flags.DEFINE_float('learning_rate', 0.1, 'Of local SGD.', lower_bound=0)
+  flags.DEFINE_float(
+    'lr_decay',
+    0.998,
+    'Factor of all learning rates per round.',
+    lower_bound=0,
+    upper_bound=1,
+  )
+  flags.DEFINE_float(
+    'weight_decay',
+    1e-3,
+    'Of local SGD, of students on the '
+    "server (but see --ftg_weight_decay), and of FedDF's "
+    'generator.',
+    lower_bound=0,
+  )
+  flags.DEFINE_float(
+    'clip_norm',
+    10.0,
+    'Largest norm of a local gradient, before weight decay; 0 for no clip.',
+    lower_bound=0,
+  )
 
 
 def _define_methods() -> None:
   """The flags of single methods, but for FedFTG's."""
-  flags.DEFINE_float('prox_mu', 1e-4, 'FedProx: weight of the proximal term.',
-                     lower_bound=0)
-  flags.DEFINE_bool('prox_to_zero', False, 'FedProx: pull towards zero, as the '
-                    'official FedFTG code does, and a student on the server too.')
-  flags.DEFINE_float('dyn_alpha', .01, 'FedDyn: weight of the regulariser.',
-                     lower_bound=0)
-  flags.DEFINE_integer('scaffold_option', 2, 'SCAFFOLD: 1, control variates from '
-                       'a gradient over all data, or 2, from the mean step.',
-                       lower_bound=min(scaffold.OPTIONS),
-                       upper_bound=max(scaffold.OPTIONS))
-  flags.DEFINE_bool('scaffold_lr0', False, 'SCAFFOLD: the first round\'s learning '
-                    'rate in the control variates, as the official code has.')
-  flags.DEFINE_bool('scaffold_ref_untuned', False, 'SCAFFOLD: control variates '
-                    'compare with the mean before fine-tuning, as the official '
-                    'code\'s do.')
-  flags.DEFINE_float('moon_mu', .5, 'MOON: weight of the contrast.', lower_bound=0)
-  flags.DEFINE_float('moon_tau', 5., 'MOON: temperature.', lower_bound=0)
-  flags.DEFINE_float('fair_q', 1., 'q-FedAvg: how much a larger loss counts; 0 is '
-                     'FedAvg.', lower_bound=0)
+  flags.DEFINE_float(
+    'prox_mu', 1e-4, 'FedProx: weight of the proximal term.', lower_bound=0
+  )
+  flags.DEFINE_bool(
+    'prox_to_zero',
+    False,
+    'FedProx: pull towards zero, as the '
+    'official FedFTG code does, and a student on the server too.',
+  )
+  flags.DEFINE_float(
+    'dyn_alpha', 0.01, 'FedDyn: weight of the regulariser.', lower_bound=0
+  )
+  flags.DEFINE_integer(
+    'scaffold_option',
+    2,
+    'SCAFFOLD: 1, control variates from '
+    'a gradient over all data, or 2, from the mean step.',
+    lower_bound=min(scaffold.OPTIONS),
+    upper_bound=max(scaffold.OPTIONS),
+  )
+  flags.DEFINE_bool(
+    'scaffold_lr0',
+    False,
+    "SCAFFOLD: the first round's learning "
+    'rate in the control variates, as the official code has.',
+  )
+  flags.DEFINE_bool(
+    'scaffold_ref_untuned',
+    False,
+    'SCAFFOLD: control variates '
+    'compare with the mean before fine-tuning, as the official '
+    "code's do.",
+  )
+  flags.DEFINE_float(
+    'moon_mu', 0.5, 'MOON: weight of the contrast.', lower_bound=0
+  )
+  flags.DEFINE_float('moon_tau', 5.0, 'MOON: temperature.', lower_bound=0)
+  flags.DEFINE_float(
+    'fair_q',
+    1.0,
+    'q-FedAvg: how much a larger loss counts; 0 is FedAvg.',
+    lower_bound=0,
+  )
   options = fed_df.Options()
   for name, text in (
-      ('generator_steps', 'updates of the generator per round'),
-      ('student_steps', 'updates of the student per round')):
-    flags.DEFINE_integer('df_' + name, getattr(options, name),
-                         f'FedDF: {text}.', lower_bound=0)
-  flags.DEFINE_integer('df_batch_size', 0, 'FedDF: images per step; 0 for '
-                       '--batch_size.', lower_bound=0)
+    ('generator_steps', 'updates of the generator per round'),
+    ('student_steps', 'updates of the student per round'),
+  ):
+    flags.DEFINE_integer(
+      'df_' + name, getattr(options, name), f'FedDF: {text}.', lower_bound=0
+    )
+  flags.DEFINE_integer(
+    'df_batch_size',
+    0,
+    'FedDF: images per step; 0 for --batch_size.',
+    lower_bound=0,
+  )
   for name, text in (
-      ('student_lr', 'learning rate of the student\'s SGD'),
-      ('generator_lr', 'learning rate of the generator\'s Adam'),
-      ('lambda_dis', 'weight of the diversity term')):
-    flags.DEFINE_float('df_' + name, getattr(options, name), f'FedDF: {text}.',
-                       lower_bound=0)
-  flags.DEFINE_enum('df_ensemble', 'prob', list(distillation.ENSEMBLES),
-                    'FedDF: teachers combine as probabilities or as logits.')
-  flags.DEFINE_float('df_memory', 0., 'FedDF on generated images: the broadcast '
-                     'model is one more teacher, as with --ftg_memory.',
-                     lower_bound=0)
-  flags.DEFINE_integer('generator_width', 16, 'Channels of the generator\'s last '
-                       'block (64 in FedFTG\'s official code).', lower_bound=1)
-  flags.DEFINE_integer('noise_dim', 100, 'Length of the generator\'s noise.',
-                       lower_bound=1)
-  flags.DEFINE_bool('generator_bias', None, 'Biases in front of the generator\'s '
-                    'BatchNorms, as in FedFTG\'s official code; they do nothing but '
-                    'take part in Adam\'s rounding. Default: --ftg_preset\'s (no in '
-                    'intended and robust, else yes).')
+    ('student_lr', "learning rate of the student's SGD"),
+    ('generator_lr', "learning rate of the generator's Adam"),
+    ('lambda_dis', 'weight of the diversity term'),
+  ):
+    flags.DEFINE_float(
+      'df_' + name, getattr(options, name), f'FedDF: {text}.', lower_bound=0
+    )
+  flags.DEFINE_enum(
+    'df_ensemble',
+    'prob',
+    list(distillation.ENSEMBLES),
+    'FedDF: teachers combine as probabilities or as logits.',
+  )
+  flags.DEFINE_float(
+    'df_memory',
+    0.0,
+    'FedDF on generated images: the broadcast '
+    'model is one more teacher, as with --ftg_memory.',
+    lower_bound=0,
+  )
+  flags.DEFINE_integer(
+    'generator_width',
+    16,
+    "Channels of the generator's last block (64 in FedFTG's official code).",
+    lower_bound=1,
+  )
+  flags.DEFINE_integer(
+    'noise_dim', 100, "Length of the generator's noise.", lower_bound=1
+  )
+  flags.DEFINE_bool(
+    'generator_bias',
+    None,
+    "Biases in front of the generator's "
+    "BatchNorms, as in FedFTG's official code; they do nothing but "
+    "take part in Adam's rounding. Default: --ftg_preset's (no in "
+    'intended and robust, else yes).',
+  )
 
 
 def _define_ftg() -> None:
   """FedFTG's own flags: an option each, the preset's value where left out."""
-  flags.DEFINE_enum(FTG + 'preset', 'official', list(recipes.FTG_PRESETS),
-                    'official: the released code; paper: the equations as far as '
-                    'known; intended: the code with its defects mended; robust: '
-                    'what was found to help, see docs/when_it_pays.md.')
-  flags.DEFINE_integer(FTG + 'batch_size', 0, 'Generated images per step; 0 for '
-                       '--batch_size.', lower_bound=0)
-  flags.DEFINE_float(FTG + 'weight_decay', None, 'Of the student\'s SGD. Default: '
-                     '0 with --ftg_preset=robust, else --weight_decay (code). '
-                     '--prox_to_zero adds --prox_mu.', lower_bound=0)
+  flags.DEFINE_enum(
+    FTG + 'preset',
+    'official',
+    list(recipes.FTG_PRESETS),
+    'official: the released code; paper: the equations as far as '
+    'known; intended: the code with its defects mended; robust: '
+    'what was found to help, see docs/when_it_pays.md.',
+  )
+  flags.DEFINE_integer(
+    FTG + 'batch_size',
+    0,
+    'Generated images per step; 0 for --batch_size.',
+    lower_bound=0,
+  )
+  flags.DEFINE_float(
+    FTG + 'weight_decay',
+    None,
+    "Of the student's SGD. Default: "
+    '0 with --ftg_preset=robust, else --weight_decay (code). '
+    '--prox_to_zero adds --prox_mu.',
+    lower_bound=0,
+  )
   described = inspect.cleandoc(recipes.FtgOptions.__doc__ or '')
-  help_of = dict(re.findall(
-      r'^ {2}(\w+): (.*?)(?=^ {2}\w|\Z)', described, re.M | re.S))
+  help_of = dict(
+    re.findall(r'^ {2}(\w+): (.*?)(?=^ {2}\w|\Z)', described, re.M | re.S)
+  )
   for name in FTG_OPTIONS:
-    default, allowed = getattr(recipes.FtgOptions(), name), recipes.PARTS.get(name)
+    default, allowed = (
+      getattr(recipes.FtgOptions(), name),
+      recipes.PARTS.get(name),
+    )
     text = ' '.join(help_of.get(name, '').split()).replace(
-        ' (here also a function of the round)', '') + (
-            f' Default: the preset\'s ({default} in the code\'s).')
+      ' (here also a function of the round)', ''
+    ) + (f" Default: the preset's ({default} in the code's).")
     if allowed:
       flags.DEFINE_enum(FTG + name, None, list(allowed), text)
     elif isinstance(default, bool):
       flags.DEFINE_bool(FTG + name, None, text)
     else:
-      define = (flags.DEFINE_integer if isinstance(default, int)
-                else flags.DEFINE_float)
+      define = (
+        flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
+      )
       define(FTG + name, None, text, lower_bound=0)
-
 
 
 def _define_results() -> None:
   """What is evaluated, when, and what is kept of it."""
-  flags.DEFINE_integer('eval_every', 2, 'Rounds between evaluations.',
-                       lower_bound=1)
-  flags.DEFINE_bool('evaluate_all', False, 'Also evaluate the mean over ALL '
-                    'clients\' last models, as official plots do; needs memory '
-                    'for one model per client.')
-  flags.DEFINE_enum(
-      'evaluate_clients', 'final', EVALUATE_CLIENTS, 'When the broadcast model is '
-      'evaluated client by client, each on test examples with its class shares: '
-      'never, after the last round, or at every evaluation.')
+  flags.DEFINE_integer(
+    'eval_every', 2, 'Rounds between evaluations.', lower_bound=1
+  )
   flags.DEFINE_bool(
-      'personalise', False, 'Where clients are evaluated, also after local '
-      'training by each of them; takes as long as --num_clients / --cohort rounds '
-      'of local training.')
-  flags.DEFINE_bool('tensorboard', False, 'Also write scalars and generated images '
-                    'for TensorBoard.')
-  flags.DEFINE_integer('seed', 0, 'Seed of models, batches and generated images.',
-                       lower_bound=0, upper_bound=2**31 - 1)
-  flags.DEFINE_integer('checkpoint_every', 10, 'Rounds between checkpoints, '
-                       'rounded up to whole --eval_every; 0 for none. The same '
-                       'command goes on from the last one.', lower_bound=0)
-  flags.DEFINE_integer('keep_checkpoints', 2, 'How many checkpoints stay.',
-                       lower_bound=1)
-  flags.DEFINE_string('workdir', None, 'Where to write; default: a folder in runs/ '
-                      'named after the configuration.')
+    'evaluate_all',
+    False,
+    'Also evaluate the mean over ALL '
+    "clients' last models, as official plots do; needs memory "
+    'for one model per client.',
+  )
+  flags.DEFINE_enum(
+    'evaluate_clients',
+    'final',
+    EVALUATE_CLIENTS,
+    'When the broadcast model is '
+    'evaluated client by client, each on test examples with its class shares: '
+    'never, after the last round, or at every evaluation.',
+  )
+  flags.DEFINE_bool(
+    'personalise',
+    False,
+    'Where clients are evaluated, also after local '
+    'training by each of them; takes as long as --num_clients / --cohort rounds '
+    'of local training.',
+  )
+  flags.DEFINE_bool(
+    'tensorboard',
+    False,
+    'Also write scalars and generated images for TensorBoard.',
+  )
+  flags.DEFINE_integer(
+    'seed',
+    0,
+    'Seed of models, batches and generated images.',
+    lower_bound=0,
+    upper_bound=2**31 - 1,
+  )
+  flags.DEFINE_integer(
+    'checkpoint_every',
+    10,
+    'Rounds between checkpoints, '
+    'rounded up to whole --eval_every; 0 for none. The same '
+    'command goes on from the last one.',
+    lower_bound=0,
+  )
+  flags.DEFINE_integer(
+    'keep_checkpoints', 2, 'How many checkpoints stay.', lower_bound=1
+  )
+  flags.DEFINE_string(
+    'workdir',
+    None,
+    'Where to write; default: a folder in runs/ named after the configuration.',
+  )
 
 
 _define()

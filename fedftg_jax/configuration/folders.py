@@ -10,11 +10,8 @@ from typing import Any
 
 from upath import UPath
 
-from fedftg_jax.system import cli
-from fedftg_jax.system import files
-from fedftg_jax.system import progress
+from fedftg_jax.system import cli, files, progress
 from fedftg_jax.system import versions as versions_
-
 
 # What a flag's value begins with where a file or a folder of the user follows.
 _NAMES_FILES = ('npz', 'file', 'folder')
@@ -27,7 +24,8 @@ def contents(config: dict[str, Any]) -> dict[str, str]:
     kind, _, path = config.get(flag, '').partition(':')
     if kind in _NAMES_FILES:
       named[f'{flag} {"folder" if kind == "folder" else "file"}'] = (
-          _fingerprint(pathlib.Path(path)))
+        _fingerprint(pathlib.Path(path))
+      )
   return named
 
 
@@ -36,8 +34,12 @@ def _fingerprint(path: pathlib.Path) -> str:
   if path.is_file():
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
   found = sorted((p, p.stat()) for p in path.rglob('*') if p.is_file())
-  return _of_files(path, tuple(
-      (str(p.relative_to(path)), s.st_size, s.st_mtime_ns) for p, s in found))
+  return _of_files(
+    path,
+    tuple(
+      (str(p.relative_to(path)), s.st_size, s.st_mtime_ns) for p, s in found
+    ),
+  )
 
 
 @functools.lru_cache(maxsize=4)
@@ -52,8 +54,9 @@ def _of_files(folder, found):
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
   """What tells runs apart: all but the number of rounds."""
-  return {k: v for k, v in {**config, **contents(config)}.items()
-          if k != 'rounds'}
+  return {
+    k: v for k, v in {**config, **contents(config)}.items() if k != 'rounds'
+  }
 
 
 def folder_name(text: str) -> str:
@@ -77,18 +80,24 @@ def workdir(asked: str | None, config: dict[str, Any], *words: str) -> UPath:
     folder.exists()
   except Exception as error:  # whatever the store's package says
     raise cli.UsageError(
-        'workdir', asked, f'cannot be reached ({type(error).__name__}: {error}); '
-        'must be a folder, or one in a store of fsspec whose package is installed'
-        ) from error
+      'workdir',
+      asked,
+      f'cannot be reached ({type(error).__name__}: {error}); '
+      'must be a folder, or one in a store of fsspec whose package is installed',
+    ) from error
   return folder
 
 
 def default_folder(config: dict[str, Any], *words: str) -> UPath:
   """A folder in runs/ named after the configuration."""
   digest = hashlib.sha256(
-      json.dumps([identity(config), words], sort_keys=True).encode()).hexdigest()
-  words = words or (config['method'], config['dataset'].split(':')[0],
-                    f'seed{config["seed"]}')
+    json.dumps([identity(config), words], sort_keys=True).encode()
+  ).hexdigest()
+  words = words or (
+    config['method'],
+    config['dataset'].split(':')[0],
+    f'seed{config["seed"]}',
+  )
   return UPath('runs') / f'{folder_name("-".join(words))}-{digest[:8]}'
 
 
@@ -101,7 +110,8 @@ def is_finished(folder: UPath, config: dict[str, Any]) -> bool:
   check_folder(folder, identity(config))
   summary = folder / 'summary.json'
   return summary.exists() and (
-      json.loads(summary.read_text())['rounds'] >= config['rounds'])
+    json.loads(summary.read_text())['rounds'] >= config['rounds']
+  )
 
 
 def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
@@ -115,54 +125,78 @@ def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
     cli.UsageError: with what it holds.
   """
   if files.is_local(folder):
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    nearest = next(
+      p for p in (folder, *folder.absolute().parents) if p.exists()
+    )
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
       raise cli.UsageError(
-          'workdir', folder, f'cannot be written: {nearest} must be a folder that '
-          'one may write to')
+        'workdir',
+        folder,
+        f'cannot be written: {nearest} must be a folder that one may write to',
+      )
   path = folder / 'config.json'
   if not path.exists():
     if folder.exists() and any(p.name[0] != '.' for p in folder.iterdir()):
       raise cli.UsageError(
-          'workdir', folder, 'holds other files; choose an empty or a new folder')
+        'workdir', folder, 'holds other files; choose an empty or a new folder'
+      )
     return
   try:
     saved = json.loads(path.read_text())
     there = {**saved['config'], **saved['contents']}
   except (ValueError, KeyError, TypeError) as error:
     raise cli.UsageError(
-        'workdir', folder, 'its config.json cannot be read; remove the folder or '
-        'choose another') from error
+      'workdir',
+      folder,
+      'its config.json cannot be read; remove the folder or choose another',
+    ) from error
   if there.get('program') != ours.get('program'):
     kind = {'compare': 'comparison'}.get(
-        there.get('program'), there.get('program', 'single run'))
+      there.get('program'), there.get('program', 'single run')
+    )
     raise cli.UsageError(
-        'workdir', folder, f'holds a {kind}; choose another folder')
+      'workdir', folder, f'holds a {kind}; choose another folder'
+    )
   for name in sorted((ours.keys() | there.keys()) - {'rounds'}):
     if there.get(name) != ours.get(name):
       raise cli.UsageError(
-          'workdir', folder, f'holds another configuration ({name}: '
-          f'{there.get(name)}, not {ours.get(name)}); choose another folder')
+        'workdir',
+        folder,
+        f'holds another configuration ({name}: '
+        f'{there.get(name)}, not {ours.get(name)}); choose another folder',
+      )
 
 
 def claim_folder(folder: UPath, config: dict[str, Any]) -> None:
   """Writes config.json, by which `check_folder` knows the folder again.
 
-  It keeps the versions that a run began with; where it goes on with others, those
+  It keeps the versions that a run began with; where it goes on with others,
+  those
   are added, and it is said: the same bytes cannot be promised then.
   """
   path, versions = folder / 'config.json', versions_.current()
   saved = files.read_json(path) if path.exists() else {}
   began, later = saved.get('versions', versions), saved.get('went_on_with', [])
   if versions not in (began, *later):
-    progress.say(f'{folder}: was begun with other versions '
-                 f'({_differences(began, versions)})')
+    progress.say(
+      f'{folder}: was begun with other versions '
+      f'({_differences(began, versions)})'
+    )
     later = [*later, versions]
-  files.write_json(path, {
-      'config': config, 'contents': contents(config), 'versions': began,
-      **({'went_on_with': later} if later else {})})
+  files.write_json(
+    path,
+    {
+      'config': config,
+      'contents': contents(config),
+      'versions': began,
+      **({'went_on_with': later} if later else {}),
+    },
+  )
 
 
 def _differences(began, now) -> str:
-  return ', '.join(f'{name} {began.get(name)}, not {value}'
-                   for name, value in now.items() if began.get(name) != value)
+  return ', '.join(
+    f'{name} {began.get(name)}, not {value}'
+    for name, value in now.items()
+    if began.get(name) != value
+  )

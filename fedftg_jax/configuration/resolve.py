@@ -5,16 +5,20 @@ from typing import Any
 from absl import flags as absl_flags
 
 from fedftg_jax import models, recipes, stacking
-from fedftg_jax.configuration import check
-from fedftg_jax.configuration import flags
+from fedftg_jax.configuration import check, flags
 from fedftg_jax.configuration.flags import FTG
 from fedftg_jax.models import convolution
-from fedftg_jax.system import cli
-from fedftg_jax.system import devices
+from fedftg_jax.system import cli, devices
 
 # Where a run writes and how it shows itself is no part of its configuration.
-PRESENTATION = ('workdir', 'data_dir', 'manual_dir', 'tensorboard',
-                 'checkpoint_every', 'keep_checkpoints')
+PRESENTATION = (
+  'workdir',
+  'data_dir',
+  'manual_dir',
+  'tensorboard',
+  'checkpoint_every',
+  'keep_checkpoints',
+)
 
 
 class Configuration(dict):
@@ -50,10 +54,13 @@ def config(**changes: Any) -> Configuration:
       values[FTG + name] = getattr(preset, name)
   around = recipes.FTG_PRESETS[values[FTG + 'preset']]
   if values[FTG + 'weight_decay'] is None:
-    values[FTG + 'weight_decay'] = around.get('weight_decay', values['weight_decay'])
+    values[FTG + 'weight_decay'] = around.get(
+      'weight_decay', values['weight_decay']
+    )
   if values['generator_bias'] is None:
     values['generator_bias'] = (
-        'fed_ftg' not in values['method'].split('+') or around['generator_bias'])
+      'fed_ftg' not in values['method'].split('+') or around['generator_bias']
+    )
   for name in (FTG + 'batch_size', 'df_batch_size'):
     values[name] = values[name] or values['batch_size']
   if values['norm'] is None:
@@ -68,7 +75,8 @@ def config(**changes: Any) -> Configuration:
     values['weighting'] = recipes.weighting(values['method'])
   if values['server_learning_rate'] is None:
     _, values['server_learning_rate'] = recipes.SERVER_OPTIMIZERS[
-        values['server_optimizer']]
+      values['server_optimizer']
+    ]
   unused = _unused(values)
   return Configuration((k, v) for k, v in values.items() if k not in unused)
 
@@ -78,7 +86,9 @@ def _num_devices(asked: int | None) -> int:
   if asked is None:
     return devices.default_num()
   if asked and devices.several_processes():
-    raise cli.UsageError('num_devices', asked, 'must be 0 (all) with several processes')
+    raise cli.UsageError(
+      'num_devices', asked, 'must be 0 (all) with several processes'
+    )
   try:
     return stacking.make_mesh(asked).size
   except ValueError as error:
@@ -90,13 +100,20 @@ def _unused(values: dict[str, Any]) -> set[str]:
   unused = set(PRESENTATION)
   parts = recipes.parse(values['method'])
   used = tuple(flags.PREFIXES[part] for part in parts if part in flags.PREFIXES)
-  unused |= {k for k in values if k.startswith(tuple(flags.PREFIXES.values()))
-             and not k.startswith(used)}
+  unused |= {
+    k
+    for k in values
+    if k.startswith(tuple(flags.PREFIXES.values())) and not k.startswith(used)
+  }
   if not recipes.generates(values['method']):
     unused |= {'generator_width', 'noise_dim', 'generator_bias'}
   if 'fed_df' not in parts:
-    unused |= {'df_lambda_dis', 'df_generator_steps', 'df_generator_lr',
-               'df_memory'}
+    unused |= {
+      'df_lambda_dis',
+      'df_generator_steps',
+      'df_generator_lr',
+      'df_memory',
+    }
   if not values['evaluate_all']:
     unused.add('evaluate_all')
   if values['evaluate_clients'] == 'none':
@@ -111,8 +128,13 @@ def _unused(values: dict[str, Any]) -> set[str]:
   if values['augment'] == 'none':
     unused.add('augment')
   if values['schedule'].startswith('file:'):
-    unused |= {'cohort', 'schedule_seed', 'dropout_rate', 'straggler_rate',
-               'min_availability'}
+    unused |= {
+      'cohort',
+      'schedule_seed',
+      'dropout_rate',
+      'straggler_rate',
+      'min_availability',
+    }
   return unused
 
 
@@ -123,8 +145,9 @@ def _unused_by_partition(values: dict[str, Any]) -> set[str]:
     unused -= flags.PARTITIONS[kind][1].keys()
   if flags.is_given(kind):
     unused.add('num_clients')
-    if not (values['validation_share']
-            or values['public_data'].startswith('train:')):
+    if not (
+      values['validation_share'] or values['public_data'].startswith('train:')
+    ):
       unused.add('partition_seed')
   return unused
 

@@ -9,6 +9,10 @@ PACKAGES = ('jax',)
 def prepare(workload):
   if workload.iterations:
     raise NotImplementedError('no server step')
-  return ours.prepare(workload._replace(
-      cohort=1, num_examples=workload.cohort * workload.num_examples,
-      batch_size=workload.cohort * workload.batch_size))
+  return ours.prepare(
+    workload._replace(
+      cohort=1,
+      num_examples=workload.cohort * workload.num_examples,
+      batch_size=workload.cohort * workload.batch_size,
+    )
+  )

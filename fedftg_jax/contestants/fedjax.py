@@ -3,9 +3,8 @@
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-jax.tree_map = jax.tree.map  # FedJAX 0.0.17 calls this name, which JAX removed
 
-# pylint: disable=g-import-not-at-top,wrong-import-position
+jax.tree_map = jax.tree.map  # FedJAX 0.0.17 calls this name, which JAX removed
 import fedjax
 from fedjax.algorithms import fed_avg
 import optax
@@ -15,9 +14,10 @@ from fedftg_jax.contestants import workloads
 PACKAGES = ('fedjax', 'jax')
 
 CONVS = {  # width, size, padding, whether to pool
-    'small_cnn': [(32, 3, 'VALID', False), (64, 3, 'VALID', True)],
-    'fedavg_cnn': [(64, 5, 'SAME', True), (64, 5, 'SAME', True)],
-    'mlp': []}
+  'small_cnn': [(32, 3, 'VALID', False), (64, 3, 'VALID', True)],
+  'fedavg_cnn': [(64, 5, 'SAME', True), (64, 5, 'SAME', True)],
+  'mlp': [],
+}
 DENSES = {'small_cnn': (128,), 'fedavg_cnn': (384, 192), 'mlp': (200, 200)}
 
 
@@ -40,21 +40,32 @@ def prepare(workload):
     raise NotImplementedError('no server step, no BatchNorm')
   x, y = workloads.examples(workload)
   module = Classifier(workload.model)
-  params = module.init(
-      jax.random.key(0), jnp.zeros((1, *workload.image_shape)))
+  params = module.init(jax.random.key(0), jnp.zeros((1, *workload.image_shape)))
 
   def loss(params, batch, rng):
     del rng
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(
-        module.apply(params, batch['x']), batch['y']))
+    return jnp.mean(
+      optax.softmax_cross_entropy_with_integer_labels(
+        module.apply(params, batch['x']), batch['y']
+      )
+    )
 
   algorithm = fed_avg.federated_averaging(
-      jax.grad(loss), fedjax.optimizers.sgd(workloads.LEARNING_RATE),
-      fedjax.optimizers.sgd(1.), fedjax.ShuffleRepeatBatchHParams(
-          batch_size=workload.batch_size, num_epochs=1))
+    jax.grad(loss),
+    fedjax.optimizers.sgd(workloads.LEARNING_RATE),
+    fedjax.optimizers.sgd(1.0),
+    fedjax.ShuffleRepeatBatchHParams(
+      batch_size=workload.batch_size, num_epochs=1
+    ),
+  )
   clients = [
-      (str(k), fedjax.ClientDataset({'x': x[k], 'y': y[k]}), jax.random.PRNGKey(k))
-      for k in range(workload.cohort)]
+    (
+      str(k),
+      fedjax.ClientDataset({'x': x[k], 'y': y[k]}),
+      jax.random.PRNGKey(k),
+    )
+    for k in range(workload.cohort)
+  ]
   state = algorithm.init(params)
 
   def round_():

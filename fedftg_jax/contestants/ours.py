@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedftg_jax.contestants import workloads
 from fedftg_jax import distillation, federation, models, solvers
+from fedftg_jax.contestants import workloads
 from fedftg_jax.data import clients, schedules
 from fedftg_jax.methods import fed_avg, fed_ftg
 from fedftg_jax.models import classifiers, convolution, layers
@@ -17,13 +17,15 @@ PACKAGES = ('jax',)
 
 class SmallCNN(nn.Module):
   """conv3x3x32, conv3x3x64 (both without padding), pool, fc128, fc."""
+
   conv: str
 
   @nn.compact
   def __call__(self, x, mask=None, train=False):
     for i, width in enumerate((32, 64)):
       x = layers.Conv(
-          width, 3, implementation=self.conv, valid=True, name=f'conv{i}')(x)
+        width, 3, implementation=self.conv, valid=True, name=f'conv{i}'
+      )(x)
       x = nn.relu(x) if not i else nn.relu(layers.max_pool(x))
     return classifiers.MLP(workloads.NUM_CLASSES, (128,), name='mlp')(x)
 
@@ -31,9 +33,11 @@ class SmallCNN(nn.Module):
 def make_model(workload, conv=None):
   if workload.model == 'small_cnn':
     return models.from_flax(
-        SmallCNN(conv or convolution.default()), workload.image_shape)
-  return models.build(workload.model, workload.image_shape,
-                      workloads.NUM_CLASSES, conv=conv)
+      SmallCNN(conv or convolution.default()), workload.image_shape
+    )
+  return models.build(
+    workload.model, workload.image_shape, workloads.NUM_CLASSES, conv=conv
+  )
 
 
 def prepare(workload, conv=None, client_chunk=None):
@@ -45,9 +49,14 @@ def prepare(workload, conv=None, client_chunk=None):
   parts = np.split(np.arange(y.size), num_clients)
   data = clients.from_partition(x.reshape(-1, *x.shape[2:]), y.ravel(), parts)
   fed = federation.federation(
-      model, fed_avg.fed_avg(), solvers.local_sgd(
-          workloads.LEARNING_RATE, batch_size=workload.batch_size, epochs=1),
-      num_clients, client_chunk=client_chunk)
+    model,
+    fed_avg.fed_avg(),
+    solvers.local_sgd(
+      workloads.LEARNING_RATE, batch_size=workload.batch_size, epochs=1
+    ),
+    num_clients,
+    client_chunk=client_chunk,
+  )
   schedule = schedules.from_ids(np.arange(num_clients)[None], num_clients)
   key = jax.random.key(0)
   state = fed.init(key)
@@ -62,8 +71,12 @@ def prepare(workload, conv=None, client_chunk=None):
 
 def _server_step(workload, model, conv):
   generator = models.image_generator(
-      workload.image_shape, workloads.NUM_CLASSES,
-      width=workloads.GENERATOR_WIDTH, noise_dim=workloads.NOISE_DIM, conv=conv)
+    workload.image_shape,
+    workloads.NUM_CLASSES,
+    width=workloads.GENERATOR_WIDTH,
+    noise_dim=workloads.NOISE_DIM,
+    conv=conv,
+  )
   keys = jax.random.split(jax.random.key(0), workload.cohort + 2)
   teachers = jax.vmap(model.init)(keys[2:])
   student = jax.tree.map(lambda a: jnp.mean(a, 0), teachers)
@@ -73,13 +86,25 @@ def _server_step(workload, model, conv):
   @jax.jit
   def step(student, made, key):
     z, labels = fed_ftg.draw(
-        key, counts.sum(0), generator.noise_dim, workload.iterations,
-        workload.batch_size)
+      key,
+      counts.sum(0),
+      generator.noise_dim,
+      workload.iterations,
+      workload.batch_size,
+    )
     return fed_ftg.fine_tune(
-        model, generator, student, made, teachers, counts, z, labels,
-        generator_optimizer=optax.adam(.01),
-        student_optimizer=distillation.sgd(.1, weight_decay=1e-3),
-        student_steps=workloads.STUDENT_STEPS)[:2]
+      model,
+      generator,
+      student,
+      made,
+      teachers,
+      counts,
+      z,
+      labels,
+      generator_optimizer=optax.adam(0.01),
+      student_optimizer=distillation.sgd(0.1, weight_decay=1e-3),
+      student_steps=workloads.STUDENT_STEPS,
+    )[:2]
 
   def round_():
     jax.block_until_ready(step(student, made, keys[1]))

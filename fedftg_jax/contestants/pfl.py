@@ -2,8 +2,6 @@
 
 import itertools
 
-import torch
-from torch.nn import functional
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
@@ -11,6 +9,8 @@ from pfl.data.dataset import Dataset
 from pfl.data.federated_dataset import FederatedDataset
 from pfl.hyperparam import NNTrainHyperParams
 from pfl.model.pytorch import PyTorchModel
+import torch
+from torch.nn import functional
 
 from fedftg_jax.contestants import torch as torch_loop
 from fedftg_jax.contestants import workloads
@@ -27,27 +27,39 @@ def prepare(workload):
   if workload.model != 'mlp':
     module = module.to(memory_format=torch.channels_last)
   module.loss = lambda x, y, is_eval=False: functional.cross_entropy(
-      module.train(not is_eval)(x), y)
+    module.train(not is_eval)(x), y
+  )
   module.metrics = lambda x, y, is_eval=True: {}
   model = PyTorchModel(
-      module.to(where), torch.optim.SGD,
-      torch.optim.SGD(module.parameters(), lr=1.))
+    module.to(where),
+    torch.optim.SGD,
+    torch.optim.SGD(module.parameters(), lr=1.0),
+  )
   # Batches are those of the first shuffle: a Dataset keeps them.
   users = [Dataset((x[k], y[k])) for k in range(workload.cohort)]
   turn = itertools.cycle(range(workload.cohort))
   dataset = FederatedDataset(users.__getitem__, lambda: next(turn))
   backend = SimulatedBackend(training_data=dataset, val_data=None)
   training = NNTrainHyperParams(
-      local_num_epochs=1, local_learning_rate=workloads.LEARNING_RATE,
-      local_batch_size=workload.batch_size)
+    local_num_epochs=1,
+    local_learning_rate=workloads.LEARNING_RATE,
+    local_batch_size=workload.batch_size,
+  )
   params = NNAlgorithmParams(
-      central_num_iterations=1, evaluation_frequency=10,
-      train_cohort_size=workload.cohort, val_cohort_size=0)
+    central_num_iterations=1,
+    evaluation_frequency=10,
+    train_cohort_size=workload.cohort,
+    val_cohort_size=0,
+  )
 
   def round_():
     FederatedAveraging().run(
-        algorithm_params=params, backend=backend, model=model,
-        model_train_params=training, model_eval_params=None)
+      algorithm_params=params,
+      backend=backend,
+      model=model,
+      model_train_params=training,
+      model_eval_params=None,
+    )
     torch_loop.finish()
 
   return round_

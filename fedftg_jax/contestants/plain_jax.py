@@ -22,13 +22,17 @@ def prepare(workload):
   @jax.jit
   def step(variables, x, y, rows):
     def loss(params):
-      output = model.apply(variables._replace(params=params), x[rows], train=True)
-      return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(
-          output.logits, y[rows])), output.stats
+      output = model.apply(
+        variables._replace(params=params), x[rows], train=True
+      )
+      return jnp.mean(
+        optax.softmax_cross_entropy_with_integer_labels(output.logits, y[rows])
+      ), output.stats
 
     grads, stats = jax.grad(loss, has_aux=True)(variables.params)
     params = jax.tree.map(
-        lambda p, g: p - workloads.LEARNING_RATE * g, variables.params, grads)
+      lambda p, g: p - workloads.LEARNING_RATE * g, variables.params, grads
+    )
     return variables._replace(params=params, stats=stats)
 
   @jax.jit

@@ -32,45 +32,65 @@ def finish():
 
 
 class MLP(nn.Sequential):
-
   def __init__(self):
     super().__init__(
-        nn.Flatten(), nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 200),
-        nn.ReLU(), nn.Linear(200, workloads.NUM_CLASSES))
+      nn.Flatten(),
+      nn.Linear(784, 200),
+      nn.ReLU(),
+      nn.Linear(200, 200),
+      nn.ReLU(),
+      nn.Linear(200, workloads.NUM_CLASSES),
+    )
 
 
 class SmallCNN(nn.Sequential):
-
   def __init__(self):
     super().__init__(
-        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.MaxPool2d(2),
-        nn.ReLU(), nn.Flatten(), nn.Linear(14 * 14 * 64, 128), nn.ReLU(),
-        nn.Linear(128, workloads.NUM_CLASSES))
+      nn.Conv2d(3, 32, 3),
+      nn.ReLU(),
+      nn.Conv2d(32, 64, 3),
+      nn.MaxPool2d(2),
+      nn.ReLU(),
+      nn.Flatten(),
+      nn.Linear(14 * 14 * 64, 128),
+      nn.ReLU(),
+      nn.Linear(128, workloads.NUM_CLASSES),
+    )
 
 
 class FedAvgCNN(nn.Sequential):
-
   def __init__(self):
     super().__init__(
-        nn.Conv2d(3, 64, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(),
-        nn.Conv2d(64, 64, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(),
-        nn.Flatten(), nn.Linear(8 * 8 * 64, 384), nn.ReLU(),
-        nn.Linear(384, 192), nn.ReLU(), nn.Linear(192, workloads.NUM_CLASSES))
+      nn.Conv2d(3, 64, 5, padding=2),
+      nn.MaxPool2d(2),
+      nn.ReLU(),
+      nn.Conv2d(64, 64, 5, padding=2),
+      nn.MaxPool2d(2),
+      nn.ReLU(),
+      nn.Flatten(),
+      nn.Linear(8 * 8 * 64, 384),
+      nn.ReLU(),
+      nn.Linear(384, 192),
+      nn.ReLU(),
+      nn.Linear(192, workloads.NUM_CLASSES),
+    )
 
 
 class Block(nn.Module):
-
   def __init__(self, before, width, stride):
     super().__init__()
     self.body = nn.Sequential(
-        nn.Conv2d(before, width, 3, stride, 1, bias=False),
-        nn.BatchNorm2d(width), nn.ReLU(),
-        nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
+      nn.Conv2d(before, width, 3, stride, 1, bias=False),
+      nn.BatchNorm2d(width),
+      nn.ReLU(),
+      nn.Conv2d(width, width, 3, 1, 1, bias=False),
+      nn.BatchNorm2d(width),
+    )
     self.skip = nn.Sequential()
     if stride != 1 or before != width:
       self.skip = nn.Sequential(
-          nn.Conv2d(before, width, 1, stride, bias=False),
-          nn.BatchNorm2d(width))
+        nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+      )
 
   def forward(self, x):
     return functional.relu(self.body(x) + self.skip(x))
@@ -85,13 +105,23 @@ class ResNet18(nn.Sequential):
       blocks += [Block(before, width, stride), Block(width, width, 1)]
       before = width
     super().__init__(
-        nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-        nn.MaxPool2d(3, 2, 1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(512, workloads.NUM_CLASSES))
+      nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+      nn.BatchNorm2d(64),
+      nn.ReLU(),
+      nn.MaxPool2d(3, 2, 1),
+      *blocks,
+      nn.AdaptiveAvgPool2d(1),
+      nn.Flatten(),
+      nn.Linear(512, workloads.NUM_CLASSES),
+    )
 
 
-MODELS = {'mlp': MLP, 'small_cnn': SmallCNN, 'fedavg_cnn': FedAvgCNN,
-          'resnet18': ResNet18}
+MODELS = {
+  'mlp': MLP,
+  'small_cnn': SmallCNN,
+  'fedavg_cnn': FedAvgCNN,
+  'resnet18': ResNet18,
+}
 
 
 class Generator(nn.Module):
@@ -106,21 +136,29 @@ class Generator(nn.Module):
     self.from_noise = nn.Linear(workloads.NOISE_DIM, size)
     self.from_label = nn.Linear(workloads.NUM_CLASSES, size)
     self.body = nn.Sequential(
-        nn.BatchNorm2d(2 * features), nn.Upsample(scale_factor=2),
-        nn.Conv2d(2 * features, 2 * features, 3, padding=1),
-        nn.BatchNorm2d(2 * features), nn.LeakyReLU(.2, inplace=True),
-        nn.Upsample(scale_factor=2),
-        nn.Conv2d(2 * features, features, 3, padding=1),
-        nn.BatchNorm2d(features), nn.LeakyReLU(.2, inplace=True),
-        nn.Conv2d(features, channels, 3, padding=1), nn.Tanh(),
-        nn.BatchNorm2d(channels, affine=False))
+      nn.BatchNorm2d(2 * features),
+      nn.Upsample(scale_factor=2),
+      nn.Conv2d(2 * features, 2 * features, 3, padding=1),
+      nn.BatchNorm2d(2 * features),
+      nn.LeakyReLU(0.2, inplace=True),
+      nn.Upsample(scale_factor=2),
+      nn.Conv2d(2 * features, features, 3, padding=1),
+      nn.BatchNorm2d(features),
+      nn.LeakyReLU(0.2, inplace=True),
+      nn.Conv2d(features, channels, 3, padding=1),
+      nn.Tanh(),
+      nn.BatchNorm2d(channels, affine=False),
+    )
 
   def forward(self, z, labels):
     one_hot = functional.one_hot(labels, workloads.NUM_CLASSES).float()
-    maps = [layer(v).view(-1, *self.shape) for layer, v in (
-        (self.from_noise, z), (self.from_label, one_hot))]
-    return self.body(torch.cat(maps, 1).contiguous(
-        memory_format=torch.channels_last))
+    maps = [
+      layer(v).view(-1, *self.shape)
+      for layer, v in ((self.from_noise, z), (self.from_label, one_hot))
+    ]
+    return self.body(
+      torch.cat(maps, 1).contiguous(memory_format=torch.channels_last)
+    )
 
 
 def tensors(workload, where):
@@ -168,13 +206,16 @@ def prepare(workload):
 def server_step(workload, where):
   """FedFTG's fine-tuning: official losses, one generator step per teacher."""
   size, num_teachers = workload.batch_size, workload.cohort
-  nets = [MODELS[workload.model]().to(where).to(
-      memory_format=torch.channels_last) for _ in range(num_teachers + 1)]
+  nets = [
+    MODELS[workload.model]().to(where).to(memory_format=torch.channels_last)
+    for _ in range(num_teachers + 1)
+  ]
   student, *teachers = nets
   for teacher in teachers:
     teacher.requires_grad_(False)
-  generator = Generator(workload).to(where).to(
-      memory_format=torch.channels_last)
+  generator = (
+    Generator(workload).to(where).to(memory_format=torch.channels_last)
+  )
   alpha = torch.full((num_teachers, size), 1 / num_teachers, device=where)
 
   def diversity(z, images):
@@ -184,9 +225,10 @@ def server_step(workload, where):
     return torch.exp(-(apart * noise).mean())
 
   def round_():
-    optimizer = torch.optim.Adam(generator.parameters(), .01)
+    optimizer = torch.optim.Adam(generator.parameters(), 0.01)
     student_optimizer = torch.optim.SGD(
-        student.parameters(), .1, weight_decay=1e-3)
+      student.parameters(), 0.1, weight_decay=1e-3
+    )
     for _ in range(workload.iterations):
       z = torch.randn(size, workloads.NOISE_DIM, device=where)
       labels = torch.randint(workloads.NUM_CLASSES, (size,), device=where)
@@ -197,16 +239,21 @@ def server_step(workload, where):
         images = generator(z, labels)
         says, truth = student(images), teacher(images)
         gap = (says - truth.detach()).abs().mean(1)
-        loss = (-(gap * weight).mean() + functional.cross_entropy(truth, labels)
-                * weight.mean() + diversity(z, images) / num_teachers)
+        loss = (
+          -(gap * weight).mean()
+          + functional.cross_entropy(truth, labels) * weight.mean()
+          + diversity(z, images) / num_teachers
+        )
         loss.backward()
         optimizer.step()
       student.requires_grad_(True)
       with torch.no_grad():
         generator.eval()
         images = generator(z, labels)
-        target = sum(teacher(images).softmax(1) * weight[:, None]
-                     for teacher, weight in zip(teachers, alpha))
+        target = sum(
+          teacher(images).softmax(1) * weight[:, None]
+          for teacher, weight in zip(teachers, alpha)
+        )
       for _ in range(workloads.STUDENT_STEPS):
         student_optimizer.zero_grad()
         (-target * student(images).log_softmax(1)).mean().backward()

@@ -26,10 +26,12 @@ def prepare(workload):
 
   def round_():
     nonlocal current
-    stacked = {k: v.expand(workload.cohort, *v.shape).clone()
-               for k, v in current.items()}
-    order = torch.rand(workload.cohort, workload.num_examples,
-                       device=where).argsort(1)
+    stacked = {
+      k: v.expand(workload.cohort, *v.shape).clone() for k, v in current.items()
+    }
+    order = torch.rand(
+      workload.cohort, workload.num_examples, device=where
+    ).argsort(1)
     for rows in order.split(workload.batch_size, dim=1):
       grads = gradient(stacked, x[clients, rows], y[clients, rows])
       for name, value in stacked.items():

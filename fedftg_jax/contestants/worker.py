@@ -3,8 +3,8 @@
   python -m fedftg_jax.contestants.worker NAME WORKLOAD COHORT
 
 Prints a line of JSON when it is ready (device, versions, seconds of the first
-round, which compiles), then one with the seconds of a round, and the most memory
-held so far, for every line that it reads; ends when there are no more.
+round, which compiles), then one with the seconds of a round, and the most
+memory held so far, for every line that it reads; ends when there are no more.
 """
 
 import importlib
@@ -24,31 +24,48 @@ def main(name: str, workload: str, cohort: str) -> None:
     contestant = importlib.import_module(f'fedftg_jax.contestants.{name}')
     start = time.perf_counter()
     round_ = contestant.prepare(
-        workloads.WORKLOADS[workload]._replace(cohort=int(cohort)))
+      workloads.WORKLOADS[workload]._replace(cohort=int(cohort))
+    )
     round_()
-  except Exception as error:  # pylint: disable=broad-except
+  except Exception as error:
     # Whatever it is, the others can still be timed.
     text = ' '.join(str(error).split())
     if not isinstance(error, (ImportError, NotImplementedError)):
       text = f'{type(error).__name__}: {text}'
     print(json.dumps({'left_out': text}), file=answers, flush=True)
     return
-  print(json.dumps({
-      'first_seconds': time.perf_counter() - start, 'device': device(),
-      'versions': {p: importlib.metadata.version(p)
-                   for p in contestant.PACKAGES}}), file=answers, flush=True)
+  print(
+    json.dumps(
+      {
+        'first_seconds': time.perf_counter() - start,
+        'device': device(),
+        'versions': {
+          p: importlib.metadata.version(p) for p in contestant.PACKAGES
+        },
+      }
+    ),
+    file=answers,
+    flush=True,
+  )
   for _ in sys.stdin:
     start = time.perf_counter()
     round_()
-    print(json.dumps({'seconds': time.perf_counter() - start,
-                      'peak_bytes': peak_bytes()}), file=answers, flush=True)
+    print(
+      json.dumps(
+        {'seconds': time.perf_counter() - start, 'peak_bytes': peak_bytes()}
+      ),
+      file=answers,
+      flush=True,
+    )
 
 
 def peak_bytes() -> int:
   """The most memory held: of an accelerator, else of this process."""
   if 'torch' in sys.modules and sys.modules['torch'].cuda.is_available():
     return sys.modules['torch'].cuda.max_memory_allocated()
-  stats = 'jax' in sys.modules and sys.modules['jax'].devices()[0].memory_stats()
+  stats = (
+    'jax' in sys.modules and sys.modules['jax'].devices()[0].memory_stats()
+  )
   if stats:
     return stats['peak_bytes_in_use']
   return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

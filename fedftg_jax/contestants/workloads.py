@@ -15,9 +15,11 @@ class Workload(NamedTuple):
     cohort: clients in the round; teachers where the server step is timed.
     num_examples: of each client.
     batch_size: examples per local step, generated images per server step.
-    gflop: multiplications and additions of a round, in 10^9; None if not counted.
+    gflop: multiplications and additions of a round, in 10^9; None if not
+      counted.
     iterations: outer iterations of the server step; 0 for local training.
   """
+
   help: str
   model: str
   image_shape: tuple[int, int, int]
@@ -29,25 +31,68 @@ class Workload(NamedTuple):
 
 
 NUM_CLASSES = 10
-LEARNING_RATE = .05
-STUDENT_STEPS = 5       # of an iteration of the server step
-GENERATOR_WIDTH = 64    # as in FedFTG's official code
+LEARNING_RATE = 0.05
+STUDENT_STEPS = 5  # of an iteration of the server step
+GENERATOR_WIDTH = 64  # as in FedFTG's official code
 NOISE_DIM = 100
 
 WORKLOADS = {
-    'W1': Workload('50 clients x 50 images 32x32x3, batch 10, small CNN',
-                   'small_cnn', (32, 32, 3), 50, 50, 10, 252),
-    'W2': Workload('10 clients x 500 images 32x32x3, batch 50, FedAvg CNN',
-                   'fedavg_cnn', (32, 32, 3), 10, 500, 50, 983),
-    'W3': Workload('100 clients x 60 examples of 784, batch 20, MLP 200-200',
-                   'mlp', (28, 28, 1), 100, 60, 20, 7.2),
-    'W4': Workload('FedFTG server step, 10 FedAvg CNN teachers, batch 50, 10 x '
-                   '(10 generator + 5 student steps)',
-                   'fedavg_cnn', (32, 32, 3), 10, 0, 50, 5710, 10),
-    'W5': Workload('10 clients x 500 images 32x32x3, batch 50, ResNet-18',
-                   'resnet18', (32, 32, 3), 10, 500, 50, 1116),
-    'W0': Workload('no measure, only whether all start: 2 clients x 4 examples, '
-                   'batch 2, MLP 200-200', 'mlp', (28, 28, 1), 2, 4, 2),
+  'W1': Workload(
+    '50 clients x 50 images 32x32x3, batch 10, small CNN',
+    'small_cnn',
+    (32, 32, 3),
+    50,
+    50,
+    10,
+    252,
+  ),
+  'W2': Workload(
+    '10 clients x 500 images 32x32x3, batch 50, FedAvg CNN',
+    'fedavg_cnn',
+    (32, 32, 3),
+    10,
+    500,
+    50,
+    983,
+  ),
+  'W3': Workload(
+    '100 clients x 60 examples of 784, batch 20, MLP 200-200',
+    'mlp',
+    (28, 28, 1),
+    100,
+    60,
+    20,
+    7.2,
+  ),
+  'W4': Workload(
+    'FedFTG server step, 10 FedAvg CNN teachers, batch 50, 10 x '
+    '(10 generator + 5 student steps)',
+    'fedavg_cnn',
+    (32, 32, 3),
+    10,
+    0,
+    50,
+    5710,
+    10,
+  ),
+  'W5': Workload(
+    '10 clients x 500 images 32x32x3, batch 50, ResNet-18',
+    'resnet18',
+    (32, 32, 3),
+    10,
+    500,
+    50,
+    1116,
+  ),
+  'W0': Workload(
+    'no measure, only whether all start: 2 clients x 4 examples, '
+    'batch 2, MLP 200-200',
+    'mlp',
+    (28, 28, 1),
+    2,
+    4,
+    2,
+  ),
 }
 
 

@@ -17,7 +17,9 @@ def read(path: str, single: str | None = None) -> dict[str, np.ndarray]:
     ValueError: if the file cannot be read, is of another kind, or holds
       Python objects.
   """
-  kinds = '.npz file' if single is None else f'.npz (with {single}) or .npy file'
+  kinds = (
+    '.npz file' if single is None else f'.npz (with {single}) or .npy file'
+  )
   try:
     file = np.load(path, allow_pickle=False)
     if isinstance(file, np.ndarray):
@@ -26,8 +28,15 @@ def read(path: str, single: str | None = None) -> dict[str, np.ndarray]:
       raise ValueError('it is a single array')
     with file:
       return {name: file[name] for name in file.files}
-  except (OSError, EOFError, ValueError, zipfile.BadZipFile,
-          zlib.error, NotImplementedError, RuntimeError) as error:
+  except (
+    OSError,
+    EOFError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    RuntimeError,
+  ) as error:
     reason = ' '.join(str(error).split())
     if 'allow_pickle' in reason:
       reason = 'no NumPy file, or it holds Python objects'

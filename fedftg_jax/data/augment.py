@@ -1,9 +1,10 @@
 """Augmentation of training images, on the device, inside the step.
 
-As the official FedFTG code does it, on normalised images, so that what is padded
+As the official FedFTG code does it, on normalised images, so that what is
+padded
 is the mean colour: each image is mirrored left to right with probability 1/2;
-with probability 1/2 it is padded by 4 zeros on each side and cropped to its size
-at an offset in {0 .. 8}^2. Evaluation sees the images as they are.
+with probability 1/2 it is padded by 4 zeros on each side and cropped to its
+size at an offset in {0 .. 8}^2. Evaluation sees the images as they are.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,8 @@ _PAD = 4
 
 class Draws(NamedTuple):
   """What becomes of each image of a batch."""
-  flip: jax.Array    # [B] bool
+
+  flip: jax.Array  # [B] bool
   offset: jax.Array  # [B, 2] int32 in [0, 8], down and right; 4 is no shift
 
 

@@ -27,10 +27,11 @@ class _FromBinary(originals.FromFiles):
       values = np.frombuffer(originals.read_bytes(path), np.uint8)
       if not len(values) or len(values) % size:
         raise ValueError(
-            f'{path}: must hold records of {size} bytes, has {len(values)} bytes')
+          f'{path}: must hold records of {size} bytes, has {len(values)} bytes'
+        )
       content.append(values.reshape(-1, size))
     records = np.concatenate(content)
-    images = records[:, len(self.LABELS):].reshape(-1, *_SHAPE)
+    images = records[:, len(self.LABELS) :].reshape(-1, *_SHAPE)
     return images.transpose(0, 2, 3, 1), dict(zip(self.LABELS, records.T))
 
   def _more(self, split, number):
@@ -39,14 +40,18 @@ class _FromBinary(originals.FromFiles):
 
 class Cifar10(_FromBinary, cifar.Cifar10, skip_registration=True):
   """`cifar10`."""
-  FILES = {'train': tuple(f'data_batch_{i}.bin' for i in range(1, 6)),
-           'test': ('test_batch.bin',)}
+
+  FILES = {
+    'train': tuple(f'data_batch_{i}.bin' for i in range(1, 6)),
+    'test': ('test_batch.bin',),
+  }
   LABELS = ('label',)
   ARCHIVE = 'cifar-10-batches-bin'
 
 
 class Cifar100(_FromBinary, cifar.Cifar100, skip_registration=True):
   """`cifar100`, with the fine labels as `label`."""
+
   FILES = {'train': ('train.bin',), 'test': ('test.bin',)}
   LABELS = ('coarse_label', 'label')
   ARCHIVE = 'cifar-100-binary'

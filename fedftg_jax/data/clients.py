@@ -1,6 +1,6 @@
 """Clients as an index table over flat arrays."""
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,11 @@ from fedftg_jax.base import Batch, Data, PyTree
 
 
 def from_partition(
-    x: np.ndarray, y: np.ndarray, parts: Sequence[np.ndarray],
-    public: np.ndarray | tuple[()] = ()) -> Data:
+  x: np.ndarray,
+  y: np.ndarray,
+  parts: Sequence[np.ndarray],
+  public: np.ndarray | tuple[()] = (),
+) -> Data:
   """Puts the examples on the device, once, with a table of who holds which.
 
   Args:
@@ -26,11 +29,15 @@ def from_partition(
   cap = max(1, max(len(p) for p in parts))
   index = np.zeros((len(parts), cap), np.int32)
   for row, part in zip(index, parts):
-    row[:len(part)] = part
+    row[: len(part)] = part
   count = np.array([len(p) for p in parts], np.int32)
-  return Data(jnp.asarray(x), jnp.asarray(y, jnp.int32),
-              jnp.asarray(index), jnp.asarray(count),
-              jax.tree.map(jnp.asarray, public))
+  return Data(
+    jnp.asarray(x),
+    jnp.asarray(y, jnp.int32),
+    jnp.asarray(index),
+    jnp.asarray(count),
+    jax.tree.map(jnp.asarray, public),
+  )
 
 
 def batch(data: Data, positions: jax.Array, mask: jax.Array) -> Batch:
@@ -40,7 +47,8 @@ def batch(data: Data, positions: jax.Array, mask: jax.Array) -> Batch:
 
 
 def mean_over_examples(
-    function: Callable[[Batch], PyTree], data: Data, batch_size: int) -> PyTree:
+  function: Callable[[Batch], PyTree], data: Data, batch_size: int
+) -> PyTree:
   """Mean over all examples of one client, taken in batches.
 
   Args:
@@ -57,16 +65,19 @@ def mean_over_examples(
     positions = first + jnp.arange(batch_size)
     mask = positions < data.count
     return function(
-        batch(data, jnp.minimum(positions, cap - 1), mask)), jnp.sum(mask)
+      batch(data, jnp.minimum(positions, cap - 1), mask)
+    ), jnp.sum(mask)
 
   def add(total, first):
     value, num = part(first)
     share = num / jnp.maximum(data.count, 1)
     return jax.tree.map(
-        lambda t, v: t + (share * v).astype(t.dtype), total, value), ()
+      lambda t, v: t + (share * v).astype(t.dtype), total, value
+    ), ()
 
-  zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype),
-                      jax.eval_shape(part, jnp.int32(0))[0])
+  zero = jax.tree.map(
+    lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(part, jnp.int32(0))[0]
+  )
   return jax.lax.scan(add, zero, jnp.arange(0, cap, batch_size))[0]
 
 

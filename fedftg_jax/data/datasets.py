@@ -7,21 +7,21 @@ from typing import NamedTuple
 import numpy as np
 
 from fedftg_jax.data import arrays as arrays_lib
-from fedftg_jax.data import image_folder
-from fedftg_jax.data import partition
+from fedftg_jax.data import image_folder, partition
 
 _NPZ_ARRAYS = ('train_x', 'train_y', 'test_x', 'test_y')
 _CLIENTS = 'train_client_id'
 # Mean and standard deviation that are customary for a data set, as the official
 # FedFTG code has them; the others are normalised by those of their train split.
 _CUSTOMARY = {
-    'cifar10': ((.491, .482, .447), (.247, .243, .262)),
-    'cifar100': ((.5071, .4867, .4408), (.2675, .2565, .2761)),
+  'cifar10': ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
+  'cifar100': ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
 
 class Dataset(NamedTuple):
   """A train and a test split, and how to normalise them."""
+
   train_x: np.ndarray  # [M, H, W, channels] uint8 or float32
   train_y: np.ndarray  # [M] int32
   test_x: np.ndarray
@@ -29,8 +29,8 @@ class Dataset(NamedTuple):
   num_classes: int
   mean: tuple[float, ...]  # per channel, of pixels in [0, 1]; for uint8 only
   std: tuple[float, ...]
-  # Where the data say whose an example is: 0 to num_natural - 1, in the order of
-  # the sorted names.
+  # Where the data say whose an example is: 0 to num_natural - 1, in the order
+  # of the sorted names.
   train_clients: np.ndarray | None = None  # [M] int32
   num_natural: int = 0
   # What `with_validation` has kept apart of the train split.
@@ -45,35 +45,41 @@ class Dataset(NamedTuple):
     """The same with these rows of the train split alone."""
     clients = self.train_clients
     return self._replace(
-        train_x=self.train_x[rows], train_y=self.train_y[rows],
-        train_clients=None if clients is None else clients[rows])
+      train_x=self.train_x[rows],
+      train_y=self.train_y[rows],
+      train_clients=None if clients is None else clients[rows],
+    )
 
 
-def check_name(name: str, data_dir: str | None = None,
-               manual_dir: str | None = None) -> None:
+def check_name(
+  name: str, data_dir: str | None = None, manual_dir: str | None = None
+) -> None:
   """Raises ValueError unless `load` will find the data set."""
   kind, _, path = name.partition(':')
   if kind == 'npz':
     if not os.path.isfile(path):
       raise ValueError(
-          f'no such file: {path!r}; npz:PATH names an .npz with the arrays '
-          f'{", ".join(_NPZ_ARRAYS)}')
+        f'no such file: {path!r}; npz:PATH names an .npz with the arrays '
+        f'{", ".join(_NPZ_ARRAYS)}'
+      )
   elif kind == 'folder':
     image_folder.classes(path)
   else:
     _prepared().check(name, data_dir, manual_dir)
 
 
-def load(name: str, data_dir: str | None = None,
-         manual_dir: str | None = None) -> Dataset:
+def load(
+  name: str, data_dir: str | None = None, manual_dir: str | None = None
+) -> Dataset:
   """Loads a data set.
 
   Args:
     name: that of an image-classification set of TensorFlow Datasets, or
-      'mnist5k' (see `prepared`); 'npz:PATH' for arrays of one's own: train_x and
-      test_x [M, H, W, channels] uint8 or float32, train_y and test_y [M]
-      integers, and train_client_id [M], integers or strings, if it is known whose
-      each example is; 'folder:PATH' for images in folders (see `image_folder`).
+      'mnist5k' (see `prepared`); 'npz:PATH' for arrays of one's own: train_x
+      and test_x [M, H, W, channels] uint8 or float32, train_y and test_y [M]
+      integers, and train_client_id [M], integers or strings, if it is known
+      whose each example is; 'folder:PATH' for images in folders (see
+      `image_folder`).
     data_dir: where TensorFlow Datasets keeps prepared data; None for its
       default.
     manual_dir: folder with a data set's original files, from which it is
@@ -85,7 +91,8 @@ def load(name: str, data_dir: str | None = None,
     images are taken as normalised.
 
   Raises:
-    ValueError: for an unknown name or an unfit file, saying what would be right.
+    ValueError: for an unknown name or an unfit file, saying what would be
+      right.
   """
   check_name(name, data_dir, manual_dir)
   kind, _, path = name.partition(':')
@@ -98,10 +105,17 @@ def load(name: str, data_dir: str | None = None,
   arrays = _checked(arrays, where)
   clients, num_natural = _natural(arrays.pop(_CLIENTS, None))
   mean, std = _CUSTOMARY.get(re.split('[:/]', name)[0]) or _moments(
-      arrays['train_x'])
+    arrays['train_x']
+  )
   num_classes = 1 + max(arrays['train_y'].max(), arrays['test_y'].max())
-  return Dataset(**arrays, num_classes=int(num_classes), mean=mean, std=std,
-                 train_clients=clients, num_natural=num_natural)
+  return Dataset(
+    **arrays,
+    num_classes=int(num_classes),
+    mean=mean,
+    std=std,
+    train_clients=clients,
+    num_natural=num_natural,
+  )
 
 
 def with_validation(dataset: Dataset, share: float, seed: int) -> Dataset:
@@ -125,11 +139,13 @@ def with_validation(dataset: Dataset, share: float, seed: int) -> Dataset:
   labels = dataset.train_y
   if not 0 < round(share * len(labels)) < len(labels):
     raise ValueError(
-        f'share must leave some of the {len(labels)} training examples on both '
-        f'sides, got {share}.')
+      f'share must leave some of the {len(labels)} training examples on both '
+      f'sides, got {share}.'
+    )
   kept = _stratified(labels, share, np.random.RandomState([seed, 2]))
   return dataset.take(np.setdiff1d(np.arange(len(labels)), kept))._replace(
-      validation_x=dataset.train_x[kept], validation_y=labels[kept])
+    validation_x=dataset.train_x[kept], validation_y=labels[kept]
+  )
 
 
 def with_examples(dataset: Dataset, num: int, seed: int) -> Dataset:
@@ -141,36 +157,45 @@ def with_examples(dataset: Dataset, num: int, seed: int) -> Dataset:
   """
   total = len(dataset.train_y)
   if not 0 <= num <= total:
-    raise ValueError(f'there are {total} training examples, {num} are asked for.')
+    raise ValueError(
+      f'there are {total} training examples, {num} are asked for.'
+    )
   if not num:
     return dataset
-  return dataset.take(_stratified(
-      dataset.train_y, num / total, np.random.RandomState([seed, 3])))
+  return dataset.take(
+    _stratified(dataset.train_y, num / total, np.random.RandomState([seed, 3]))
+  )
 
 
 def _stratified(labels, share, rng) -> np.ndarray:
   """Rows of so large a share of every class, ascending."""
   order = rng.permutation(len(labels))
   sizes = partition.largest_remainders(share * np.bincount(labels))
-  return np.sort(np.concatenate([
-      order[labels[order] == c][:size] for c, size in enumerate(sizes)]))
+  return np.sort(
+    np.concatenate(
+      [order[labels[order] == c][:size] for c, size in enumerate(sizes)]
+    )
+  )
 
 
 def _prepared():
   # Imported here: it takes a second, and npz users do not need it.
-  from fedftg_jax.data import prepared  # pylint: disable=g-import-not-at-top
+  from fedftg_jax.data import prepared
+
   return prepared
 
 
 def _moments(x: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Mean and standard deviation per channel; 0 and 1 for float images."""
   if x.dtype != np.uint8:
-    return (0.,) * x.shape[-1], (1.,) * x.shape[-1]
+    return (0.0,) * x.shape[-1], (1.0,) * x.shape[-1]
   # Sums of integers: exact, and without a float copy of the images.
   axes, num = (0, 1, 2), x[..., 0].size
   mean = x.sum(axes, dtype=np.int64) / num / 255
-  square = sum((some.astype(np.int32)**2).sum(axes, dtype=np.int64)
-               for some in np.array_split(x, len(x) // 1024 + 1))
+  square = sum(
+    (some.astype(np.int32) ** 2).sum(axes, dtype=np.int64)
+    for some in np.array_split(x, len(x) // 1024 + 1)
+  )
   std = np.sqrt(np.maximum(square / num / 255**2 - mean**2, 1e-12))
   return tuple(map(float, mean)), tuple(map(float, std))
 
@@ -188,8 +213,9 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
   missing = [name for name in _NPZ_ARRAYS if name not in file]
   if missing:
     raise ValueError(
-        f'{path}: lacks the array(s) {", ".join(missing)}; it has '
-        f'{", ".join(file) or "none"}')
+      f'{path}: lacks the array(s) {", ".join(missing)}; it has '
+      f'{", ".join(file) or "none"}'
+    )
   return {name: file[name] for name in (*_NPZ_ARRAYS, _CLIENTS) if name in file}
 
 
@@ -199,28 +225,35 @@ def _checked(arrays: dict[str, np.ndarray], path: str) -> dict[str, np.ndarray]:
     x, y = arrays[split + '_x'], arrays[split + '_y']
     if x.ndim != 4 or x.dtype not in (np.uint8, np.float32):
       raise ValueError(
-          f'{path}: {split}_x must be [examples, height, width, channels] of '
-          f'uint8 or float32, got {list(x.shape)} of {x.dtype}')
-    if (y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer)
-        or not len(y) or y.min() < 0):
+        f'{path}: {split}_x must be [examples, height, width, channels] of '
+        f'uint8 or float32, got {list(x.shape)} of {x.dtype}'
+      )
+    if (
+      y.shape != x.shape[:1]
+      or not np.issubdtype(y.dtype, np.integer)
+      or not len(y)
+      or y.min() < 0
+    ):
       raise ValueError(
-          f'{path}: {split}_y must be one non-negative integer for each of the '
-          f'{len(x)} images (at least one), got {list(y.shape)} of {y.dtype}')
+        f'{path}: {split}_y must be one non-negative integer for each of the '
+        f'{len(x)} images (at least one), got {list(y.shape)} of {y.dtype}'
+      )
     if x.dtype == np.float32 and not np.isfinite(x).all():
       raise ValueError(f'{path}: {split}_x has values that are not finite')
     arrays[split + '_y'] = y.astype(np.int32)
   ids, num = arrays.get(_CLIENTS), len(arrays['train_x'])
-  if ids is not None and (
-      ids.shape != (num,) or ids.dtype.kind not in 'iuSU'):
+  if ids is not None and (ids.shape != (num,) or ids.dtype.kind not in 'iuSU'):
     raise ValueError(
-        f'{path}: {_CLIENTS} must be one integer or string for each of the {num} '
-        f'training images, got {list(ids.shape)} of {ids.dtype}')
+      f'{path}: {_CLIENTS} must be one integer or string for each of the {num} '
+      f'training images, got {list(ids.shape)} of {ids.dtype}'
+    )
   train, test = arrays['train_x'], arrays['test_x']
   if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
     raise ValueError(
-        f'{path}: train_x and test_x differ in image shape or type: '
-        f'{list(train.shape[1:])} {train.dtype}, '
-        f'{list(test.shape[1:])} {test.dtype}')
+      f'{path}: train_x and test_x differ in image shape or type: '
+      f'{list(train.shape[1:])} {train.dtype}, '
+      f'{list(test.shape[1:])} {test.dtype}'
+    )
   return arrays
 
 
@@ -236,6 +269,7 @@ def read_images(path: str, like: Dataset) -> np.ndarray:
   x, want = file['x'], like.train_x
   if x.shape[1:] != want.shape[1:] or x.dtype != want.dtype or not len(x):
     raise ValueError(
-        f'{path}: x must be [images, {", ".join(map(str, want.shape[1:]))}] of '
-        f'{want.dtype}, got {list(x.shape)} of {x.dtype}')
+      f'{path}: x must be [images, {", ".join(map(str, want.shape[1:]))}] of '
+      f'{want.dtype}, got {list(x.shape)} of {x.dtype}'
+    )
   return x

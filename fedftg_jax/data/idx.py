@@ -6,9 +6,9 @@ values. Plain or gzipped.
 
 The builders are those of TensorFlow Datasets, with its names, versions and
 features, but they read the files from a folder and store PNG bytes, which TFDS
-can write to array_record files without TensorFlow. What is prepared is therefore
-what TFDS would have prepared; EMNIST's images too are as TFDS has them, which
-leaves them as they are in NIST's files: transposed against MNIST's.
+can write to array_record files without TensorFlow. What is prepared is
+therefore what TFDS would have prepared; EMNIST's images too are as TFDS has
+them, which leaves them as they are in NIST's files: transposed against MNIST's.
 """
 
 import pathlib
@@ -35,13 +35,15 @@ def read(path: pathlib.Path) -> np.ndarray:
   values = np.frombuffer(content[start:], np.uint8)
   if len(shape) != content[3] or len(values) != np.prod(shape):
     raise ValueError(
-        f'{path}: says that it holds {" x ".join(map(str, shape))} bytes, has '
-        f'{len(values)}')
+      f'{path}: says that it holds {" x ".join(map(str, shape))} bytes, has '
+      f'{len(values)}'
+    )
   return values.reshape(shape)
 
 
 class _FromIdx(originals.FromFiles):
   """Reads `<prefix>-images-idx3-ubyte` and `<prefix>-labels-idx1-ubyte`."""
+
   PREFIXES = {'train': 'train', 'test': 't10k'}
 
   @classmethod
@@ -54,9 +56,10 @@ class _FromIdx(originals.FromFiles):
     height_width = self.info.features['image'].shape[:2]
     if images.shape[1:] != height_width or labels.shape != images.shape[:1]:
       raise ValueError(
-          f'{paths[0]}, {paths[1].name}: must hold images '
-          f'[examples, {height_width[0]}, {height_width[1]}] and one label each, '
-          f'have {list(images.shape)} and {list(labels.shape)}')
+        f'{paths[0]}, {paths[1].name}: must hold images '
+        f'[examples, {height_width[0]}, {height_width[1]}] and one label each, '
+        f'have {list(images.shape)} and {list(labels.shape)}'
+      )
     return images[..., None], {'label': labels}
 
 
@@ -66,8 +69,9 @@ class Mnist(_FromIdx, mnist.MNIST, skip_registration=True):
 
 class FashionMnist(_FromIdx, mnist.FashionMNIST, skip_registration=True):
   """`fashion_mnist`; Debian's package dataset-fashion-mnist has the files."""
+
   PLACES = ('/usr/share/datasets/fashion-mnist',)
-  INSTALL = 'install Debian\'s package dataset-fashion-mnist'
+  INSTALL = "install Debian's package dataset-fashion-mnist"
 
 
 class Kmnist(_FromIdx, mnist.KMNIST, skip_registration=True):
@@ -76,5 +80,6 @@ class Kmnist(_FromIdx, mnist.KMNIST, skip_registration=True):
 
 class Emnist(_FromIdx, mnist.EMNIST, skip_registration=True):
   """`emnist/byclass`, `bymerge`, `balanced`, `letters`, `digits`, `mnist`."""
+
   PREFIXES = {'train': 'emnist-{}-train', 'test': 'emnist-{}-test'}
   ARCHIVE = 'gzip'

@@ -22,16 +22,18 @@ def classes(path: str) -> list[str]:
     folder = root / split
     if not folder.is_dir():
       raise ValueError(
-          f'no such folder: {str(folder)!r}; folder:PATH names one with images in '
-          'train/CLASS/ and test/CLASS/')
+        f'no such folder: {str(folder)!r}; folder:PATH names one with images in '
+        'train/CLASS/ and test/CLASS/'
+      )
     found[split] = sorted(p.name for p in _visible(folder) if p.is_dir())
     if not found[split]:
       raise ValueError(f'{folder}: must have a folder of images for each class')
   unknown = set(found['test']) - set(found['train'])
   if unknown:
     raise ValueError(
-        f'{root / "test"}: classes must be those of {root / "train"}, has '
-        f'{", ".join(sorted(unknown))} besides')
+      f'{root / "test"}: classes must be those of {root / "train"}, has '
+      f'{", ".join(sorted(unknown))} besides'
+    )
   return found['train']
 
 
@@ -60,8 +62,12 @@ def read(path: str) -> dict[str, np.ndarray]:
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
   train_y, test_y = np.split(np.array(labels, np.int32), counts[:1])
-  return {'train_x': train_x, 'train_y': train_y,
-          'test_x': test_x, 'test_y': test_y}
+  return {
+    'train_x': train_x,
+    'train_y': train_y,
+    'test_x': test_x,
+    'test_y': test_y,
+  }
 
 
 def _visible(folder):

@@ -1,12 +1,11 @@
 """Single images: PNG bytes to arrays, and back."""
 
+from collections.abc import Sequence
 import io
 import pathlib
-from typing import Sequence
 
 import numpy as np
-from PIL import Image
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 _GREY = ('1', 'L', 'LA')
 _COLOUR = ('RGB', 'RGBA', 'P', 'PA', 'CMYK', 'YCbCr', 'LAB', 'HSV')
@@ -16,7 +15,8 @@ def encode(image: np.ndarray) -> bytes:
   """An image [H, W, 1 or 3] of bytes as a PNG file."""
   file = io.BytesIO()
   Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
-      file, format='PNG')
+    file, format='PNG'
+  )
   return file.getvalue()
 
 
@@ -31,8 +31,10 @@ def decode(source: bytes | pathlib.Path) -> np.ndarray:
   try:
     with Image.open(file) as image:
       if image.mode not in _GREY + _COLOUR:
-        raise ValueError(f'{name}images of mode {image.mode} are not supported, '
-                         'only those of 8 bits a channel')
+        raise ValueError(
+          f'{name}images of mode {image.mode} are not supported, '
+          'only those of 8 bits a channel'
+        )
       mode = 'L' if image.mode in _GREY else 'RGB'
       pixels = np.asarray(image if image.mode == mode else image.convert(mode))
   except (UnidentifiedImageError, OSError, SyntaxError) as error:

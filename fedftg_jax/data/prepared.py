@@ -10,18 +10,23 @@ import re
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import constants
-from tensorflow_datasets.core import read_only_builder
+from tensorflow_datasets.core import constants, read_only_builder
 
-from fedftg_jax.data import cifar
-from fedftg_jax.data import idx
+from fedftg_jax.data import cifar, idx, mnist5k, originals
 from fedftg_jax.data import images as images_lib
-from fedftg_jax.data import mnist5k
-from fedftg_jax.data import originals
 
-BUILDERS = {builder.name: builder for builder in (
-    mnist5k.Mnist5k, idx.Mnist, idx.FashionMnist, idx.Kmnist, idx.Emnist,
-    cifar.Cifar10, cifar.Cifar100)}
+BUILDERS = {
+  builder.name: builder
+  for builder in (
+    mnist5k.Mnist5k,
+    idx.Mnist,
+    idx.FashionMnist,
+    idx.Kmnist,
+    idx.Emnist,
+    cifar.Cifar10,
+    cifar.Cifar100,
+  )
+}
 # Features that say whose an example is, in the order in which they are taken.
 CLIENT_FEATURES = ('client_id', 'writer_id', 'user_id')
 
@@ -35,8 +40,9 @@ def check(name: str, data_dir: str | None, manual_dir: str | None) -> None:
     _original_folder(name, data_dir, manual_dir)
 
 
-def read(name: str, data_dir: str | None,
-         manual_dir: str | None) -> dict[str, np.ndarray]:
+def read(
+  name: str, data_dir: str | None, manual_dir: str | None
+) -> dict[str, np.ndarray]:
   """The splits of a data set, which is prepared before if it has to be.
 
   TFDS stores examples in a shuffled order; here they come in that of their
@@ -63,9 +69,10 @@ def read(name: str, data_dir: str | None,
       examples = _examples(builder, stored, image)
     except Exception as error:  # whatever the reader makes of a damaged file
       raise ValueError(
-          f'{builder.data_dir}: cannot read the {stored} split '
-          f'({type(error).__name__}: {error}); delete this folder to have it '
-          'prepared again') from error
+        f'{builder.data_dir}: cannot read the {stored} split '
+        f'({type(error).__name__}: {error}); delete this folder to have it '
+        'prepared again'
+      ) from error
     images = images_lib.stack([example[image] for example in examples])
     labels = np.array([example[label] for example in examples], np.int32)
     keys = [_digest(images), labels]
@@ -94,10 +101,11 @@ def _find(name, data_dir):
   formats = {f.value for f in builder.info.available_file_formats()}
   if 'array_record' not in formats:
     raise ValueError(
-        f'{builder.data_dir}: is prepared as {", ".join(sorted(formats))}, which '
-        'only TensorFlow can read; where it is installed, prepare the data with '
-        '--file_format=array_record in another folder, and name that by '
-        '--data_dir')
+      f'{builder.data_dir}: is prepared as {", ".join(sorted(formats))}, which '
+      'only TensorFlow can read; where it is installed, prepare the data with '
+      '--file_format=array_record in another folder, and name that by '
+      '--data_dir'
+    )
   return builder
 
 
@@ -119,21 +127,25 @@ def _original_folder(name, data_dir, manual_dir) -> pathlib.Path | None:
   if not issubclass(builder, originals.FromFiles):
     return None
   return originals.find_folder(
-      builder, config or None, manual_dir, f'{root}/downloads/manual')
+    builder, config or None, manual_dir, f'{root}/downloads/manual'
+  )
 
 
 def _explain(name, root):
   """Raises ValueError for a data set that is not there."""
   base = re.split('[/:]', name)[0]
   if base not in BUILDERS and base not in tfds.list_builders(
-      with_community_datasets=False):
+    with_community_datasets=False
+  ):
     raise ValueError(
-        f'must be one of {", ".join(BUILDERS)}, npz:PATH, folder:PATH, or another '
-        'image-classification set of TensorFlow Datasets')
+      f'must be one of {", ".join(BUILDERS)}, npz:PATH, folder:PATH, or another '
+      'image-classification set of TensorFlow Datasets'
+    )
   raise ValueError(
-      f'is not prepared in {root}; where TensorFlow is installed, run "tfds build '
-      f'{name} --file_format=array_record", and name the folder it is in by '
-      '--data_dir')
+    f'is not prepared in {root}; where TensorFlow is installed, run "tfds build '
+    f'{name} --file_format=array_record", and name the folder it is in by '
+    '--data_dir'
+  )
 
 
 def _prepare(name, data_dir, manual_dir):
@@ -143,13 +155,17 @@ def _prepare(name, data_dir, manual_dir):
   tfds.disable_progress_bar()
 
   def make():
-    return BUILDERS[base](data_dir=data_dir, file_format='array_record',
-                          **({'config': config} if config else {}))
+    return BUILDERS[base](
+      data_dir=data_dir,
+      file_format='array_record',
+      **({'config': config} if config else {}),
+    )
 
   builder = make()
   try:
     builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(manual_dir=folder))
+      download_config=tfds.download.DownloadConfig(manual_dir=folder)
+    )
   except OSError:
     builder = make()  # another process may have been first to put it there
     if not builder.is_prepared():
@@ -166,14 +182,18 @@ def _check_features(builder) -> tuple[str, str]:
   features = builder.info.features
   image, label = builder.info.supervised_keys or ('image', 'label')
   try:
-    fits = (len(features[image].shape) == 3 and features[label].shape == ()
-            and np.issubdtype(features[label].np_dtype, np.integer))
+    fits = (
+      len(features[image].shape) == 3
+      and features[label].shape == ()
+      and np.issubdtype(features[label].np_dtype, np.integer)
+    )
   except (KeyError, TypeError, AttributeError):
     fits = False
   if not fits:
     raise ValueError(
-        f'{builder.data_dir}: is no image classification (an image and one label '
-        'an example)')
+      f'{builder.data_dir}: is no image classification (an image and one label '
+      'an example)'
+    )
   _splits(builder)
   return image, label
 
@@ -184,8 +204,9 @@ def _splits(builder) -> tuple[str, str]:
   test = next((name for name in ('test', 'validation') if name in names), None)
   if 'train' not in names or test is None:
     raise ValueError(
-        f'{builder.data_dir}: must have the splits train and test (or '
-        f'validation), has {", ".join(names)}')
+      f'{builder.data_dir}: must have the splits train and test (or '
+      f'validation), has {", ".join(names)}'
+    )
   return 'train', test
 
 
@@ -194,10 +215,13 @@ def _examples(builder, split, image):
   if not isinstance(builder.info.features[image], tfds.features.Image):
     return list(builder.as_data_source(split))
   source = builder.as_data_source(
-      split, decoders={image: tfds.decode.SkipDecoding()})
+    split, decoders={image: tfds.decode.SkipDecoding()}
+  )
   # Read together: five times faster than one by one.
-  return [{**example, image: images_lib.decode(example[image])}
-          for example in source.__getitems__(range(len(source)))]
+  return [
+    {**example, image: images_lib.decode(example[image])}
+    for example in source.__getitems__(range(len(source)))
+  ]
 
 
 def _clients(builder, examples) -> np.ndarray | None:
@@ -205,7 +229,9 @@ def _clients(builder, examples) -> np.ndarray | None:
   for name in CLIENT_FEATURES:
     if name in builder.info.features:
       values = [example[name] for example in examples]
-      return np.array([v.decode() if isinstance(v, bytes) else v for v in values])
+      return np.array(
+        [v.decode() if isinstance(v, bytes) else v for v in values]
+      )
   return None
 
 
@@ -213,6 +239,9 @@ def _digest(images: np.ndarray) -> np.ndarray:
   """One integer per image that tells different images apart."""
   flat = images.reshape(len(images), -1).view(np.uint8)
   powers = np.cumprod(np.full(flat.shape[1], 1_099_511_628_211, np.uint64))
-  return np.concatenate([  # in parts: each pixel takes eight bytes meanwhile
+  return np.concatenate(
+    [  # in parts: each pixel takes eight bytes meanwhile
       some.astype(np.uint64) @ powers
-      for some in np.array_split(flat, len(flat) // 4096 + 1)])
+      for some in np.array_split(flat, len(flat) // 4096 + 1)
+    ]
+  )

@@ -7,13 +7,17 @@ widen a Bernoulli schedule's padding).
 
 import numpy as np
 
-from fedftg_jax.base import Cohort, NO_LIMIT
+from fedftg_jax.base import NO_LIMIT, Cohort
 from fedftg_jax.data import arrays
 
 
 def exact(
-    num_rounds: int, num_clients: int, cohort: int, seed: int,
-    available: np.ndarray | None = None) -> Cohort:
+  num_rounds: int,
+  num_clients: int,
+  cohort: int,
+  seed: int,
+  available: np.ndarray | None = None,
+) -> Cohort:
   """`cohort` different clients in every round, uniformly at random.
 
   Args:
@@ -32,13 +36,17 @@ def exact(
   for t, row in enumerate(ids):
     order = np.random.RandomState([seed, t]).permutation(num_clients)
     chosen = order[_reachable(available, seed, t, num_clients)[order]][:cohort]
-    row[:len(chosen)] = chosen
+    row[: len(chosen)] = chosen
   return from_ids(ids, num_clients)
 
 
 def bernoulli(
-    num_rounds: int, num_clients: int, cohort: int, seed: int,
-    available: np.ndarray | None = None) -> Cohort:
+  num_rounds: int,
+  num_clients: int,
+  cohort: int,
+  seed: int,
+  available: np.ndarray | None = None,
+) -> Cohort:
   """Every client takes part with probability cohort / num_clients.
 
   The official code's draws: client k is in if the k-th uniform of
@@ -59,11 +67,13 @@ def bernoulli(
     rows.append(chosen)
   ids = np.full((num_rounds, max(map(len, rows), default=1)), num_clients)
   for row, chosen in zip(ids, rows):
-    row[:len(chosen)] = chosen
+    row[: len(chosen)] = chosen
   return from_ids(ids, num_clients)
 
 
-def availability(num_clients: int, lowest: float, seed: int) -> np.ndarray | None:
+def availability(
+  num_clients: int, lowest: float, seed: int
+) -> np.ndarray | None:
   """[N] each client's probability to be reached, uniform in [lowest, 1].
 
   None (always) where `lowest` is 1.
@@ -85,7 +95,8 @@ def with_dropouts(schedule: Cohort, rate: float, seed: int) -> Cohort:
 
 
 def with_stragglers(
-    schedule: Cohort, full_steps: np.ndarray, rate: float, seed: int) -> Cohort:
+  schedule: Cohort, full_steps: np.ndarray, rate: float, seed: int
+) -> Cohort:
   """The schedule where some clients do only some of their local steps.
 
   As in FedProx (Li et al., MLSys 2020), a straggler's work is uniform: 1 to as
@@ -107,15 +118,19 @@ def with_stragglers(
   full = np.append(full_steps, 1)[schedule.client_id]
   some = 1 + np.floor(_draws(schedule, seed, 3) * full).astype(np.int32)
   return schedule._replace(
-      num_steps=np.where(slow, some, schedule.num_steps).astype(np.int32))
+    num_steps=np.where(slow, some, schedule.num_steps).astype(np.int32)
+  )
 
 
 def _draws(schedule, seed, purpose):
   """Uniform draws [T, S] of each client in each round, whoever else is in."""
   width = int(schedule.client_id.max(initial=0)) + 1
-  return np.array([
+  return np.array(
+    [
       np.random.RandomState([seed, t, purpose]).uniform(size=width)[ids]
-      for t, ids in enumerate(schedule.client_id)])
+      for t, ids in enumerate(schedule.client_id)
+    ]
+  )
 
 
 def _reachable(available, seed, t, num_clients):
@@ -124,8 +139,9 @@ def _reachable(available, seed, t, num_clients):
     return np.ones(num_clients, bool)
   if np.max(available) < 1e-4:  # would be drawn again and again
     raise ValueError(
-        'available must be at least 1e-4 for some client, is at most '
-        f'{np.max(available)}.')
+      'available must be at least 1e-4 for some client, is at most '
+      f'{np.max(available)}.'
+    )
   rng = np.random.RandomState([seed, t, 0])
   while True:
     reachable = rng.uniform(size=num_clients) < available
@@ -150,8 +166,9 @@ def from_ids(ids: np.ndarray, num_clients: int) -> Cohort:
   """
   if ids.size and not (-1 <= ids.min() and ids.max() <= num_clients):
     raise ValueError(
-        f'client ids must lie between 0 and {num_clients - 1} (-1 for padding), '
-        f'got {ids.min()} to {ids.max()}')
+      f'client ids must lie between 0 and {num_clients - 1} (-1 for padding), '
+      f'got {ids.min()} to {ids.max()}'
+    )
   ids = np.sort(np.where(ids < 0, num_clients, ids), axis=1).astype(np.int32)
   return Cohort(ids, ids < num_clients, np.full(ids.shape, NO_LIMIT, np.int32))
 
@@ -160,8 +177,11 @@ def save(path: str, schedule: Cohort, num_clients: int) -> None:
   """Writes a schedule as ids (-1 for padding), arrived and num_steps [T, S]."""
   ids = schedule.client_id
   np.savez_compressed(
-      path, ids=np.where(ids == num_clients, -1, ids),
-      arrived=schedule.arrived, num_steps=schedule.num_steps)
+    path,
+    ids=np.where(ids == num_clients, -1, ids),
+    arrived=schedule.arrived,
+    num_steps=schedule.num_steps,
+  )
 
 
 def load(path: str, num_rounds: int, num_clients: int) -> Cohort:
@@ -174,32 +194,40 @@ def load(path: str, num_rounds: int, num_clients: int) -> Cohort:
   if 'ids' not in file:
     raise ValueError(f'{path}: lacks the array ids; it has {", ".join(file)}')
   for name, what, kind, dtype in (
-      ('ids', 'client ids', 'integers', np.integer),
-      ('arrived', 'arrived', 'bools', np.bool_),
-      ('num_steps', 'num_steps', 'integers', np.integer)):
+    ('ids', 'client ids', 'integers', np.integer),
+    ('arrived', 'arrived', 'bools', np.bool_),
+    ('num_steps', 'num_steps', 'integers', np.integer),
+  ):
     array = file.get(name)
     if array is not None and (
-        array.ndim != 2 or array.shape != file['ids'].shape
-        or not np.issubdtype(array.dtype, dtype)):
+      array.ndim != 2
+      or array.shape != file['ids'].shape
+      or not np.issubdtype(array.dtype, dtype)
+    ):
       raise ValueError(
-          f'{path}: {what} must be {kind} [rounds, cohort], got '
-          f'{list(array.shape)} of {array.dtype}')
+        f'{path}: {what} must be {kind} [rounds, cohort], got '
+        f'{list(array.shape)} of {array.dtype}'
+      )
   ids = file['ids']
   if len(ids) < num_rounds:
-    raise ValueError(f'{path}: has {len(ids)} rounds, {num_rounds} are asked for')
+    raise ValueError(
+      f'{path}: has {len(ids)} rounds, {num_rounds} are asked for'
+    )
   ids = ids[:num_rounds]
   order = np.argsort(np.where(ids < 0, num_clients, ids), axis=1, kind='stable')
   schedule = from_ids(ids, num_clients)
   for name in ('arrived', 'num_steps'):
     if name in file:
       column = np.take_along_axis(file[name][:num_rounds], order, 1)
-      schedule = schedule._replace(**{name: (
-          column & schedule.arrived if name == 'arrived' else column)})
+      schedule = schedule._replace(
+        **{name: (column & schedule.arrived if name == 'arrived' else column)}
+      )
   return schedule
 
 
 def _check(num_clients, cohort):
   if not 1 <= cohort <= num_clients:
     raise ValueError(
-        f'cohort must be between 1 and the number of clients ({num_clients}), '
-        f'got {cohort}.')
+      f'cohort must be between 1 and the number of clients ({num_clients}), '
+      f'got {cohort}.'
+    )

@@ -4,10 +4,12 @@ import numpy as np
 
 
 def class_counts(
-    labels: np.ndarray, parts: list[np.ndarray], num_classes: int) -> np.ndarray:
+  labels: np.ndarray, parts: list[np.ndarray], num_classes: int
+) -> np.ndarray:
   """[N, C] how many examples of each class each client holds."""
-  return np.array([np.bincount(labels[part], minlength=num_classes)
-                   for part in parts])
+  return np.array(
+    [np.bincount(labels[part], minlength=num_classes) for part in parts]
+  )
 
 
 def total_variation(counts: np.ndarray) -> np.ndarray:
@@ -36,8 +38,9 @@ def gini(sizes: np.ndarray) -> float:
   client has everything."""
   num, ordered = len(sizes), np.sort(sizes)
   ranks = np.arange(1, num + 1)
-  return float(2 * (ranks * ordered).sum() / (num * ordered.sum())
-               - (num + 1) / num)
+  return float(
+    2 * (ranks * ordered).sum() / (num * ordered.sum()) - (num + 1) / num
+  )
 
 
 def measures(counts: np.ndarray) -> dict[str, float | int]:
@@ -52,17 +55,17 @@ def measures(counts: np.ndarray) -> dict[str, float | int]:
   sizes = counts.sum(1)
   distance, effective = total_variation(counts), effective_classes(counts)
   return {
-      'num_clients': len(counts),
-      'num_without_examples': int((sizes == 0).sum()),
-      'num_examples': int(sizes.sum()),
-      'size_min': int(sizes.min()),
-      'size_median': float(np.median(sizes)),
-      'size_max': int(sizes.max()),
-      'size_gini': gini(sizes),
-      'total_variation_mean': float(np.nanmean(distance)),
-      'effective_classes_mean': float(np.nanmean(effective)),
-      'effective_classes_min': float(np.nanmin(effective)),
-      'effective_classes_max': float(np.nanmax(effective)),
+    'num_clients': len(counts),
+    'num_without_examples': int((sizes == 0).sum()),
+    'num_examples': int(sizes.sum()),
+    'size_min': int(sizes.min()),
+    'size_median': float(np.median(sizes)),
+    'size_max': int(sizes.max()),
+    'size_gini': gini(sizes),
+    'total_variation_mean': float(np.nanmean(distance)),
+    'effective_classes_mean': float(np.nanmean(effective)),
+    'effective_classes_min': float(np.nanmin(effective)),
+    'effective_classes_max': float(np.nanmax(effective)),
   }
 
 

@@ -4,7 +4,8 @@ aggregate  they are averaged with the model (the official codes of this field).
            Nothing to add: every aggregating method does it.
 local      each client keeps its own and begins with them. FedBN (Li et al., ICLR
            2021, arXiv:2102.07623) keeps the layers' scale and bias at home as
-           well, SiloBN (Andreux et al., DART 2020) only the statistics, as here.
+           well, SiloBN (Andreux et al., DART 2020) only the statistics, as
+           here.
            Deviation: statistics still travel up with the model, since teachers
            on the server run with their own; a client in its first round begins
            with the received ones.
@@ -24,7 +25,8 @@ POLICIES = ('aggregate', 'local', 'reset')
 
 
 def with_policy(
-    policy: str, method: Method, model: Model, batch_size: int = 50) -> Method:
+  policy: str, method: Method, model: Model, batch_size: int = 50
+) -> Method:
   """`method` under a policy for statistics.
 
   Args:
@@ -68,8 +70,10 @@ def local_stats() -> Method:
 
 
 def reset_stats(
-    model: Model, batch_size: int = 50,
-    momentum: float = layers.BATCH_NORM_MOMENTUM) -> Method:
+  model: Model,
+  batch_size: int = 50,
+  momentum: float = layers.BATCH_NORM_MOMENTUM,
+) -> Method:
   """Clients begin with statistics of their own data.
 
   Args:
@@ -88,7 +92,8 @@ def reset_stats(
 
     def of_batch(batch):
       new = model.apply(
-          view.variables, batch.x, mask=batch.mask, train=True).stats
+        view.variables, batch.x, mask=batch.mask, train=True
+      ).stats
       return jax.tree.map(lambda a, b: a + (b - a) / momentum, old, new)
 
     stats = clients.mean_over_examples(of_batch, view.data, batch_size)

@@ -12,8 +12,8 @@ def label_probability(target: jax.Array, labels: jax.Array) -> jax.Array:
   """[B] probability that the ensemble gives each image's label.
 
   Args:
-    target: [B, C], rows of any sum, such as those of an ensemble whose weights do
-      not sum to 1.
+    target: [B, C], rows of any sum, such as those of an ensemble whose weights
+      do not sum to 1.
     labels: [B].
   """
   return jnp.take_along_axis(normalised(target), labels[:, None], axis=1)[:, 0]
@@ -38,11 +38,13 @@ def kl_from_target(target: jax.Array, logits: jax.Array) -> jax.Array:
 def relative_distance(tree, origin) -> jax.Array:
   """Norm of `tree` - `origin` over the norm of `origin`."""
   norm = optax.tree.norm(origin)
-  return optax.tree.norm(optax.tree.sub(tree, origin)) / jnp.maximum(norm, 1e-12)
+  return optax.tree.norm(optax.tree.sub(tree, origin)) / jnp.maximum(
+    norm, 1e-12
+  )
 
 
 def of_images(
-    target: jax.Array, labels: jax.Array, before: jax.Array, after: jax.Array
+  target: jax.Array, labels: jax.Array, before: jax.Array, after: jax.Array
 ) -> dict[str, jax.Array]:
   """Measures one iteration's images by the ensemble and the student.
 
@@ -55,15 +57,17 @@ def of_images(
   Returns:
     Means over the batch: 'recognised', the probability of the label;
     'ensemble_ce' and 'ensemble_entropy', the ensemble's cross-entropy with the
-    label and its entropy; 'gap' and 'gap_left', KL(ensemble || student) before and
-    after.
+    label and its entropy; 'gap' and 'gap_left', KL(ensemble || student) before
+    and after.
   """
   of_label, target = label_probability(target, labels), normalised(target)
-  return {'recognised': jnp.mean(of_label),
-          'ensemble_ce': -jnp.mean(jnp.log(of_label + 1e-12)),
-          'ensemble_entropy': jnp.mean(entropy(target)),
-          'gap': kl_from_target(target, before),
-          'gap_left': kl_from_target(target, after)}
+  return {
+    'recognised': jnp.mean(of_label),
+    'ensemble_ce': -jnp.mean(jnp.log(of_label + 1e-12)),
+    'ensemble_entropy': jnp.mean(entropy(target)),
+    'gap': kl_from_target(target, before),
+    'gap_left': kl_from_target(target, after),
+  }
 
 
 def per_teacher(terms) -> tuple[str, ...]:
@@ -72,8 +76,11 @@ def per_teacher(terms) -> tuple[str, ...]:
 
 
 def of_round(
-    by_name: dict[str, jax.Array], arrived: jax.Array, before: Variables,
-    after: Variables) -> dict[str, jax.Array]:
+  by_name: dict[str, jax.Array],
+  arrived: jax.Array,
+  before: Variables,
+  after: Variables,
+) -> dict[str, jax.Array]:
   """Averages what `fed_ftg.fine_tune` returns over a round.
 
   Args:
@@ -87,8 +94,10 @@ def of_round(
     'stats_moved'), see `relative_distance`.
   """
   present = distillation.present(arrived)
-  means = {name: jnp.mean(value @ present if name in ('md', 'cls', 'dis') else value)
-           for name, value in by_name.items()}
+  means = {
+    name: jnp.mean(value @ present if name in ('md', 'cls', 'dis') else value)
+    for name, value in by_name.items()
+  }
   means['moved'] = relative_distance(after.params, before.params)
   if jax.tree.leaves(before.stats):
     means['stats_moved'] = relative_distance(after.stats, before.stats)

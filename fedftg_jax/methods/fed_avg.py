@@ -9,7 +9,7 @@ BatchNorm statistics take the plain weighted mean; server optimisers move
 parameters only.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from fedftg_jax.base import Info, Method, Variables
 
 
 def fed_avg(
-    server_optimizer: optax.GradientTransformation | None = None) -> Method:
+  server_optimizer: optax.GradientTransformation | None = None,
+) -> Method:
   """Weighted mean of the clients' models, as an optimiser's step.
 
   Args:
@@ -28,6 +29,7 @@ def fed_avg(
   Returns:
     The method. It aggregates: a chain has exactly one such part, the first.
   """
+
   def mean(params, received):
     del params
     return received.average.params
@@ -36,8 +38,8 @@ def fed_avg(
 
 
 def aggregate(
-    mean: Callable,
-    server_optimizer: optax.GradientTransformation | None = None) -> Method:
+  mean: Callable, server_optimizer: optax.GradientTransformation | None = None
+) -> Method:
   """What all aggregating methods share: a new model out of the received ones.
 
   Args:
@@ -61,7 +63,8 @@ def aggregate(
     if server_optimizer is not None:
       pseudo_gradient = jax.tree.map(jnp.subtract, variables.params, params)
       updates, shared = server_optimizer.update(
-          pseudo_gradient, shared, variables.params)
+        pseudo_gradient, shared, variables.params
+      )
       params = optax.apply_updates(variables.params, updates)
     return Variables(params, received.average.stats), shared, Info()
 

@@ -4,8 +4,9 @@ Lin, Kong, Stich and Jaggi, Ensemble Distillation for Robust Model Fusion in
 Federated Learning, NeurIPS 2020, arXiv:2006.07242. Two forms, each run after
 the part that aggregates:
 
-`fed_df_public` distils on unlabelled public images that the server holds, as the
-paper does (softmax of the clients' mean logits); nothing but models is sent.
+`fed_df_public` distils on unlabelled public images that the server holds, as
+the paper does (softmax of the clients' mean logits); nothing but models is
+sent.
 Deviations: a fixed number of steps, without early stopping on validation data;
 the learning rate is constant within a round.
 
@@ -22,14 +23,14 @@ a generator of its own only as a variant.
 Privacy: `fed_df` tells the server every client's class counts.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedftg_jax import distillation
-from fedftg_jax import losses
+from fedftg_jax import distillation, losses
 from fedftg_jax.base import Generator, Info, Method, Model, Variables
 from fedftg_jax.models import layers
 
@@ -46,31 +47,34 @@ class Options(NamedTuple):
     generator_lr: of the generator's Adam; likewise.
     weight_decay: of both.
     lambda_dis: weight of the diversity term.
-    ensemble: how teachers combine: `distillation.mean_of_probabilities` (code) or
-      `distillation.mean_of_logits` (paper).
+    ensemble: how teachers combine: `distillation.mean_of_probabilities` (code)
+      or `distillation.mean_of_logits` (paper).
   """
+
   generator_steps: int = 50
   student_steps: int = 20
   batch_size: int = 50
-  student_lr: float | Callable = .1
-  generator_lr: float | Callable = .01
+  student_lr: float | Callable = 0.1
+  generator_lr: float | Callable = 0.01
   weight_decay: float = 1e-3
-  lambda_dis: float = 1.
+  lambda_dis: float = 1.0
   ensemble: Callable = distillation.mean_of_probabilities
 
 
 def check(options: Options) -> None:
   """Checks the numbers; ValueError names a wrong one and what would be right."""
   distillation.check_least(
-      generator_steps=(options.generator_steps, 0),
-      student_steps=(options.student_steps, 0), batch_size=(options.batch_size, 1))
+    generator_steps=(options.generator_steps, 0),
+    student_steps=(options.student_steps, 0),
+    batch_size=(options.batch_size, 1),
+  )
 
 
 def fed_df(
-    model: Model,
-    generator: Generator,
-    num_classes: int,
-    options: Options = Options(),
+  model: Model,
+  generator: Generator,
+  num_classes: int,
+  options: Options = Options(),
 ) -> Method:
   """FedDF on generated images; refines the mean.
 
@@ -99,23 +103,39 @@ def fed_df(
     z, labels = draw(key, counts.sum(0), generator.noise_dim, options)
     cut = options.generator_steps
     shared, terms = train_generator(
-        model, generator, shared, teachers, received, z[:cut], labels[:cut],
-        options)
+      model,
+      generator,
+      shared,
+      teachers,
+      received,
+      z[:cut],
+      labels[:cut],
+      options,
+    )
 
     def examples(i):
       return generator.apply(shared, z[cut + i], labels[cut + i])[0]
 
     student, loss = _distil(
-        model, variables, teachers, received, examples, options)
-    metrics = {f'fed_df/{name}': jnp.sum(value) / max(cut, 1)
-               for name, value in terms.items()}
-    return student, shared, Info(
-        {**metrics, 'fed_df/student': loss}, {'distilled': student})
+      model, variables, teachers, received, examples, options
+    )
+    metrics = {
+      f'fed_df/{name}': jnp.sum(value) / max(cut, 1)
+      for name, value in terms.items()
+    }
+    return (
+      student,
+      shared,
+      Info({**metrics, 'fed_df/student': loss}, {'distilled': student}),
+    )
 
   return Method(
-      init=init, update=update, synthesise=distillation.draw_images(generator),
-      upload=distillation.count_labels(num_classes),
-      stacked=lambda sent: (sent.model, sent.message))
+    init=init,
+    update=update,
+    synthesise=distillation.draw_images(generator),
+    upload=distillation.count_labels(num_classes),
+    stacked=lambda sent: (sent.model, sent.message),
+  )
 
 
 def fed_df_public(model: Model, options: Options = Options()) -> Method:
@@ -142,31 +162,43 @@ def fed_df_public(model: Model, options: Options = Options()) -> Method:
 
     def examples(i):
       rows = jax.random.randint(
-          jax.random.fold_in(key, i), (options.batch_size,), 0, len(images))
+        jax.random.fold_in(key, i), (options.batch_size,), 0, len(images)
+      )
       return images[rows]
 
     student, loss = _distil(
-        model, variables, received.spread(received.stacked), received, examples,
-        options)
-    return student, shared, Info(
-        {'fed_df/student': loss}, {'distilled': student})
+      model,
+      variables,
+      received.spread(received.stacked),
+      received,
+      examples,
+      options,
+    )
+    return (
+      student,
+      shared,
+      Info({'fed_df/student': loss}, {'distilled': student}),
+    )
 
   return Method(stacked=lambda sent: sent.model, update=update)
 
 
 def draw(key, counts, noise_dim, options):
-  """Noise [steps, B, noise] and labels [steps, B], the generator's steps first.
-  """
+  """Noise [steps, B, noise] and labels [steps, B], the generator's steps first."""
   num = options.generator_steps + options.student_steps
   key_noise, key_labels = jax.random.split(key)
   labels = distillation.quota_labels(
-      key_labels, counts, num * options.batch_size)
+    key_labels, counts, num * options.batch_size
+  )
   shape = num, options.batch_size
-  return jax.random.normal(key_noise, (*shape, noise_dim)), labels.reshape(shape)
+  return jax.random.normal(key_noise, (*shape, noise_dim)), labels.reshape(
+    shape
+  )
 
 
 def train_generator(
-    model, generator, variables, teachers, received, z, labels, options):
+  model, generator, variables, teachers, received, z, labels, options
+):
   """The first phase: one Adam step per row of `z` [steps, B, noise].
 
   Returns:
@@ -175,29 +207,36 @@ def train_generator(
   present = distillation.present(received.arrived)
   rate = distillation.rate_of(options.generator_lr, received)
   optimizer = optax.chain(
-      optax.add_decayed_weights(options.weight_decay), optax.adam(rate))
+    optax.add_decayed_weights(options.weight_decay), optax.adam(rate)
+  )
   passes = 1 + jnp.sum(received.arrived)
 
   def loss_fn(params, stats, z, labels):
     images, new = generator.apply(
-        Variables(params, stats), z, labels, train=True)
+      Variables(params, stats), z, labels, train=True
+    )
     logits = distillation.teacher_logits(model, teachers, images)
-    cls = jnp.sum(present * jax.vmap(
-        lambda l: losses.cross_entropy(l, labels))(logits))
+    cls = jnp.sum(
+      present * jax.vmap(lambda own: losses.cross_entropy(own, labels))(logits)
+    )
     dis = losses.diversity(z, images)
     return cls + options.lambda_dis * dis, (
-        _repeated(stats, new, passes), {'cls': cls, 'dis': dis})
+      _repeated(stats, new, passes),
+      {'cls': cls, 'dis': dis},
+    )
 
   def step(carry, draws):
     (params, stats), opt_state = carry
     grads, (stats, terms) = jax.grad(loss_fn, has_aux=True)(
-        params, stats, *draws)
+      params, stats, *draws
+    )
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     return (Variables(params, stats), opt_state), terms
 
   (variables, _), terms = jax.lax.scan(
-      step, (variables, optimizer.init(variables.params)), (z, labels))
+    step, (variables, optimizer.init(variables.params)), (z, labels)
+  )
   return variables, terms
 
 
@@ -211,8 +250,9 @@ def _repeated(old, new, times):
 def _distil(model, student, teachers, received, images, options):
   """The student's steps on `images(i)`; the student and its mean loss."""
   weight = jnp.broadcast_to(
-      distillation.present(received.arrived)[:, None],
-      (len(received.arrived), options.batch_size))
+    distillation.present(received.arrived)[:, None],
+    (len(received.arrived), options.batch_size),
+  )
 
   def examples(i):
     x = images(i)
@@ -220,11 +260,18 @@ def _distil(model, student, teachers, received, images, options):
     return x, options.ensemble(logits, weight)
 
   def loss(logits, target):
-    return jnp.mean(optax.losses.kl_divergence(
-        jax.nn.log_softmax(logits), target))
+    return jnp.mean(
+      optax.losses.kl_divergence(jax.nn.log_softmax(logits), target)
+    )
 
   student, values = distillation.distil(
-      model, student, distillation.sgd(
-          distillation.rate_of(options.student_lr, received), options.weight_decay),
-      loss, examples, options.student_steps)
+    model,
+    student,
+    distillation.sgd(
+      distillation.rate_of(options.student_lr, received), options.weight_decay
+    ),
+    loss,
+    examples,
+    options.student_steps,
+  )
   return student, jnp.sum(values) / max(options.student_steps, 1)

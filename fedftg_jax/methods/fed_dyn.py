@@ -1,9 +1,9 @@
 """FedDyn: dynamic regularisation that aligns local and global optima.
 
-Acar, Zhao, Navarro, Mattina, Whatmough and Saligrama, Federated Learning Based on
-Dynamic Regularization, ICLR 2021, arXiv:2111.04263. With h_k = -(the paper's
-gradient memory) / alpha, a_k = alpha / s_k and s_k = N n_k / sum_j n_j, as in the
-official code:
+Acar, Zhao, Navarro, Mattina, Whatmough and Saligrama, Federated Learning Based
+on Dynamic Regularization, ICLR 2021, arXiv:2111.04263. With h_k = -(the paper's
+gradient memory) / alpha, a_k = alpha / s_k and s_k = N n_k / sum_j n_j, as in
+the official code:
 
   client   min CE + a_k <theta, h_k - w> + a_k / 2 ||theta||^2   (w as received)
            h_k <- h_k + w_k - w
@@ -22,7 +22,7 @@ import optax
 from fedftg_jax.base import Info, Method
 
 
-def fed_dyn(alpha: float = .01) -> Method:
+def fed_dyn(alpha: float = 0.01) -> Method:
   """The dual variables; corrects the mean, so it follows what aggregates.
 
   Args:
@@ -58,12 +58,19 @@ def fed_dyn(alpha: float = .01) -> Method:
 
   def update(variables, shared, received, key):
     del key
-    shared = optax.tree.add(shared, optax.tree.scale(
-        1 / received.num_clients, received.summed))
+    shared = optax.tree.add(
+      shared, optax.tree.scale(1 / received.num_clients, received.summed)
+    )
     if not alpha:  # no regulariser: the mean needs no correction
       return variables, shared, Info()
     params = optax.tree.add(variables.params, shared)
     return variables._replace(params=params), shared, Info()
 
-  return Method(init=init, penalty=penalty, decay=strength, upload=upload,
-                summed=lambda sent: sent.delta.params, update=update)
+  return Method(
+    init=init,
+    penalty=penalty,
+    decay=strength,
+    upload=upload,
+    summed=lambda sent: sent.delta.params,
+    update=update,
+  )

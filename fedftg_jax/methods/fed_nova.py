@@ -1,7 +1,8 @@
 """FedNova: normalised averaging for unequal numbers of local steps.
 
-Wang, Liu, Liang, Joshi and Poor, Tackling the Objective Inconsistency Problem in
-Heterogeneous Federated Optimization, NeurIPS 2020, arXiv:2007.07481, Eq. 6 with
+Wang, Liu, Liang, Joshi and Poor, Tackling the Objective Inconsistency Problem
+in Heterogeneous Federated Optimization, NeurIPS 2020, arXiv:2007.07481, Eq. 6
+with
 plain SGD: a client's change counts per step,
 
   w <- w + tau_eff sum_k p_k (w_k - w) / tau_k,   tau_eff = sum_k p_k tau_k.
@@ -18,7 +19,8 @@ from fedftg_jax.methods import fed_avg
 
 
 def fed_nova(
-    server_optimizer: optax.GradientTransformation | None = None) -> Method:
+  server_optimizer: optax.GradientTransformation | None = None,
+) -> Method:
   """The normalised mean; it aggregates.
 
   Args:
@@ -43,4 +45,5 @@ def fed_nova(
     return optax.tree.add(params, optax.tree.scale(effective, change))
 
   return fed_avg.aggregate(mean, server_optimizer)._replace(
-      upload=upload, summed=summed)
+    upload=upload, summed=summed
+  )

@@ -9,9 +9,9 @@ arXiv:2103.16257, Eq. 3: the local objective gains
 with e the features of the model in training, e_glob of the received one and
 e_prev of the client's last, both frozen and in eval mode. In its first round a
 client has no last model, and the term is 0 (the official codes' choice).
-Features are the input of the last layer: the projected embedding where the model
-has a projection head (the paper; `models.build(projection_dim=...)`), else the
-pooled features (the official FedFTG code).
+Features are the input of the last layer: the projected embedding where the
+model has a projection head (the paper; `models.build(projection_dim=...)`),
+else the pooled features (the official FedFTG code).
 """
 
 import jax
@@ -21,7 +21,7 @@ from fedftg_jax import losses
 from fedftg_jax.base import Method, Model
 
 
-def moon(model: Model, mu: float = .5, tau: float = 5.) -> Method:
+def moon(model: Model, mu: float = 0.5, tau: float = 5.0) -> Method:
   """The model-contrastive term.
 
   Args:
@@ -48,8 +48,10 @@ def moon(model: Model, mu: float = .5, tau: float = 5.) -> Method:
   def penalty(variables, output, batch, view, key):
     del variables, key
     previous, seen = view.own
-    near, far = (jax.lax.stop_gradient(model.apply(v, batch.x).features)
-                 for v in (view.received, previous))
+    near, far = (
+      jax.lax.stop_gradient(model.apply(v, batch.x).features)
+      for v in (view.received, previous)
+    )
     contrast = losses.contrast(output.features, near, far, tau)
     return mu * seen * losses.masked_mean(contrast, batch.mask)
 

@@ -23,9 +23,9 @@ _SMALLEST_LOSS = 1e-10
 
 
 def q_fed_avg(
-    q: float = 1.,
-    server_optimizer: optax.GradientTransformation | None = None,
-    batch_size: int = 50,
+  q: float = 1.0,
+  server_optimizer: optax.GradientTransformation | None = None,
+  batch_size: int = 50,
 ) -> Method:
   """The fair mean; it aggregates.
 
@@ -47,22 +47,29 @@ def q_fed_avg(
     def cross_entropy(batch):
       return objective.loss(view.received, batch, key)[1].cross_entropy
 
-    loss = jnp.maximum(_SMALLEST_LOSS, clients.mean_over_examples(
-        cross_entropy, view.data, batch_size))
+    loss = jnp.maximum(
+      _SMALLEST_LOSS,
+      clients.mean_over_examples(cross_entropy, view.data, batch_size),
+    )
     change = optax.tree.sub(local.variables.params, view.received.params)
     rate = jnp.where(local.step_size > 0, local.step_size, 1)
     curvature = optax.tree.norm(change, squared=True) / rate
-    return view.own, (loss**q, q * loss**(q - 1) * curvature + loss**q)
+    return view.own, (loss**q, q * loss ** (q - 1) * curvature + loss**q)
 
   def summed(sent):
     fair, denominator = sent.message
-    return (optax.tree.scale(sent.weight * fair, sent.delta.params),
-            sent.weight * denominator)
+    return (
+      optax.tree.scale(sent.weight * fair, sent.delta.params),
+      sent.weight * denominator,
+    )
 
   def mean(params, received):
     change, denominator = received.summed
-    return optax.tree.add(params, optax.tree.scale(
-        1 / jnp.maximum(denominator, _SMALLEST_LOSS), change))
+    return optax.tree.add(
+      params,
+      optax.tree.scale(1 / jnp.maximum(denominator, _SMALLEST_LOSS), change),
+    )
 
   return fed_avg.aggregate(mean, server_optimizer)._replace(
-      upload=upload, summed=summed)
+    upload=upload, summed=summed
+  )

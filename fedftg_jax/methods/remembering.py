@@ -1,10 +1,10 @@
 """One more teacher for any part that distils: the model that was broadcast.
 
-Ours, of no paper. Under partial participation the clients of a round know nothing
-of classes that only absent clients have. The broadcast model does, from earlier
-rounds; it joins the teachers with the class counts of those rounds, discounted. If
-cohorts are alike, its share of a class's weight is about the discount; of a class
-that the cohort lacks it has all.
+Ours, of no paper. Under partial participation the clients of a round know
+nothing of classes that only absent clients have. The broadcast model does, from
+earlier rounds; it joins the teachers with the class counts of those rounds,
+discounted. If cohorts are alike, its share of a class's weight is about the
+discount; of a class that the cohort lacks it has all.
 """
 
 from typing import NamedTuple
@@ -17,16 +17,17 @@ from fedftg_jax.base import Method, PyTree
 
 class Slot(NamedTuple):
   """The server slot of `remembering`."""
-  inner: PyTree     # of the part that it wraps
-  past: jax.Array   # [C] class counts of earlier rounds, discounted
+
+  inner: PyTree  # of the part that it wraps
+  past: jax.Array  # [C] class counts of earlier rounds, discounted
 
 
 def remembering(part: Method, num_classes: int, decay: float) -> Method:
   """Adds the broadcast model to the teachers of `part`, as the last of them.
 
   Args:
-    part: a method whose `stacked` is (models, class counts), such as `fed_ftg` and
-      `fed_df`.
+    part: a method whose `stacked` is (models, class counts), such as `fed_ftg`
+      and `fed_df`.
     num_classes: C.
     decay: discount of the class counts per round.
 
@@ -47,18 +48,24 @@ def remembering(part: Method, num_classes: int, decay: float) -> Method:
     teachers, counts = received.stacked
     past = jnp.round(shared.past).astype(counts.dtype)
     teachers, counts_of_all, arrived = jax.tree.map(
-        lambda cohort, one: jnp.concatenate([cohort, one[None]]),
-        (teachers, counts, received.arrived),
-        (received.broadcast, past, jnp.any(past)))
+      lambda cohort, one: jnp.concatenate([cohort, one[None]]),
+      (teachers, counts, received.arrived),
+      (received.broadcast, past, jnp.any(past)),
+    )
     variables, inner, info = part.update(
-        variables, shared.inner, received._replace(
-            stacked=(teachers, counts_of_all), arrived=arrived), key)
+      variables,
+      shared.inner,
+      received._replace(stacked=(teachers, counts_of_all), arrived=arrived),
+      key,
+    )
     past = decay * (shared.past + jnp.sum(counts, axis=0))
     return variables, Slot(inner, past), info
 
   return part._replace(
-      init=init, update=update,
-      broadcast=lambda shared: part.broadcast(shared.inner),
-      start=lambda view, shared, *args: part.start(view, shared.inner, *args),
-      synthesise=part.synthesise and (
-          lambda shared, *args: part.synthesise(shared.inner, *args)))
+    init=init,
+    update=update,
+    broadcast=lambda shared: part.broadcast(shared.inner),
+    start=lambda view, shared, *args: part.start(view, shared.inner, *args),
+    synthesise=part.synthesise
+    and (lambda shared, *args: part.synthesise(shared.inner, *args)),
+  )

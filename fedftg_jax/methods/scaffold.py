@@ -14,8 +14,9 @@ Deviations: the paper has no s_k (they are 1 for equal clients; note that c is
 not divided by s_k in option 2, as in the codes). The official codes take M = 50
 steps whatever a client's size (--local_steps) and an unweighted mean
 (weighting='uniform', as recipes do); the paper's server step size is a server
-optimiser, optax.sgd(eta_g). Two defects of theirs are arguments: `learning_rate`
-and `untuned_reference`. The control variates cover parameters only.
+optimiser, optax.sgd(eta_g). Two defects of theirs are arguments:
+`learning_rate` and `untuned_reference`. The control variates cover parameters
+only.
 """
 
 import jax
@@ -30,10 +31,10 @@ OPTIONS = (1, 2)
 
 
 def scaffold(
-    option: int = 2,
-    learning_rate: float | None = None,
-    untuned_reference: bool = False,
-    batch_size: int = 50,
+  option: int = 2,
+  learning_rate: float | None = None,
+  untuned_reference: bool = False,
+  batch_size: int = 50,
 ) -> Method:
   """The control variates.
 
@@ -72,9 +73,14 @@ def scaffold(
 
   def full_gradient(view, objective, key):
     def gradient(batch):
-      return jax.grad(lambda params: objective.loss(
-          view.received._replace(params=params), batch, key
-          )[1].cross_entropy)(view.received.params)
+      return jax.grad(
+        lambda params: (
+          objective.loss(view.received._replace(params=params), batch, key)[
+            1
+          ].cross_entropy
+        )
+      )(view.received.params)
+
     return clients.mean_over_examples(gradient, view.data, batch_size)
 
   def mean_step(view, local):
@@ -85,25 +91,37 @@ def scaffold(
     length = local.num_steps * rate
     length = jnp.where(length > 0, length, 1)
     return jax.tree.map(
-        lambda c_k, c, w, w_k: c_k - c + (w - w_k) / length,
-        view.own, server, reference, local.variables.params)
+      lambda c_k, c, w, w_k: c_k - c + (w - w_k) / length,
+      view.own,
+      server,
+      reference,
+      local.variables.params,
+    )
 
   def upload(view, local, objective, key):
-    own = (full_gradient(view, objective, key) if option == 1
-           else mean_step(view, local))
+    own = (
+      full_gradient(view, objective, key)
+      if option == 1
+      else mean_step(view, local)
+    )
     own = trees.where(local.num_steps > 0, own, view.own)
     return own, optax.tree.sub(own, view.own)
 
   def update(variables, shared, received, key):
     del key
     server, reference = shared
-    server = optax.tree.add(server, optax.tree.scale(
-        1 / received.num_clients, received.summed))
+    server = optax.tree.add(
+      server, optax.tree.scale(1 / received.num_clients, received.summed)
+    )
     if untuned_reference:
       reference = variables.params
     return variables, (server, reference), Info()
 
   return Method(
-      init=init, broadcast=lambda shared: shared, penalty=penalty,
-      upload=upload, summed=lambda sent: optax.tree.scale(sent.share, sent.message),
-      update=update)
+    init=init,
+    broadcast=lambda shared: shared,
+    penalty=penalty,
+    upload=upload,
+    summed=lambda sent: optax.tree.scale(sent.share, sent.message),
+    update=update,
+  )

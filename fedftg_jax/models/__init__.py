@@ -1,6 +1,6 @@
 """Classifiers and the generator, as pairs of pure functions."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from flax import linen as nn
 import jax
@@ -8,32 +8,28 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fedftg_jax import base
-from fedftg_jax.models import classifiers
-from fedftg_jax.models import convolution
-from fedftg_jax.models import layers
-from fedftg_jax.models import resnet
-from fedftg_jax.models import vgg
+from fedftg_jax.models import classifiers, convolution, layers, resnet, vgg
 from fedftg_jax.models.generator import image_generator
 
 CLASSIFIERS = {
-    'mlp': classifiers.mlp,
-    'lenet': classifiers.lenet,
-    'fedavg_cnn': classifiers.fedavg_cnn,
-    'resnet18': resnet.resnet18,
-    'resnet18_cifar': resnet.resnet18_cifar,
-    'resnet20': resnet.resnet20,
-    'vgg11': vgg.vgg11,
+  'mlp': classifiers.mlp,
+  'lenet': classifiers.lenet,
+  'fedavg_cnn': classifiers.fedavg_cnn,
+  'resnet18': resnet.resnet18,
+  'resnet18_cifar': resnet.resnet18_cifar,
+  'resnet20': resnet.resnet20,
+  'vgg11': vgg.vgg11,
 }
 
 # The norm of each classifier where none is asked for.
 DEFAULT_NORMS = {
-    'mlp': 'none',
-    'lenet': 'none',
-    'fedavg_cnn': 'none',
-    'resnet18': 'batch',
-    'resnet18_cifar': 'batch',
-    'resnet20': 'batch',
-    'vgg11': 'batch',
+  'mlp': 'none',
+  'lenet': 'none',
+  'fedavg_cnn': 'none',
+  'resnet18': 'batch',
+  'resnet18_cifar': 'batch',
+  'resnet20': 'batch',
+  'vgg11': 'batch',
 }
 
 # The others take images of any size.
@@ -41,17 +37,17 @@ _MIN_SIZES = {'lenet': 4, 'fedavg_cnn': 4}
 
 
 def build(
-    name: str,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    *,
-    mean: Sequence[float] = (0.,),
-    std: Sequence[float] = (1.,),
-    norm: str | None = None,
-    conv: str | None = None,
-    projection_dim: int = 0,
-    torch_bn: bool = True,
-    dtype: DTypeLike | None = None,
+  name: str,
+  image_shape: tuple[int, int, int],
+  num_classes: int,
+  *,
+  mean: Sequence[float] = (0.0,),
+  std: Sequence[float] = (1.0,),
+  norm: str | None = None,
+  conv: str | None = None,
+  projection_dim: int = 0,
+  torch_bn: bool = True,
+  dtype: DTypeLike | None = None,
 ) -> base.Model:
   """A classifier by name.
 
@@ -63,8 +59,8 @@ def build(
     std: likewise.
     norm: 'none', 'batch' or 'group' (2 groups), where the model has norms; None
       for the model's own, see `DEFAULT_NORMS`.
-    conv: how convolutions are computed, see `convolution.convolve`; None for what
-      suits the device, see `convolution.default`.
+    conv: how convolutions are computed, see `convolution.convolve`; None for
+      what suits the device, see `convolution.default`.
     projection_dim: width of MOON's projection head, 0 for a model without one,
       see `layers.head`.
     torch_bn: whether BatchNorm's running variance takes the unbiased estimate,
@@ -88,11 +84,13 @@ def build(
   size = _MIN_SIZES.get(name, 1)
   if min(image_shape[:2]) < size:
     raise ValueError(
-        f'{name} needs images of at least {size} x {size}, got '
-        f'{image_shape[0]} x {image_shape[1]}.')
+      f'{name} needs images of at least {size} x {size}, got '
+      f'{image_shape[0]} x {image_shape[1]}.'
+    )
   options = layers.Options(norm, conv, projection_dim, torch_bn)
   return from_flax(
-      CLASSIFIERS[name](num_classes, options), image_shape, mean, std, dtype)
+    CLASSIFIERS[name](num_classes, options), image_shape, mean, std, dtype
+  )
 
 
 def _check(what, value, choices):
@@ -101,11 +99,11 @@ def _check(what, value, choices):
 
 
 def from_flax(
-    module: nn.Module,
-    image_shape: Sequence[int],
-    mean: Sequence[float] = (0.,),
-    std: Sequence[float] = (1.,),
-    dtype: DTypeLike | None = None,
+  module: nn.Module,
+  image_shape: Sequence[int],
+  mean: Sequence[float] = (0.0,),
+  std: Sequence[float] = (1.0,),
+  dtype: DTypeLike | None = None,
 ) -> base.Model:
   """Wraps a linen module `(x, mask, train) -> (logits, features)`.
 
@@ -128,18 +126,21 @@ def from_flax(
       logits, features = module.apply(tree, x, mask)
       return base.Output(logits, features, variables.stats)
     (logits, features), new = module.apply(
-        tree, x, mask, True, mutable=['batch_stats'])
+      tree, x, mask, True, mutable=['batch_stats']
+    )
     return base.Output(logits, features, new.get('batch_stats', {}))
 
   return base.Model(init, apply)
 
 
 def normalise(
-    x: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+  x: jax.Array, mean: Sequence[float], std: Sequence[float]
+) -> jax.Array:
   """Raw pixels (uint8) scaled to [0, 1] and normalised per channel; floats are
   taken as they are."""
   if x.dtype != jnp.uint8:
     return x
   dtype = jnp.result_type(float)
   return (x.astype(dtype) / 255 - jnp.asarray(mean, dtype)) / jnp.asarray(
-      std, dtype)
+    std, dtype
+  )

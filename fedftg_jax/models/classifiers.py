@@ -5,7 +5,7 @@ that FedAvg (McMahan et al., AISTATS 2017, arXiv:1602.05629) used, with SAME
 padding.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from flax import linen as nn
 
@@ -14,6 +14,7 @@ from fedftg_jax.models import layers
 
 class MLP(nn.Module):
   """Fully connected layers with ReLU."""
+
   num_classes: int
   widths: Sequence[int] = (200, 200)
   projection_dim: int = 0
@@ -32,6 +33,7 @@ class CNN(nn.Module):
   ReLU comes after the pooling: the result is the same, on a quarter of the
   values. A convolution in front of a BatchNorm has no bias.
   """
+
   num_classes: int
   conv_widths: Sequence[int]
   dense_widths: Sequence[int]
@@ -42,13 +44,16 @@ class CNN(nn.Module):
   def __call__(self, x, mask=None, train=False):
     options = self.options
     for i, width in enumerate(self.conv_widths):
-      x = layers.Conv(width, self.size, options.norm != 'batch', options.conv,
-                      name=f'conv{i}')(x)
-      x = layers.Norm(options.norm, unbiased=options.torch_bn,
-                      name=f'norm{i}')(x, mask, train)
+      x = layers.Conv(
+        width, self.size, options.norm != 'batch', options.conv, name=f'conv{i}'
+      )(x)
+      x = layers.Norm(options.norm, unbiased=options.torch_bn, name=f'norm{i}')(
+        x, mask, train
+      )
       x = nn.relu(layers.max_pool(x))
-    return MLP(self.num_classes, self.dense_widths, options.projection_dim,
-               name='mlp')(x)
+    return MLP(
+      self.num_classes, self.dense_widths, options.projection_dim, name='mlp'
+    )(x)
 
 
 def mlp(num_classes: int, options=layers.Options()) -> nn.Module:

@@ -1,8 +1,8 @@
 """Convolutions for stacked clients and for CPUs.
 
 A convolution with a kernel per client turns into a grouped convolution under
-`vmap`, and inside a loop the CPU backend runs any `lax.conv` on one slow path. As
-slices and matrix products it stays (batched) matrix products.
+`vmap`, and inside a loop the CPU backend runs any `lax.conv` on one slow path.
+As slices and matrix products it stays (batched) matrix products.
 """
 
 import functools
@@ -15,13 +15,13 @@ from fedftg_jax.models import windows as windows_
 from fedftg_jax.models import winograd
 from fedftg_jax.models.windows import taps
 
-# Numbers: gathered images of one convolution up to _CACHE are made at once, more
-# in blocks of at most _BLOCK.
+# Numbers: gathered images of one convolution up to _CACHE are made at once,
+# more in blocks of at most _BLOCK.
 _CACHE, _BLOCK = 2**22, 2**19
 IMPLEMENTATIONS = ('winograd', 'blocked', 'matmul', 'im2col', 'slices', 'lax')
-# By backend; the CPU's is measured (BUILD.md), the GPU's in part (docs/speed.md), the
-# TPU's is not. What suits a layer's shape is chosen within: see `winograd.tiling`
-# and `convolve`.
+# By backend; the CPU's is measured (BUILD.md), the GPU's in part
+# (docs/speed.md), the TPU's is not. What suits a layer's shape is chosen
+# within: see `winograd.tiling` and `convolve`.
 DEFAULTS = {'cpu': 'winograd', 'gpu': 'matmul', 'tpu': 'matmul'}
 
 
@@ -31,14 +31,18 @@ def default() -> str:
 
 
 def convolve(
-    x: jax.Array, kernel: jax.Array, implementation: str, stride: int = 1,
-    valid: bool = False) -> jax.Array:
+  x: jax.Array,
+  kernel: jax.Array,
+  implementation: str,
+  stride: int = 1,
+  valid: bool = False,
+) -> jax.Array:
   """Convolution with zero padding; at stride 1 it keeps the image size.
 
-  A 1 x 1 kernel is one matrix product whatever the implementation. The padding is
-  (k - 1) // 2 before and k // 2 after, for every stride, as in PyTorch ('SAME' pads
-  less in front of strides). The kernel is cast to the type of `x`; its gradient is
-  added up in its own.
+  A 1 x 1 kernel is one matrix product whatever the implementation. The padding
+  is (k - 1) // 2 before and k // 2 after, for every stride, as in PyTorch
+  ('SAME' pads less in front of strides). The kernel is cast to the type of `x`;
+  its gradient is added up in its own.
 
   Args:
     x: [B, H, W, I] images.
@@ -48,10 +52,10 @@ def convolve(
       the h * w shifted products; 'blocked' does so for a few images at a time,
       so that what is gathered stays in the CPU's cache; 'winograd' multiplies
       transformed tiles where that saves products, see `winograd`, and is else
-      'blocked', as it is in bfloat16, too short for the transforms; 'im2col' gathers always and leaves the gradient to JAX (those of
-      the first three are written by hand and have no forward mode); 'slices'
-      multiplies each shifted image and adds; 'lax' is
-      `jax.lax.conv_general_dilated`.
+      'blocked', as it is in bfloat16, too short for the transforms; 'im2col'
+      gathers always and leaves the gradient to JAX (those of the first three
+      are written by hand and have no forward mode); 'slices' multiplies each
+      shifted image and adds; 'lax' is `jax.lax.conv_general_dilated`.
     stride: in both directions.
     valid: no padding; the result is smaller by the kernel less one pixel.
 
@@ -61,19 +65,29 @@ def convolve(
   h, w, num_in, num_out = kernel.shape
   if x.dtype == jnp.bfloat16 and implementation == 'winograd':
     implementation = 'blocked'
-  padding = ((0, 0), (0, 0)) if valid else (
-      ((h - 1) // 2, h // 2), ((w - 1) // 2, w // 2))
+  padding = (
+    ((0, 0), (0, 0))
+    if valid
+    else (((h - 1) // 2, h // 2), ((w - 1) // 2, w // 2))
+  )
   if h == w == 1:
     implementation = 'matmul'
   if implementation == 'lax':
     return jax.lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), (stride, stride), padding,
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+      x,
+      kernel.astype(x.dtype),
+      (stride, stride),
+      padding,
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
   if implementation == 'slices':
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     kernel = kernel.astype(x.dtype)
-    return sum(taps(taps(x, 1, h, stride)[i], 2, w, stride)[j] @ kernel[i, j]
-               for i in range(h) for j in range(w))
+    return sum(
+      taps(taps(x, 1, h, stride)[i], 2, w, stride)[j] @ kernel[i, j]
+      for i in range(h)
+      for j in range(w)
+    )
   windows = windows_.Windows(x.shape[1:3], (h, w), padding, stride)
   if implementation == 'im2col':
     return windows.gather(x) @ kernel.reshape(-1, num_out).astype(x.dtype)
@@ -83,18 +97,20 @@ def convolve(
       return winograd.convolve(x, kernel, padding, plan)
   blocked = implementation in ('blocked', 'winograd')
   if num_in <= num_out or stride > 1:
-    return _gather_multiply(
-        windows, blocked, x, kernel.reshape(-1, num_out).T)
+    return _gather_multiply(windows, blocked, x, kernel.reshape(-1, num_out).T)
   # Each input gives to the outputs around it: the windows seen from them.
-  around = tuple((size - 1 - before, size - 1 - after)
-                 for size, (before, after) in zip((h, w), padding))
+  around = tuple(
+    (size - 1 - before, size - 1 - after)
+    for size, (before, after) in zip((h, w), padding)
+  )
   windows = windows_.Windows(windows.num, (h, w), around)
   flipped = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(num_in, -1)
   return _multiply_scatter(windows, blocked, x, flipped)
 
 
 def convolve_enlarged(
-    x: jax.Array, kernel: jax.Array, implementation: str) -> jax.Array:
+  x: jax.Array, kernel: jax.Array, implementation: str
+) -> jax.Array:
   """`convolve` of x enlarged by 2 (nearest neighbour), computed on x itself.
 
   A pixel of x adds to 4 x 4 pixels of the result, each time with a sum of the
@@ -116,12 +132,22 @@ def convolve_enlarged(
   folded = jnp.einsum('su,tv,uvio->stio', fold, fold, kernel)
   if implementation == 'lax':
     return jax.lax.conv_general_dilated(
-        x, folded[::-1, ::-1].astype(x.dtype), (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2),
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-  windows = windows_.Windows((2 * height, 2 * width), (4, 4), ((1, 1), (1, 1)), 2)
+      x,
+      folded[::-1, ::-1].astype(x.dtype),
+      (1, 1),
+      ((2, 2), (2, 2)),
+      lhs_dilation=(2, 2),
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+  windows = windows_.Windows(
+    (2 * height, 2 * width), (4, 4), ((1, 1), (1, 1)), 2
+  )
   return _multiply_scatter(
-      windows, implementation in ('blocked', 'winograd'), x,
-      folded.transpose(2, 0, 1, 3).reshape(num_in, -1))
+    windows,
+    implementation in ('blocked', 'winograd'),
+    x,
+    folded.transpose(2, 0, 1, 3).reshape(num_in, -1),
+  )
 
 
 # Two convolutions that are each other's transpose in the images, and share
@@ -133,8 +159,9 @@ def convolve_enlarged(
 def _gather_multiply(windows, blocked, x, kernel):
   """windows.gather(x) [..., n] times kernel [O, n]."""
   kernel = kernel.astype(x.dtype)
-  return _over_blocks(lambda x: ((), windows.gather(x) @ kernel.T),
-                      windows, blocked, x)[1]
+  return _over_blocks(
+    lambda x: ((), windows.gather(x) @ kernel.T), windows, blocked, x
+  )[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -142,16 +169,21 @@ def _multiply_scatter(windows, blocked, x, kernel):
   """windows.scatter(x times kernel) where kernel is [I, n]."""
   wide = kernel.shape[1] // math.prod(windows.size)
   kernel = kernel.astype(x.dtype)
-  return _over_blocks(lambda x: ((), windows.scatter(x @ kernel)),
-                      windows, blocked, x, wide=wide)[1]
+  return _over_blocks(
+    lambda x: ((), windows.scatter(x @ kernel)), windows, blocked, x, wide=wide
+  )[1]
 
 
 def _correlate(windows, blocked, wide, narrow, dtype):
   """[narrow's channels, n], the kernel's gradient, added up in its `dtype`."""
+
   def correlate(wide, narrow):
     rows = windows.gather(wide)
-    return jnp.matmul(narrow.reshape(-1, narrow.shape[-1]).T, rows.reshape(
-        -1, rows.shape[-1]), preferred_element_type=dtype), ()
+    return jnp.matmul(
+      narrow.reshape(-1, narrow.shape[-1]).T,
+      rows.reshape(-1, rows.shape[-1]),
+      preferred_element_type=dtype,
+    ), ()
 
   return _over_blocks(correlate, windows, blocked, wide, narrow)[0]
 
@@ -165,15 +197,23 @@ def _over_blocks(function, windows, blocked, *images, wide=None):
 
 
 _gather_multiply.defvjp(
-    lambda windows, blocked, x, kernel: (
-        _gather_multiply(windows, blocked, x, kernel), (x, kernel)),
-    lambda windows, blocked, saved, cotangent: (
-        _multiply_scatter(windows, blocked, cotangent, saved[1]),
-        _correlate(windows, blocked, saved[0], cotangent, saved[1].dtype)))
+  lambda windows, blocked, x, kernel: (
+    _gather_multiply(windows, blocked, x, kernel),
+    (x, kernel),
+  ),
+  lambda windows, blocked, saved, cotangent: (
+    _multiply_scatter(windows, blocked, cotangent, saved[1]),
+    _correlate(windows, blocked, saved[0], cotangent, saved[1].dtype),
+  ),
+)
 
 _multiply_scatter.defvjp(
-    lambda windows, blocked, x, kernel: (
-        _multiply_scatter(windows, blocked, x, kernel), (x, kernel)),
-    lambda windows, blocked, saved, cotangent: (
-        _gather_multiply(windows, blocked, cotangent, saved[1]),
-        _correlate(windows, blocked, cotangent, saved[0], saved[1].dtype)))
+  lambda windows, blocked, x, kernel: (
+    _multiply_scatter(windows, blocked, x, kernel),
+    (x, kernel),
+  ),
+  lambda windows, blocked, saved, cotangent: (
+    _gather_multiply(windows, blocked, cotangent, saved[1]),
+    _correlate(windows, blocked, cotangent, saved[0], saved[1].dtype),
+  ),
+)

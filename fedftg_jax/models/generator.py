@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fedftg_jax import base
-from fedftg_jax.models import convolution
-from fedftg_jax.models import layers
+from fedftg_jax.models import convolution, layers
 
 
 class ImageGenerator(nn.Module):
@@ -27,6 +26,7 @@ class ImageGenerator(nn.Module):
       rounding noise.
     conv: see `convolution.convolve`.
   """
+
   image_shape: tuple[int, int, int]
   num_classes: int
   width: int = 64
@@ -38,45 +38,59 @@ class ImageGenerator(nn.Module):
     height, width, channels = self.image_shape
     small = height // 4, width // 4, self.width
     one_hot = jax.nn.one_hot(labels, self.num_classes, dtype=z.dtype)
-    maps = [layers.Dense(small[0] * small[1] * small[2], name=name)(v)
-            .reshape(-1, *small)
-            for name, v in (('from_noise', z), ('from_label', one_hot))]
+    maps = [
+      layers.Dense(small[0] * small[1] * small[2], name=name)(v).reshape(
+        -1, *small
+      )
+      for name, v in (('from_noise', z), ('from_label', one_hot))
+    ]
     x = jnp.concatenate(maps, axis=-1)  # [B, H / 4, W / 4, 2 width]
     x = layers.BatchNorm(name='norm0')(x, train=train)
     for i, features in ((1, 2 * self.width), (2, self.width)):
-      x = layers.Conv(features, 3, self.bias_before_norm, self.conv,
-                      enlarge=True, name=f'conv{i}')(x)
+      x = layers.Conv(
+        features,
+        3,
+        self.bias_before_norm,
+        self.conv,
+        enlarge=True,
+        name=f'conv{i}',
+      )(x)
       x = layers.BatchNorm(name=f'norm{i}')(x, train=train)
-      x = nn.leaky_relu(x, .2)
+      x = nn.leaky_relu(x, 0.2)
     x = nn.tanh(layers.Conv(channels, 3, True, self.conv, name='conv3')(x))
     return layers.BatchNorm(affine=False, name='norm3')(x, train=train)
 
 
 def image_generator(
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    *,
-    noise_dim: int = 100,
-    width: int = 64,
-    bias_before_norm: bool = True,
-    conv: str | None = None,
-    dtype: DTypeLike | None = None,
+  image_shape: tuple[int, int, int],
+  num_classes: int,
+  *,
+  noise_dim: int = 100,
+  width: int = 64,
+  bias_before_norm: bool = True,
+  conv: str | None = None,
+  dtype: DTypeLike | None = None,
 ) -> base.Generator:
   """The generator as a pair of functions, see `ImageGenerator`.
 
-  `conv` None is `convolution.default`'s. `dtype` is what layers compute in, None
-  for the type of the weights; images come out in float32 at least.
+  `conv` None is `convolution.default`'s. `dtype` is what layers compute in,
+  None for the type of the weights; images come out in float32 at least.
 
   Raises:
     ValueError: if the image's height or width is not divisible by 4.
   """
   if image_shape[0] % 4 or image_shape[1] % 4:
     raise ValueError(
-        'the generator makes images whose height and width are divisible by 4, '
-        f'got image_shape={tuple(image_shape)}.')
+      'the generator makes images whose height and width are divisible by 4, '
+      f'got image_shape={tuple(image_shape)}.'
+    )
   module = ImageGenerator(
-      tuple(image_shape), num_classes, width, bias_before_norm,
-      conv or convolution.default())
+    tuple(image_shape),
+    num_classes,
+    width,
+    bias_before_norm,
+    conv or convolution.default(),
+  )
 
   wide = layers.at_least_float32
 
@@ -90,7 +104,8 @@ def image_generator(
     if not train:
       return wide(module.apply(tree, z, labels)), variables.stats
     images, new = module.apply(
-        tree, z, labels, train=True, mutable=['batch_stats'])
+      tree, z, labels, train=True, mutable=['batch_stats']
+    )
     return wide(images), new['batch_stats']
 
   return base.Generator(init, apply, noise_dim)

@@ -5,41 +5,44 @@ they are), so that a model's precision is chosen by what goes into it; norms and
 `head` compute in float32 at least.
 """
 
+from collections.abc import Callable
 import functools
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedftg_jax.models import convolution
-from fedftg_jax.models import windows
+from fedftg_jax.models import convolution, windows
 
 NORMS = ('none', 'batch', 'group')
-BATCH_NORM_MOMENTUM = .1  # PyTorch's: weight of the new moments
+BATCH_NORM_MOMENTUM = 0.1  # PyTorch's: weight of the new moments
 
 # PyTorch's default initialisation, U(-1, 1) / sqrt(fan_in), which the official
 # codes of this field rely on.
 kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 # Kaiming normal with fan_out, which torchvision gives its convolutions.
-kaiming_init = nn.initializers.variance_scaling(2., 'fan_out', 'normal')
+kaiming_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
 class Options(NamedTuple):
   """What is chosen for a classifier as a whole."""
-  norm: str = 'none'       # one of `NORMS`, see `Norm`
-  conv: str = 'matmul'     # one of `convolution.IMPLEMENTATIONS`
+
+  norm: str = 'none'  # one of `NORMS`, see `Norm`
+  conv: str = 'matmul'  # one of `convolution.IMPLEMENTATIONS`
   projection_dim: int = 0  # width of the projection, 0 for none, see `head`
-  torch_bn: bool = True    # see `BatchNorm.unbiased`
+  torch_bn: bool = True  # see `BatchNorm.unbiased`
 
 
 def bias_init(fan_in: int) -> Callable:
   """PyTorch's default bias initialisation, U(-1, 1) / sqrt(fan_in)."""
+
   def init(key, shape, dtype=None):
-    bound = fan_in ** -.5
+    bound = fan_in**-0.5
     dtype = dtype or jnp.result_type(float)
     return jax.random.uniform(key, shape, dtype, -bound, bound)
+
   return init
 
 
@@ -57,6 +60,7 @@ class Conv(nn.Module):
     kernel_init: initialisation of the kernel.
     bias_init: initialisation of the bias, None for PyTorch's default.
   """
+
   features: int
   size: int
   use_bias: bool = True
@@ -70,16 +74,20 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x):
     if self.enlarge and (self.stride != 1 or self.valid):
-      raise ValueError('enlarge needs stride 1 and valid=False, got '
-                       f'stride={self.stride}, valid={self.valid}.')
+      raise ValueError(
+        'enlarge needs stride 1 and valid=False, got '
+        f'stride={self.stride}, valid={self.valid}.'
+      )
     num_in, dtype = x.shape[-1], x.dtype
-    kernel = self.param('kernel', self.kernel_init,
-                        (self.size, self.size, num_in, self.features))
+    kernel = self.param(
+      'kernel', self.kernel_init, (self.size, self.size, num_in, self.features)
+    )
     if self.enlarge:
       x = convolution.convolve_enlarged(x, kernel, self.implementation)
     else:
       x = convolution.convolve(
-          x, kernel, self.implementation, self.stride, self.valid)
+        x, kernel, self.implementation, self.stride, self.valid
+      )
     if self.use_bias:
       init = self.bias_init or bias_init(self.size**2 * num_in)
       x += self.param('bias', init, (self.features,)).astype(dtype)
@@ -88,14 +96,19 @@ class Conv(nn.Module):
 
 class Dense(nn.Module):
   """Linear layer with PyTorch's default initialisation."""
+
   features: int
 
   @nn.compact
   def __call__(self, x):
     return nn.Dense(
-        self.features, dtype=x.dtype, param_dtype=jnp.result_type(float),
-        name='linear',
-        kernel_init=kernel_init, bias_init=bias_init(x.shape[-1]))(x)
+      self.features,
+      dtype=x.dtype,
+      param_dtype=jnp.result_type(float),
+      name='linear',
+      kernel_init=kernel_init,
+      bias_init=bias_init(x.shape[-1]),
+    )(x)
 
 
 class BatchNorm(nn.Module):
@@ -112,6 +125,7 @@ class BatchNorm(nn.Module):
     unbiased: whether the running variance takes the unbiased estimate, as
       PyTorch's does; the normalisation itself always takes the biased one.
   """
+
   affine: bool = True
   momentum: float = BATCH_NORM_MOMENTUM
   epsilon: float = 1e-5
@@ -126,7 +140,7 @@ class BatchNorm(nn.Module):
     if train:
       batch_mean, batch_var, count = _moments(x, mask)
       if not self.is_initializing():
-        scale = count / jnp.maximum(count - 1, 1) if self.unbiased else 1.
+        scale = count / jnp.maximum(count - 1, 1) if self.unbiased else 1.0
         step = self.momentum * (count > 0)
         mean.value += step * (batch_mean - mean.value)
         var.value += step * (scale * batch_var - var.value)
@@ -168,6 +182,7 @@ def _along(mask, x):
 
 class Norm(nn.Module):
   """The normalisation that a model was asked for: none, batch or group."""
+
   kind: str = 'none'
   num_groups: int = 2
   unbiased: bool = True  # see `BatchNorm`
@@ -177,8 +192,12 @@ class Norm(nn.Module):
     if self.kind == 'batch':
       return BatchNorm(unbiased=self.unbiased, name='batch')(x, mask, train)
     if self.kind == 'group':
-      norm = nn.GroupNorm(self.num_groups, epsilon=1e-5, name='group',
-                          param_dtype=jnp.result_type(float))
+      norm = nn.GroupNorm(
+        self.num_groups,
+        epsilon=1e-5,
+        name='group',
+        param_dtype=jnp.result_type(float),
+      )
       return norm(at_least_float32(x)).astype(x.dtype)
     return x
 
@@ -195,6 +214,7 @@ class ConvNorm(nn.Module):
       without a norm it always has one.
     kernel_init: initialisation of the kernel; biases start at zero.
   """
+
   features: int
   size: int
   options: Options
@@ -206,15 +226,22 @@ class ConvNorm(nn.Module):
   def __call__(self, x, mask=None, train=False):
     options = self.options
     use_bias = self.bias_before_norm or options.norm == 'none'
-    x = Conv(self.features, self.size, use_bias, options.conv,
-             stride=self.stride, kernel_init=self.kernel_init,
-             bias_init=nn.initializers.zeros, name='conv')(x)
+    x = Conv(
+      self.features,
+      self.size,
+      use_bias,
+      options.conv,
+      stride=self.stride,
+      kernel_init=self.kernel_init,
+      bias_init=nn.initializers.zeros,
+      name='conv',
+    )(x)
     norm = Norm(options.norm, unbiased=options.torch_bn, name='norm')
     return norm(x, mask, train)
 
 
 def head(
-    x: jax.Array, num_classes: int, projection_dim: int = 0,
+  x: jax.Array, num_classes: int, projection_dim: int = 0
 ) -> tuple[jax.Array, jax.Array]:
   """The end of a classifier; its parameters belong to the calling module.
 
@@ -244,20 +271,21 @@ def head(
 def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
   """The larger of two, elementwise; NaN where one is NaN.
 
-  Its derivative compares the two with each other. That of `jnp.max` looks for the
-  kept maximum among arguments which XLA may have computed again, rounded
+  Its derivative compares the two with each other. That of `jnp.max` looks for
+  the kept maximum among arguments which XLA may have computed again, rounded
   otherwise: it can find none, and is then 0 / 0.
   """
   return jnp.where((a >= b) | (a != a), a, b)
 
 
 def max_pool(
-    x: jax.Array, size: int = 2, stride: int = 2, padding: int = 0,
+  x: jax.Array, size: int = 2, stride: int = 2, padding: int = 0
 ) -> jax.Array:
   """Maximum over windows of size x size; what is left over is dropped.
 
-  As maxima of shifted slices, first down and then across: on a CPU that is faster
-  than `lax.reduce_window` and than `jnp.max` over a reshaped image. One of equal
+  As maxima of shifted slices, first down and then across: on a CPU that is
+  faster than `lax.reduce_window` and than `jnp.max` over a reshaped image. One
+  of equal
   values gets the whole gradient: the upper one of its column, of the leftmost
   column.
 

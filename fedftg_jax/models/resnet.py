@@ -9,7 +9,7 @@ zero, hence every block as its shortcut. Signals then keep their size through a
 deep net instead of growing with every block, and it trains.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from flax import linen as nn
 import jax
@@ -28,6 +28,7 @@ class BasicBlock(nn.Module):
       norm, or else `subsample` (options B and A of the paper).
     options: see `layers.Options`.
   """
+
   features: int
   stride: int
   project: bool
@@ -35,20 +36,23 @@ class BasicBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, mask=None, train=False):
-    last_init = (nn.initializers.zeros if self.options.norm == 'none'
-                 else layers.kaiming_init)
+    last_init = (
+      nn.initializers.zeros
+      if self.options.norm == 'none'
+      else layers.kaiming_init
+    )
     branch = layers.ConvNorm(
-        self.features, 3, self.options, self.stride, name='conv0')(
-            x, mask, train)
+      self.features, 3, self.options, self.stride, name='conv0'
+    )(x, mask, train)
     branch = layers.ConvNorm(
-        self.features, 3, self.options, kernel_init=last_init, name='conv1')(
-            nn.relu(branch), mask, train)
+      self.features, 3, self.options, kernel_init=last_init, name='conv1'
+    )(nn.relu(branch), mask, train)
     if self.stride == 1 and x.shape[-1] == self.features:
       shortcut = x
     elif self.project:
       shortcut = layers.ConvNorm(
-          self.features, 1, self.options, self.stride, name='shortcut')(
-              x, mask, train)
+        self.features, 1, self.options, self.stride, name='shortcut'
+      )(x, mask, train)
     else:
       shortcut = subsample(x, self.features, self.stride)
     return nn.relu(shortcut + branch)
@@ -72,6 +76,7 @@ class ResNet(nn.Module):
     project: see `BasicBlock`.
     options: see `layers.Options`.
   """
+
   num_classes: int
   widths: Sequence[int]
   num_blocks: int
@@ -82,16 +87,18 @@ class ResNet(nn.Module):
   @nn.compact
   def __call__(self, x, mask=None, train=False):
     size, stride = (7, 2) if self.imagenet_stem else (3, 1)
-    x = layers.ConvNorm(self.widths[0], size, self.options, stride,
-                        name='stem')(x, mask, train)
+    x = layers.ConvNorm(
+      self.widths[0], size, self.options, stride, name='stem'
+    )(x, mask, train)
     if self.imagenet_stem:
       x = layers.max_pool(x, 3, 2, 1)
     x = nn.relu(x)  # after the pooling: the same, on a quarter of the values
     for i, width in enumerate(self.widths):
       for j in range(self.num_blocks):
         stride = 2 if i and not j else 1
-        x = BasicBlock(width, stride, self.project, self.options,
-                       name=f'block{i}_{j}')(x, mask, train)
+        x = BasicBlock(
+          width, stride, self.project, self.options, name=f'block{i}_{j}'
+        )(x, mask, train)
     x = jnp.mean(x, (1, 2))
     return layers.head(x, self.num_classes, self.options.projection_dim)
 
@@ -102,7 +109,8 @@ def resnet18(num_classes: int, options=layers.Options('batch')) -> nn.Module:
 
 
 def resnet18_cifar(
-    num_classes: int, options=layers.Options('batch')) -> nn.Module:
+  num_classes: int, options=layers.Options('batch')
+) -> nn.Module:
   """`resnet18` with a stem that keeps the image size."""
   return ResNet(num_classes, (64, 128, 256, 512), 2, False, True, options)
 

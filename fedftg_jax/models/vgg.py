@@ -9,7 +9,7 @@ in place of three. Ours: the pooling stops where the image is one pixel high or
 wide, and the mean over what is left goes into the linear layer.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from flax import linen as nn
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ class VGG(nn.Module):
     stages: for each stage, the output channels of its convolutions.
     options: see `layers.Options`.
   """
+
   num_classes: int
   stages: Sequence[Sequence[int]]
   options: layers.Options
@@ -33,8 +34,9 @@ class VGG(nn.Module):
   def __call__(self, x, mask=None, train=False):
     for i, widths in enumerate(self.stages):
       for j, width in enumerate(widths):
-        x = layers.ConvNorm(width, 3, self.options, bias_before_norm=True,
-                            name=f'conv{i}_{j}')(x, mask, train)
+        x = layers.ConvNorm(
+          width, 3, self.options, bias_before_norm=True, name=f'conv{i}_{j}'
+        )(x, mask, train)
         x = nn.relu(x)
       if min(x.shape[1:3]) >= 2:
         x = layers.max_pool(x)

@@ -1,6 +1,7 @@
 """The pixels under windows that slide over images, and back."""
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +9,19 @@ import jax.numpy as jnp
 
 class Windows(NamedTuple):
   """Windows of h x w pixels that slide over an image."""
+
   image: tuple[int, int]  # height and width
-  size: tuple[int, int]   # h, w
+  size: tuple[int, int]  # h, w
   padding: tuple[tuple[int, int], tuple[int, int]]  # zeros before and after
   stride: int = 1
 
   @property
   def num(self) -> tuple[int, int]:
     """Windows along height and width."""
-    return tuple((n + sum(pad) - k) // self.stride + 1 for n, pad, k in zip(
-        self.image, self.padding, self.size))
+    return tuple(
+      (n + sum(pad) - k) // self.stride + 1
+      for n, pad, k in zip(self.image, self.padding, self.size)
+    )
 
   def gather(self, x: jax.Array) -> jax.Array:
     """[B, windows down, windows across, h * w * I] their pixels.
@@ -27,14 +31,14 @@ class Windows(NamedTuple):
     x = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
     for axis in (2, 1):
       x = jnp.concatenate(
-          taps(x, axis, self.size[axis - 1], self.stride), axis=-1)
+        taps(x, axis, self.size[axis - 1], self.stride), axis=-1
+      )
     return x
 
   def scatter(self, x: jax.Array) -> jax.Array:
     """[B, *image, I], the transpose of `gather`."""
     num_channels = x.shape[-1] // (self.size[0] * self.size[1])
-    image = jax.ShapeDtypeStruct(
-        (len(x), *self.image, num_channels), x.dtype)
+    image = jax.ShapeDtypeStruct((len(x), *self.image, num_channels), x.dtype)
     return jax.linear_transpose(self.gather, image)(x)[0]
 
 
@@ -46,12 +50,19 @@ def taps(x, axis, size, stride):
   else:  # split, not strided slices: the gradient is one concatenation
     padding = [(0, 0)] * x.ndim
     padding[axis] = 0, -x.shape[axis] % stride
-    shape = (*x.shape[:axis], -1, stride, *x.shape[axis + 1:])
-    phases = [phase.squeeze(axis + 1) for phase in jnp.split(
-        jnp.pad(x, padding).reshape(shape), stride, axis=axis + 1)]
-  return [jax.lax.slice_in_dim(
-      phases[i % stride], i // stride, i // stride + num, axis=axis)
-          for i in range(size)]
+    shape = (*x.shape[:axis], -1, stride, *x.shape[axis + 1 :])
+    phases = [
+      phase.squeeze(axis + 1)
+      for phase in jnp.split(
+        jnp.pad(x, padding).reshape(shape), stride, axis=axis + 1
+      )
+    ]
+  return [
+    jax.lax.slice_in_dim(
+      phases[i % stride], i // stride, i // stride + num, axis=axis
+    )
+    for i in range(size)
+  ]
 
 
 def add_taps(arrays, axis: int, length: int, stride: int) -> jax.Array:
@@ -67,10 +78,12 @@ def add_taps(arrays, axis: int, length: int, stride: int) -> jax.Array:
     padding[axis] = i // stride, each - num - i // stride
     return jnp.pad(arrays[i], padding)
 
-  phases = jnp.stack([sum(map(placed, range(j, len(arrays), stride)))
-                      for j in range(stride)], axis + 1)
+  phases = jnp.stack(
+    [sum(map(placed, range(j, len(arrays), stride))) for j in range(stride)],
+    axis + 1,
+  )
   shape = phases.shape
-  whole = phases.reshape(*shape[:axis], -1, *shape[axis + 2:])
+  whole = phases.reshape(*shape[:axis], -1, *shape[axis + 2 :])
   return jax.lax.slice_in_dim(whole, 0, length, axis=axis)
 
 
@@ -88,8 +101,11 @@ def block_size(batch: int, each: int, most: int, at_once: int = 0) -> int:
   """
   if batch * each <= max(most, at_once):
     return batch
-  return max(n for n in range(1, batch + 1)
-             if batch % n == 0 and (n == 1 or n * each <= most))
+  return max(
+    n
+    for n in range(1, batch + 1)
+    if batch % n == 0 and (n == 1 or n * each <= most)
+  )
 
 
 def over_blocks(function: Callable, size: int, *images: jax.Array):
@@ -102,8 +118,9 @@ def over_blocks(function: Callable, size: int, *images: jax.Array):
     return function(*images)
   blocks = [a.reshape(-1, size, *a.shape[1:]) for a in images]
   zero = jax.tree.map(
-      lambda a: jnp.zeros(a.shape, a.dtype),
-      jax.eval_shape(function, *(a[0] for a in blocks))[0])
+    lambda a: jnp.zeros(a.shape, a.dtype),
+    jax.eval_shape(function, *(a[0] for a in blocks))[0],
+  )
 
   def step(total, block):
     summed, mapped = function(*block)

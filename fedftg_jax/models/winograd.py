@@ -23,28 +23,33 @@ import numpy as np
 
 from fedftg_jax.models import windows
 
-_POINTS = 0, 1, -1, 2, -.5, -2, .5
-_TILES = 4, 2        # m, the preferred first
-_FEW_CHANNELS = 16   # with fewer, transforms cost more than products save
-_SAVES = .6          # at most this share of the products
-_BLOCK = 2**20       # numbers in the cache, see `windows.block_size`
+_POINTS = 0, 1, -1, 2, -0.5, -2, 0.5
+_TILES = 4, 2  # m, the preferred first
+_FEW_CHANNELS = 16  # with fewer, transforms cost more than products save
+_SAVES = 0.6  # at most this share of the products
+_BLOCK = 2**20  # numbers in the cache, see `windows.block_size`
 
 
 class Tiling(NamedTuple):
   """How an image is cut up: hashable, all numbers known when traced."""
-  tile: int            # m
-  size: int            # k
+
+  tile: int  # m
+  size: int  # k
   num: tuple[int, int]  # tiles down and across
   image: tuple[int, int]  # height and width with the zeros around
-  block: int           # images at once
+  block: int  # images at once
 
   @property
   def area(self) -> int:
     return self.tile + self.size - 1
 
 
-def tiling(batch: int, outputs: tuple[int, int], size: tuple[int, int],
-           channels: tuple[int, int]) -> Tiling | None:
+def tiling(
+  batch: int,
+  outputs: tuple[int, int],
+  size: tuple[int, int],
+  channels: tuple[int, int],
+) -> Tiling | None:
   """The way to compute a convolution so, None where it does not pay.
 
   Args:
@@ -61,12 +66,19 @@ def tiling(batch: int, outputs: tuple[int, int], size: tuple[int, int],
     num = tuple(-(-n // m) for n in outputs)
     products = a**2 * num[0] * num[1]
     if products <= _SAVES * k**2 * outputs[0] * outputs[1]:
-      return Tiling(m, k, num, tuple((n - 1) * m + a for n in num),
-                    windows.block_size(batch, products * sum(channels), _BLOCK))
+      return Tiling(
+        m,
+        k,
+        num,
+        tuple((n - 1) * m + a for n in num),
+        windows.block_size(batch, products * sum(channels), _BLOCK),
+      )
   return None
 
 
-def convolve(x: jax.Array, kernel: jax.Array, padding, plan: Tiling) -> jax.Array:
+def convolve(
+  x: jax.Array, kernel: jax.Array, padding, plan: Tiling
+) -> jax.Array:
   """The convolution that `plan` was made for.
 
   Args:
@@ -78,13 +90,16 @@ def convolve(x: jax.Array, kernel: jax.Array, padding, plan: Tiling) -> jax.Arra
   Returns:
     [B, H', W', O] images.
   """
-  outputs = [n + sum(pad) - plan.size + 1
-             for n, pad in zip(x.shape[1:3], padding)]
-  fill = [(before, full - n - before) for (before, _), n, full in zip(
-      padding, x.shape[1:3], plan.image)]
+  outputs = [
+    n + sum(pad) - plan.size + 1 for n, pad in zip(x.shape[1:3], padding)
+  ]
+  fill = [
+    (before, full - n - before)
+    for (before, _), n, full in zip(padding, x.shape[1:3], plan.image)
+  ]
   x = jnp.pad(x, ((0, 0), *fill, (0, 0)))
   y = _tiles(plan, x, kernel)
-  return y[:, :outputs[0], :outputs[1]]
+  return y[:, : outputs[0], : outputs[1]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -104,15 +119,19 @@ def _tiles_backward(plan, saved, cotangent):
 
   def some(x, cotangent):
     outer = _collect_back(plan, cotangent)
-    return (jnp.einsum('tnc,tno->tco', _spread(plan, x), outer),
-            _spread_back(plan, outer @ back))
+    return (
+      jnp.einsum('tnc,tno->tco', _spread(plan, x), outer),
+      _spread_back(plan, outer @ back),
+    )
 
   kernel, images = windows.over_blocks(some, plan.block, x, cotangent)
   return images, _widen_back(plan, kernel)
 
 
-_tiles.defvjp(lambda plan, x, kernel: (_tiles(plan, x, kernel), (x, kernel)),
-              _tiles_backward)
+_tiles.defvjp(
+  lambda plan, x, kernel: (_tiles(plan, x, kernel), (x, kernel)),
+  _tiles_backward,
+)
 
 
 def _spread(plan, x):
@@ -167,6 +186,7 @@ def _collect_back(plan, y):
 
 def _combine(matrix, arrays):
   """Sums of arrays: matrix [n, len(arrays)], result [n, ...]."""
+
   def combined(row):
     terms = [a if c == 1 else float(c) * a for c, a in zip(row, arrays) if c]
     return functools.reduce(jnp.add, terms)
@@ -180,7 +200,7 @@ def _matrices(tile, size):
   area = tile + size - 1
 
   def powers(n):  # at the points, and at infinity the highest
-    finite = np.vander(_POINTS[:area - 1], n, increasing=True)
+    finite = np.vander(_POINTS[: area - 1], n, increasing=True)
     return np.concatenate([finite, np.eye(n)[-1:]])
 
   spread = np.linalg.inv(powers(area)).T

@@ -3,12 +3,13 @@
 A module has `main`, and ARGUMENT, what it takes besides flags, if anything.
 """
 
+# What each does, in a line.
 NAMES = {
-    'train': 'Trains one federated model and writes metrics, pictures and parameters.',
-    'compare': 'Compares methods over several seeds, on equal partitions and schedules.',
-    'sweep': 'Trains all combinations of flag values, or a list of them, and sorts them.',
-    'ablation': 'When does FedFTG help? One factor at a time around a centre, paired by seed.',
-    'partition': 'Draws a partition and says how unequal it is, before anything is trained.',
-    'report': 'Makes report.html of a run, comparison or sweep, from the files in its folder.',
-    'benchmark': 'Times a round of ours and of what one would pick instead, side by side.',
+  'train': 'trains one federated model',
+  'compare': 'compares methods over several seeds',
+  'sweep': 'trains all combinations of flag values, and sorts them',
+  'ablation': 'varies one factor at a time, with and without FedFTG',
+  'partition': 'draws a partition and says how unequal it is',
+  'report': 'makes report.html of a folder of results anew',
+  'benchmark': 'times a round of ours and of other simulators',
 }

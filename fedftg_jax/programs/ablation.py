@@ -3,40 +3,37 @@
   fedftg ablation --budget_hours=2 --seeds=5
   fedftg ablation --factors=dirichlet_alpha,switch --seeds=3
 
-The flags say the centre. In every cell one factor takes another value, and --base
-is trained with and without FedFTG, with equal seeds, partitions and schedules.
-Data, model, participation and base are varied with each of --presets, FedFTG's own
-options around --ftg_preset. An effect is the mean over seeds of the difference of
-their final accuracies, with a 95 % interval (Student's t). Cells are trained in the
-order of the table until --budget_hours are used up; the same command goes on with
-the rest.
+The flags say the centre. In every cell one factor takes another value, and
+--base is trained with and without FedFTG, with equal seeds, partitions and
+schedules. Data, model, participation and base are varied with each of
+--presets, FedFTG's own options around --ftg_preset. An effect is the mean over
+seeds of the difference of their final accuracies, with a 95 % interval
+(Student's t). Cells are trained in the order of the table until --budget_hours
+are used up; the same command goes on with the rest.
 
 Beside each effect stand what FedFTG says of itself (means over all rounds): how
-much of its images the ensemble recognises, how far student and ensemble are apart
-before and after, how far the student moves. Their rank correlations with the
-effect, and that of the base's accuracy, over cells and seeds, say which of them goes
-with it; not that it is why.
+much of its images the ensemble recognises, how far student and ensemble are
+apart before and after, how far the student moves. Their rank correlations with
+the effect, and that of the base's accuracy, over cells and seeds, say which of
+them goes with it; not that it is why.
 
-Writes into --workdir: table.md, effects.json, effects.png, explained.png, and each
-run's files in CONFIGURATION/seedK/.
+Writes into --workdir: table.md, effects.json, effects.png, explained.png, and
+each run's files in CONFIGURATION/seedK/.
 """
 
+from collections.abc import Mapping, Sequence
 import time
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 from etils import epy
 import numpy as np
 
-from fedftg_jax.configuration import resolve
-from fedftg_jax.system import cli
-from fedftg_jax.results import statistics
-from fedftg_jax.system import files
-from fedftg_jax.configuration import folders
-from fedftg_jax.results import plots
-from fedftg_jax.system import progress
-from fedftg_jax.runs import suite
 from fedftg_jax import recipes
+from fedftg_jax.configuration import folders, resolve
+from fedftg_jax.results import plots, statistics
+from fedftg_jax.runs import suite
+from fedftg_jax.system import cli, files, progress
 
 with epy.lazy_imports():
   from scipy import stats
@@ -44,66 +41,102 @@ with epy.lazy_imports():
 CENTRE = 'centre'
 # By factor, what a cell changes: flags of `train`. `base` stands for --base.
 SETTINGS: Mapping[str, list[dict[str, Any]]] = {
-    'norm': [
-        dict(norm='group'), dict(norm='batch'),
-        dict(norm='batch', ftg_student_bn='keep'),
-        dict(norm='batch', ftg_student_bn='overwrite'),
-        dict(norm='batch', batch_norm='local'),
-        dict(norm='batch', batch_norm='reset')],
-    'dirichlet_alpha': [dict(dirichlet_alpha=a) for a in (.05, .1, .3, 1.)],
-    'local_epochs': [dict(local_epochs=n) for n in (1, 5, 20)],
-    'cohort': [dict(cohort=n) for n in (2, 5, 20)],
-    'dataset': [dict(dataset='fashion_mnist', train_examples=10_000),
-                dict(dataset='fashion_mnist')],
-    'base': [dict(base=name) for name in ('scaffold', 'fed_dyn', 'fed_prox', 'moon')],
+  'norm': [
+    dict(norm='group'),
+    dict(norm='batch'),
+    dict(norm='batch', ftg_student_bn='keep'),
+    dict(norm='batch', ftg_student_bn='overwrite'),
+    dict(norm='batch', batch_norm='local'),
+    dict(norm='batch', batch_norm='reset'),
+  ],
+  'dirichlet_alpha': [dict(dirichlet_alpha=a) for a in (0.05, 0.1, 0.3, 1.0)],
+  'local_epochs': [dict(local_epochs=n) for n in (1, 5, 20)],
+  'cohort': [dict(cohort=n) for n in (2, 5, 20)],
+  'dataset': [
+    dict(dataset='fashion_mnist', train_examples=10_000),
+    dict(dataset='fashion_mnist'),
+  ],
+  'base': [
+    dict(base=name) for name in ('scaffold', 'fed_dyn', 'fed_prox', 'moon')
+  ],
 }
 OWN: Mapping[str, list[dict[str, Any]]] = {
-    'preset': [dict(ftg_preset=name) for name in recipes.FTG_PRESETS],
-    'switch': [
-        dict(ftg_hard_samples=True), dict(ftg_hard_samples=False),
-        dict(ftg_memory=0.), dict(ftg_weight_decay=0.),
-        dict(ftg_weight_decay=.001),  # the clients', if --weight_decay is its default
-        dict(ftg_ensemble='prob'), dict(ftg_ensemble='logit'),
-        dict(ftg_student_reduction='mean_bc'),
-        dict(ftg_student_reduction='batchmean'),
-        dict(ftg_generator_steps=0), dict(ftg_generator_steps=1),
-        dict(ftg_generator_steps=5),
-        dict(ftg_label_sampling='uniform'), dict(ftg_teacher_weight='uniform'),
-        dict(ftg_lambda_dis=0.),
-        dict(ftg_lambda_cls=0.), dict(ftg_generator_lr=.001),
-        dict(ftg_student_lr=.01), dict(ftg_temperature=3.)],
+  'preset': [dict(ftg_preset=name) for name in recipes.FTG_PRESETS],
+  'switch': [
+    dict(ftg_hard_samples=True),
+    dict(ftg_hard_samples=False),
+    dict(ftg_memory=0.0),
+    dict(ftg_weight_decay=0.0),
+    dict(
+      ftg_weight_decay=0.001
+    ),  # the clients', if --weight_decay is its default
+    dict(ftg_ensemble='prob'),
+    dict(ftg_ensemble='logit'),
+    dict(ftg_student_reduction='mean_bc'),
+    dict(ftg_student_reduction='batchmean'),
+    dict(ftg_generator_steps=0),
+    dict(ftg_generator_steps=1),
+    dict(ftg_generator_steps=5),
+    dict(ftg_label_sampling='uniform'),
+    dict(ftg_teacher_weight='uniform'),
+    dict(ftg_lambda_dis=0.0),
+    dict(ftg_lambda_cls=0.0),
+    dict(ftg_generator_lr=0.001),
+    dict(ftg_student_lr=0.01),
+    dict(ftg_temperature=3.0),
+  ],
 }
 FACTORS = {**SETTINGS, **OWN}
 # What may go with an effect: this, and what FedFTG says of itself, see
 # `diagnostics.of_images`.
 BASE = 'accuracy of the base'
-DIAGNOSTICS = ('recognised', 'ensemble_entropy', 'gap', 'gap_left', 'dis', 'moved')
+DIAGNOSTICS = (
+  'recognised',
+  'ensemble_entropy',
+  'gap',
+  'gap_left',
+  'dis',
+  'moved',
+)
 
 absl_flags.DEFINE_string('base', 'fed_avg', 'The method that FedFTG is put on.')
-absl_flags.DEFINE_list('presets', [], 'Presets of FedFTG with which data, model, '
-                       'participation and base are varied; none for --ftg_preset.')
-absl_flags.DEFINE_list('factors', list(FACTORS), 'What to vary, of: '
-                       + ', '.join(FACTORS) + '.')
-absl_flags.DEFINE_float('budget_hours', 1., 'No cell begins later than this; what '
-                        'is finished already does not count.', lower_bound=0)
+absl_flags.DEFINE_list(
+  'presets',
+  [],
+  'Presets of FedFTG with which data, model, '
+  'participation and base are varied; none for --ftg_preset.',
+)
+absl_flags.DEFINE_list(
+  'factors', list(FACTORS), 'What to vary, of: ' + ', '.join(FACTORS) + '.'
+)
+absl_flags.DEFINE_float(
+  'budget_hours',
+  1.0,
+  'No cell begins later than this; what is finished already does not count.',
+  lower_bound=0,
+)
 FLAGS = absl_flags.FLAGS
 
 
 class Cell(NamedTuple):
   """One setting, with and without FedFTG."""
+
   factor: str
   value: str
   preset: str
-  base: tuple[str, dict[str, Any]]   # name and configuration
+  base: tuple[str, dict[str, Any]]  # name and configuration
   tuned: tuple[str, dict[str, Any]]
 
 
 class Effect(NamedTuple):
   """What FedFTG changes in a cell; accuracies in points, by seed."""
-  final: list[float]     # in the end
-  early: list[float]     # mean over the first third of the evaluations
-  step: list[float]      # broadcast model less the one it was made from, mean of all
-  base: list[float]      # final accuracy without
+
+  final: list[float]  # in the end
+  early: list[float]  # mean over the first third of the evaluations
+  step: list[
+    float
+  ]  # broadcast model less the one it was made from, mean of all
+  base: list[float]  # final accuracy without
   said: dict[str, list[float]]  # DIAGNOSTICS
 
 
@@ -118,16 +151,24 @@ def main() -> None:
   effects = []
   for i, cell in enumerate(cells):
     if time.monotonic() > end:
-      progress.say(f'{len(cells) - i} of {len(cells)} cells are left for the next '
-                   'time: the budget is used up')
+      progress.say(
+        f'{len(cells) - i} of {len(cells)} cells are left for the next '
+        'time: the budget is used up'
+      )
       break
-    progress.say(f'cell {i + 1} of {len(cells)}: {cell.factor} {cell.value}, '
-                 f'{cell.preset}')
-    results = suite.run(folder, {'program': 'ablation'},
-                        dict((cell.base, cell.tuned)), tolerant=True)
+    progress.say(
+      f'cell {i + 1} of {len(cells)}: {cell.factor} {cell.value}, {cell.preset}'
+    )
+    results = suite.run(
+      folder,
+      {'program': 'ablation'},
+      dict((cell.base, cell.tuned)),
+      tolerant=True,
+    )
     if results:
       effects.append(
-          (cell, effect(results[cell.base[0]], results[cell.tuned[0]])))
+        (cell, effect(results[cell.base[0]], results[cell.tuned[0]]))
+      )
       report(effects, folder)  # what is there so far survives an interruption
   if effects:
     progress.show(*table(effects))
@@ -143,18 +184,24 @@ def make_cells(base: str, factors: list[str], presets: list[str]) -> list[Cell]:
   """
   for factor in factors:
     if factor not in FACTORS:
-      raise cli.UsageError('factors', factor, 'must be of ' + ', '.join(FACTORS))
+      raise cli.UsageError(
+        'factors', factor, 'must be of ' + ', '.join(FACTORS)
+      )
   if 'fed_ftg' in base.split('+'):
     raise cli.UsageError('base', base, 'must be without fed_ftg')
   wrong = [name for name in presets if name not in recipes.FTG_PRESETS]
   if wrong:
     raise cli.UsageError(
-        'presets', wrong[0], 'must be of ' + ', '.join(recipes.FTG_PRESETS))
+      'presets', wrong[0], 'must be of ' + ', '.join(recipes.FTG_PRESETS)
+    )
   around = [dict(ftg_preset=name) for name in presets or [FLAGS.ftg_preset]]
   asked = [(CENTRE, preset) for preset in [{}, *around]]
   for factor in factors:
-    asked += [(factor, {**preset, **changes}) for changes in FACTORS[factor]
-              for preset in (around if factor in SETTINGS else [{}])]
+    asked += [
+      (factor, {**preset, **changes})
+      for changes in FACTORS[factor]
+      for preset in (around if factor in SETTINGS else [{}])
+    ]
   cells = []
   for factor, changes in asked:
     cell = make_cell(factor, base, changes)
@@ -169,16 +216,28 @@ def make_cell(factor: str, base: str, changes: Mapping[str, Any]) -> Cell:
   base, preset = changes.pop('base', base), changes['ftg_preset']
 
   def named(*first, without=(), among=changes):
-    return ','.join([*first, *(
-        f'{k}={statistics.value_text(v)}' for k, v in changes.items()
-        if k in among and k not in without)])
+    return ','.join(
+      [
+        *first,
+        *(
+          f'{k}={statistics.value_text(v)}'
+          for k, v in changes.items()
+          if k in among and k not in without
+        ),
+      ]
+    )
 
   def of_method(method):
     config = resolve.config(method=method, **changes)
     return named(method, among=config), config
 
-  return Cell(factor, named(without=['ftg_preset']) or base, preset,
-              of_method(base), of_method(f'{base}+fed_ftg'))
+  return Cell(
+    factor,
+    named(without=['ftg_preset']) or base,
+    preset,
+    of_method(base),
+    of_method(f'{base}+fed_ftg'),
+  )
 
 
 def effect(base: list, tuned: list) -> Effect | None:
@@ -197,11 +256,12 @@ def effect(base: list, tuned: list) -> Effect | None:
   pairs = list(zip(base, tuned))
   third = max(1, len(base[0]['rows']) // 3)
   return Effect(
-      [100 * (b['final_accuracy'] - a['final_accuracy']) for a, b in pairs],
-      [float(np.mean(points(b)[:third] - points(a)[:third])) for a, b in pairs],
-      [float(np.mean(points(b) - points(b, 'aggregated'))) for b in tuned],
-      [100 * a['final_accuracy'] for a in base],
-      {name: [_mean_said(run, name) for run in tuned] for name in DIAGNOSTICS})
+    [100 * (b['final_accuracy'] - a['final_accuracy']) for a, b in pairs],
+    [float(np.mean(points(b)[:third] - points(a)[:third])) for a, b in pairs],
+    [float(np.mean(points(b) - points(b, 'aggregated'))) for b in tuned],
+    [100 * a['final_accuracy'] for a in base],
+    {name: [_mean_said(run, name) for run in tuned] for name in DIAGNOSTICS},
+  )
 
 
 def _mean_said(run, name) -> float:
@@ -214,7 +274,7 @@ def interval(values: list[float]) -> tuple[float, float]:
   mean = float(np.mean(values))
   if len(values) < 2:
     return mean, np.inf
-  half = stats.t.ppf(.975, len(values) - 1) * stats.sem(values)
+  half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
   return mean, float(half)
 
 
@@ -231,9 +291,13 @@ def correlations(effects: Effects) -> dict[str, float]:
 
 def _pairs(effects, name):
   """(what FedFTG says, its effect), of all cells and seeds."""
-  return [pair for _, e in effects if e
-          for pair in zip(e.base if name == BASE else e.said[name], e.final)
-          if np.isfinite(pair).all()]
+  return [
+    pair
+    for _, e in effects
+    if e
+    for pair in zip(e.base if name == BASE else e.said[name], e.final)
+    if np.isfinite(pair).all()
+  ]
 
 
 def table(effects: Effects) -> tuple[list[str], list[list[str]]]:
@@ -244,40 +308,76 @@ def table(effects: Effects) -> tuple[list[str], list[list[str]]]:
       rows.append([cell.factor, cell.value, cell.preset, 'diverged'] + [''] * 6)
       continue
     mean, half = interval(found.final)
-    rows.append([
-        cell.factor, cell.value, cell.preset, f'{np.mean(found.base):.2f}',
-        f'{mean:+.2f}' + (
-            f' ± {half:.2f}' if np.isfinite(half) else ''),
+    rows.append(
+      [
+        cell.factor,
+        cell.value,
+        cell.preset,
+        f'{np.mean(found.base):.2f}',
+        f'{mean:+.2f}' + (f' ± {half:.2f}' if np.isfinite(half) else ''),
         *(f'{np.mean(v):+.2f}' for v in (found.early, found.step)),
-        *(f'{np.mean(found.said[name]):.3g}'
-          for name in ('recognised', 'gap', 'moved'))])
-  return ['factor', 'value', 'preset', 'base', 'effect in the end', 'early',
-          'of fine-tuning', 'recognised', 'gap', 'moved'], rows
+        *(
+          f'{np.mean(found.said[name]):.3g}'
+          for name in ('recognised', 'gap', 'moved')
+        ),
+      ]
+    )
+  return [
+    'factor',
+    'value',
+    'preset',
+    'base',
+    'effect in the end',
+    'early',
+    'of fine-tuning',
+    'recognised',
+    'gap',
+    'moved',
+  ], rows
 
 
 def report(effects: Effects, folder) -> None:
   """Writes the table, the figures and the pictures."""
   found = [(cell, e) for cell, e in effects if e]
   related = correlations(effects)
-  files.write_json(folder / 'effects.json', {
-      'seeds': list(suite.seeds()), 'rank_correlations': related,
-      'cells': [{'factor': cell.factor, 'value': cell.value,
-                 'preset': cell.preset, **(
-          _finite(e._asdict()) if e else {'diverged': True})}
-                for cell, e in effects]})
+  files.write_json(
+    folder / 'effects.json',
+    {
+      'seeds': list(suite.seeds()),
+      'rank_correlations': related,
+      'cells': [
+        {
+          'factor': cell.factor,
+          'value': cell.value,
+          'preset': cell.preset,
+          **(_finite(e._asdict()) if e else {'diverged': True}),
+        }
+        for cell, e in effects
+      ],
+    },
+  )
   header, rows = table(effects)
   statistics.write_table(folder / 'table.md', header, rows)
   if not found:
     return
   with files.replacing(folder / 'effects.png') as temporary:
-    plots.effects(temporary, [
+    plots.effects(
+      temporary,
+      [
         (cell.preset, f'{cell.factor}: {cell.value}', *interval(e.final))
-        for cell, e in found])
+        for cell, e in found
+      ],
+    )
   if related:
     with files.replacing(folder / 'explained.png') as temporary:
-      plots.scatters(temporary, {
+      plots.scatters(
+        temporary,
+        {
           f'{name} (rank correlation {value:+.2f})': _pairs(effects, name)
-          for name, value in related.items()}, 'effect, points')
+          for name, value in related.items()
+        },
+        'effect, points',
+      )
 
 
 def _finite(value):

@@ -4,15 +4,16 @@
   fedftg benchmark --peer_python=bench/bin/python
   fedftg benchmark --workloads=W2 --cohorts=1,2,4,8 --against=torch
 
-Each contestant keeps a process of its own; they take turns, round by round, while
-the others wait, so that a change of the machine's load meets all of them. Shown are
-medians, how many times longer than ours each takes, and the most memory that its
-process (on an accelerator, its device) held. A contestant whose package
-is missing, or that cannot do a workload, is named and left out.
+Each contestant keeps a process of its own; they take turns, round by round,
+while the others wait, so that a change of the machine's load meets all of them.
+Shown are medians, how many times longer than ours each takes, and the most
+memory that its process (on an accelerator, its device) held. A contestant whose
+package is missing, or that cannot do a workload, is named and left out.
 
-The peers are packages of their own (requirements-bench.txt), some of which do not
-agree with ours on versions; --peer_python names the interpreter of an environment
-that has them. Pin the program to compare per core: taskset -c 0 python -m ...
+The peers are packages of their own (requirements-bench.txt), some of which do
+not agree with ours on versions; --peer_python names the interpreter of an
+environment that has them. Pin the program to compare per core: taskset -c 0
+python -m ...
 
 Writes --out (JSON) and, beside it, a picture of the same name.
 """
@@ -31,12 +32,9 @@ from absl import flags as absl_flags
 import numpy as np
 from rich import console as rich_console
 
-from fedftg_jax.system import devices
-from fedftg_jax.system import files
-from fedftg_jax.system import cli
-from fedftg_jax.results import plots
-from fedftg_jax.system import progress
 from fedftg_jax.contestants import workloads
+from fedftg_jax.results import plots
+from fedftg_jax.system import cli, devices, files, progress
 
 OURS = 'ours'
 # Who runs in our environment; the others in that of --peer_python.
@@ -44,19 +42,30 @@ HOME = (OURS, 'plain_jax', 'centralised')
 PEERS = ('torch', 'torch_vmap', 'fedjax', 'pfl', 'plain_jax', 'centralised')
 
 _WORKLOADS = absl_flags.DEFINE_list(
-    'workloads', ['W1', 'W2', 'W3', 'W4', 'W5'], 'What to time: '
-    + '; '.join(f'{k}: {w.help}' for k, w in workloads.WORKLOADS.items()) + '.')
+  'workloads',
+  ['W1', 'W2', 'W3', 'W4', 'W5'],
+  'What to time: '
+  + '; '.join(f'{k}: {w.help}' for k, w in workloads.WORKLOADS.items())
+  + '.',
+)
 _AGAINST = absl_flags.DEFINE_list(
-    'against', list(PEERS), 'Whom to time beside ours: ' + ', '.join(PEERS) + '.')
+  'against', list(PEERS), 'Whom to time beside ours: ' + ', '.join(PEERS) + '.'
+)
 _REPEAT = absl_flags.DEFINE_integer(
-    'repeat', 5, 'Rounds of each, after a first that compiles.', lower_bound=1)
+  'repeat', 5, 'Rounds of each, after a first that compiles.', lower_bound=1
+)
 _COHORTS = absl_flags.DEFINE_list(
-    'cohorts', [], 'Time each workload with so many clients, one after another, '
-    'instead of its own number.')
+  'cohorts',
+  [],
+  'Time each workload with so many clients, one after another, '
+  'instead of its own number.',
+)
 _PEER_PYTHON = absl_flags.DEFINE_string(
-    'peer_python', sys.executable, 'Interpreter that has the peers\' packages.')
+  'peer_python', sys.executable, "Interpreter that has the peers' packages."
+)
 _OUT = absl_flags.DEFINE_string(
-    'out', 'runs/benchmark.json', 'Where to write the figures.')
+  'out', 'runs/benchmark.json', 'Where to write the figures.'
+)
 
 
 def main() -> None:
@@ -64,10 +73,12 @@ def main() -> None:
     for name in flag.value:
       if name not in known:
         raise cli.UsageError(
-            flag.name, name, 'must be one of ' + ', '.join(known))
+          flag.name, name, 'must be one of ' + ', '.join(known)
+        )
   if shutil.which(_PEER_PYTHON.value) is None:
     raise cli.UsageError(
-        'peer_python', _PEER_PYTHON.value, 'must be a Python interpreter')
+      'peer_python', _PEER_PYTHON.value, 'must be a Python interpreter'
+    )
   for cohort in _COHORTS.value:
     if not (cohort.isdigit() and int(cohort)):
       raise cli.UsageError('cohorts', cohort, 'must be positive integers')
@@ -83,7 +94,8 @@ def main() -> None:
       if _COHORTS.value:
         console.print(f' {cohort} clients')
       rows += time_side_by_side(
-          name, cohort, [OURS, *_AGAINST.value], _REPEAT.value, console)
+        name, cohort, [OURS, *_AGAINST.value], _REPEAT.value, console
+      )
       report(rows, out)  # what is there so far survives an interruption
   progress.show(*table(rows))
   print(f'figures: {out}, {out.with_suffix(".png")}')
@@ -96,16 +108,27 @@ class Contestant:
     python = sys.executable if name in HOME else _PEER_PYTHON.value
     self.name, self.seconds, self.peak_bytes = name, [], 0
     self._errors = tempfile.TemporaryFile('w+')
-    # The other environment finds this package, and none that is installed beside it.
+    # The other environment finds this package, and none that is installed
+    # beside it.
     self._place = tempfile.TemporaryDirectory()
     package = pathlib.Path(__file__).parents[1]
     pathlib.Path(self._place.name, package.name).symlink_to(package)
     self._process = subprocess.Popen(
-        [python, '-m', 'fedftg_jax.contestants.worker', name, workload,
-         str(cohort)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-        text=True, cwd=self._place.name,
-        env={**os.environ, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'})
+      [
+        python,
+        '-m',
+        'fedftg_jax.contestants.worker',
+        name,
+        workload,
+        str(cohort),
+      ],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=self._errors,
+      text=True,
+      cwd=self._place.name,
+      env={**os.environ, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'},
+    )
 
   def answer(self) -> dict[str, Any]:
     line = self._process.stdout.readline()
@@ -114,8 +137,10 @@ class Contestant:
     self._process.wait()
     self._errors.seek(0)
     last = [line for line in self._errors if line.strip()][-1:]
-    return {'left_out': ''.join(last).strip() or (
-        f'ended with status {self._process.returncode}')}
+    return {
+      'left_out': ''.join(last).strip()
+      or (f'ended with status {self._process.returncode}')
+    }
 
   def run(self) -> None:
     self._process.stdin.write('\n')
@@ -134,7 +159,8 @@ class Contestant:
 
 
 def time_side_by_side(
-    workload, cohort, names, repeat, console) -> list[dict[str, Any]]:
+  workload, cohort, names, repeat, console
+) -> list[dict[str, Any]]:
   """Rows of the report for one workload, ours first."""
   here, about = [], {}
   try:
@@ -155,12 +181,19 @@ def time_side_by_side(
   for contestant in here:
     median = float(np.median(contestant.seconds))
     first = about[contestant.name]
-    rows.append({
-        'workload': workload, 'cohort': cohort, 'who': contestant.name,
-        'device': first['device'], 'peak_bytes': contestant.peak_bytes,
-        'seconds': median, 'all_seconds': contestant.seconds,
-        'compile_seconds': max(first['first_seconds'] - median, 0.),
-        'versions': first['versions']})
+    rows.append(
+      {
+        'workload': workload,
+        'cohort': cohort,
+        'who': contestant.name,
+        'device': first['device'],
+        'peak_bytes': contestant.peak_bytes,
+        'seconds': median,
+        'all_seconds': contestant.seconds,
+        'compile_seconds': max(first['first_seconds'] - median, 0.0),
+        'versions': first['versions'],
+      }
+    )
     console.print(f'  {contestant.name}: {median:.3g} s')
   return rows
 
@@ -172,19 +205,37 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
   for r in rows:
     own = workloads.WORKLOADS[r['workload']]
     gflop = own.gflop and own.gflop * r['cohort'] / own.cohort
-    lines.append([
-        _title(r), r['who'], r['device'], f'{r["seconds"]:.3g}',
+    lines.append(
+      [
+        _title(r),
+        r['who'],
+        r['device'],
+        f'{r["seconds"]:.3g}',
         f'{min(r["all_seconds"]):.3g} - {max(r["all_seconds"]):.3g}',
         f'{r["seconds"] / ours[_title(r)]:.2f}' if _title(r) in ours else '',
         f'{gflop / r["seconds"]:.0f}' if gflop else '',
-        f'{r["peak_bytes"] / 1e9:.2f}', f'{r["compile_seconds"]:.1f}'])
-  return ['workload', 'who', 'device', 's per round', 'range', 'times ours',
-          'GFLOP/s', 'peak GB', 'compile s'], lines
+        f'{r["peak_bytes"] / 1e9:.2f}',
+        f'{r["compile_seconds"]:.1f}',
+      ]
+    )
+  return [
+    'workload',
+    'who',
+    'device',
+    's per round',
+    'range',
+    'times ours',
+    'GFLOP/s',
+    'peak GB',
+    'compile s',
+  ], lines
 
 
 def _title(row: dict[str, Any]) -> str:
   name, cohort = row['workload'], row['cohort']
-  return name if cohort == workloads.WORKLOADS[name].cohort else f'{name} x {cohort}'
+  return (
+    name if cohort == workloads.WORKLOADS[name].cohort else f'{name} x {cohort}'
+  )
 
 
 def report(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
@@ -199,5 +250,8 @@ def report(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
 
 def machine() -> dict[str, Any]:
   """Where the figures were taken."""
-  return {'platform': platform.platform(), 'processor': devices.processor(),
-          'cores': len(os.sched_getaffinity(0))}
+  return {
+    'platform': platform.platform(),
+    'processor': devices.processor(),
+    'cores': len(os.sched_getaffinity(0)),
+  }

@@ -17,16 +17,28 @@ def main() -> None:
     print(_usage())
   elif name == '--version':
     import fedftg_jax  # takes time to import
+
     print(fedftg_jax.__version__)
   else:
-    print(f'error: {name}: no such program; must be one of '
-          f'{", ".join(programs.NAMES)}', file=sys.stderr)
+    print(
+      f'error: {name}: no such program; must be one of '
+      f'{", ".join(programs.NAMES)}',
+      file=sys.stderr,
+    )
     sys.exit(2)
 
 
 def _usage() -> str:
-  lines = [f'  fedftg {name:<10} {what}' for name, what in programs.NAMES.items()]
-  return '\n'.join([
-      'Federated learning with FedFTG, simulated in JAX.', '', *lines, '',
+  lines = [
+    f'  fedftg {name:<10} {what}' for name, what in programs.NAMES.items()
+  ]
+  return '\n'.join(
+    [
+      'Federated learning with FedFTG, simulated in JAX.',
+      '',
+      *lines,
+      '',
       'fedftg NAME --help lists the flags of a program. fedftg compare '
-      '--preset=demo is a first run.'])
+      '--preset=demo is a first run.',
+    ]
+  )

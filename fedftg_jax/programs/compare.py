@@ -21,36 +21,51 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from fedftg_jax.configuration import resolve
-from fedftg_jax.system import cli
-from fedftg_jax.results import statistics
-from fedftg_jax.system import files
-from fedftg_jax.configuration import flags
-from fedftg_jax.configuration import folders
-from fedftg_jax.results import plots
-from fedftg_jax.system import progress
-from fedftg_jax.results import page
+from fedftg_jax.configuration import flags, folders, resolve
+from fedftg_jax.results import page, plots, statistics
 from fedftg_jax.runs import suite
+from fedftg_jax.system import cli, files, progress
 
 absl_flags.DEFINE_list(
-    'methods', ['fed_avg', 'fed_ftg'], 'Methods to compare, with commas between '
-    'them; each may carry flags after colons (fed_ftg:ftg_preset=paper).')
+  'methods',
+  ['fed_avg', 'fed_ftg'],
+  'Methods to compare, with commas between '
+  'them; each may carry flags after colons (fed_ftg:ftg_preset=paper).',
+)
 FLAGS = absl_flags.FLAGS
 
 # What every method of a comparison shares.
-_SHARED = ('seed', 'rounds', 'eval_every', 'dataset', 'data_dir', 'manual_dir',
-           'workdir', 'public_data', 'validation_share', 'dropout_rate',
-           'straggler_rate', 'min_availability', 'partition', 'partition_seed',
-           *sorted({flag for _, used in flags.PARTITIONS.values() for flag in used}),
-           'num_clients', 'cohort', 'schedule', 'schedule_seed')
+_SHARED = (
+  'seed',
+  'rounds',
+  'eval_every',
+  'dataset',
+  'data_dir',
+  'manual_dir',
+  'workdir',
+  'public_data',
+  'validation_share',
+  'dropout_rate',
+  'straggler_rate',
+  'min_availability',
+  'partition',
+  'partition_seed',
+  *sorted({flag for _, used in flags.PARTITIONS.values() for flag in used}),
+  'num_clients',
+  'cohort',
+  'schedule',
+  'schedule_seed',
+)
 
 
 def main() -> None:
   base = resolve.config()
   configs = parse_methods(FLAGS.methods)
   folder = folders.workdir(FLAGS.workdir, base, 'compare', *configs)
-  shared = {'program': 'compare', **{
-      k: v for k, v in base.items() if k in _SHARED and k != 'seed'}}
+  shared = {
+    'program': 'compare',
+    **{k: v for k, v in base.items() if k in _SHARED and k != 'seed'},
+  }
   results = suite.run(folder, shared, configs)
   if results:
     report(results, folder, shared)
@@ -72,7 +87,8 @@ def parse_methods(names: list[str]) -> dict[str, dict[str, Any]]:
         raise cli.UsageError('methods', name, f'{flag} changes no result')
       if flag in _SHARED:
         raise cli.UsageError(
-            'methods', name, f'{flag} must be the same for all methods')
+          'methods', name, f'{flag} must be the same for all methods'
+        )
       values[flag] = resolve.parse_value(flag, text)
     if name in configs:
       raise cli.UsageError('methods', ','.join(names), f'{name} is named twice')
@@ -88,16 +104,26 @@ def parse_methods(names: list[str]) -> dict[str, dict[str, Any]]:
 def report(results, folder, shared) -> None:
   """Writes and prints what the runs came to."""
   target = FLAGS.target_accuracy or statistics.common_target(results)
-  summary = {name: statistics.summarise(runs, target)
-             for name, runs in results.items()}
-  files.write_json(folder / 'summary.json', {
-      'methods': summary, 'target_accuracy': target,
-      'seeds': list(suite.seeds()), 'config': shared})
+  summary = {
+    name: statistics.summarise(runs, target) for name, runs in results.items()
+  }
+  files.write_json(
+    folder / 'summary.json',
+    {
+      'methods': summary,
+      'target_accuracy': target,
+      'seeds': list(suite.seeds()),
+      'config': shared,
+    },
+  )
   header, rows = statistics.table(summary, target)
   statistics.write_table(folder / 'table.md', header, rows)
   with files.replacing(folder / 'curves.png') as temporary:
-    plots.curves(temporary, statistics.curves(results), 'test accuracy',
-                 'broadcast model')
+    plots.curves(
+      temporary, statistics.curves(results), 'test accuracy', 'broadcast model'
+    )
   written = page.write(folder)
   progress.show(header, rows)
-  print(f'report: {written}; pictures: {folder}/curves.png, {folder}/*/seed*/*.png')
+  print(
+    f'report: {written}; pictures: {folder}/curves.png, {folder}/*/seed*/*.png'
+  )

@@ -4,42 +4,50 @@
   fedftg partition --partition=classes --num_clients=100
 
 Takes the flags of `train`, of which those count that say who holds what. Prints
-the measures as a table and writes them into --workdir (default: a folder in runs/
-named after the configuration): measures.json, heatmap.png (who has how many
-examples of which class), partition.npz (for --partition=file:PATH) and
+the measures as a table and writes them into --workdir (default: a folder in
+runs/ named after the configuration): measures.json, heatmap.png (who has how
+many examples of which class), partition.npz (for --partition=file:PATH) and
 config.json.
 """
 
 from absl import flags as absl_flags
 
-from fedftg_jax.configuration import resolve
-from fedftg_jax.configuration import assembly
-from fedftg_jax.system import files
-from fedftg_jax.configuration import flags
-from fedftg_jax.configuration import folders
+from fedftg_jax.configuration import assembly, flags, folders, resolve
+from fedftg_jax.data import partition, skew
 from fedftg_jax.results import plots
-from fedftg_jax.system import progress
-from fedftg_jax.data import partition
-from fedftg_jax.data import skew
+from fedftg_jax.system import files, progress
 
 FLAGS = absl_flags.FLAGS
 
 # What a partition depends on.
-_USED = ('dataset', 'validation_share', 'public_data', 'partition',
-         'partition_seed', 'num_clients')
+_USED = (
+  'dataset',
+  'validation_share',
+  'public_data',
+  'partition',
+  'partition_seed',
+  'num_clients',
+)
 
 
 def main() -> None:
   config = resolve.config(cohort=1)  # whatever it is: nobody takes part
   _, arguments = flags.PARTITIONS.get(config['partition'], (None, ()))
-  claim = {'program': 'partition', **{
-      k: v for k, v in config.items() if k in (*_USED, *arguments)}}
+  claim = {
+    'program': 'partition',
+    **{k: v for k, v in config.items() if k in (*_USED, *arguments)},
+  }
   folder = folders.workdir(
-      FLAGS.workdir, claim, 'partition', config['dataset'].split(':')[0],
-      config['partition'].split(':')[0])
+    FLAGS.workdir,
+    claim,
+    'partition',
+    config['dataset'].split(':')[0],
+    config['partition'].split(':')[0],
+  )
   folders.check_folder(folder, folders.identity(claim))
   dataset, _, parts = assembly.share_out(
-      config, assembly.load(config, FLAGS.data_dir, FLAGS.manual_dir))
+    config, assembly.load(config, FLAGS.data_dir, FLAGS.manual_dir)
+  )
   counts = skew.class_counts(dataset.train_y, parts, dataset.num_classes)
   measures = skew.measures(counts)
   folders.claim_folder(folder, claim)
@@ -48,7 +56,14 @@ def main() -> None:
   with files.replacing(folder / 'heatmap.png') as temporary:
     plots.heatmap(temporary, counts)
   files.write_json(folder / 'measures.json', measures)
-  progress.show(['measure', config['partition']], [
-      [name.removeprefix('num_').replace('_', ' '), f'{value:,d}' if isinstance(
-          value, int) else f'{value:.4g}'] for name, value in measures.items()])
+  progress.show(
+    ['measure', config['partition']],
+    [
+      [
+        name.removeprefix('num_').replace('_', ' '),
+        f'{value:,d}' if isinstance(value, int) else f'{value:.4g}',
+      ]
+      for name, value in measures.items()
+    ],
+  )
   print(f'results in {folder}')

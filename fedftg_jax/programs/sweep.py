@@ -6,9 +6,10 @@
     --list=learning_rate=0.1:local_epochs=5,learning_rate=0.03:local_epochs=10
 
 Any flag of `train` can be swept but --seed, for which there is --seeds; the
-others hold for all. A flag that a method does not have does not multiply its runs
-(--grid=method=fed_avg,fed_prox --grid=prox_mu=0.01,0.1 is three configurations).
-With both, every entry of the list meets every combination of the grid.
+others hold for all. A flag that a method does not have does not multiply its
+runs (--grid=method=fed_avg,fed_prox --grid=prox_mu=0.01,0.1 is three
+configurations). With both, every entry of the list meets every combination of
+the grid.
 
 Everything is checked before anything is trained. Runs that are finished are
 skipped: a sweep that was stopped goes on by the same command, and one with more
@@ -18,33 +19,35 @@ noted, and the others go on.
 With --validation_share the order is that of the accuracy on what is kept apart;
 else it is that on the test set, which then says too much about the best.
 
-Writes into --workdir: report.html, table.md, table.csv and summary.json, sorted;
-for one or two flags sweep.png (accuracy by their values); and each run's files in
-CONFIGURATION/seedK/.
+Writes into --workdir: report.html, table.md, table.csv and summary.json,
+sorted; for one or two flags sweep.png (accuracy by their values); and each
+run's files in CONFIGURATION/seedK/.
 """
 
+from collections.abc import Mapping, Sequence
 import itertools
 import re
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
-from fedftg_jax.configuration import resolve
-from fedftg_jax.system import cli
-from fedftg_jax.results import statistics
-from fedftg_jax.system import files
-from fedftg_jax.configuration import folders
-from fedftg_jax.results import plots
-from fedftg_jax.system import progress
-from fedftg_jax.results import page
+from fedftg_jax.configuration import folders, resolve
+from fedftg_jax.results import page, plots, statistics
 from fedftg_jax.runs import suite
+from fedftg_jax.system import cli, files, progress
 
 absl_flags.DEFINE_multi_string(
-    'grid', [], 'A flag and its values: FLAG=VALUE,VALUE; may be given several '
-    'times, for all combinations.')
+  'grid',
+  [],
+  'A flag and its values: FLAG=VALUE,VALUE; may be given several '
+  'times, for all combinations.',
+)
 absl_flags.DEFINE_list(
-    'list', [], 'Configurations, with commas between them: each is flags with '
-    'colons between them, FLAG=VALUE:FLAG=VALUE.')
+  'list',
+  [],
+  'Configurations, with commas between them: each is flags with '
+  'colons between them, FLAG=VALUE:FLAG=VALUE.',
+)
 FLAGS = absl_flags.FLAGS
 
 _TEST, _VALIDATION = statistics.LABELS
@@ -55,16 +58,20 @@ Settings = Mapping[str, Any]
 
 class Entry(NamedTuple):
   """One configuration of a sweep."""
-  settings: Settings      # its values of all swept flags that it depends on
+
+  settings: Settings  # its values of all swept flags that it depends on
   config: dict[str, Any]  # from `resolve.config`
 
 
 def main() -> None:
   entries = parse(FLAGS.grid, FLAGS.list)
   configs = {name: entry.config for name, entry in entries.items()}
-  folder = folders.workdir(FLAGS.workdir, _union(configs.values()), 'sweep',
-                           *configs)
-  progress.say(f'{len(entries)} configurations, {len(suite.seeds())} seed(s) each')
+  folder = folders.workdir(
+    FLAGS.workdir, _union(configs.values()), 'sweep', *configs
+  )
+  progress.say(
+    f'{len(entries)} configurations, {len(suite.seeds())} seed(s) each'
+  )
   results = suite.run(folder, {'program': 'sweep'}, configs, tolerant=True)
   if results:
     report(entries, results, folder)
@@ -74,12 +81,15 @@ def parse(grid: Sequence[str], listed: Sequence[str]) -> dict[str, Entry]:
   """The configurations of --grid and --list by name, each once.
 
   Raises:
-    cli.UsageError: for an unknown flag, a wrong value, or one that does nothing.
+    cli.UsageError: for an unknown flag, a wrong value, or one that does
+    nothing.
   """
   axes, chosen = parse_grid(grid), parse_list(listed)
   for flag in axes:
     if any(flag in settings for settings in chosen):
-      raise cli.UsageError('list', ','.join(listed), f'{flag} is in --grid, too')
+      raise cli.UsageError(
+        'list', ','.join(listed), f'{flag} is in --grid, too'
+      )
   if not axes and not chosen:
     raise cli.UsageError('grid', '', 'must be FLAG=VALUE,VALUE, or give --list')
   swept = list(dict.fromkeys([*axes, *itertools.chain(*chosen)]))
@@ -88,12 +98,17 @@ def parse(grid: Sequence[str], listed: Sequence[str]) -> dict[str, Entry]:
     typed = {**first, **dict(zip(axes, values))}
     config = _config(typed)
     name = name_of({k: v for k, v in typed.items() if k in config})
-    entries.setdefault(name, Entry(
-        {flag: config[flag] for flag in swept if flag in config}, config))
+    entries.setdefault(
+      name,
+      Entry({flag: config[flag] for flag in swept if flag in config}, config),
+    )
   for flag in swept:
     if not any(flag in entry.settings for entry in entries.values()):
-      raise cli.UsageError('grid' if flag in axes else 'list', flag,
-                           'changes no result of these configurations')
+      raise cli.UsageError(
+        'grid' if flag in axes else 'list',
+        flag,
+        'changes no result of these configurations',
+      )
   return entries
 
 
@@ -142,12 +157,15 @@ def _config(settings) -> dict[str, Any]:
     return resolve.config(**settings)
   except cli.UsageError as error:
     raise cli.UsageError(
-        'list' if FLAGS.list else 'grid', name_of(settings), str(error)) from error
+      'list' if FLAGS.list else 'grid', name_of(settings), str(error)
+    ) from error
 
 
 def name_of(settings: Settings) -> str:
   """'learning_rate=0.1,method=fed_avg'."""
-  return ','.join(f'{k}={statistics.value_text(v)}' for k, v in settings.items())
+  return ','.join(
+    f'{k}={statistics.value_text(v)}' for k, v in settings.items()
+  )
 
 
 def _union(configs) -> dict[str, Any]:
@@ -155,7 +173,9 @@ def _union(configs) -> dict[str, Any]:
   return {name: value for config in configs for name, value in config.items()}
 
 
-def report(entries: Mapping[str, Entry], results: statistics.Results, folder) -> None:
+def report(
+  entries: Mapping[str, Entry], results: statistics.Results, folder
+) -> None:
   """Writes and prints what the runs came to, the best first.
 
   Raises:
@@ -172,31 +192,48 @@ def report(entries: Mapping[str, Entry], results: statistics.Results, folder) ->
     raise cli.RunError(f'{folder}: every configuration diverged')
   if len(swept) in plots.SWEPT:
     with files.replacing(folder / 'sweep.png') as temporary:
-      plots.sweep(temporary, swept, statistics.sweep_points(summary),
-                  statistics.LABELS[summary['sorted_by']])
+      plots.sweep(
+        temporary,
+        swept,
+        statistics.sweep_points(summary),
+        statistics.LABELS[summary['sorted_by']],
+      )
   print(f'report: {page.write(folder)}; table: {folder}/table.csv')
 
 
-def summarise(entries: Mapping[str, Entry], results: statistics.Results
-              ) -> dict[str, Any]:
+def summarise(
+  entries: Mapping[str, Entry], results: statistics.Results
+) -> dict[str, Any]:
   """What summary.json holds; what diverged comes last."""
   ended = {name: runs for name, runs in results.items() if None not in runs}
   target = FLAGS.target_accuracy or (
-      statistics.common_target(ended, share=.5) if ended else 0.)
-  found = {name: statistics.summarise(runs, target) for name, runs in ended.items()}
+    statistics.common_target(ended, share=0.5) if ended else 0.0
+  )
+  found = {
+    name: statistics.summarise(runs, target) for name, runs in ended.items()
+  }
   validated = found and all(_VALIDATION in each for each in found.values())
   score = _VALIDATION if validated else _TEST
   order = sorted(found, key=lambda name: -found[name][score]['mean'])
   return {
-      'configurations': [
-          {'name': name, 'settings': dict(entries[name].settings),
-           'diverged': sum(run is None for run in results[name]),
-           **found.get(name, {})}
-          for name in [*order, *(n for n in results if n not in found)]],
-      'swept': list(dict.fromkeys(
-          flag for entry in entries.values() for flag in entry.settings)),
-      'sorted_by': score, 'target_accuracy': target,
-      'seeds': list(suite.seeds())}
+    'configurations': [
+      {
+        'name': name,
+        'settings': dict(entries[name].settings),
+        'diverged': sum(run is None for run in results[name]),
+        **found.get(name, {}),
+      }
+      for name in [*order, *(n for n in results if n not in found)]
+    ],
+    'swept': list(
+      dict.fromkeys(
+        flag for entry in entries.values() for flag in entry.settings
+      )
+    ),
+    'sorted_by': score,
+    'target_accuracy': target,
+    'seeds': list(suite.seeds()),
+  }
 
 
 def csv_row(row: Mapping[str, Any], swept: Sequence[str]) -> dict[str, Any]:
@@ -207,5 +244,8 @@ def csv_row(row: Mapping[str, Any], swept: Sequence[str]) -> dict[str, Any]:
       flat |= {name: row[name]['mean'], f'{name}_std': row[name]['std']}
   for i, value in enumerate(row.get(_TEST, {}).get('per_seed', [])):
     flat[f'{_TEST}_seed{FLAGS.seed + i}'] = value
-  return {**flat, 'megabytes_up': row.get('megabytes_up'),
-          'diverged': row['diverged']}
+  return {
+    **flat,
+    'megabytes_up': row.get('megabytes_up'),
+    'diverged': row['diverged'],
+  }

@@ -13,35 +13,38 @@ import json
 
 from absl import flags as absl_flags
 
-from fedftg_jax.results import rows
-from fedftg_jax.configuration import resolve
-from fedftg_jax.configuration import assembly
-from fedftg_jax.system import devices
-from fedftg_jax.configuration import folders
-from fedftg_jax.system import progress
-from fedftg_jax.results import page
+from fedftg_jax.configuration import assembly, folders, resolve
+from fedftg_jax.results import page, rows
 from fedftg_jax.runs import training
+from fedftg_jax.system import devices, progress
 
 FLAGS = absl_flags.FLAGS
 
 
 def main() -> None:
   config = resolve.config()
-  progress.say(f'{config["method"]} on {config["dataset"]}, '
-               f'{config["rounds"]} rounds')
+  progress.say(
+    f'{config["method"]} on {config["dataset"]}, {config["rounds"]} rounds'
+  )
   folder = folders.workdir(FLAGS.workdir, config)
   if devices.agree(folders.is_finished(folder, config)):
     progress.say(f'already finished: {folder}')
   else:
     training.train(
-        assembly.build(config, FLAGS.data_dir, FLAGS.manual_dir),
-        [config['seed']], [folder], config['method'], training.asked_for())
+      assembly.build(config, FLAGS.data_dir, FLAGS.manual_dir),
+      [config['seed']],
+      [folder],
+      config['method'],
+      training.asked_for(),
+    )
   if not devices.is_first():
     return
   if not (folder / 'report.html').exists():
     page.write(folder)
   summary = json.loads((folder / 'summary.json').read_text())
-  print(f'final accuracy {summary["final_accuracy"]:.4f} (mean over the last '
-        f'{rows.FINAL_ROUNDS} rounds) after {summary["rounds"]} rounds; '
-        f'{summary["train_seconds"]:.0f} s of training, '
-        f'{summary["compile_seconds"]:.0f} s of compilation; results in {folder}')
+  print(
+    f'final accuracy {summary["final_accuracy"]:.4f} (mean over the last '
+    f'{rows.FINAL_ROUNDS} rounds) after {summary["rounds"]} rounds; '
+    f'{summary["train_seconds"]:.0f} s of training, '
+    f'{summary["compile_seconds"]:.0f} s of compilation; results in {folder}'
+  )

@@ -4,11 +4,12 @@ One page that needs nothing else: no network, no scripts, pictures inside.
 """
 
 import base64
+from collections.abc import Iterable, Mapping
 import io
 import json
 import pathlib
 import re
-from typing import Any, Iterable, Mapping
+from typing import Any
 
 from etils import epy
 import jinja2
@@ -17,16 +18,10 @@ import numpy as np
 from PIL import Image
 from upath import UPath
 
-from fedftg_jax.results import reader
-from fedftg_jax.results import rows as rows_lib
-from fedftg_jax.results import tables
-from fedftg_jax.results import verdicts
-from fedftg_jax.system import cli
-from fedftg_jax.results import statistics
-from fedftg_jax.system import files
 from fedftg_jax.configuration import folders
-from fedftg_jax.results import plots
-from fedftg_jax.results import svg
+from fedftg_jax.results import plots, reader, statistics, svg, tables, verdicts
+from fedftg_jax.results import rows as rows_lib
+from fedftg_jax.system import cli, files
 
 with epy.lazy_imports():
   from matplotlib import colors as plt_colors
@@ -55,8 +50,10 @@ def write(folder: UPath) -> UPath:
     page = pages.get(config.get('program'), _of_run)(folder, config)
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise cli.ArgumentError(
-        folder, 'must be a folder that train, compare or sweep has written to, '
-        f'with at least one evaluation ({" ".join(str(error).split())})') from error
+      folder,
+      'must be a folder that train, compare or sweep has written to, '
+      f'with at least one evaluation ({" ".join(str(error).split())})',
+    ) from error
   path = folder / 'report.html'
   files.write_text(path, render(page))
   return path
@@ -65,10 +62,12 @@ def write(folder: UPath) -> UPath:
 def render(page: Mapping[str, Any]) -> str:
   """The page as HTML; what is not marked as safe is escaped."""
   environment = jinja2.Environment(
-      loader=jinja2.FileSystemLoader(
-          pathlib.Path(__file__).parent / 'templates'),
-      autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-      lstrip_blocks=True)
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / 'templates'),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
   environment.filters['breakable'] = _breakable
   return environment.get_template('report.html').render(page)
 
@@ -83,14 +82,18 @@ def _of_run(folder, config) -> dict[str, Any]:
   del config
   run = reader.read(folder)
   entries = {name: [(run, model)] for name, model in _models(run).items()}
-  clients = {'': {
-      name: [(run, name)] for name in run.clients.get('accuracy', {})}}
+  clients = {
+    '': {name: [(run, name)] for name in run.clients.get('accuracy', {})}
+  }
   return {
-      'title': f'{run.config["method"]} on {run.config["dataset"]}',
-      'kind': 'Training run', 'verdict': verdicts.of_run(run),
-      'final': tables.final(entries, 'model'),
-      'configuration': _configuration([run.config]), 'differences': None,
-      **_sections(entries, clients, {run.config['method']: [run]})}
+    'title': f'{run.config["method"]} on {run.config["dataset"]}',
+    'kind': 'Training run',
+    'verdict': verdicts.of_run(run),
+    'final': tables.final(entries, 'model'),
+    'configuration': _configuration([run.config]),
+    'differences': None,
+    **_sections(entries, clients, {run.config['method']: [run]}),
+  }
 
 
 def _models(run) -> dict[str, str]:
@@ -99,26 +102,35 @@ def _models(run) -> dict[str, str]:
   for name in run.rows[-1]['accuracy']:
     values = json.dumps([row['accuracy'][name] for row in run.rows])
     alike.setdefault(values, []).append(name)
-  return {' = '.join(names): 'broadcast' if 'broadcast' in names else names[0]
-          for names in alike.values()}
+  return {
+    ' = '.join(names): 'broadcast' if 'broadcast' in names else names[0]
+    for names in alike.values()
+  }
 
 
 def _of_comparison(folder, config) -> dict[str, Any]:
   """The page of a comparison: the methods' broadcast models side by side."""
   summary = files.read_json(folder / 'summary.json')
   runs = _read_runs(
-      folder, dict.fromkeys(summary['methods'], config['rounds']), summary['seeds'])
+    folder,
+    dict.fromkeys(summary['methods'], config['rounds']),
+    summary['seeds'],
+  )
   entries = _broadcast(runs)
   first = [of_name[0].config for of_name in runs.values()]
   return {
-      'title': f'{len(runs)} methods on {config["dataset"]}' if len(runs) > 1
-               else f'{next(iter(runs))} on {config["dataset"]}',
-      'kind': 'Comparison', 'verdict': verdicts.of_comparison(entries),
-      'final': tables.final(entries, 'method', average=True),
-      'configuration': _configuration(first),
-      'differences': _differences(runs),
-      **_sections(entries, _broadcast_clients(runs), runs,
-                  summary['target_accuracy'])}
+    'title': f'{len(runs)} methods on {config["dataset"]}'
+    if len(runs) > 1
+    else f'{next(iter(runs))} on {config["dataset"]}',
+    'kind': 'Comparison',
+    'verdict': verdicts.of_comparison(entries),
+    'final': tables.final(entries, 'method', average=True),
+    'configuration': _configuration(first),
+    'differences': _differences(runs),
+    **_sections(
+      entries, _broadcast_clients(runs), runs, summary['target_accuracy']
+    ),
+  }
 
 
 def _of_sweep(folder, config) -> dict[str, Any]:
@@ -129,101 +141,169 @@ def _of_sweep(folder, config) -> dict[str, Any]:
   rounds = {row['name']: row['rounds'] for row in ended[:_SHOWN_CONFIGURATIONS]}
   runs = _read_runs(folder, rounds, summary['seeds'])
   entries, swept = _broadcast(runs), summary['swept']
-  configs = [files.read_json(
-      folder / folders.folder_name(row['name']) / f'seed{summary["seeds"][0]}'
-      / 'config.json')['config'] for row in ended]
-  page = _sections(entries, _broadcast_clients(runs), runs,
-                   summary['target_accuracy'])
+  configs = [
+    files.read_json(
+      folder
+      / folders.folder_name(row['name'])
+      / f'seed{summary["seeds"][0]}'
+      / 'config.json'
+    )['config']
+    for row in ended
+  ]
+  page = _sections(
+    entries, _broadcast_clients(runs), runs, summary['target_accuracy']
+  )
   counts = [of_name[0].counts.get('train') for of_name in runs.values()]
   if any(not np.array_equal(counts[0], other) for other in counts):
     page['partition'] = None  # each has its own
   return {
-      **page,
-      'title': f'{len(summary["configurations"])} configurations: '
-               + ', '.join(swept),
-      'kind': 'Sweep', 'verdict': verdicts.of_sweep(summary, len(ended)),
-      'final': tables.Table(*statistics.sweep_table(summary)),
-      'picture': svg.inline(
-          'sweep', f'Accuracy by {" and ".join(swept)}; numbers in the table.',
-          plots.sweep, swept, statistics.sweep_points(summary),
-          statistics.LABELS[summary['sorted_by']])
-                 if len(swept) in plots.SWEPT else None,
-      'note': f'Below, of the {len(ended)} configurations the best {len(runs)}.'
-              if len(ended) > len(runs) else None,
-      'configuration': _configuration(configs, without=swept),
-      'differences': _differences(runs)}
+    **page,
+    'title': f'{len(summary["configurations"])} configurations: '
+    + ', '.join(swept),
+    'kind': 'Sweep',
+    'verdict': verdicts.of_sweep(summary, len(ended)),
+    'final': tables.Table(*statistics.sweep_table(summary)),
+    'picture': svg.inline(
+      'sweep',
+      f'Accuracy by {" and ".join(swept)}; numbers in the table.',
+      plots.sweep,
+      swept,
+      statistics.sweep_points(summary),
+      statistics.LABELS[summary['sorted_by']],
+    )
+    if len(swept) in plots.SWEPT
+    else None,
+    'note': f'Below, of the {len(ended)} configurations the best {len(runs)}.'
+    if len(ended) > len(runs)
+    else None,
+    'configuration': _configuration(configs, without=swept),
+    'differences': _differences(runs),
+  }
 
 
 def _read_runs(folder, rounds, seeds) -> dict[str, list[reader.Recorded]]:
   """Each seed's run of each name in `rounds`, up to its round."""
-  return {name: [reader.read(folder / folders.folder_name(name) / f'seed{seed}', t)
-                 for seed in seeds] for name, t in rounds.items()}
+  return {
+    name: [
+      reader.read(folder / folders.folder_name(name) / f'seed{seed}', t)
+      for seed in seeds
+    ]
+    for name, t in rounds.items()
+  }
 
 
 def _broadcast(runs) -> tables.Entries:
-  return {name: [(run, 'broadcast') for run in of_name]
-          for name, of_name in runs.items()}
+  return {
+    name: [(run, 'broadcast') for run in of_name]
+    for name, of_name in runs.items()
+  }
 
 
 def _broadcast_clients(runs) -> dict[str, tables.Entries]:
-  return {model: {
-      name: [(run, model) for run in of_name] for name, of_name in runs.items()
-      if all(model in run.clients.get('accuracy', {}) for run in of_name)}
-          for model in ('broadcast', 'personalised')}
+  return {
+    model: {
+      name: [(run, model) for run in of_name]
+      for name, of_name in runs.items()
+      if all(model in run.clients.get('accuracy', {}) for run in of_name)
+    }
+    for model in ('broadcast', 'personalised')
+  }
 
 
 def _sections(entries, clients, runs, target=None) -> dict[str, Any]:
   """What runs and comparisons have in common; None for what there is not."""
-  series = {name: [[(row['round'], rows_lib.megabytes(row),
-                     100 * row['accuracy'][model]) for row in run.rows]
-                   for run, model in of_name] for name, of_name in entries.items()}
+  series = {
+    name: [
+      [
+        (row['round'], rows_lib.megabytes(row), 100 * row['accuracy'][model])
+        for row in run.rows
+      ]
+      for run, model in of_name
+    ]
+    for name, of_name in entries.items()
+  }
   first = next(iter(runs.values()))[0]
   ylabel = 'test accuracy, percent'
   return {
-      'picture': None, 'note': None, 'several': len(runs) > 1,
-      'legend': _legend(entries),
-      'curves': [svg.inline(
-          f'curve{column}', f'Test accuracy against {what}; numbers in the tables.',
-          plots.curve, series, ylabel, column)
-                 for column, what in enumerate(('rounds', 'megabytes'))],
-      'seeds': len(next(iter(entries.values()))),
-      'targets': tables.targets(entries, target),
-      **_clients(clients),
-      **_classes(entries),
-      'partition': _partition_picture(first.counts),
-      'partition_note': _partition_note(first),
-      **_own_metrics(runs),
-      'class_changes': _class_changes(runs),
-      'strips': [(name, strip(of_name[0].images), nearest(of_name[0].nearest))
-                 for name, of_name in runs.items() if of_name[0].images],
-      'times': tables.times(runs),
-      'versions': first.versions}
+    'picture': None,
+    'note': None,
+    'several': len(runs) > 1,
+    'legend': _legend(entries),
+    'curves': [
+      svg.inline(
+        f'curve{column}',
+        f'Test accuracy against {what}; numbers in the tables.',
+        plots.curve,
+        series,
+        ylabel,
+        column,
+      )
+      for column, what in enumerate(('rounds', 'megabytes'))
+    ],
+    'seeds': len(next(iter(entries.values()))),
+    'targets': tables.targets(entries, target),
+    **_clients(clients),
+    **_classes(entries),
+    'partition': _partition_picture(first.counts),
+    'partition_note': _partition_note(first),
+    **_own_metrics(runs),
+    'class_changes': _class_changes(runs),
+    'strips': [
+      (name, strip(of_name[0].images), nearest(of_name[0].nearest))
+      for name, of_name in runs.items()
+      if of_name[0].images
+    ],
+    'times': tables.times(runs),
+    'versions': first.versions,
+  }
 
 
 def _clients(groups: Mapping[str, tables.Entries]) -> dict[str, Any]:
   """A table for all, and for each group a picture of clients in order; of those
   whose clients have test examples."""
-  groups = {group: {
-      name: of_name for name, of_name in entries.items()
-      if all(run.clients['summary'][model]['clients'] for run, model in of_name)}
-            for group, entries in groups.items()}
+  groups = {
+    group: {
+      name: of_name
+      for name, of_name in entries.items()
+      if all(run.clients['summary'][model]['clients'] for run, model in of_name)
+    }
+    for group, entries in groups.items()
+  }
   groups = {group: entries for group, entries in groups.items() if entries}
   return {
-      'fairness': groups and tables.fairness({
-          ', '.join(filter(None, (name, group))): of_name
-          for group, entries in groups.items()
-          for name, of_name in entries.items()}),
-      'clients': [(group, _legend(entries), svg.inline(
-          f'clients{i}', f'Accuracy of each client, from the worst to the best. '
-          f'{group}', plots.clients, _client_values(entries)))
-                  for i, (group, entries) in enumerate(groups.items())]}
+    'fairness': groups
+    and tables.fairness(
+      {
+        ', '.join(filter(None, (name, group))): of_name
+        for group, entries in groups.items()
+        for name, of_name in entries.items()
+      }
+    ),
+    'clients': [
+      (
+        group,
+        _legend(entries),
+        svg.inline(
+          f'clients{i}',
+          f'Accuracy of each client, from the worst to the best. {group}',
+          plots.clients,
+          _client_values(entries),
+        ),
+      )
+      for i, (group, entries) in enumerate(groups.items())
+    ],
+  }
 
 
 def _client_values(clients) -> dict[str, np.ndarray]:
   """By name all clients' accuracies in percent, of all seeds."""
-  values = {name: np.array([x for run, model in of_name
-                            for x in run.clients['accuracy'][model]], float)
-            for name, of_name in clients.items()}
+  values = {
+    name: np.array(
+      [x for run, model in of_name for x in run.clients['accuracy'][model]],
+      float,
+    )
+    for name, of_name in clients.items()
+  }
   return {name: 100 * v[np.isfinite(v)] for name, v in values.items()}
 
 
@@ -231,60 +311,108 @@ def _classes(entries) -> dict[str, Any]:
   """Picture and table of the accuracy on each class, means over seeds."""
   values = {}
   for name, of_name in entries.items():
-    found = [run.classes.get('accuracy', {}).get(model) for run, model in of_name]
+    found = [
+      run.classes.get('accuracy', {}).get(model) for run, model in of_name
+    ]
     if all(found):
       values[name] = 100 * np.mean(np.array(found, float), axis=0)
   if len({len(of_name) for of_name in values.values()}) != 1:  # none, or unlike
     return {'classes': None, 'classes_table': None, 'classes_legend': []}
   num_classes = len(next(iter(values.values())))
   return {
-      'classes': svg.inline('classes', 'Accuracy on each class; the table has the '
-                            'numbers.', plots.classes, values),
-      'classes_legend': _bar_legend(values),
-      'classes_table': tables.Table(['class', *values], [
-          [str(c), *(f'{v[c]:.1f}' if np.isfinite(v[c]) else '–'
-                     for v in values.values())] for c in range(num_classes)])}
+    'classes': svg.inline(
+      'classes',
+      'Accuracy on each class; the table has the numbers.',
+      plots.classes,
+      values,
+    ),
+    'classes_legend': _bar_legend(values),
+    'classes_table': tables.Table(
+      ['class', *values],
+      [
+        [
+          str(c),
+          *(
+            f'{v[c]:.1f}' if np.isfinite(v[c]) else '–' for v in values.values()
+          ),
+        ]
+        for c in range(num_classes)
+      ],
+    ),
+  }
 
 
 def _class_changes(runs) -> list[tuple[str, markupsafe.Markup]]:
   """By name what fine-tuning changes in each class, means over seeds."""
   pictures = []
   for i, (name, of_name) in enumerate(runs.items()):
-    by_round = [{row['round']: row['class_change'] for row in run.rows
-                 if 'class_change' in row} for run in of_name]
+    by_round = [
+      {
+        row['round']: row['class_change']
+        for row in run.rows
+        if 'class_change' in row
+      }
+      for run in of_name
+    ]
     rounds = [t for t in by_round[0] if all(t in of_run for of_run in by_round)]
     if rounds:
-      changes = 100 * np.mean([np.array(
-          [of_run[t] for t in rounds], float) for of_run in by_round], axis=0)
-      pictures.append((name, svg.inline(
-          f'change{i}', f'{name}: what fine-tuning changes in the accuracy on each '
-          'class, round by round.', plots.class_changes, rounds, changes)))
+      changes = 100 * np.mean(
+        [np.array([of_run[t] for t in rounds], float) for of_run in by_round],
+        axis=0,
+      )
+      pictures.append(
+        (
+          name,
+          svg.inline(
+            f'change{i}',
+            f'{name}: what fine-tuning changes in the accuracy on each '
+            'class, round by round.',
+            plots.class_changes,
+            rounds,
+            changes,
+          ),
+        )
+      )
   return pictures
 
 
 def _own_metrics(runs) -> dict[str, Any]:
   """What methods measure of themselves in each round, means over seeds."""
-  names = dict.fromkeys(key for of_name in runs.values()
-                        for key in of_name[0].rows[-1] if '/' in key)
+  names = dict.fromkeys(
+    key
+    for of_name in runs.values()
+    for key in of_name[0].rows[-1]
+    if '/' in key
+  )
   series = {}
   for key in names:
-    curves = {name: _mean_points(of_name, key) for name, of_name in runs.items()}
+    curves = {
+      name: _mean_points(of_name, key) for name, of_name in runs.items()
+    }
     series[key] = {name: points for name, points in curves.items() if points}
   series = {key: curves for key, curves in series.items() if curves}
   if not series:
     return {'own': None, 'own_legend': []}
   shown = dict.fromkeys(name for curves in series.values() for name in curves)
   return {
-      'own': svg.inline('own', 'What the methods measure of themselves, round by '
-                        'round.', plots.metrics, series),
-      'own_legend': _legend(shown) if len(runs) > 1 else []}
+    'own': svg.inline(
+      'own',
+      'What the methods measure of themselves, round by round.',
+      plots.metrics,
+      series,
+    ),
+    'own_legend': _legend(shown) if len(runs) > 1 else [],
+  }
 
 
 def _mean_points(of_name, key) -> list[tuple[int, float]]:
   """(round, mean over seeds) where every seed has a value."""
   values = [{row['round']: row.get(key) for row in run.rows} for run in of_name]
-  return [(t, float(np.mean([v[t] for v in values]))) for t in values[0]
-          if all(v.get(t) is not None for v in values)]
+  return [
+    (t, float(np.mean([v[t] for v in values])))
+    for t in values[0]
+    if all(v.get(t) is not None for v in values)
+  ]
 
 
 def strip(images: Mapping[int, np.ndarray]) -> list[tuple[int, str]]:
@@ -298,8 +426,10 @@ def strip(images: Mapping[int, np.ndarray]) -> list[tuple[int, str]]:
   """
   rounds = sorted(images)
   places = np.linspace(0, len(rounds) - 1, min(len(rounds), _STRIP_ROUNDS))
-  return [(rounds[i], _side_by_side(images[rounds[i]]))
-          for i in np.round(places).astype(int)]
+  return [
+    (rounds[i], _side_by_side(images[rounds[i]]))
+    for i in np.round(places).astype(int)
+  ]
 
 
 def nearest(found: Mapping[str, np.ndarray]) -> dict[str, str] | None:
@@ -307,13 +437,17 @@ def nearest(found: Mapping[str, np.ndarray]) -> dict[str, str] | None:
   if not found:
     return None
   return {
-      'generated': _side_by_side(found['generated']),
-      'real': _side_by_side(found['real']),
-      'note': 'Labels of the real ones: ' + ', '.join(map(str, found['label'])) + (
-          f'. Distances: {found["distance"].min():.2f} to '
-          f'{found["distance"].max():.2f}; of a real image from the nearest other '
-          f'one {float(found["between_real"]):.2f} (root mean square over pixels, '
-          'normalised as for the model).')}
+    'generated': _side_by_side(found['generated']),
+    'real': _side_by_side(found['real']),
+    'note': 'Labels of the real ones: '
+    + ', '.join(map(str, found['label']))
+    + (
+      f'. Distances: {found["distance"].min():.2f} to '
+      f'{found["distance"].max():.2f}; of a real image from the nearest other '
+      f'one {float(found["between_real"]):.2f} (root mean square over pixels, '
+      'normalised as for the model).'
+    ),
+  }
 
 
 def _side_by_side(images) -> str:
@@ -323,7 +457,8 @@ def _side_by_side(images) -> str:
   images = images.repeat(times, 1).repeat(times, 2)
   file = io.BytesIO()
   Image.fromarray(np.concatenate(list(images), axis=1)).save(
-      file, 'PNG', optimize=True)
+    file, 'PNG', optimize=True
+  )
   return _data_uri(file.getvalue())
 
 
@@ -333,30 +468,43 @@ def _data_uri(png: bytes) -> str:
 
 def _legend(names: Iterable[str]) -> list[tuple[str, str]]:
   """(name, CSS of its sample) of lines."""
-  return [(name, f'border-top: 3px {"dashed" if dashes == "--" else "solid"} '
-           f'{plt_colors.to_hex(color)}')
-          for name, (color, dashes) in plots.line_styles(names).items()]
+  return [
+    (
+      name,
+      f'border-top: 3px {"dashed" if dashes == "--" else "solid"} '
+      f'{plt_colors.to_hex(color)}',
+    )
+    for name, (color, dashes) in plots.line_styles(names).items()
+  ]
 
 
 def _bar_legend(names: Iterable[str]) -> list[tuple[str, str]]:
   """(name, CSS of its sample) of bars."""
-  return [(name, f'height: .8rem; opacity: {opacity:g}; '
-           f'background: {plt_colors.to_hex(color)}')
-          for name, (color, opacity) in plots.bar_styles(names).items()]
+  return [
+    (
+      name,
+      f'height: .8rem; opacity: {opacity:g}; '
+      f'background: {plt_colors.to_hex(color)}',
+    )
+    for name, (color, opacity) in plots.bar_styles(names).items()
+  ]
 
 
 def _partition_picture(counts) -> markupsafe.Markup | None:
   """Who holds what; of many clients in pixels, a line each is too much."""
   if not counts:
     return None
-  counts, label = counts['train'], (
-      'Training examples of each class that each client holds.')
+  counts, label = (
+    counts['train'],
+    ('Training examples of each class that each client holds.'),
+  )
   if len(counts) <= _DRAWN_CLIENTS:
     return svg.inline('partition', label, plots.heatmap, counts)
   file = io.BytesIO()
   plots.heatmap(file, counts)
   return markupsafe.Markup('<img src="{}" alt="{}">').format(
-      _data_uri(file.getvalue()), label)
+    _data_uri(file.getvalue()), label
+  )
 
 
 def _partition_note(run) -> str:
@@ -370,25 +518,37 @@ def _partition_note(run) -> str:
 
 def _configuration(configs, without=()) -> list[tables.Table]:
   """What all of `configs` have in common, in two halves."""
-  rows = [[name, _text(value)] for name, value in sorted(configs[0].items())
-          if name not in without
-          and all(config.get(name) == value for config in configs)]
+  rows = [
+    [name, _text(value)]
+    for name, value in sorted(configs[0].items())
+    if name not in without
+    and all(config.get(name) == value for config in configs)
+  ]
   half = -(-len(rows) // 2)
-  return [tables.Table(['flag', 'value'], part) for part in (rows[:half], rows[half:])
-          if part]
+  return [
+    tables.Table(['flag', 'value'], part)
+    for part in (rows[:half], rows[half:])
+    if part
+  ]
 
 
 def _differences(runs) -> tables.Table | None:
   """The flags in which methods differ; None if there is one method."""
   configs = {name: of_name[0].config for name, of_name in runs.items()}
   names = sorted({k for config in configs.values() for k in config})
-  rows = [[name, *(_text(config[name]) if name in config else '–'
-                   for config in configs.values())]
-          for name in names
-          if len({json.dumps(config.get(name)) for config in configs.values()}) > 1]
+  rows = [
+    [
+      name,
+      *(
+        _text(config[name]) if name in config else '–'
+        for config in configs.values()
+      ),
+    ]
+    for name in names
+    if len({json.dumps(config.get(name)) for config in configs.values()}) > 1
+  ]
   return tables.Table(['flag', *configs], rows) if rows else None
 
 
 def _text(value) -> str:
   return f'{value:g}' if isinstance(value, float) else str(value)
-

@@ -1,6 +1,7 @@
 """Pictures: curves, bars, who holds what, a grid of generated images."""
 
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from etils import epy
 import jax
@@ -19,9 +20,8 @@ def _into_files(name: str) -> None:
 # Half a second, which only a picture has to wait for.
 with epy.lazy_imports(success_callback=_into_files):
   from matplotlib import colors as plt_colors
-  from matplotlib import lines
+  from matplotlib import lines, ticker
   from matplotlib import pyplot as plt
-  from matplotlib import ticker
 
 with epy.lazy_imports():
   import matplotlib
@@ -33,9 +33,11 @@ _MANY_CLIENTS = 40  # from here on they are sorted
 
 
 def curves(
-    path: Any,
-    series: Mapping[str, Sequence[Sequence[tuple[int, float, float]]]],
-    ylabel: str, title: str = '') -> None:
+  path: Any,
+  series: Mapping[str, Sequence[Sequence[tuple[int, float, float]]]],
+  ylabel: str,
+  title: str = '',
+) -> None:
   """Draws each name's mean over seeds against rounds and against megabytes sent
   up and down, with a band of one standard deviation over several seeds.
 
@@ -46,12 +48,14 @@ def curves(
     title: of the picture.
   """
   figure, panels = plt.subplots(
-      1, 2, figsize=(11, 4.2), sharey=True, layout='constrained')
+    1, 2, figsize=(11, 4.2), sharey=True, layout='constrained'
+  )
   for column, axes in enumerate(panels):
     _draw_curves(axes, series, column)
   panels[0].set(ylabel=ylabel, title=title)
   panels[1].legend(
-      fontsize=8, loc='center left', bbox_to_anchor=(1.01, .5), frameon=False)
+    fontsize=8, loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False
+  )
   figure.savefig(path, dpi=110)
   plt.close(figure)
 
@@ -76,17 +80,22 @@ def metrics(path: Any, series: Mapping[str, Mapping[str, Sequence]]) -> None:
   columns = min(3, len(series))
   rows = -(-len(series) // columns)
   figure, panels = plt.subplots(
-      rows, columns, figsize=(2.9 * columns, 1.9 * rows), squeeze=False,
-      layout='constrained')
-  styles = line_styles(dict.fromkeys(
-      name for curves_ in series.values() for name in curves_))
+    rows,
+    columns,
+    figsize=(2.9 * columns, 1.9 * rows),
+    squeeze=False,
+    layout='constrained',
+  )
+  styles = line_styles(
+    dict.fromkeys(name for curves_ in series.values() for name in curves_)
+  )
   for axes, (title, curves_) in zip(panels.flat, series.items()):
     for name, points in curves_.items():
       color, dashes = styles[name]
       axes.plot(*np.array(points, float).T, dashes, color=color)
     axes.set_title(title, fontsize=10)
-    axes.grid(alpha=.3)
-  for axes in panels.flat[len(series):]:
+    axes.grid(alpha=0.3)
+  for axes in panels.flat[len(series) :]:
     axes.set_visible(False)
   for axes in panels[-1]:
     axes.set_xlabel('round')
@@ -101,39 +110,59 @@ def effects(path: Any, rows: Sequence[tuple[str, str, float, float]]) -> None:
     path: where to write.
     rows: (group, name, mean, half of the interval; infinite for none).
   """
-  color = {group: f'C{i}' for i, group in enumerate(dict.fromkeys(
-      row[0] for row in rows))}
+  color = {
+    group: f'C{i}'
+    for i, group in enumerate(dict.fromkeys(row[0] for row in rows))
+  }
   figure, axes = plt.subplots(
-      figsize=(7, .26 * len(rows) + 1), layout='constrained')
+    figsize=(7, 0.26 * len(rows) + 1), layout='constrained'
+  )
   for i, (group, _, mean, half) in enumerate(rows):
-    axes.errorbar(mean, i, xerr=half if np.isfinite(half) else None, fmt='o',
-                  color=color[group], markersize=4, capsize=2)
+    axes.errorbar(
+      mean,
+      i,
+      xerr=half if np.isfinite(half) else None,
+      fmt='o',
+      color=color[group],
+      markersize=4,
+      capsize=2,
+    )
   axes.axvline(0, color='0.5', linewidth=1)
   axes.set_yticks(range(len(rows)), [name for _, name, *_ in rows], fontsize=8)
-  axes.legend(handles=[
+  axes.legend(
+    handles=[
       lines.Line2D([], [], color=c, marker='o', linestyle='', label=group)
-      for group, c in color.items()], fontsize=8)
+      for group, c in color.items()
+    ],
+    fontsize=8,
+  )
   axes.invert_yaxis()
-  axes.grid(alpha=.3, axis='x')
+  axes.grid(alpha=0.3, axis='x')
   axes.set(xlabel='effect of FedFTG on the final test accuracy, points')
   figure.savefig(path, dpi=110)
   plt.close(figure)
 
 
-def scatters(path: Any, panels: Mapping[str, Sequence[tuple[float, float]]],
-             ylabel: str) -> None:
+def scatters(
+  path: Any, panels: Mapping[str, Sequence[tuple[float, float]]], ylabel: str
+) -> None:
   """Draws a panel of points for each title."""
   columns = min(3, len(panels))
   rows = -(-len(panels) // columns)
   figure, grid = plt.subplots(
-      rows, columns, figsize=(3.4 * columns, 2.6 * rows), squeeze=False,
-      sharey=True, layout='constrained')
+    rows,
+    columns,
+    figsize=(3.4 * columns, 2.6 * rows),
+    squeeze=False,
+    sharey=True,
+    layout='constrained',
+  )
   for axes, (title, points) in zip(grid.flat, panels.items()):
-    axes.plot(*np.array(points).T, 'o', markersize=3, alpha=.6)
+    axes.plot(*np.array(points).T, 'o', markersize=3, alpha=0.6)
     axes.axhline(0, color='0.5', linewidth=1)
     axes.set_title(title, fontsize=9)
-    axes.grid(alpha=.3)
-  for axes in grid.flat[len(panels):]:
+    axes.grid(alpha=0.3)
+  for axes in grid.flat[len(panels) :]:
     axes.set_visible(False)
   for axes in grid[:, 0]:
     axes.set_ylabel(ylabel)
@@ -150,10 +179,13 @@ def line_styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
   names = list(names)
   combined = any('+' in name for name in names)
   first_parts = list(dict.fromkeys(name.split('+')[0] for name in names))
-  return {name: (
+  return {
+    name: (
       f'C{first_parts.index(name.split("+")[0]) % 10}',
-      '--' if ('+' in name if combined else i % 2) else '-')
-          for i, name in enumerate(names)}
+      '--' if ('+' in name if combined else i % 2) else '-',
+    )
+    for i, name in enumerate(names)
+  }
 
 
 def bar_styles(names: Iterable[str]) -> dict[str, tuple[str, float]]:
@@ -161,8 +193,10 @@ def bar_styles(names: Iterable[str]) -> dict[str, tuple[str, float]]:
   others have the colour."""
   styles = line_styles(names)
   colors = [color for color, _ in styles.values()]
-  return {name: (color, .5 if dashes == '--' and colors.count(color) > 1 else 1.)
-          for name, (color, dashes) in styles.items()}
+  return {
+    name: (color, 0.5 if dashes == '--' and colors.count(color) > 1 else 1.0)
+    for name, (color, dashes) in styles.items()
+  }
 
 
 def _draw_curves(axes, series, column) -> None:
@@ -172,18 +206,32 @@ def _draw_curves(axes, series, column) -> None:
     seeds = [{point[0]: point for point in seed} for seed in seeds]
     rounds = sorted(set.intersection(*map(set, seeds)))
     points = np.array([[seed[t] for t in rounds] for seed in seeds], float)
-    mean, spread = points.mean(0), points.std(0, ddof=1 if len(seeds) > 1 else 0)
+    mean, spread = (
+      points.mean(0),
+      points.std(0, ddof=1 if len(seeds) > 1 else 0),
+    )
     color, dashes = styles[name]
-    axes.plot(mean[:, column], mean[:, 2], dashes, color=color, label=name,
-              marker='' if len(rounds) > 1 else 'o')
+    axes.plot(
+      mean[:, column],
+      mean[:, 2],
+      dashes,
+      color=color,
+      label=name,
+      marker='' if len(rounds) > 1 else 'o',
+    )
     if len(seeds) > 1:
       axes.fill_between(
-          mean[:, column], mean[:, 2] - spread[:, 2], mean[:, 2] + spread[:, 2],
-          alpha=.15, color=color, linewidth=0)
+        mean[:, column],
+        mean[:, 2] - spread[:, 2],
+        mean[:, 2] + spread[:, 2],
+        alpha=0.15,
+        color=color,
+        linewidth=0,
+      )
   axes.set_xlabel(('round', 'megabytes, up and down')[column])
   if column == 0:
     axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
-  axes.grid(alpha=.3)
+  axes.grid(alpha=0.3)
 
 
 def clients(path: Any, values: Mapping[str, np.ndarray]) -> None:
@@ -197,15 +245,24 @@ def clients(path: Any, values: Mapping[str, np.ndarray]) -> None:
   styles = line_styles(values)
   for name, of_name in values.items():
     color, dashes = styles[name]
-    share = 100 * (np.arange(len(of_name)) + .5) / len(of_name)
+    share = 100 * (np.arange(len(of_name)) + 0.5) / len(of_name)
     if len(of_name) > _POINTS:  # more cannot be seen
-      share = 100 * (np.arange(_POINTS) + .5) / _POINTS
+      share = 100 * (np.arange(_POINTS) + 0.5) / _POINTS
       of_name = np.percentile(of_name, share)
-    axes.plot(share, np.sort(of_name), dashes, color=color, drawstyle='steps-mid',
-              marker='' if len(of_name) > 1 else 'o')
-  axes.set(xlabel='clients from worst to best, percent',
-           ylabel='test accuracy, percent', xlim=(0, 100))
-  axes.grid(alpha=.3)
+    axes.plot(
+      share,
+      np.sort(of_name),
+      dashes,
+      color=color,
+      drawstyle='steps-mid',
+      marker='' if len(of_name) > 1 else 'o',
+    )
+  axes.set(
+    xlabel='clients from worst to best, percent',
+    ylabel='test accuracy, percent',
+    xlim=(0, 100),
+  )
+  axes.grid(alpha=0.3)
   figure.savefig(path, dpi=110)
   plt.close(figure)
 
@@ -215,23 +272,26 @@ def classes(path: Any, values: Mapping[str, Sequence[float]]) -> None:
 
   Args:
     path: where to write.
-    values: by name, [C] accuracies in percent; NaN for classes without examples.
+    values: by name, [C] accuracies in percent; NaN for classes without
+      examples.
   """
   figure, axes = plt.subplots(figsize=_PANEL, layout='constrained')
-  styles, width = bar_styles(values), .8 / len(values)
+  styles, width = bar_styles(values), 0.8 / len(values)
   for i, (name, of_name) in enumerate(values.items()):
     color, opacity = styles[name]
-    left = np.arange(len(of_name)) - .4 + i * width
+    left = np.arange(len(of_name)) - 0.4 + i * width
     axes.bar(left, of_name, width, align='edge', color=color, alpha=opacity)
   axes.set(xlabel='class', ylabel='test accuracy, percent')
   axes.xaxis.set_major_locator(ticker.MaxNLocator(20, integer=True))
-  axes.grid(alpha=.3, axis='y')
+  axes.grid(alpha=0.3, axis='y')
   axes.set_axisbelow(True)
   figure.savefig(path, dpi=110)
   plt.close(figure)
 
 
-def class_changes(path: Any, rounds: Sequence[int], changes: np.ndarray) -> None:
+def class_changes(
+  path: Any, rounds: Sequence[int], changes: np.ndarray
+) -> None:
   """Draws which classes gain and which lose, round by round.
 
   Args:
@@ -241,16 +301,26 @@ def class_changes(path: Any, rounds: Sequence[int], changes: np.ndarray) -> None
   """
   num_classes = changes.shape[1]
   figure, axes = plt.subplots(
-      figsize=(_PANEL[0], min(max(1.2 + .16 * num_classes, 2.2), 6)),
-      layout='constrained')
+    figsize=(_PANEL[0], min(max(1.2 + 0.16 * num_classes, 2.2), 6)),
+    layout='constrained',
+  )
   most = max(np.nanmax(np.abs(changes), initial=0), 1)
   image = axes.imshow(
-      changes.T, aspect='auto', interpolation='nearest', vmin=-most, vmax=most,
-      cmap=plt.get_cmap('RdBu').with_extremes(bad='white'))
+    changes.T,
+    aspect='auto',
+    interpolation='nearest',
+    vmin=-most,
+    vmax=most,
+    cmap=plt.get_cmap('RdBu').with_extremes(bad='white'),
+  )
   axes.yaxis.set_major_locator(ticker.MaxNLocator(10, integer=True))
   places = np.unique(np.linspace(0, len(rounds) - 1, 10).astype(int))
-  axes.set(xlabel='round', ylabel='class', xticks=places,
-           xticklabels=[rounds[i] for i in places])
+  axes.set(
+    xlabel='round',
+    ylabel='class',
+    xticks=places,
+    xticklabels=[rounds[i] for i in places],
+  )
   figure.colorbar(image, ax=axes, label='change, points')
   figure.savefig(path, dpi=110)
   plt.close(figure)
@@ -272,21 +342,36 @@ def heatmap(path: Any, counts: np.ndarray) -> None:
   if many:
     part = counts.max(1) / np.maximum(counts.sum(1), 1)
     counts = counts[np.lexsort((-part, counts.argmax(1)))]
-  height = min(max(1.2 + .16 * num_clients, 2.4), 8)
+  height = min(max(1.2 + 0.16 * num_clients, 2.4), 8)
   figure, (axes, beside) = plt.subplots(
-      1, 2, figsize=(_PANEL[0], height), width_ratios=(4, 1), sharey=True,
-      layout='constrained')
+    1,
+    2,
+    figsize=(_PANEL[0], height),
+    width_ratios=(4, 1),
+    sharey=True,
+    layout='constrained',
+  )
   most = max(counts.max(), 2)
   image = axes.imshow(
-      np.ma.masked_equal(counts, 0), aspect='auto', interpolation='nearest',
-      cmap=plt.get_cmap('viridis_r').with_extremes(bad='white'),
-      norm=plt_colors.LogNorm(1, most))
+    np.ma.masked_equal(counts, 0),
+    aspect='auto',
+    interpolation='nearest',
+    cmap=plt.get_cmap('viridis_r').with_extremes(bad='white'),
+    norm=plt_colors.LogNorm(1, most),
+  )
   for axis in (axes.xaxis, axes.yaxis):
     axis.set_major_locator(ticker.MaxNLocator(10, integer=True))
-  axes.set(xlabel='class', ylabel='client' + (
-      ', sorted by the class it has most of' if many else ''))
-  beside.stairs(counts.sum(1), np.arange(num_clients + 1) - .5,
-                orientation='horizontal', fill=True, color='C0')
+  axes.set(
+    xlabel='class',
+    ylabel='client' + (', sorted by the class it has most of' if many else ''),
+  )
+  beside.stairs(
+    counts.sum(1),
+    np.arange(num_clients + 1) - 0.5,
+    orientation='horizontal',
+    fill=True,
+    color='C0',
+  )
   beside.xaxis.set_major_locator(ticker.MaxNLocator(2, integer=True))
   beside.set(xlabel='examples', xlim=(0, None))
   ticks = [d * 10**e for e in range(9) for d in (1, 2, 5) if d * 10**e <= most]
@@ -298,21 +383,29 @@ def heatmap(path: Any, counts: np.ndarray) -> None:
 
 
 def generated(
-    path: Any, synthesise: Callable, shared: Any, num_classes: int) -> None:
+  path: Any, synthesise: Callable, shared: Any, num_classes: int
+) -> None:
   """Draws what the generator makes of each class, one labelled row each."""
   labels = jnp.repeat(jnp.arange(num_classes), _PER_CLASS)
-  images = images_lib.scaled(np.asarray(
-      jax.jit(synthesise)(shared, labels, jax.random.key(0))))
+  images = images_lib.scaled(
+    np.asarray(jax.jit(synthesise)(shared, labels, jax.random.key(0)))
+  )
   if images.shape[-1] != 3:
     images = np.repeat(images.mean(-1, keepdims=True), 3, axis=-1)
   images = np.pad(images, ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=1)
   _, height, width, _ = images.shape
-  mosaic = images.reshape(num_classes, _PER_CLASS, height, width, 3).transpose(
-      0, 2, 1, 3, 4).reshape(num_classes * height, _PER_CLASS * width, 3)
+  mosaic = (
+    images.reshape(num_classes, _PER_CLASS, height, width, 3)
+    .transpose(0, 2, 1, 3, 4)
+    .reshape(num_classes * height, _PER_CLASS * width, 3)
+  )
   figure, axes = plt.subplots(
-      figsize=(_PER_CLASS * .7, num_classes * .7 + .4), layout='constrained')
+    figsize=(_PER_CLASS * 0.7, num_classes * 0.7 + 0.4), layout='constrained'
+  )
   axes.imshow(mosaic)
-  axes.set(xticks=[], ylabel='class', yticks=(np.arange(num_classes) + .5) * height)
+  axes.set(
+    xticks=[], ylabel='class', yticks=(np.arange(num_classes) + 0.5) * height
+  )
   axes.set_yticklabels(range(num_classes))
   axes.tick_params(length=0)
   axes.spines[:].set_visible(False)
@@ -322,7 +415,8 @@ def generated(
 
 
 def bars(
-    path: Any, groups: Mapping[str, Mapping[str, float]], xlabel: str) -> None:
+  path: Any, groups: Mapping[str, Mapping[str, float]], xlabel: str
+) -> None:
   """Draws a panel of horizontal bars per group.
 
   Args:
@@ -331,8 +425,12 @@ def bars(
     xlabel: what the values are.
   """
   figure, panels = plt.subplots(
-      1, len(groups), figsize=(3.6 * len(groups) + .6, 3), squeeze=False,
-      layout='constrained')
+    1,
+    len(groups),
+    figsize=(3.6 * len(groups) + 0.6, 3),
+    squeeze=False,
+    layout='constrained',
+  )
   colors = {}
   for axes, (title, values) in zip(panels[0], groups.items()):
     for name, value in values.items():
@@ -340,7 +438,7 @@ def bars(
       bar = axes.barh(name, value, color=color)
       axes.bar_label(bar, fmt=' %.3g', fontsize=8)
     axes.set(title=title, xlabel=xlabel)
-    axes.margins(x=.2)
+    axes.margins(x=0.2)
     axes.invert_yaxis()
   figure.savefig(path, dpi=110)
   plt.close(figure)
@@ -349,8 +447,12 @@ def bars(
 SWEPT = 1, 2  # so many swept flags make a picture
 
 
-def sweep(path: Any, swept: Sequence[str],
-          points: Sequence[tuple[tuple, float, float]], label: str) -> None:
+def sweep(
+  path: Any,
+  swept: Sequence[str],
+  points: Sequence[tuple[tuple, float, float]],
+  label: str,
+) -> None:
   """Draws a score by the values of one or two flags.
 
   Args:
@@ -361,8 +463,9 @@ def sweep(path: Any, swept: Sequence[str],
       where the flag does not matter, a mean NaN where there is none.
     label: what the score is.
   """
-  axis_values = [_in_order({p[0][i] for p in points} - {None})
-                 for i in range(len(swept))]
+  axis_values = [
+    _in_order({p[0][i] for p in points} - {None}) for i in range(len(swept))
+  ]
   figure, axes = plt.subplots(figsize=_PANEL, layout='constrained')
   if len(swept) == 1:
     _draw_line(axes, axis_values[0], {p[0][0]: p[1:] for p in points})
@@ -388,16 +491,28 @@ def _draw_line(axes, values, scores) -> None:
   numbers = all(map(_is_number, values)) and len(values) > 1
   x = values if numbers else range(len(values))
   mean, spread = np.array([scores[v] for v in values], float).T
-  axes.errorbar(x, mean, spread if spread.any() else None, capsize=3, marker='o',
-                linestyle='-' if numbers else '')
+  axes.errorbar(
+    x,
+    mean,
+    spread if spread.any() else None,
+    capsize=3,
+    marker='o',
+    linestyle='-' if numbers else '',
+  )
   for place in np.flatnonzero(np.isnan(mean)):
-    axes.annotate('diverged', (x[place], 0), xycoords=('data', 'axes fraction'),
-                  rotation=90, ha='center', va='bottom')
+    axes.annotate(
+      'diverged',
+      (x[place], 0),
+      xycoords=('data', 'axes fraction'),
+      rotation=90,
+      ha='center',
+      va='bottom',
+    )
   if numbers and min(values) > 0 and max(values) >= 8 * min(values):
     axes.set_xscale('log')
   _name_values(axes, x, values)
   axes.minorticks_off()
-  axes.grid(alpha=.3)
+  axes.grid(alpha=0.3)
 
 
 def _draw_map(axes, axis_values, points):
@@ -407,14 +522,19 @@ def _draw_map(axes, axis_values, points):
   diverged = np.zeros_like(scores, bool)
   for (row, column), mean, _ in points:
     # Where a flag does not matter the score is that of all its values.
-    place = (slice(None) if row is None else rows.index(row),
-             slice(None) if column is None else columns.index(column))
+    place = (
+      slice(None) if row is None else rows.index(row),
+      slice(None) if column is None else columns.index(column),
+    )
     scores[place], diverged[place] = mean, np.isnan(mean)
   image = axes.imshow(scores, aspect='auto', cmap='viridis')
   for (i, j), score in np.ndenumerate(scores):
     text = '×' if diverged[i, j] else '' if np.isnan(score) else f'{score:.1f}'
-    color = None if np.isnan(score) else (
-        'white' if image.norm(score) < .6 else 'black')
+    color = (
+      None
+      if np.isnan(score)
+      else ('white' if image.norm(score) < 0.6 else 'black')
+    )
     axes.text(j, i, text, ha='center', va='center', fontsize=8, color=color)
   _name_values(axes, range(len(columns)), columns)
   axes.set_yticks(range(len(rows)), labels=[str(v) for v in rows])

@@ -10,6 +10,7 @@ from fedftg_jax.system import files
 
 class Recorded(NamedTuple):
   """What a run's folder says, up to some round; {} where a file is missing."""
+
   config: dict[str, Any]
   versions: dict[str, str]
   rows: list[dict[str, Any]]  # metrics.jsonl, at least one
@@ -25,7 +26,8 @@ def read(folder: UPath, rounds: int | None = None) -> Recorded:
   """A run's files, up to `rounds` (None: all).
 
   Raises:
-    OSError, ValueError, KeyError: if config.json or metrics.jsonl cannot be read.
+    OSError, ValueError, KeyError: if config.json or metrics.jsonl cannot be
+      read.
   """
   saved = files.read_json(folder / 'config.json')
 
@@ -46,13 +48,21 @@ def read(folder: UPath, rounds: int | None = None) -> Recorded:
   nearest_real = _arrays(folder / 'nearest.npz')
   if nearest_real and nearest_real['round'] != rows[-1]['round']:
     nearest_real = {}
-  images = {int(name.removeprefix('round_')): a
-            for name, a in _arrays(folder / 'generated.npz').items()}
+  images = {
+    int(name.removeprefix('round_')): a
+    for name, a in _arrays(folder / 'generated.npz').items()
+  }
   return Recorded(
-      saved['config'], saved['versions'], rows, lines('timings.jsonl'),
-      last('clients.json'), last('classes.json'), _arrays(folder / 'counts.npz'),
-      {t: a for t, a in images.items() if t <= rows[-1]['round']},
-      nearest_real)
+    saved['config'],
+    saved['versions'],
+    rows,
+    lines('timings.jsonl'),
+    last('clients.json'),
+    last('classes.json'),
+    _arrays(folder / 'counts.npz'),
+    {t: a for t, a in images.items() if t <= rows[-1]['round']},
+    nearest_real,
+  )
 
 
 def _arrays(path):

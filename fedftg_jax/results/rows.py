@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-
 FINAL_ROUNDS = 10  # the final accuracy is the mean over so many last rounds
 
 
@@ -12,17 +11,27 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
   """The figures of a run, from the rows of its metrics.jsonl."""
   last = rows[-1]
   tail = [r for r in rows if r['round'] > last['round'] - FINAL_ROUNDS]
-  validation = {} if 'validation_accuracy' not in last else {
+  validation = (
+    {}
+    if 'validation_accuracy' not in last
+    else {
       'final_validation_accuracy': number(
-          np.mean([r['validation_accuracy'] for r in tail]))}
+        np.mean([r['validation_accuracy'] for r in tail])
+      )
+    }
+  )
   return {
-      'rounds': last['round'],
-      'final_accuracy': number(np.mean([r['test_accuracy'] for r in tail])),
-      'best_accuracy': max(r['test_accuracy'] for r in rows),
-      'final_accuracy_of': {
-          name: number(np.mean([r['accuracy'][name] for r in tail]))
-          for name in last['accuracy']}, **validation,
-      'bytes_up': last['bytes_up'], 'bytes_down': last['bytes_down']}
+    'rounds': last['round'],
+    'final_accuracy': number(np.mean([r['test_accuracy'] for r in tail])),
+    'best_accuracy': max(r['test_accuracy'] for r in rows),
+    'final_accuracy_of': {
+      name: number(np.mean([r['accuracy'][name] for r in tail]))
+      for name in last['accuracy']
+    },
+    **validation,
+    'bytes_up': last['bytes_up'],
+    'bytes_down': last['bytes_down'],
+  }
 
 
 def flat(row: dict[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -3,9 +3,10 @@
 They take the page's font and its text colour, light or dark, and scale with it.
 """
 
+from collections.abc import Callable
 import io
 import re
-from typing import Any, Callable
+from typing import Any
 from xml.etree import ElementTree
 
 from etils import epy
@@ -18,16 +19,32 @@ _NAMESPACE = 'http://www.w3.org/2000/svg'
 _LINK = 'http://www.w3.org/1999/xlink'
 _INK = '#0a0b0c'  # stands for the page's text colour; no picture uses it else
 _STYLE = {
-    'savefig.format': 'svg', 'svg.fonttype': 'none', 'svg.hashsalt': 'fedftg_jax',
-    'savefig.transparent': True, 'axes.spines.top': False,
-    'axes.spines.right': False, 'font.size': 10, 'grid.color': _INK, **{
-        name: _INK for name in ('text.color', 'axes.labelcolor', 'axes.edgecolor',
-                                'xtick.color', 'ytick.color')}}
+  'savefig.format': 'svg',
+  'svg.fonttype': 'none',
+  'svg.hashsalt': 'fedftg_jax',
+  'savefig.transparent': True,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'font.size': 10,
+  'grid.color': _INK,
+  **{
+    name: _INK
+    for name in (
+      'text.color',
+      'axes.labelcolor',
+      'axes.edgecolor',
+      'xtick.color',
+      'ytick.color',
+    )
+  },
+}
 ElementTree.register_namespace('', _NAMESPACE)
 ElementTree.register_namespace('xlink', _LINK)
 
 
-def inline(name: str, label: str, draw: Callable, *args: Any) -> markupsafe.Markup:
+def inline(
+  name: str, label: str, draw: Callable, *args: Any
+) -> markupsafe.Markup:
   """A picture as an <svg> element.
 
   Args:

@@ -1,6 +1,7 @@
 """The tables of a report."""
 
-from typing import Mapping, NamedTuple, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,35 +11,64 @@ from fedftg_jax.results.reader import Recorded
 
 class Table(NamedTuple):
   """Text: the first column names its row, the others are numbers."""
+
   header: Sequence[str]
   rows: Sequence[Sequence[str]]
 
 
 # What is compared, by name: of each seed its run, and which of its models.
 Entries = Mapping[str, Sequence[tuple[Recorded, str]]]
-_TARGETS = (.5, .7, .8, .9, .95, .97, .98, .99)  # accuracies that count rounds
+_TARGETS = (
+  0.5,
+  0.7,
+  0.8,
+  0.9,
+  0.95,
+  0.97,
+  0.98,
+  0.99,
+)  # accuracies that count rounds
 _SHOWN_TARGETS = 4
 
 
 def final(entries: Entries, kind: str, average: bool = False) -> Table:
   """Accuracies in percent: final with every seed's, best, `average` the plain
   average of the models, and of broadcast models that on validation data."""
-  validated = any('validation_accuracy' in run.rows[-1]
-                  for of_name in entries.values() for run, _ in of_name)
+  validated = any(
+    'validation_accuracy' in run.rows[-1]
+    for of_name in entries.values()
+    for run, _ in of_name
+  )
   rows = []
   for name, of_name in entries.items():
     final = final_accuracies(of_name)
-    row = [name, *([on_validation(of_name)] if validated else []), mean_text(final)]
+    row = [
+      name,
+      *([on_validation(of_name)] if validated else []),
+      mean_text(final),
+    ]
     if average:
-      row.append(mean_text(final_accuracies([(run, 'average') for run, _ in of_name])))
-    row.append(mean_text([max(r['accuracy'][model] for r in run.rows)
-                        for run, model in of_name]))
+      row.append(
+        mean_text(final_accuracies([(run, 'average') for run, _ in of_name]))
+      )
+    row.append(
+      mean_text(
+        [max(r['accuracy'][model] for r in run.rows) for run, model in of_name]
+      )
+    )
     rows.append([*row, *map(percent, final)] if len(final) > 1 else row)
   seeds = [run.config['seed'] for run, _ in next(iter(entries.values()))]
   return Table(
-      [kind, *(['on validation data'] if validated else []), 'final',
-       *(['plain average'] if average else []), 'best',
-       *([f'seed {seed}' for seed in seeds] if len(seeds) > 1 else [])], rows)
+    [
+      kind,
+      *(['on validation data'] if validated else []),
+      'final',
+      *(['plain average'] if average else []),
+      'best',
+      *([f'seed {seed}' for seed in seeds] if len(seeds) > 1 else []),
+    ],
+    rows,
+  )
 
 
 def targets(entries: Entries, target: float | None = None) -> Table | None:
@@ -52,30 +82,48 @@ def targets(entries: Entries, target: float | None = None) -> Table | None:
     The table, with the highest few targets that some run reaches; None if no
     run reaches any.
   """
-  best = max(row['accuracy'][model] for of_name in entries.values()
-             for run, model in of_name for row in run.rows)
+  best = max(
+    row['accuracy'][model]
+    for of_name in entries.values()
+    for run, model in of_name
+    for row in run.rows
+  )
   reached = [t for t in _TARGETS if t <= best][-_SHOWN_TARGETS:]
   targets = sorted({*reached, *([target] if target else [])})
   if not targets:
     return None
   return Table(
-      ['', *(f'{100 * t:g} %' for t in targets)],
-      [[name, *(_to_target(of_name, t) for t in targets)]
-       for name, of_name in entries.items()])
+    ['', *(f'{100 * t:g} %' for t in targets)],
+    [
+      [name, *(_to_target(of_name, t) for t in targets)]
+      for name, of_name in entries.items()
+    ],
+  )
 
 
 def _to_target(of_name, target) -> str:
   """'14 (182 MB)': means over the seeds that get there, and how many do not."""
-  found = [next(((row['round'], rows_lib.megabytes(row)) for row in run.rows
-                 if row['accuracy'][model] >= target), None)
-           for run, model in of_name]
+  found = [
+    next(
+      (
+        (row['round'], rows_lib.megabytes(row))
+        for row in run.rows
+        if row['accuracy'][model] >= target
+      ),
+      None,
+    )
+    for run, model in of_name
+  ]
   there = [point for point in found if point is not None]
   if not there:
     return 'never'
   rounds, megabytes = np.mean(there, axis=0)
   missed = len(found) - len(there)
-  return f'{rounds:.1f}'.removesuffix('.0') + f' ({megabytes:.0f} MB)' + (
-      f', {missed} of {len(found)} never' if missed else '')
+  return (
+    f'{rounds:.1f}'.removesuffix('.0')
+    + f' ({megabytes:.0f} MB)'
+    + (f', {missed} of {len(found)} never' if missed else '')
+  )
 
 
 def fairness(clients: Entries) -> Table:
@@ -87,47 +135,89 @@ def fairness(clients: Entries) -> Table:
     def mean(key, figures=figures):
       return np.mean([f[key] for f in figures])
 
-    rows.append([name, *(percent(mean(k)) for k in ('mean', 'worst', 'best')),
-                 f'{1e4 * mean("variance"):.1f}', f'{mean("jain"):.3f}',
-                 f'{mean("clients"):.4g}'])
-  return Table(['', 'mean', 'worst 10 %', 'best 10 %', 'variance', 'Jain index',
-                'clients'], rows)
+    rows.append(
+      [
+        name,
+        *(percent(mean(k)) for k in ('mean', 'worst', 'best')),
+        f'{1e4 * mean("variance"):.1f}',
+        f'{mean("jain"):.3f}',
+        f'{mean("clients"):.4g}',
+      ]
+    )
+  return Table(
+    [
+      '',
+      'mean',
+      'worst 10 %',
+      'best 10 %',
+      'variance',
+      'Jain index',
+      'clients',
+    ],
+    rows,
+  )
 
 
 def times(runs: Mapping[str, Sequence[Recorded]]) -> Table:
   """Seconds per stage and rounds per second, means over seeds."""
   rows = []
   for name, of_name in runs.items():
-    stages = [[sum(row.get(f'{stage}_seconds', 0.) for row in run.timings)
-               for stage in ('train', 'evaluate', 'checkpoint', 'compile')]
-              for run in of_name]
+    stages = [
+      [
+        sum(row.get(f'{stage}_seconds', 0.0) for row in run.timings)
+        for stage in ('train', 'evaluate', 'checkpoint', 'compile')
+      ]
+      for run in of_name
+    ]
     seconds = np.mean(stages, axis=0)
     rounds = np.mean([run.rows[-1]['round'] for run in of_name])
-    rows.append([name, *(f'{s:.1f}' for s in seconds),
-                 f'{rounds / max(seconds[0], 1e-9):.3g}'])
+    rows.append(
+      [
+        name,
+        *(f'{s:.1f}' for s in seconds),
+        f'{rounds / max(seconds[0], 1e-9):.3g}',
+      ]
+    )
   return Table(
-      ['', 'train, s', 'evaluate, s', 'checkpoints, s', 'compile, s',
-       'rounds per s'], rows)
+    [
+      '',
+      'train, s',
+      'evaluate, s',
+      'checkpoints, s',
+      'compile, s',
+      'rounds per s',
+    ],
+    rows,
+  )
 
 
 def on_validation(of_name) -> str:
   """As `final_accuracies`, which only the broadcast model is measured for."""
-  values = [rows_lib.summarise(run.rows).get('final_validation_accuracy')
-            if model == 'broadcast' else None for run, model in of_name]
+  values = [
+    rows_lib.summarise(run.rows).get('final_validation_accuracy')
+    if model == 'broadcast'
+    else None
+    for run, model in of_name
+  ]
   return '–' if None in values else mean_text(values)
 
 
 def final_accuracies(of_name) -> list[float]:
   """Each seed's mean over the last rounds, of one of its models."""
-  return [rows_lib.summarise(run.rows)['final_accuracy_of'][model]
-          for run, model in of_name]
+  return [
+    rows_lib.summarise(run.rows)['final_accuracy_of'][model]
+    for run, model in of_name
+  ]
 
 
 def mean_text(values) -> str:
   """Mean and, over several seeds, standard deviation, in percent."""
   text = percent(np.mean(values))
-  return text if len(values) == 1 else (
-      f'{text} ± {percent(np.std(values, ddof=1))}')
+  return (
+    text
+    if len(values) == 1
+    else (f'{text} ± {percent(np.std(values, ddof=1))}')
+  )
 
 
 def percent(value) -> str:

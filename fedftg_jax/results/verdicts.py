@@ -2,9 +2,7 @@
 
 import numpy as np
 
-from fedftg_jax.results import rows
-from fedftg_jax.results import statistics
-from fedftg_jax.results import tables
+from fedftg_jax.results import rows, statistics, tables
 
 
 def of_sweep(summary, num_ended) -> str:
@@ -13,31 +11,47 @@ def of_sweep(summary, num_ended) -> str:
   final = statistics.percent(best['final_accuracy'])
   if summary['sorted_by'] != 'final_accuracy':
     chosen = statistics.percent(best[summary['sorted_by']])
-    return (f'{best["name"]} ends highest on what is kept apart, at {chosen} %; '
-            f'on the test set it has {final} %.')
+    return (
+      f'{best["name"]} ends highest on what is kept apart, at {chosen} %; '
+      f'on the test set it has {final} %.'
+    )
   text = f'{best["name"]} ends highest, at {final} % test accuracy.'
-  return text if num_ended == 1 else (
+  return (
+    text
+    if num_ended == 1
+    else (
       f'{text} It was chosen on the test set, as the best of {num_ended}, which '
-      'flatters it; --validation_share keeps data apart to choose on.')
+      'flatters it; --validation_share keeps data apart to choose on.'
+    )
+  )
 
 
 def of_run(run) -> str:
-  final = {name: tables.final_accuracies([(run, name)])[0] for name in run.rows[-1]['accuracy']}
+  final = {
+    name: tables.final_accuracies([(run, name)])[0]
+    for name in run.rows[-1]['accuracy']
+  }
   last = run.rows[-1]
-  text = (f'{tables.percent(final["broadcast"])} % test accuracy (mean over the last '
-          f'{rows.FINAL_ROUNDS} rounds) after {last["round"]} rounds and '
-          f'{rows.megabytes(last):,.0f} MB.')
+  text = (
+    f'{tables.percent(final["broadcast"])} % test accuracy (mean over the last '
+    f'{rows.FINAL_ROUNDS} rounds) after {last["round"]} rounds and '
+    f'{rows.megabytes(last):,.0f} MB.'
+  )
   if 'fine_tuned' in final:
     gain = 100 * (final['broadcast'] - final['average'])
-    text += (f' The plain average of the clients\' models has '
-             f'{tables.percent(final["average"])} %: what the server adds to it is worth '
-             f'{gain:+.2f} points.'.replace('-', '−'))
+    text += (
+      f" The plain average of the clients' models has "
+      f'{tables.percent(final["average"])} %: what the server adds to it is worth '
+      f'{gain:+.2f} points.'.replace('-', '−')
+    )
   return text
 
 
 def of_comparison(entries) -> str:
   """Who ends highest, and whether that is more than the spread over seeds."""
-  finals = {name: tables.final_accuracies(of_name) for name, of_name in entries.items()}
+  finals = {
+    name: tables.final_accuracies(of_name) for name, of_name in entries.items()
+  }
   order = sorted(finals, key=lambda name: -np.mean(finals[name]))
   best = finals[order[0]]
   text = f'{order[0]} ends highest, at {tables.mean_text(best)} % test accuracy'
@@ -50,5 +64,6 @@ def of_comparison(entries) -> str:
     return text + '. One seed each: whether that is chance cannot be said.'
   spread = 100 * max(np.std(best, ddof=1), np.std(second, ddof=1))
   return text + (
-      f', {"more" if gap > spread else "no more"} than the spread over '
-      f'{len(best)} seeds ({spread:.2f}).')
+    f', {"more" if gap > spread else "no more"} than the spread over '
+    f'{len(best)} seeds ({spread:.2f}).'
+  )

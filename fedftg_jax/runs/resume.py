@@ -1,24 +1,22 @@
 """Where a stopped run goes on: its checkpoints, and the rows up to them."""
 
+from collections.abc import Iterator, Sequence
 import contextlib
 import hashlib
 import pathlib
 import signal
 import tempfile
 import threading
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from upath import UPath
 
-from fedftg_jax.configuration import assembly
-from fedftg_jax.system import cli
-from fedftg_jax.system import devices
-from fedftg_jax.system import files
-from fedftg_jax.system import progress
 from fedftg_jax import checkpoint
 from fedftg_jax.base import PyTree
+from fedftg_jax.configuration import assembly
+from fedftg_jax.system import cli, devices, files, progress
 
 FOLDER = 'checkpoints'  # in a run's folder
 _WHOLE = 'whole'  # the last file of a checkpoint in a store without rename
@@ -28,9 +26,10 @@ _REFUSED = '.refused'  # behind the name of a checkpoint that cannot be used
 def is_due(done: int, config: dict[str, Any], every: int) -> bool:
   """Whether a checkpoint belongs after `done` rounds.
 
-  Always at the end of a whole chunk of rounds, so that a run which goes on cuts the
-  remaining rounds into the same chunks: every `every` rounds, rounded up to whole
-  chunks, and after the last.
+  Always at the end of a whole chunk of rounds, so that a run which goes on cuts
+  the
+  remaining rounds into the same chunks: every `every` rounds, rounded up to
+  whole chunks, and after the last.
   """
   chunk = config['eval_every']
   if not every or done % chunk:
@@ -38,8 +37,14 @@ def is_due(done: int, config: dict[str, Any], every: int) -> bool:
   return done % (-(-every // chunk) * chunk) == 0 or done == config['rounds']
 
 
-def save(folder: UPath, experiment: assembly.Experiment, seed: int,
-         done: int, state: PyTree, keep: int) -> None:
+def save(
+  folder: UPath,
+  experiment: assembly.Experiment,
+  seed: int,
+  done: int,
+  state: PyTree,
+  keep: int,
+) -> None:
   """Writes the checkpoint after `done` rounds of one seed's run."""
   state = jax.device_get(state)
   if not devices.is_first():
@@ -59,13 +64,19 @@ def save(folder: UPath, experiment: assembly.Experiment, seed: int,
 def _rounds(folder):
   """The rounds of which a run has checkpoints, ascending."""
   there = sorted(int(n) for n in files.names(folder / FOLDER) if n.isdigit())
-  return [done for done in there if files.is_local(folder)
-          or (folder / FOLDER / str(done) / _WHOLE).exists()]
+  return [
+    done
+    for done in there
+    if files.is_local(folder) or (folder / FOLDER / str(done) / _WHOLE).exists()
+  ]
 
 
-def newest(workdirs: Sequence[UPath], experiment: assembly.Experiment,
-           seeds: Sequence[int], states: Sequence[PyTree]
-           ) -> tuple[int, list[PyTree]]:
+def newest(
+  workdirs: Sequence[UPath],
+  experiment: assembly.Experiment,
+  seeds: Sequence[int],
+  states: Sequence[PyTree],
+) -> tuple[int, list[PyTree]]:
   """The latest round from which all of some runs can go on.
 
   Args:
@@ -76,19 +87,22 @@ def newest(workdirs: Sequence[UPath], experiment: assembly.Experiment,
 
   Returns:
     Rounds done, and the states then. A checkpoint that cannot be used is named
-    on the screen and renamed, and the one before it tried; 0 where there is none.
+    on the screen and renamed, and the one before it tried; 0 where there is
+    none.
 
   Raises:
     cli.UsageError: if there are checkpoints, but of more rounds than are asked
       for alone.
   """
-  candidates = set.intersection(
-      *(set(_rounds(folder)) for folder in workdirs))
+  candidates = set.intersection(*(set(_rounds(folder)) for folder in workdirs))
   asked = experiment.config['rounds']
   if candidates and min(candidates) > asked:
     raise cli.UsageError(
-        'rounds', asked, f'{workdirs[0] / FOLDER} goes on from round '
-        f'{max(candidates)}; must be at least that, or choose another folder')
+      'rounds',
+      asked,
+      f'{workdirs[0] / FOLDER} goes on from round '
+      f'{max(candidates)}; must be at least that, or choose another folder',
+    )
   for done in sorted(candidates, reverse=True):
     if done > asked:
       continue
@@ -122,10 +136,12 @@ def _restore(folder, seed, state, experiment, done):
     rows = files.read_jsonl(folder / 'metrics.jsonl')
   except (OSError, ValueError) as error:
     raise checkpoint.Refused(
-        f'{folder / FOLDER}/{done}: its metrics.jsonl cannot be read') from error
+      f'{folder / FOLDER}/{done}: its metrics.jsonl cannot be read'
+    ) from error
   if done not in [row['round'] for row in rows]:
     raise checkpoint.Refused(
-        f'{folder / FOLDER}/{done}: its metrics.jsonl does not reach that round')
+      f'{folder / FOLDER}/{done}: its metrics.jsonl does not reach that round'
+    )
   note = _note(experiment, seed, done)
   if files.is_local(folder):
     return checkpoint.restore(folder / FOLDER, done, state, note)
@@ -141,8 +157,9 @@ def _note(experiment, seed, done):
   arrays = list(experiment.parts)
   for t in range(done):  # without padding, whose width depends on later rounds
     selected = rows.client_id[t] < len(experiment.parts)
-    arrays += [a[t][selected] for a in (
-        rows.client_id, rows.arrived, rows.num_steps)]
+    arrays += [
+      a[t][selected] for a in (rows.client_id, rows.arrived, rows.num_steps)
+    ]
   for array in arrays:
     digest.update(np.array([len(array), *array], np.int64))
   identity = {**experiment.config, **experiment.contents, 'seed': seed}

@@ -1,36 +1,42 @@
 """What is looked at between chunks of rounds: models, clients, generated images."""
 
+from collections.abc import Callable, Mapping
 import functools
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedftg_jax.configuration.assembly import Experiment
-from fedftg_jax import compiling
-from fedftg_jax import evaluation
+from fedftg_jax import compiling, evaluation
 from fedftg_jax import models as models_lib
-from fedftg_jax.data import clients
+from fedftg_jax.configuration.assembly import Experiment
+from fedftg_jax.data import clients, partition
 from fedftg_jax.data import images as images_lib
-from fedftg_jax.data import partition
 
-_BATCH = 500     # examples at once
-_PICTURED = 10   # classes, at most, of which an image is kept per evaluation
+_BATCH = 500  # examples at once
+_PICTURED = 10  # classes, at most, of which an image is kept per evaluation
 _COMPARED = 100  # training images whose nearest other ones are looked for
 
 
 class Scores(NamedTuple):
   """What one evaluation of one seed gives, on the host."""
-  models: Mapping[str, Mapping[str, Any]]  # of each variant: loss, accuracy and,
-                                           # but for a mean of clients, per_class
+
+  models: Mapping[
+    str, Mapping[str, Any]
+  ]  # of each variant: loss, accuracy and,
+  # but for a mean of clients, per_class
   clients: Mapping[str, Mapping[str, np.ndarray]]  # see
-                                # `evaluation.evaluate_clients`; {} if not asked for
-  validation: Mapping[str, Any]  # loss and accuracy of the broadcast model on what
-                                 # is kept apart; {} if nothing is
+  # `evaluation.evaluate_clients`; {} if not asked for
+  validation: Mapping[
+    str, Any
+  ]  # loss and accuracy of the broadcast model on what
+  # is kept apart; {} if nothing is
   finite: bool  # whether all of the model and of the server's slot is
-  images: np.ndarray | None  # [C', H, W, channels] uint8, of each class the same
-                             # noise every time; None without a generator
+  images: (
+    np.ndarray | None
+  )  # [C', H, W, channels] uint8, of each class the same
+  # noise every time; None without a generator
 
 
 def scorer(experiment: Experiment, put: Callable) -> Callable:
@@ -44,18 +50,30 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
     A function (rounds done, state, models of the round, base key) -> Scores, of
     one seed; all processes have to call it.
   """
-  config, dataset, model = experiment.config, experiment.dataset, experiment.model
-  test = put(clients.from_partition(
-      dataset.test_x, dataset.test_y, test_parts(experiment)))
+  config, dataset, model = (
+    experiment.config,
+    experiment.dataset,
+    experiment.model,
+  )
+  test = put(
+    clients.from_partition(
+      dataset.test_x, dataset.test_y, test_parts(experiment)
+    )
+  )
   validation = dataset.validation_x is not None and put(
-      (dataset.validation_x, dataset.validation_y))
+    (dataset.validation_x, dataset.validation_y)
+  )
   # The mean of statistics that clients keep to themselves says nothing.
   local = config['batch_norm'] == 'local'
   when = config['evaluate_clients']
   chunk = config['client_chunk'] or experiment.schedule.client_id.shape[1]
   of_clients = functools.partial(
-      evaluation.evaluate_clients, model, experiment.federation, chunk=chunk,
-      batch_size=_BATCH)
+    evaluation.evaluate_clients,
+    model,
+    experiment.federation,
+    chunk=chunk,
+    batch_size=_BATCH,
+  )
   draw = _drawing(experiment.method)
 
   def score(done, state, models, key):
@@ -64,25 +82,44 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
       variants['all'] = _mean_of_all(experiment, state)
     scores = {}
     for name, variables in variants.items():  # some are one model, as of FedAvg
-      twin = next((other for other in scores
-                   if _equal(variables, variants[other])), None)
-      scores[name] = scores[twin] if twin else evaluation.evaluate(
-          model, variables, test.x, test.y, _BATCH, local)
-    kept_apart = validation and evaluation.evaluate(
-        model, state.variables, *validation, _BATCH, local) or {}
+      twin = next(
+        (other for other in scores if _equal(variables, variants[other])), None
+      )
+      scores[name] = (
+        scores[twin]
+        if twin
+        else evaluation.evaluate(
+          model, variables, test.x, test.y, _BATCH, local
+        )
+      )
+    kept_apart = (
+      validation
+      and evaluation.evaluate(
+        model, state.variables, *validation, _BATCH, local
+      )
+      or {}
+    )
     asked = when == 'every' or when == 'final' and done == config['rounds']
     by_client = {}
     if asked or local:
-      by_client = jax.device_get(of_clients(
-          state, experiment.data, test, key,
-          personalise=asked and config['personalise']))
+      by_client = jax.device_get(
+        of_clients(
+          state,
+          experiment.data,
+          test,
+          key,
+          personalise=asked and config['personalise'],
+        )
+      )
     if local:
       scores['own_statistics'] = {
-          name: np.nanmean(v) for name, v in by_client['broadcast'].items()}
+        name: np.nanmean(v) for name, v in by_client['broadcast'].items()
+      }
     return Scores(
-        *jax.device_get((scores, by_client if asked else {}, kept_apart)),
-        _all_finite((state.variables, state.shared)),
-        draw and _images(draw, state.shared, dataset.num_classes))
+      *jax.device_get((scores, by_client if asked else {}, kept_apart)),
+      _all_finite((state.variables, state.shared)),
+      draw and _images(draw, state.shared, dataset.num_classes),
+    )
 
   return score
 
@@ -128,7 +165,9 @@ def _drawn(draw, shared, num_classes):
 
 
 def _as_bytes(images):
-  images = np.nan_to_num(images, posinf=0, neginf=0)  # a generator that diverged
+  images = np.nan_to_num(
+    images, posinf=0, neginf=0
+  )  # a generator that diverged
   return np.round(255 * images_lib.scaled(images)).astype(np.uint8)
 
 
@@ -139,9 +178,9 @@ def nearest_real(experiment: Experiment, state) -> dict[str, np.ndarray]:
   Distances are root mean squares over pixels, as the model sees them.
 
   Returns:
-    generated and real, [C', H, W, channels] uint8, each scaled to its own range;
-    label and distance of the real ones, [C']; and between_real, the median
-    distance of a training image from the nearest other one.
+    generated and real, [C', H, W, channels] uint8, each scaled to its own
+    range; label and distance of the real ones, [C']; and between_real, the
+    median distance of a training image from the nearest other one.
   """
   dataset = experiment.dataset
   made = _drawn(_drawing(experiment.method), state.shared, dataset.num_classes)
@@ -150,14 +189,19 @@ def nearest_real(experiment: Experiment, state) -> dict[str, np.ndarray]:
     return np.asarray(models_lib.normalise(x, dataset.mean, dataset.std))
 
   nearest, distance = _nearest(made, dataset.train_x, seen)
-  some = np.unique(np.linspace(
-      0, len(dataset.train_x) - 1, _COMPARED).astype(int))
-  between = _nearest(seen(dataset.train_x[some]), dataset.train_x, seen, some)[1]
+  some = np.unique(
+    np.linspace(0, len(dataset.train_x) - 1, _COMPARED).astype(int)
+  )
+  between = _nearest(seen(dataset.train_x[some]), dataset.train_x, seen, some)[
+    1
+  ]
   return {
-      'generated': _as_bytes(made),
-      'real': _as_bytes(seen(dataset.train_x[nearest])),
-      'label': dataset.train_y[nearest], 'distance': distance,
-      'between_real': np.median(between)}
+    'generated': _as_bytes(made),
+    'real': _as_bytes(seen(dataset.train_x[nearest])),
+    'label': dataset.train_y[nearest],
+    'distance': distance,
+    'between_real': np.median(between),
+  }
 
 
 def _nearest(images, real, seen, without=None):
@@ -166,9 +210,10 @@ def _nearest(images, real, seen, without=None):
   flat = images.reshape(len(images), -1)
   squares = []
   for first in range(0, len(real), _BATCH):
-    part = seen(real[first:first + _BATCH]).reshape(-1, flat.shape[1])
+    part = seen(real[first : first + _BATCH]).reshape(-1, flat.shape[1])
     squares.append(
-        np.sum(flat**2, 1)[:, None] - 2 * flat @ part.T + np.sum(part**2, 1))
+      np.sum(flat**2, 1)[:, None] - 2 * flat @ part.T + np.sum(part**2, 1)
+    )
   square = np.concatenate(squares, axis=1)
   if without is not None:
     square[np.arange(len(flat)), without] = np.inf

@@ -1,47 +1,58 @@
 """Named configurations over seeds: what `compare` and `sweep` have in common.
 
-Each run is one of `train`, in NAME/seedK/ of the folder; those that are finished
-are left alone, those that were stopped go on.
+Each run is one of `train`, in NAME/seedK/ of the folder; those that are
+finished are left alone, those that were stopped go on.
 """
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags as absl_flags
 import jax
 from upath import UPath
 
-from fedftg_jax.configuration import assembly
+from fedftg_jax.configuration import assembly, folders
 from fedftg_jax.configuration.resolve import Configuration
-from fedftg_jax.system import cli
-from fedftg_jax.system import devices
-from fedftg_jax.results import reader
-from fedftg_jax.results import rows
-from fedftg_jax.results import statistics
-from fedftg_jax.system import files
-from fedftg_jax.configuration import folders
-from fedftg_jax.system import progress
+from fedftg_jax.results import reader, rows, statistics
 from fedftg_jax.runs import training
+from fedftg_jax.system import cli, devices, files, progress
 
-absl_flags.DEFINE_integer('seeds', 1, 'Runs per method or configuration.',
-                          lower_bound=1)
 absl_flags.DEFINE_integer(
-    'seeds_at_once', 1, 'Seeds that are trained together, as a mapped axis of one '
-    'program; needs memory for so many.', lower_bound=1)
+  'seeds', 1, 'Runs per method or configuration.', lower_bound=1
+)
+absl_flags.DEFINE_integer(
+  'seeds_at_once',
+  1,
+  'Seeds that are trained together, as a mapped axis of one '
+  'program; needs memory for so many.',
+  lower_bound=1,
+)
 absl_flags.DEFINE_bool(
-    'vary_partition', False, 'Add the seed to the seeds of partition and schedule '
-    'as well (seeds are then trained one by one).')
+  'vary_partition',
+  False,
+  'Add the seed to the seeds of partition and schedule '
+  'as well (seeds are then trained one by one).',
+)
 absl_flags.DEFINE_float(
-    'target_accuracy', None, 'For the rounds to a target; default: the highest '
-    'multiple of 0.05 that all methods (of a sweep: half of the configurations) '
-    'reach.', lower_bound=0, upper_bound=1)
+  'target_accuracy',
+  None,
+  'For the rounds to a target; default: the highest '
+  'multiple of 0.05 that all methods (of a sweep: half of the configurations) '
+  'reach.',
+  lower_bound=0,
+  upper_bound=1,
+)
 FLAGS = absl_flags.FLAGS
 
 DIVERGED = 'diverged.json'  # in a run's folder
 
 
-def run(folder: UPath, claim: dict[str, Any],
-        configs: Mapping[str, Configuration], tolerant: bool = False
-        ) -> statistics.Results:
+def run(
+  folder: UPath,
+  claim: dict[str, Any],
+  configs: Mapping[str, Configuration],
+  tolerant: bool = False,
+) -> statistics.Results:
   """Trains what is not finished yet, every configuration with every seed.
 
   Args:
@@ -60,10 +71,16 @@ def run(folder: UPath, claim: dict[str, Any],
   """
   _check(configs)
   folders.check_folder(folder, {**claim, **folders.contents(claim)})
-  places = {name: [folder / folders.folder_name(name) / f'seed{seed}'
-                   for seed in seeds()] for name in configs}
-  left = {name: _groups(config, places[name], tolerant)
-          for name, config in configs.items()}
+  places = {
+    name: [
+      folder / folders.folder_name(name) / f'seed{seed}' for seed in seeds()
+    ]
+    for name in configs
+  }
+  left = {
+    name: _groups(config, places[name], tolerant)
+    for name, config in configs.items()
+  }
   left = {name: groups for name, groups in left.items() if groups}
   # Everything is built once before anything is trained, and again when its turn
   # comes: each holds the data, and there may be many.
@@ -76,8 +93,10 @@ def run(folder: UPath, claim: dict[str, Any],
     jax.clear_caches()  # the next compiles a program of its own
   if not devices.is_first():
     return {}
-  return {name: [read_run(place, configs[name]['rounds']) for place in of_name]
-          for name, of_name in places.items()}
+  return {
+    name: [read_run(place, configs[name]['rounds']) for place in of_name]
+    for name, of_name in places.items()
+  }
 
 
 def seeds() -> range:
@@ -87,30 +106,45 @@ def seeds() -> range:
 def of_seed(config: Configuration, seed: int) -> Configuration:
   """The configuration of one seed's run."""
   shift = seed if FLAGS.vary_partition else 0
-  return config.replace(seed=seed, **{
-      k: config[k] + shift for k in ('partition_seed', 'schedule_seed')
-      if k in config})
+  return config.replace(
+    seed=seed,
+    **{
+      k: config[k] + shift
+      for k in ('partition_seed', 'schedule_seed')
+      if k in config
+    },
+  )
 
 
 def _check(configs):
   for config in configs.values():
     if FLAGS.seeds_at_once > 1 and config['client_state'] != 'device':
-      raise cli.UsageError('seeds_at_once', FLAGS.seeds_at_once,
-                           'must be 1 without --client_state=device')
+      raise cli.UsageError(
+        'seeds_at_once',
+        FLAGS.seeds_at_once,
+        'must be 1 without --client_state=device',
+      )
 
 
 def _groups(config, places, tolerant) -> list[list[tuple[int, UPath]]]:
   """The seeds that are trained at once, where one of them is not finished.
 
-  Groups do not depend on what is finished: a group that was stopped goes on from
-  checkpoints that all of it have.
+  Groups do not depend on what is finished: a group that was stopped goes on
+  from checkpoints that all of it have.
   """
   at_once = 1 if FLAGS.vary_partition else FLAGS.seeds_at_once
   runs = list(zip(seeds(), places))
-  groups = [runs[i:i + at_once] for i in range(0, len(runs), at_once)]
-  return [group for group in groups if not all([
-      devices.agree(_is_over(place, of_seed(config, seed), tolerant))
-      for seed, place in group])]
+  groups = [runs[i : i + at_once] for i in range(0, len(runs), at_once)]
+  return [
+    group
+    for group in groups
+    if not all(
+      [
+        devices.agree(_is_over(place, of_seed(config, seed), tolerant))
+        for seed, place in group
+      ]
+    )
+  ]
 
 
 def _is_over(place, config, tolerant) -> bool:
@@ -148,15 +182,21 @@ def _train_group(label, experiment, group, tolerant) -> None:
   """Trains seeds at once; where one diverges, each by itself."""
   group_seeds, places = zip(*group)
   try:
-    training.train(experiment, group_seeds, places,
-                 f'{label} seed {",".join(map(str, group_seeds))}',
-                 training.asked_for())
+    training.train(
+      experiment,
+      group_seeds,
+      places,
+      f'{label} seed {",".join(map(str, group_seeds))}',
+      training.asked_for(),
+    )
   except cli.RunError as error:
     if not tolerant:
       raise
     if len(group) == 1:
-      files.write_json(places[0] / DIVERGED, {
-          'rounds': experiment.config['rounds'], 'error': str(error)})
+      files.write_json(
+        places[0] / DIVERGED,
+        {'rounds': experiment.config['rounds'], 'error': str(error)},
+      )
       progress.say(f'{label}: {error}')
       return
     for one in group:
@@ -176,5 +216,9 @@ def read_run(folder: UPath, rounds: int) -> dict[str, Any] | None:
   except ValueError as error:  # a longer one, evaluated less often
     raise cli.UsageError('rounds', rounds, str(error)) from error
   seconds = sum(row['train_seconds'] for row in run_.timings)
-  return {**rows.summarise(run_.rows), 'train_seconds': seconds,
-          'rows': run_.rows, 'clients': run_.clients.get('summary', {})}
+  return {
+    **rows.summarise(run_.rows),
+    'train_seconds': seconds,
+    'rows': run_.rows,
+    'clients': run_.clients.get('summary', {}),
+  }

@@ -4,16 +4,20 @@ The event file says again what metrics.jsonl, timings.jsonl and generated.npz
 say: it is written anew from the rows that there are when a run begins.
 """
 
+from collections.abc import Mapping
 import pathlib
-from typing import Any, Mapping
+from typing import Any
 
 import numpy as np
 
 FOLDER = 'tensorboard'  # in a run's folder
 
 
-def start(folder: pathlib.Path, rows: list[dict[str, float]],
-          images: Mapping[int, np.ndarray]):
+def start(
+  folder: pathlib.Path,
+  rows: list[dict[str, float]],
+  images: Mapping[int, np.ndarray],
+):
   """A writer into a run's folder, in place of what was there.
 
   Args:
@@ -24,7 +28,8 @@ def start(folder: pathlib.Path, rows: list[dict[str, float]],
   Returns:
     The writer, for `add`; to be closed.
   """
-  import tensorboardX  # takes time to import; pylint: disable=g-import-not-at-top
+  import tensorboardX  # takes time to import
+
   for old in (folder / FOLDER).glob('events.out.tfevents.*'):
     old.unlink()
   writer = tensorboardX.SummaryWriter(str(folder / FOLDER))
@@ -35,7 +40,9 @@ def start(folder: pathlib.Path, rows: list[dict[str, float]],
   return writer
 
 
-def add(writer, row: Mapping[str, Any], images: np.ndarray | None = None) -> None:
+def add(
+  writer, row: Mapping[str, Any], images: np.ndarray | None = None
+) -> None:
   """Adds a row's numbers, each under its column's name, and generated images.
 
   Args:

@@ -1,11 +1,12 @@
 """Training: rounds, evaluation between them, and a record of both."""
 
+from collections.abc import Iterator, Sequence
 import contextlib
 import functools
 import pathlib
 import shutil
 import tempfile
-from typing import Iterator, NamedTuple, Sequence
+from typing import NamedTuple
 
 from absl import flags
 import jax
@@ -13,23 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from upath import UPath
 
-from fedftg_jax.configuration import assembly
-from fedftg_jax.system import cli
-from fedftg_jax.system import clock as clock_lib
-from fedftg_jax.system import devices
-from fedftg_jax.system import files
-from fedftg_jax.system import progress
-from fedftg_jax.runs import resume
-from fedftg_jax.runs import scoring
-from fedftg_jax.configuration.assembly import Experiment
-from fedftg_jax.runs.writer import RunWriter
 from fedftg_jax import federation
+from fedftg_jax.configuration import assembly
+from fedftg_jax.configuration.assembly import Experiment
+from fedftg_jax.runs import resume, scoring
+from fedftg_jax.runs.writer import RunWriter
+from fedftg_jax.system import cli, devices, files, progress
+from fedftg_jax.system import clock as clock_lib
 
 CLIENTS = '.clients'  # in a run's folder: slots of clients, mapped
 
 
 class Keeping(NamedTuple):
   """What a run keeps beside its results; see the flags of the same names."""
+
   tensorboard: bool = False
   checkpoint_every: int = 10
   keep_checkpoints: int = 2
@@ -41,11 +39,11 @@ def asked_for() -> Keeping:
 
 
 def train(
-    experiment: Experiment,
-    seeds: Sequence[int],
-    folders: Sequence[UPath],
-    label: str,
-    keeping: Keeping = Keeping(),
+  experiment: Experiment,
+  seeds: Sequence[int],
+  folders: Sequence[UPath],
+  label: str,
+  keeping: Keeping = Keeping(),
 ) -> None:
   """Trains once per seed, all at once, and writes each run into its folder.
 
@@ -59,9 +57,8 @@ def train(
     keeping: checkpoints, and what is written for TensorBoard.
 
   Raises:
-    cli.RunError: if a model is no longer finite.
-    cli.Terminated: after SIGTERM, when a checkpoint has been written or all rounds
-      are done.
+    cli.RunError: if a model is no longer finite. cli.Terminated: after SIGTERM,
+    when a checkpoint has been written or all rounds are done.
   """
   config = experiment.config
   put = functools.partial(devices.put, num_devices=config['num_devices'])
@@ -69,19 +66,29 @@ def train(
   several = len(seeds) > 1
   fed = experiment.federation
   fed = _over_seeds(fed) if several else fed
-  key = jnp.stack([jax.random.key(s) for s in seeds]) if several else (
-      jax.random.key(seeds[0]))
-  key_init, key_run = jnp.moveaxis(_split(key), -1, 0) if several else _split(key)
+  key = (
+    jnp.stack([jax.random.key(s) for s in seeds])
+    if several
+    else (jax.random.key(seeds[0]))
+  )
+  key_init, key_run = (
+    jnp.moveaxis(_split(key), -1, 0) if several else _split(key)
+  )
   key_run = put(key_run)
   of_seed = functools.partial(_one_seed, several=several)
 
-  with (assembly.matmul_precision(config), resume.listening() as asked,
-        _slots(config, folders[0]) as place):
+  with (
+    assembly.matmul_precision(config),
+    resume.listening() as asked,
+    _slots(config, folders[0]) as place,
+  ):
     state = fed.init(key_init, *place)
     first, state = _go_on(experiment, seeds, folders, state, several)
     traffic = experiment.federation.traffic(of_seed(state, 0), experiment.data)
-    runs = [RunWriter(experiment, folder, seed, traffic, keeping.tensorboard, first)
-            for folder, seed in zip(folders, seeds)]
+    runs = [
+      RunWriter(experiment, folder, seed, traffic, keeping.tensorboard, first)
+      for folder, seed in zip(folders, seeds)
+    ]
     score = scoring.scorer(experiment, put)
     clock = clock_lib.Clock(first)
     bar = progress.Progress(label, config['rounds'], first)
@@ -98,25 +105,40 @@ def train(
       timing = clock.row(done)
       for run in runs:
         run.add_timing(timing)
-      bar.update(done, np.mean([run.accuracy for run in runs]), clock.rate(done))
+      bar.update(
+        done, np.mean([run.accuracy for run in runs]), clock.rate(done)
+      )
       stop = devices.any_of(asked.is_set()) and done < config['rounds']
       if resume.is_due(done, config, keeping.checkpoint_every) or stop:
         for r, (seed, folder) in enumerate(zip(seeds, folders)):
-          resume.save(folder, experiment, seed, done, of_seed(state, r),
-                      keeping.keep_checkpoints)
+          resume.save(
+            folder,
+            experiment,
+            seed,
+            done,
+            of_seed(state, r),
+            keeping.keep_checkpoints,
+          )
         clock.lap('checkpoint')
       if stop:
         raise cli.Terminated(f'round {done} of {config["rounds"]} is kept')
 
     with bar:
       state, _ = federation.run(
-          fed, state, experiment.data,
-          jax.tree.map(lambda a: a[first:], experiment.schedule), key_run,
-          every=min(config['eval_every'], config['rounds']), callback=after_chunk)
+        fed,
+        state,
+        experiment.data,
+        jax.tree.map(lambda a: a[first:], experiment.schedule),
+        key_run,
+        every=min(config['eval_every'], config['rounds']),
+        callback=after_chunk,
+      )
     for r, run in enumerate(runs):
       run.finish(of_seed(state, r))
     if devices.any_of(asked.is_set()):
-      raise cli.Terminated(f'all {config["rounds"]} rounds of this run are done')
+      raise cli.Terminated(
+        f'all {config["rounds"]} rounds of this run are done'
+      )
 
 
 @contextlib.contextmanager
@@ -138,7 +160,8 @@ def _slots(config, folder) -> Iterator[list[pathlib.Path]]:
 def _go_on(experiment, seeds, folders, state, several):
   """(rounds done, state) of the last checkpoint, or as it begins.
 
-  Of several processes the first reads it, since the others may not see its disk.
+  Of several processes the first reads it, since the others may not see its
+  disk.
   """
   states = [_one_seed(state, r, several) for r in range(len(seeds))]
   done = 0

@@ -1,22 +1,16 @@
 """What a run writes into its folder, and what its rows come to."""
 
-
 import numpy as np
 from upath import UPath
 
-from fedftg_jax.system import cli
-from fedftg_jax.system import devices
-from fedftg_jax.system import files
+from fedftg_jax import evaluation
 from fedftg_jax.configuration import folders
-from fedftg_jax.results import plots
-from fedftg_jax.results import rows
+from fedftg_jax.configuration.assembly import Experiment
+from fedftg_jax.data import partition, schedules, skew
+from fedftg_jax.results import plots, rows
 from fedftg_jax.runs import scoring
 from fedftg_jax.runs import tensorboard as board
-from fedftg_jax.configuration.assembly import Experiment
-from fedftg_jax import evaluation
-from fedftg_jax.data import partition
-from fedftg_jax.data import schedules
-from fedftg_jax.data import skew
+from fedftg_jax.system import cli, devices, files
 
 _KEPT_IMAGES = 12  # evaluations of which generated images are kept, at most
 
@@ -24,13 +18,20 @@ _KEPT_IMAGES = 12  # evaluations of which generated images are kept, at most
 class RunWriter:
   """What one seed's run writes into its folder.
 
-  What it holds between evaluations is what its files say: `_rows` metrics.jsonl,
-  `_timings` timings.jsonl, `_clients` clients.json, `_images` generated.npz.
+  What it holds between evaluations is what its files say: `_rows`
+  metrics.jsonl, `_timings` timings.jsonl, `_clients` clients.json, `_images`
+  generated.npz.
   """
 
-  def __init__(self, experiment: Experiment, folder: UPath, seed: int,
-               traffic: tuple[int, int], tensorboard: bool = False,
-               done: int = 0):
+  def __init__(
+    self,
+    experiment: Experiment,
+    folder: UPath,
+    seed: int,
+    traffic: tuple[int, int],
+    tensorboard: bool = False,
+    done: int = 0,
+  ):
     """What is there of the first `done` rounds, and nothing else, is kept.
 
     `traffic`: bits down and up for one client and round.
@@ -58,23 +59,28 @@ class RunWriter:
     self._board = None
     if tensorboard and devices.is_first():
       self._board = board.start(
-          folder, [*map(rows.flat, self._rows), *self._timings], self._images)
+        folder, [*map(rows.flat, self._rows), *self._timings], self._images
+      )
 
   def _read(self, done: int) -> None:
     """Takes up what the files say of the first `done` rounds."""
     folder = self._folder
     self._rows, self._timings = (
-        [row for row in files.read_jsonl(folder / name) if row['round'] <= done]
-        for name in ('metrics.jsonl', 'timings.jsonl'))
+      [row for row in files.read_jsonl(folder / name) if row['round'] <= done]
+      for name in ('metrics.jsonl', 'timings.jsonl')
+    )
     self._up, self._down = (
-        self._rows[-1][name] for name in ('bytes_up', 'bytes_down'))
+      self._rows[-1][name] for name in ('bytes_up', 'bytes_down')
+    )
     if (folder / 'clients.json').exists():
       clients = files.read_json(folder / 'clients.json')
       self._clients = clients if clients['round'] <= done else {}
     if (folder / 'generated.npz').exists():
       images = files.read_arrays(folder / 'generated.npz')
       rounds = {name: int(name.rpartition('_')[2]) for name in images}
-      self._images = {t: images[name] for name, t in rounds.items() if t <= done}
+      self._images = {
+        t: images[name] for name, t in rounds.items() if t <= done
+      }
 
   @property
   def accuracy(self) -> float:
@@ -90,7 +96,8 @@ class RunWriter:
     `metrics` are those of the rounds since the last evaluation.
 
     Raises:
-      cli.RunError: where a number is not finite any more, with the rounds around.
+      cli.RunError: where a number is not finite any more, with the rounds
+      around.
     """
     broadcast = scores.models['broadcast']
     if not (scores.finite and np.isfinite(broadcast['loss'])):
@@ -98,23 +105,36 @@ class RunWriter:
       if 'ftg_student_lr' in self._experiment.config:
         rates += ', --ftg_student_lr or --ftg_student_clip (0 is none)'
       raise cli.RunError(
-          f'{self._folder}: the model is no longer finite after a round between '
-          f'{self.rounds + 1} and {done}; the rows up to round {self.rounds} and '
-          f'the checkpoints are kept. A smaller {rates} may help')
+        f'{self._folder}: the model is no longer finite after a round between '
+        f'{self.rounds + 1} and {done}; the rows up to round {self.rounds} and '
+        f'the checkpoints are kept. A smaller {rates} may help'
+      )
     self._down += int(metrics.pop('num_selected').sum()) * self._bits_down // 8
     self._up += int(metrics.pop('num_arrived').sum()) * self._bits_up // 8
-    losses = {k: rows.number(np.nanmean(v) if np.isfinite(v).any() else np.nan)
-              for k, v in metrics.items()}
-    self._rows.append({
-        'round': done, 'train_loss': losses.pop('train_loss'),
+    losses = {
+      k: rows.number(np.nanmean(v) if np.isfinite(v).any() else np.nan)
+      for k, v in metrics.items()
+    }
+    self._rows.append(
+      {
+        'round': done,
+        'train_loss': losses.pop('train_loss'),
         'test_loss': rows.number(broadcast['loss']),
         'test_accuracy': rows.number(broadcast['accuracy']),
         'accuracy': {
-            k: rows.number(v['accuracy']) for k, v in scores.models.items()},
-        **{f'validation_{k}': rows.number(scores.validation[k])
-           for k in ('loss', 'accuracy') if scores.validation},
-        'bytes_up': self._up, 'bytes_down': self._down, **losses,
-        **_class_change(scores.models)})
+          k: rows.number(v['accuracy']) for k, v in scores.models.items()
+        },
+        **{
+          f'validation_{k}': rows.number(scores.validation[k])
+          for k in ('loss', 'accuracy')
+          if scores.validation
+        },
+        'bytes_up': self._up,
+        'bytes_down': self._down,
+        **losses,
+        **_class_change(scores.models),
+      }
+    )
     self._add_classes(done, scores.models)
     if scores.clients:
       self._add_clients(done, scores.clients)
@@ -127,13 +147,21 @@ class RunWriter:
 
   def _add_classes(self, done, models) -> None:
     """Each variant's accuracy on each class, of the last evaluation."""
-    files.write_json(self._folder / 'classes.json', {
+    files.write_json(
+      self._folder / 'classes.json',
+      {
         'round': done,
         'test_examples': np.bincount(
-            self._experiment.dataset.test_y,
-            minlength=self._experiment.dataset.num_classes).tolist(),
-        'accuracy': {name: [*map(rows.number, v['per_class'])]
-                     for name, v in models.items() if 'per_class' in v}})
+          self._experiment.dataset.test_y,
+          minlength=self._experiment.dataset.num_classes,
+        ).tolist(),
+        'accuracy': {
+          name: [*map(rows.number, v['per_class'])]
+          for name, v in models.items()
+          if 'per_class' in v
+        },
+      },
+    )
 
   def _add_clients(self, done, scores) -> None:
     """Every client's scores, of the last evaluation of clients.
@@ -141,17 +169,29 @@ class RunWriter:
     The rows of metrics.jsonl have how evenly they fall only where every
     evaluation is one of clients: a run's rows begin those of a longer one.
     """
-    summary = {name: {
+    summary = {
+      name: {
         k: x if isinstance(x, int) else rows.number(x)
-        for k, x in evaluation.fairness(v['accuracy']).items()}
-               for name, v in scores.items()}
+        for k, x in evaluation.fairness(v['accuracy']).items()
+      }
+      for name, v in scores.items()
+    }
     if self._experiment.config['evaluate_clients'] == 'every':
       self._rows[-1]['clients'] = summary
-    self._clients = {'round': done, 'summary': summary, **{
+    self._clients = {
+      'round': done,
+      'summary': summary,
+      **{
         f'{split}_examples': counts.sum(1).tolist()
-        for split, counts in self._counts.items()}, **{
-            score: {name: [*map(rows.number, v[score])] for name, v in scores.items()}
-            for score in ('accuracy', 'loss')}}
+        for split, counts in self._counts.items()
+      },
+      **{
+        score: {
+          name: [*map(rows.number, v[score])] for name, v in scores.items()
+        }
+        for score in ('accuracy', 'loss')
+      },
+    }
     files.write_json(self._folder / 'clients.json', self._clients)
 
   def _add_images(self, done, images) -> None:
@@ -159,8 +199,10 @@ class RunWriter:
     kept = kept_rounds([row['round'] for row in self._rows])
     self._images = {t: a for t, a in self._images.items() if t in kept}
     self._images[done] = images
-    files.write_tree(self._folder / 'generated.npz', {
-        f'round_{t:06d}': a for t, a in self._images.items()})
+    files.write_tree(
+      self._folder / 'generated.npz',
+      {f'round_{t:06d}': a for t, a in self._images.items()},
+    )
 
   def add_timing(self, timing) -> None:
     self._timings.append(timing)
@@ -175,41 +217,68 @@ class RunWriter:
     if experiment.method.synthesise is not None:
       with files.replacing(folder / 'generated.png') as temporary:
         plots.generated(
-            temporary, experiment.method.synthesise, state.shared,
-            experiment.dataset.num_classes)
+          temporary,
+          experiment.method.synthesise,
+          state.shared,
+          experiment.dataset.num_classes,
+        )
       if len(experiment.dataset.train_x) > 1:
         files.write_tree(
-            folder / 'nearest.npz',
-            {'round': np.int32(self.rounds),
-             **scoring.nearest_real(experiment, state)})
+          folder / 'nearest.npz',
+          {
+            'round': np.int32(self.rounds),
+            **scoring.nearest_real(experiment, state),
+          },
+        )
     if not devices.is_first():
       return  # the rest is made of rows, which the first process has
     with files.replacing(folder / 'curves.png') as temporary:
-      plots.curves(temporary, {
-          name: [[(row['round'], rows.megabytes(row), row['accuracy'][name])
-                  for row in self._rows]]
-          for name in self._rows[-1]['accuracy']}, 'test accuracy')
+      plots.curves(
+        temporary,
+        {
+          name: [
+            [
+              (row['round'], rows.megabytes(row), row['accuracy'][name])
+              for row in self._rows
+            ]
+          ]
+          for name in self._rows[-1]['accuracy']
+        },
+        'test accuracy',
+      )
     if self._board:
       self._board.close()
     clients = self._clients and {'clients': self._clients['summary']}
-    files.write_json(folder / 'summary.json', {
-        'method': experiment.config['method'], 'seed': self._seed,
-        **rows.summarise(self._rows), **clients,
+    files.write_json(
+      folder / 'summary.json',
+      {
+        'method': experiment.config['method'],
+        'seed': self._seed,
+        **rows.summarise(self._rows),
+        **clients,
         'bits_down_per_client': self._bits_down,
-        'bits_up_per_client': self._bits_up, **{
-            name: round(sum(row.get(name, 0.) for row in self._timings), 2)
-            for name in self._timings[-1] if name.endswith('_seconds')}})
+        'bits_up_per_client': self._bits_up,
+        **{
+          name: round(sum(row.get(name, 0.0) for row in self._timings), 2)
+          for name in self._timings[-1]
+          if name.endswith('_seconds')
+        },
+      },
+    )
 
 
 def label_counts(experiment: Experiment) -> dict[str, np.ndarray]:
-  """How many examples of each class each client trains and is tested on, [N, C].
-  """
+  """How many examples of each class each client trains and is tested on, [N, C]."""
   dataset = experiment.dataset
-  return {split: skew.class_counts(
-      labels, parts, dataset.num_classes).astype(np.int32)
-          for split, labels, parts in (
-              ('train', dataset.train_y, experiment.parts),
-              ('test', dataset.test_y, scoring.test_parts(experiment)))}
+  return {
+    split: skew.class_counts(labels, parts, dataset.num_classes).astype(
+      np.int32
+    )
+    for split, labels, parts in (
+      ('train', dataset.train_y, experiment.parts),
+      ('test', dataset.test_y, scoring.test_parts(experiment)),
+    )
+  }
 
 
 def kept_rounds(rounds: list[int]) -> set[int]:
@@ -225,7 +294,13 @@ def _class_change(models) -> dict[str, list[float | None]]:
   """What fine-tuning on the server changes in the accuracy on each class."""
   if 'fine_tuned' not in models:
     return {}
-  return {'class_change': [*map(rows.number, np.subtract(
-      *(models[name]['per_class'] for name in ('fine_tuned', 'aggregated'))))]}
-
-
+  return {
+    'class_change': [
+      *map(
+        rows.number,
+        np.subtract(
+          *(models[name]['per_class'] for name in ('fine_tuned', 'aggregated'))
+        ),
+      )
+    ]
+  }

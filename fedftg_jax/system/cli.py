@@ -5,16 +5,15 @@ the flag, the value and what would be right, and exit status 2, before any data
 is loaded or anything compiled.
 """
 
+from collections.abc import Callable, Sequence
 import functools
 import pathlib
 import re
 import sys
 import types
-from typing import Any, Callable, Sequence
+from typing import Any
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 
 from fedftg_jax.system import devices
 from fedftg_jax.system import help as help_
@@ -22,8 +21,12 @@ from fedftg_jax.system import help as help_
 PRESETS = pathlib.Path(__file__).parents[1] / 'presets'
 _HELP = ('--help', '-help', '--helpshort', '-helpshort', '-h', '-?')
 
-flags.DEFINE_string('preset', None, 'Flags by the name of a file in '
-                    'experiments/presets, such as demo; further flags replace its.')
+flags.DEFINE_string(
+  'preset',
+  None,
+  'Flags by the name of a file in '
+  'experiments/presets, such as demo; further flags replace its.',
+)
 
 
 class RunError(Exception):
@@ -52,12 +55,17 @@ def run(program: types.ModuleType, argv: Sequence[str] | None = None) -> None:
   """Runs a program: parses the flags in our manner, then calls its `main`.
 
   Args:
-    program: a module of `fedftg_jax.programs`. Its docstring is shown by --help. If
-      it takes an argument besides flags, ARGUMENT is what that is called.
-    argv: the command line, with the program's name first; default: this process's.
+    program: a module of `fedftg_jax.programs`. Its docstring is shown by
+      --help. If it takes an argument besides flags, ARGUMENT is what that is
+      called.
+    argv: the command line, with the program's name first; default: this
+      process's.
   """
-  app.run(lambda argv: guarded(functools.partial(program.main, *argv[1:])),
-          argv=argv, flags_parser=functools.partial(parse, program=program))
+  app.run(
+    lambda argv: guarded(functools.partial(program.main, *argv[1:])),
+    argv=argv,
+    flags_parser=functools.partial(parse, program=program),
+  )
 
 
 def guarded(main: Callable[[], None]) -> None:
@@ -77,13 +85,16 @@ def guarded(main: Callable[[], None]) -> None:
   except Terminated as stop:
     _fail(f'{stop}; the same command goes on', status=143, what='terminated')
   except KeyboardInterrupt:
-    print('interrupted; the same command goes on from the last checkpoint',
-          file=sys.stderr)
+    print(
+      'interrupted; the same command goes on from the last checkpoint',
+      file=sys.stderr,
+    )
     sys.exit(130)
 
 
-def parse(argv: Sequence[str], program: types.ModuleType | None = None
-          ) -> list[str]:
+def parse(
+  argv: Sequence[str], program: types.ModuleType | None = None
+) -> list[str]:
   """Parses the command line; exits with status 2 and a line if it is wrong."""
   argv = [_preset(arg) for arg in argv]
   if program and any(arg in _HELP for arg in argv[1:]):
@@ -94,14 +105,21 @@ def parse(argv: Sequence[str], program: types.ModuleType | None = None
     rest = flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
     given = next(  # as it was typed, with its value
-        (arg.lstrip('-') for arg in argv[1:]
-         if arg.lstrip('-').split('=')[0] == error.flagname), error.flagname)
+      (
+        arg.lstrip('-')
+        for arg in argv[1:]
+        if arg.lstrip('-').split('=')[0] == error.flagname
+      ),
+      error.flagname,
+    )
     guess = re.search(r'Did you mean: (.*?) ?\?', str(error))
     hint = f'did you mean --{guess[1].split(",")[0].strip()}? ' if guess else ''
     _fail(f'--{given}: no such flag; {hint}--help lists all')
   except flags.CantOpenFlagFileError as error:
-    _fail(f'--flagfile: {str(error).removeprefix("ERROR:: ")}; must name a file '
-          'with one --flag=value in each line')
+    _fail(
+      f'--flagfile: {str(error).removeprefix("ERROR:: ")}; must name a file '
+      'with one --flag=value in each line'
+    )
   except flags.Error as error:
     _fail(_plain(error))
   except SystemExit:  # after --helpfull and its like, for absl a failure

@@ -5,9 +5,8 @@ import time
 
 import jax
 
-
 _COMPILE_EVENT = '/jax/core/compile/'
-_compiling = [0.]  # seconds of compilation, of the whole process
+_compiling = [0.0]  # seconds of compilation, of the whole process
 
 
 def _count(event: str, seconds: float, **_) -> None:
@@ -29,7 +28,8 @@ class Clock:
     """`done`: rounds that are done already."""
     _listen()
     self._seconds = dict.fromkeys(
-        ('train', 'evaluate', 'checkpoint', 'compile'), 0.)
+      ('train', 'evaluate', 'checkpoint', 'compile'), 0.0
+    )
     self._first = self._previous = done
     self._last = dict(self._seconds)
     self._start, self._compiled = time.perf_counter(), _compiling[0]
@@ -51,5 +51,8 @@ class Clock:
     new = {k: v - self._last[k] for k, v in self._seconds.items()}
     rounds, self._previous = done - self._previous, done
     self._last = dict(self._seconds)
-    return {'round': done, **{f'{k}_seconds': round(v, 4) for k, v in new.items()},
-            'rounds_per_second': round(rounds / max(new['train'], 1e-9), 4)}
+    return {
+      'round': done,
+      **{f'{k}_seconds': round(v, 4) for k, v in new.items()},
+      'rounds_per_second': round(rounds / max(new['train'], 1e-9), 4),
+    }

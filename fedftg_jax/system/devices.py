@@ -20,18 +20,29 @@ import numpy as np
 from fedftg_jax import stacking
 
 flags.DEFINE_string(
-    'compile_cache', None, 'Where compiled programs are kept for the next run; '
-    'default: the user\'s cache folder; empty for none.')
+  'compile_cache',
+  None,
+  'Where compiled programs are kept for the next run; '
+  "default: the user's cache folder; empty for none.",
+)
 flags.DEFINE_bool(
-    'distributed', False, 'One of several processes that JAX finds by itself (TPU '
-    'pods, Slurm, Open MPI).')
+  'distributed',
+  False,
+  'One of several processes that JAX finds by itself (TPU '
+  'pods, Slurm, Open MPI).',
+)
 flags.DEFINE_string(
-    'coordinator', None, 'One of several processes: HOST:PORT of process 0.')
+  'coordinator', None, 'One of several processes: HOST:PORT of process 0.'
+)
 flags.DEFINE_integer(
-    'num_processes', None, 'With --coordinator: how many there are.',
-    lower_bound=1)
+  'num_processes',
+  None,
+  'With --coordinator: how many there are.',
+  lower_bound=1,
+)
 flags.DEFINE_integer(
-    'process_id', None, 'With --coordinator: which one this is.', lower_bound=0)
+  'process_id', None, 'With --coordinator: which one this is.', lower_bound=0
+)
 FLAGS = flags.FLAGS
 
 
@@ -49,12 +60,14 @@ def start() -> None:
         raise ValueError(f'--coordinator={FLAGS.coordinator}: needs --{name}')
     if FLAGS.process_id >= FLAGS.num_processes:
       raise ValueError(
-          f'--process_id={FLAGS.process_id}: must be less than '
-          f'--num_processes={FLAGS.num_processes}')
+        f'--process_id={FLAGS.process_id}: must be less than '
+        f'--num_processes={FLAGS.num_processes}'
+      )
   if FLAGS.distributed or FLAGS.coordinator is not None:
     try:
       jax.distributed.initialize(
-          FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
+      )
     except (RuntimeError, ValueError) as error:
       raise ValueError(f'--distributed: {error}') from error
 
@@ -92,10 +105,12 @@ def from_first(tree):
     return tree
   arrays = [np.asarray(a) for a in jax.tree.leaves(tree)]
   sent = multihost_utils.broadcast_one_to_all(
-      [np.frombuffer(a.tobytes(), np.uint8) for a in arrays])
+    [np.frombuffer(a.tobytes(), np.uint8) for a in arrays]
+  )
   return jax.tree.structure(tree).unflatten(
-      np.frombuffer(bytearray(np.asarray(b)), a.dtype).reshape(a.shape)
-      for a, b in zip(arrays, sent))
+    np.frombuffer(bytearray(np.asarray(b)), a.dtype).reshape(a.shape)
+    for a, b in zip(arrays, sent)
+  )
 
 
 def any_of(value: bool) -> bool:
@@ -123,9 +138,11 @@ def _keep_compiled() -> None:
     root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
     # A home may be shared by machines: code for one CPU is none for another.
     machine = hashlib.sha256(processor().encode()).hexdigest()[:8]
-    jax.config.update('jax_compilation_cache_dir', str(
-        pathlib.Path(root) / 'fedftg_jax' / f'compiled-{machine}'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', .2)
+    jax.config.update(
+      'jax_compilation_cache_dir',
+      str(pathlib.Path(root) / 'fedftg_jax' / f'compiled-{machine}'),
+    )
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
 def processor() -> str:
@@ -134,5 +151,11 @@ def processor() -> str:
     lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
   except OSError:
     return platform.processor()
-  return next((line.partition(':')[2].strip() for line in lines
-               if line.startswith('model name')), platform.processor())
+  return next(
+    (
+      line.partition(':')[2].strip()
+      for line in lines
+      if line.startswith('model name')
+    ),
+    platform.processor(),
+  )

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, here or in any store of fsspec."""
 
+from collections.abc import Iterator
 import contextlib
 import csv
 import json
@@ -7,7 +8,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from typing import Any, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,8 +27,8 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   """A temporary local path whose file takes the place of `path` on success.
 
   On this machine that is a rename; a store that has none gets the whole file.
-  Where several processes train together all come here, since what is written may
-  have to be computed by all; that of process 0 remains.
+  Where several processes train together all come here, since what is written
+  may have to be computed by all; that of process 0 remains.
   """
   path = UPath(path)
   if not is_local(path):
@@ -41,7 +42,8 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   path.parent.mkdir(parents=True, exist_ok=True)
   # The suffix stays last: writers choose their format by it.
   temporary = path.with_name(
-      f'.{path.stem}.{jax.process_index()}.{os.getpid()}{path.suffix}')
+    f'.{path.stem}.{jax.process_index()}.{os.getpid()}{path.suffix}'
+  )
   try:
     yield temporary
     if jax.process_index() == 0:
@@ -60,8 +62,9 @@ def write_json(path: PathLike, value: Any) -> None:
 
 
 def write_jsonl(path: PathLike, rows: list[dict[str, Any]]):
-  write_text(path, ''.join(
-      json.dumps(row, allow_nan=False) + '\n' for row in rows))
+  write_text(
+    path, ''.join(json.dumps(row, allow_nan=False) + '\n' for row in rows)
+  )
 
 
 def write_csv(path: PathLike, rows: list[dict[str, Any]]):
@@ -79,7 +82,9 @@ def read_json(path: PathLike) -> Any:
 
 
 def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
-  return [json.loads(line) for line in UPath(path).read_text().split('\n') if line]
+  return [
+    json.loads(line) for line in UPath(path).read_text().split('\n') if line
+  ]
 
 
 def read_arrays(path: PathLike) -> dict[str, np.ndarray]:
@@ -92,8 +97,10 @@ def read_arrays(path: PathLike) -> dict[str, np.ndarray]:
 def write_tree(path: PathLike, tree: Any) -> None:
   """Writes arrays as .npz, named by their place: 'params/conv0/kernel'."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  arrays = {jax.tree_util.keystr(place, simple=True, separator='/'):
-            np.asarray(leaf) for place, leaf in leaves}
+  arrays = {
+    jax.tree_util.keystr(place, simple=True, separator='/'): np.asarray(leaf)
+    for place, leaf in leaves
+  }
   with replacing(path) as temporary:
     np.savez(temporary, **arrays)
 

@@ -12,8 +12,9 @@ _WIDTH = 88
 def text(program: types.ModuleType) -> str:
   """Describes a program and its flags.
 
-  Flags stand under the titles in SECTIONS of the module that defines them, or else
-  under the first line of its docstring; those of the program itself come first.
+  Flags stand under the titles in SECTIONS of the module that defines them, or
+  else under the first line of its docstring; those of the program itself come
+  first.
   """
   parts = [program.__doc__.rstrip()]
   modules = flags.FLAGS.flags_by_module_dict()
@@ -26,12 +27,15 @@ def text(program: types.ModuleType) -> str:
     title = module.__doc__.splitlines()[0].rstrip('.')
     if module is program:
       title = 'Flags of this program'
-    sections = getattr(module, 'SECTIONS', {
-        title: [flag.name for flag in modules[name]]})
+    sections = getattr(
+      module, 'SECTIONS', {title: [flag.name for flag in modules[name]]}
+    )
     for title, names in sections.items():
       parts.append('\n'.join([title + ':', *(_flag(n) for n in names)]))
-  parts.append('Flags may also stand in a file, one in each line: --flagfile=PATH. '
-               '--helpfull lists those of the libraries, too.')
+  parts.append(
+    'Flags may also stand in a file, one in each line: --flagfile=PATH. '
+    '--helpfull lists those of the libraries, too.'
+  )
   return '\n\n'.join(parts)
 
 
@@ -45,10 +49,21 @@ def _flag(name: str) -> str:
     shown += '=' + '|'.join(values)
   elif not flag.boolean:
     shown += '=' + flag.flag_type().upper().replace(' ', '_')
-  default = '' if flag.default in (None, '', []) or flag.boolean else (
-      f' (default: {flag.default_as_str})'.replace("'", ''))
+  default = (
+    ''
+    if flag.default in (None, '', []) or flag.boolean
+    else (f' (default: {flag.default_as_str})'.replace("'", ''))
+  )
   if flag.boolean and flag.default:
     default = ' (default: yes)'
-  return '\n'.join([shown, textwrap.fill(
-      flag.help + default, _WIDTH, initial_indent=' ' * 6,
-      subsequent_indent=' ' * 6)])
+  return '\n'.join(
+    [
+      shown,
+      textwrap.fill(
+        flag.help + default,
+        _WIDTH,
+        initial_indent=' ' * 6,
+        subsequent_indent=' ' * 6,
+      ),
+    ]
+  )

@@ -18,16 +18,23 @@ class Progress(contextlib.AbstractContextManager):
     self._bar = None
     if console.is_terminal:
       self._bar = rich_progress.Progress(
-          '{task.description}', rich_progress.BarColumn(),
-          'round {task.completed}/{task.total}', '{task.fields[score]}',
-          rich_progress.TimeRemainingColumn(), console=console)
+        '{task.description}',
+        rich_progress.BarColumn(),
+        'round {task.completed}/{task.total}',
+        '{task.fields[score]}',
+        rich_progress.TimeRemainingColumn(),
+        console=console,
+      )
 
   def __enter__(self):
     if self._bar:
       self._bar.start()
       self._task = self._bar.add_task(
-          self._label, total=self._num_rounds, completed=self._done,
-          score='compiling')
+        self._label,
+        total=self._num_rounds,
+        completed=self._done,
+        score='compiling',
+      )
     else:
       say(f'{self._label}: compiling')
     return self
@@ -61,5 +68,3 @@ def show(header: list[str], rows: list[list[str]]) -> None:
   for row in rows:
     screen.add_row(*row)
   console.print(screen)
-
-

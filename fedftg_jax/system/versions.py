@@ -9,6 +9,8 @@ import jax
 def current() -> dict[str, str]:
   """What a figure depends on: packages, Python, device."""
   packages = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
-  return {**{p: importlib.metadata.version(p) for p in packages},
-          'python': platform.python_version(),
-          'device': jax.devices()[0].device_kind}
+  return {
+    **{p: importlib.metadata.version(p) for p in packages},
+    'python': platform.python_version(),
+    'device': jax.devices()[0].device_kind,
+  }

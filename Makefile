@@ -2,6 +2,8 @@
 # make check     for the edit loop: the core's tests
 # make test      every test but further cases of the same kind
 # make test-all  all tests; needs chromium
+# make lint      style and types
+# make audit     known holes in what is installed; asks a service on the network
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,11 +15,15 @@ CHECK := $(addprefix tests/,base_test.py solvers_test.py golden_test.py \
 	$(addprefix methods_test.py::ContractTest::test_row_, \
 	fed_avg fed_nova fed_dyn scaffold moon fed_ftg_robust))
 
-.PHONY: demo check test test-all clean
+.PHONY: demo check test test-all lint audit clean
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+$(VENV)/dev: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
 demo: $(VENV)/installed
@@ -32,5 +38,13 @@ test: $(VENV)/installed
 test-all: test
 	$(PYTEST) -m "slow or browser" tests
 
+lint: $(VENV)/dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+audit: $(VENV)/dev
+	$(RUN) -m pip_audit
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build dist *.egg-info

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
+Array = jax.Array | np.ndarray  # also on the host
 NO_LIMIT = 2**31 - 1  # `Cohort.num_steps` of a client that is no straggler.
 
 
@@ -68,20 +70,20 @@ class Data(NamedTuple):
 
   x: jax.Array  # [M, H, W, channels], shared by all clients
   y: jax.Array  # [M] int32
-  index: jax.Array  # [N, cap] int32 rows of x; one client: [cap]
-  count: jax.Array  # [N] int32 valid entries of `index`; one client: []
+  index: jax.Array  # type: ignore[assignment]  # [N, cap] int32 rows of x; one client: [cap]
+  count: jax.Array  # type: ignore[assignment]  # [N] int32 valid entries of `index`; one client: []
   public: PyTree = ()  # unlabelled images that the server holds; () on clients
 
 
 class Cohort(NamedTuple):
   """One row of the schedule (the schedule itself has a leading axis [T])."""
 
-  client_id: jax.Array  # [S] int32, ascending; N marks a padding slot
-  arrived: jax.Array  # [S] bool, False for dropouts and padding
-  num_steps: jax.Array  # [S] int32, at most so many local steps (stragglers)
+  client_id: Array  # [S] int32, ascending; N marks a padding slot
+  arrived: Array  # [S] bool, False for dropouts and padding
+  num_steps: Array  # [S] int32, at most so many local steps (stragglers)
   # [S] int32, rows of `State.clients` that are theirs; None where that is
   # client_id, as whenever all clients' slots lie there.
-  place: jax.Array | None = None
+  place: Array | None = None
 
 
 class View(NamedTuple):

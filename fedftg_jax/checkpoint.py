@@ -206,7 +206,7 @@ def _fingerprint(arrays: dict[str, np.ndarray]) -> str:
   for name in sorted(arrays):
     array = np.ascontiguousarray(arrays[name])
     digest.update(f'{name} {array.dtype} {array.shape}\n'.encode())
-    digest.update(array.reshape(-1).view(np.uint8))
+    digest.update(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
   return digest.hexdigest()
 
 

@@ -52,7 +52,7 @@ def allocate(
     rows[:] = leaf
     return rows
 
-  return structure.unflatten([one(i, leaf) for i, leaf in enumerate(leaves)])
+  return structure.unflatten([one(i, leaf) for i, leaf in enumerate(leaves)])  # type: ignore[attr-defined]
 
 
 def table_size(num_clients: int, num_rounds: int, cohort: int) -> int:

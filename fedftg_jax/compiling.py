@@ -54,5 +54,5 @@ def jit(
     )
     return on('' if traced else jax.default_backend())(*args, **named)
 
-  call.on = on
+  call.on = on  # type: ignore[attr-defined]
   return call

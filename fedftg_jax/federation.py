@@ -238,8 +238,8 @@ class _Row(NamedTuple):
   arrived: jax.Array
   num_steps: jax.Array
   slots: PyTree  # (own, uplink) slots
-  index: jax.Array
-  count: jax.Array
+  index: jax.Array  # type: ignore[assignment]
+  count: jax.Array  # type: ignore[assignment]
   share: jax.Array  # s_k
   weight: jax.Array  # in the mean
   slot: jax.Array  # 0, 1, 2 ... in the cohort

@@ -128,7 +128,7 @@ def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
     nearest = next(
       p for p in (folder, *folder.absolute().parents) if p.exists()
     )
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):  # type: ignore[arg-type]
       raise cli.UsageError(
         'workdir',
         folder,
@@ -152,7 +152,8 @@ def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
     ) from error
   if there.get('program') != ours.get('program'):
     kind = {'compare': 'comparison'}.get(
-      there.get('program'), there.get('program', 'single run')
+      there.get('program'),  # type: ignore[arg-type]
+      there.get('program', 'single run'),  # type: ignore[arg-type]
     )
     raise cli.UsageError(
       'workdir', folder, f'holds a {kind}; choose another folder'

@@ -1,5 +1,7 @@
 """The configuration from the flags: defaults and presets resolved, all checked."""
 
+from collections.abc import Iterable
+import sys
 from typing import Any
 
 from absl import flags as absl_flags
@@ -47,7 +49,7 @@ def config(**changes: Any) -> Configuration:
   Raises:
     cli.UsageError: for a wrong value.
   """
-  values = {f.name: f.value for f in _ours()} | changes
+  values: dict[str, Any] = {f.name: f.value for f in _ours()} | changes
   preset = recipes.ftg_options(values[FTG + 'preset'])
   for name in flags.FTG_OPTIONS:
     if values[FTG + name] is None:
@@ -155,6 +157,22 @@ def _unused_by_partition(values: dict[str, Any]) -> set[str]:
 def _ours() -> list[absl_flags.Flag]:
   """The flags of a configuration."""
   return list(absl_flags.FLAGS.flags_by_module_dict()[flags.__name__])
+
+
+def say_unused(configs: Iterable[Configuration]) -> None:
+  """Says on stderr which flags of the command line change nothing in it."""
+  used = set().union(PRESENTATION, *configs)
+  idle = sorted(
+    f.name
+    for f in _ours()
+    if f.name in cli.given() - used and f.value != f.default
+  )
+  if idle and devices.is_first():
+    print(
+      f'note: {", ".join("--" + name for name in idle)}: used by no method of '
+      'this command',
+      file=sys.stderr,
+    )
 
 
 def parse_value(name: str, text: str) -> Any:

@@ -38,7 +38,7 @@ class _FromBinary(originals.FromFiles):
     return {'id': f'{split}_{number:05d}'}
 
 
-class Cifar10(_FromBinary, cifar.Cifar10, skip_registration=True):
+class Cifar10(_FromBinary, cifar.Cifar10, skip_registration=True):  # type: ignore[call-arg]
   """`cifar10`."""
 
   FILES = {
@@ -49,7 +49,7 @@ class Cifar10(_FromBinary, cifar.Cifar10, skip_registration=True):
   ARCHIVE = 'cifar-10-batches-bin'
 
 
-class Cifar100(_FromBinary, cifar.Cifar100, skip_registration=True):
+class Cifar100(_FromBinary, cifar.Cifar100, skip_registration=True):  # type: ignore[call-arg]
   """`cifar100`, with the fine labels as `label`."""
 
   FILES = {'train': ('train.bin',), 'test': ('test.bin',)}

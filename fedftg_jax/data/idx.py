@@ -63,22 +63,22 @@ class _FromIdx(originals.FromFiles):
     return images[..., None], {'label': labels}
 
 
-class Mnist(_FromIdx, mnist.MNIST, skip_registration=True):
+class Mnist(_FromIdx, mnist.MNIST, skip_registration=True):  # type: ignore[call-arg]
   """`mnist`."""
 
 
-class FashionMnist(_FromIdx, mnist.FashionMNIST, skip_registration=True):
+class FashionMnist(_FromIdx, mnist.FashionMNIST, skip_registration=True):  # type: ignore[call-arg]
   """`fashion_mnist`; Debian's package dataset-fashion-mnist has the files."""
 
-  PLACES = ('/usr/share/datasets/fashion-mnist',)
+  PLACES = ('/usr/share/datasets/fashion-mnist',)  # type: ignore[assignment]
   INSTALL = "install Debian's package dataset-fashion-mnist"
 
 
-class Kmnist(_FromIdx, mnist.KMNIST, skip_registration=True):
+class Kmnist(_FromIdx, mnist.KMNIST, skip_registration=True):  # type: ignore[call-arg]
   """`kmnist`."""
 
 
-class Emnist(_FromIdx, mnist.EMNIST, skip_registration=True):
+class Emnist(_FromIdx, mnist.EMNIST, skip_registration=True):  # type: ignore[call-arg]
   """`emnist/byclass`, `bymerge`, `balanced`, `letters`, `digits`, `mnist`."""
 
   PREFIXES = {'train': 'emnist-{}-train', 'test': 'emnist-{}-test'}

@@ -95,7 +95,7 @@ def find_folder(
   folders = [
     pathlib.Path(root).expanduser() / subfolder
     for root in roots
-    for subfolder in dict.fromkeys((builder.name, builder.ARCHIVE, ''))
+    for subfolder in dict.fromkeys((builder.name, builder.ARCHIVE, ''))  # type: ignore[attr-defined]
   ]
   lacks = {
     folder: [

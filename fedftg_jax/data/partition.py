@@ -11,6 +11,7 @@ drawn per CLASS.
 """
 
 import heapq
+import os
 
 import numpy as np
 
@@ -467,11 +468,12 @@ def _draw_left(rng, prior, left):
   return min(label, np.flatnonzero(left)[-1])
 
 
-def save(path: str, parts: list[np.ndarray]) -> None:
+def save(path: str | os.PathLike[str], parts: list[np.ndarray]) -> None:
   """Writes a partition as .npz, one array per client, for `load`."""
   with open(path, 'wb') as file:
     np.savez_compressed(
-      file, **{f'client_{k:06d}': part for k, part in enumerate(parts)}
+      file,
+      **{f'client_{k:06d}': part for k, part in enumerate(parts)},  # type: ignore[arg-type]
     )
 
 

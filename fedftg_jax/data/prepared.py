@@ -119,15 +119,18 @@ def _original_folder(name, data_dir, manual_dir) -> pathlib.Path | None:
   root = data_dir or constants.DATA_DIR
   if builder is None:
     _explain(name, root)
-  configs = [c.name for c in builder.BUILDER_CONFIGS]
+  configs = [c.name for c in builder.BUILDER_CONFIGS]  # type: ignore[union-attr]
   if configs and config not in configs:
     raise ValueError(f'must be {base}/ and one of {", ".join(configs)}')
   if config and not configs:
     raise ValueError(f'{base} has no parts; did you mean --dataset={base}?')
-  if not issubclass(builder, originals.FromFiles):
+  if not issubclass(builder, originals.FromFiles):  # type: ignore[arg-type]
     return None
   return originals.find_folder(
-    builder, config or None, manual_dir, f'{root}/downloads/manual'
+    builder,  # type: ignore[arg-type]
+    config or None,
+    manual_dir,
+    f'{root}/downloads/manual',  # type: ignore[arg-type]
   )
 
 

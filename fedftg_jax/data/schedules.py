@@ -5,6 +5,8 @@ depend on how many follow: more rounds from the same seed prolong it (and may
 widen a Bernoulli schedule's padding).
 """
 
+import os
+
 import numpy as np
 
 from fedftg_jax.base import NO_LIMIT, Cohort
@@ -173,7 +175,9 @@ def from_ids(ids: np.ndarray, num_clients: int) -> Cohort:
   return Cohort(ids, ids < num_clients, np.full(ids.shape, NO_LIMIT, np.int32))
 
 
-def save(path: str, schedule: Cohort, num_clients: int) -> None:
+def save(
+  path: str | os.PathLike[str], schedule: Cohort, num_clients: int
+) -> None:
   """Writes a schedule as ids (-1 for padding), arrived and num_steps [T, S]."""
   ids = schedule.client_id
   np.savez_compressed(

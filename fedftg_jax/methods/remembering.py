@@ -67,5 +67,5 @@ def remembering(part: Method, num_classes: int, decay: float) -> Method:
     broadcast=lambda shared: part.broadcast(shared.inner),
     start=lambda view, shared, *args: part.start(view, shared.inner, *args),
     synthesise=part.synthesise
-    and (lambda shared, *args: part.synthesise(shared.inner, *args)),
+    and (lambda shared, *args: part.synthesise(shared.inner, *args)),  # type: ignore[misc]
   )

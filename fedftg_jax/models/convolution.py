@@ -88,7 +88,7 @@ def convolve(
       for i in range(h)
       for j in range(w)
     )
-  windows = windows_.Windows(x.shape[1:3], (h, w), padding, stride)
+  windows = windows_.Windows(x.shape[1:3], (h, w), padding, stride)  # type: ignore[arg-type]
   if implementation == 'im2col':
     return windows.gather(x) @ kernel.reshape(-1, num_out).astype(x.dtype)
   if implementation == 'winograd' and stride == 1:
@@ -103,7 +103,7 @@ def convolve(
     (size - 1 - before, size - 1 - after)
     for size, (before, after) in zip((h, w), padding)
   )
-  windows = windows_.Windows(windows.num, (h, w), around)
+  windows = windows_.Windows(windows.num, (h, w), around)  # type: ignore[arg-type]
   flipped = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(num_in, -1)
   return _multiply_scatter(windows, blocked, x, flipped)
 

@@ -85,7 +85,7 @@ def image_generator(
       f'got image_shape={tuple(image_shape)}.'
     )
   module = ImageGenerator(
-    tuple(image_shape),
+    tuple(image_shape),  # type: ignore[arg-type]
     num_classes,
     width,
     bias_before_norm,

@@ -18,7 +18,7 @@ class Windows(NamedTuple):
   @property
   def num(self) -> tuple[int, int]:
     """Windows along height and width."""
-    return tuple(
+    return tuple(  # type: ignore[return-value]
       (n + sum(pad) - k) // self.stride + 1
       for n, pad, k in zip(self.image, self.padding, self.size)
     )

@@ -69,8 +69,8 @@ def tiling(
       return Tiling(
         m,
         k,
-        num,
-        tuple((n - 1) * m + a for n in num),
+        num,  # type: ignore[arg-type]
+        tuple((n - 1) * m + a for n in num),  # type: ignore[arg-type]
         windows.block_size(batch, products * sum(channels), _BLOCK),
       )
   return None

@@ -31,6 +31,7 @@ import numpy as np
 
 from fedftg_jax import recipes
 from fedftg_jax.configuration import folders, resolve
+from fedftg_jax.configuration.resolve import Configuration
 from fedftg_jax.results import plots, statistics
 from fedftg_jax.runs import suite
 from fedftg_jax.system import cli, files, progress
@@ -124,8 +125,8 @@ class Cell(NamedTuple):
   factor: str
   value: str
   preset: str
-  base: tuple[str, dict[str, Any]]  # name and configuration
-  tuned: tuple[str, dict[str, Any]]
+  base: tuple[str, Configuration]  # name and configuration
+  tuned: tuple[str, Configuration]
 
 
 class Effect(NamedTuple):
@@ -145,7 +146,9 @@ Effects = Sequence[tuple[Cell, Effect | None]]  # None where a run diverged
 
 def main() -> None:
   cells = make_cells(FLAGS.base, FLAGS.factors, FLAGS.presets)
-  names = [name for cell in cells for name, _ in (cell.base, cell.tuned)]
+  pairs = [pair for cell in cells for pair in (cell.base, cell.tuned)]
+  names = [name for name, _ in pairs]
+  resolve.say_unused(config for _, config in pairs)
   folder = folders.workdir(FLAGS.workdir, resolve.config(), 'ablation', *names)
   end = time.monotonic() + 3600 * FLAGS.budget_hours
   effects = []
@@ -240,7 +243,7 @@ def make_cell(factor: str, base: str, changes: Mapping[str, Any]) -> Cell:
   )
 
 
-def effect(base: list, tuned: list) -> Effect | None:
+def effect(base: Sequence, tuned: Sequence) -> Effect | None:
   """Differences by seed; None if a run diverged.
 
   Args:

@@ -90,7 +90,7 @@ def main() -> None:
   for name in _WORKLOADS.value:
     own = workloads.WORKLOADS[name]
     console.print(f'{name}: {own.help}')
-    for cohort in map(int, _COHORTS.value or [own.cohort]):
+    for cohort in map(int, _COHORTS.value or [own.cohort]):  # type: ignore[arg-type,list-item]
       if _COHORTS.value:
         console.print(f' {cohort} clients')
       rows += time_side_by_side(
@@ -131,7 +131,7 @@ class Contestant:
     )
 
   def answer(self) -> dict[str, Any]:
-    line = self._process.stdout.readline()
+    line = self._process.stdout.readline()  # type: ignore[union-attr]
     if line:
       return json.loads(line)
     self._process.wait()
@@ -143,8 +143,8 @@ class Contestant:
     }
 
   def run(self) -> None:
-    self._process.stdin.write('\n')
-    self._process.stdin.flush()
+    self._process.stdin.write('\n')  # type: ignore[union-attr]
+    self._process.stdin.flush()  # type: ignore[union-attr]
     answer = self.answer()
     if 'seconds' not in answer:
       raise cli.RunError(f'{self.name}: {answer["left_out"]}')

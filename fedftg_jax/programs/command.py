@@ -10,9 +10,11 @@ def main() -> None:
   """Runs the program that the first argument names."""
   name, *rest = sys.argv[1:] or ['']
   if name in programs.NAMES:
+    from fedftg_jax.system import cli  # takes time to import
+
     # Only this one: each brings flags of its own, and what it needs.
     program = importlib.import_module(f'fedftg_jax.programs.{name}')
-    program.cli.run(program, [f'fedftg {name}', *rest])
+    cli.run(program, [f'fedftg {name}', *rest])
   elif name in ('', '-h', '--help', 'help'):
     print(_usage())
   elif name == '--version':

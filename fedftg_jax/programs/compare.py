@@ -17,11 +17,11 @@ run's files in METHOD/seedK/.
 """
 
 import re
-from typing import Any
 
 from absl import flags as absl_flags
 
 from fedftg_jax.configuration import flags, folders, resolve
+from fedftg_jax.configuration.resolve import Configuration
 from fedftg_jax.results import page, plots, statistics
 from fedftg_jax.runs import suite
 from fedftg_jax.system import cli, files, progress
@@ -61,6 +61,7 @@ _SHARED = (
 def main() -> None:
   base = resolve.config()
   configs = parse_methods(FLAGS.methods)
+  resolve.say_unused(configs.values())
   folder = folders.workdir(FLAGS.workdir, base, 'compare', *configs)
   shared = {
     'program': 'compare',
@@ -71,7 +72,7 @@ def main() -> None:
     report(results, folder, shared)
 
 
-def parse_methods(names: list[str]) -> dict[str, dict[str, Any]]:
+def parse_methods(names: list[str]) -> dict[str, Configuration]:
   """Configurations by display name.
 
   Raises:

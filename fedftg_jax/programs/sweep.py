@@ -66,13 +66,14 @@ class Entry(NamedTuple):
 def main() -> None:
   entries = parse(FLAGS.grid, FLAGS.list)
   configs = {name: entry.config for name, entry in entries.items()}
+  resolve.say_unused(configs.values())  # type: ignore[arg-type]
   folder = folders.workdir(
     FLAGS.workdir, _union(configs.values()), 'sweep', *configs
   )
   progress.say(
     f'{len(entries)} configurations, {len(suite.seeds())} seed(s) each'
   )
-  results = suite.run(folder, {'program': 'sweep'}, configs, tolerant=True)
+  results = suite.run(folder, {'program': 'sweep'}, configs, tolerant=True)  # type: ignore[arg-type]
   if results:
     report(entries, results, folder)
 
@@ -130,7 +131,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 def parse_list(texts: Sequence[str]) -> list[Settings]:
   """What each 'FLAG=VALUE:FLAG=VALUE' chooses."""
-  chosen = []
+  chosen: list[Settings] = []
   for text in texts:
     settings = {}
     for part in re.split(r':(?=\w+=)', text):
@@ -210,7 +211,8 @@ def summarise(
     statistics.common_target(ended, share=0.5) if ended else 0.0
   )
   found = {
-    name: statistics.summarise(runs, target) for name, runs in ended.items()
+    name: statistics.summarise(runs, target)  # type: ignore[arg-type]
+    for name, runs in ended.items()  # type: ignore[arg-type]
   }
   validated = found and all(_VALIDATION in each for each in found.values())
   score = _VALIDATION if validated else _TEST

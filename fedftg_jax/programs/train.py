@@ -23,6 +23,7 @@ FLAGS = absl_flags.FLAGS
 
 def main() -> None:
   config = resolve.config()
+  resolve.say_unused([config])
   progress.say(
     f'{config["method"]} on {config["dataset"]}, {config["rounds"]} rounds'
   )

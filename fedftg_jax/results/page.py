@@ -154,7 +154,7 @@ def _of_sweep(folder, config) -> dict[str, Any]:
     entries, _broadcast_clients(runs), runs, summary['target_accuracy']
   )
   counts = [of_name[0].counts.get('train') for of_name in runs.values()]
-  if any(not np.array_equal(counts[0], other) for other in counts):
+  if any(not np.array_equal(counts[0], other) for other in counts):  # type: ignore[arg-type]
     page['partition'] = None  # each has its own
   return {
     **page,

@@ -406,7 +406,7 @@ def generated(
   axes.set(
     xticks=[], ylabel='class', yticks=(np.arange(num_classes) + 0.5) * height
   )
-  axes.set_yticklabels(range(num_classes))
+  axes.set_yticklabels(range(num_classes))  # type: ignore[arg-type]
   axes.tick_params(length=0)
   axes.spines[:].set_visible(False)
   axes.set_title('generated images, each scaled to its own range', fontsize=9)

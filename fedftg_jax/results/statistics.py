@@ -67,7 +67,7 @@ def common_target(results: Results, share: float = 1.0) -> float:
   """The highest multiple of 0.05 that every run of a share of the names reaches,
   rounded up to whole names."""
   worst = sorted(
-    (min(run['best_accuracy'] for run in runs) for runs in results.values()),
+    (min(run['best_accuracy'] for run in runs) for runs in results.values()),  # type: ignore[index]
     reverse=True,
   )
   return int(worst[math.ceil(share * len(worst)) - 1] / 0.05 + 1e-9) * 5 / 100
@@ -141,7 +141,7 @@ def curves(results: Results) -> dict[str, list[list[tuple]]]:
     name: [
       [
         (row['round'], rows_lib.megabytes(row), row['test_accuracy'])
-        for row in run['rows']
+        for row in run['rows']  # type: ignore[index]
       ]
       for run in runs
     ]

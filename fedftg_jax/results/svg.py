@@ -57,7 +57,7 @@ def inline(
     The element, safe to put into a page.
   """
   file = io.BytesIO()
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
     draw(file, *args)
   root = ElementTree.fromstring(file.getvalue())
   for parent in list(root.iter()):

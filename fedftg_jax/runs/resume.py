@@ -51,7 +51,7 @@ def save(
     return
   note = _note(experiment, seed, done)
   if files.is_local(folder):
-    checkpoint.save(folder / FOLDER, done, state, note, keep)
+    checkpoint.save(folder / FOLDER, done, state, note, keep)  # type: ignore[arg-type]
     return
   with tempfile.TemporaryDirectory() as here:  # a store gets whole files
     checkpoint.save(here, done, state, note)

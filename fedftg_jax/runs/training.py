@@ -35,7 +35,7 @@ class Keeping(NamedTuple):
 
 def asked_for() -> Keeping:
   """What the flags ask to be kept."""
-  return Keeping(*(flags.FLAGS[name].value for name in Keeping._fields))
+  return Keeping(*(flags.FLAGS[name].value for name in Keeping._fields))  # type: ignore[arg-type]
 
 
 def train(

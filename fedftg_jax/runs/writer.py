@@ -59,7 +59,9 @@ class RunWriter:
     self._board = None
     if tensorboard and devices.is_first():
       self._board = board.start(
-        folder, [*map(rows.flat, self._rows), *self._timings], self._images
+        folder,  # type: ignore[arg-type]
+        [*map(rows.flat, self._rows), *self._timings],
+        self._images,  # type: ignore[arg-type]
       )
 
   def _read(self, done: int) -> None:

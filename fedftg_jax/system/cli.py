@@ -29,6 +29,9 @@ flags.DEFINE_string(
 )
 
 
+_given: frozenset[str] = frozenset()
+
+
 class RunError(Exception):
   """What went wrong after all flags were right, such as a diverged run."""
 
@@ -63,7 +66,7 @@ def run(program: types.ModuleType, argv: Sequence[str] | None = None) -> None:
   """
   app.run(
     lambda argv: guarded(functools.partial(program.main, *argv[1:])),
-    argv=argv,
+    argv=argv and list(argv),  # type: ignore[arg-type]
     flags_parser=functools.partial(parse, program=program),
   )
 
@@ -96,13 +99,14 @@ def parse(
   argv: Sequence[str], program: types.ModuleType | None = None
 ) -> list[str]:
   """Parses the command line; exits with status 2 and a line if it is wrong."""
-  argv = [_preset(arg) for arg in argv]
   if program and any(arg in _HELP for arg in argv[1:]):
     print(help_.text(program))
     sys.exit(0)
+  global _given
+  _given = frozenset(map(_name, argv[1:]))
   argument = getattr(program, 'ARGUMENT', '')
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS(_with_files(argv))
   except flags.UnrecognizedFlagError as error:
     given = next(  # as it was typed, with its value
       (
@@ -122,8 +126,8 @@ def parse(
     )
   except flags.Error as error:
     _fail(_plain(error))
-  except SystemExit:  # after --helpfull and its like, for absl a failure
-    sys.exit(0)
+  except SystemExit as stop:  # --helpfull and its like are absl's failure 1
+    sys.exit(0 if stop.code == 1 else stop.code)
   if argument and len(rest) != 2:
     _fail(f'{" ".join(rest[1:]) or "no argument"}: must be one {argument}')
   if len(rest) > 1 and not argument:
@@ -131,10 +135,33 @@ def parse(
   return rest
 
 
+def given() -> frozenset[str]:
+  """The names of the flags that the command line has, those in files apart."""
+  return _given
+
+
+def _name(arg: str) -> str:
+  """The name of a flag from --name=value, --name or --noname."""
+  name = arg.lstrip('-').partition('=')[0]
+  short = name.removeprefix('no')
+  return short if name not in flags.FLAGS and short in flags.FLAGS else name
+
+
+def _with_files(argv):
+  """The command line with the lines of flag files and presets in their place."""
+  while any(
+    _name(arg) in ('flagfile', 'preset')
+    for arg in argv[1:]
+    if arg.startswith('-')
+  ):
+    argv = flags.FLAGS.read_flags_from_files([_preset(arg) for arg in argv])
+  return argv
+
+
 def _preset(arg: str) -> str:
   """--preset=NAME as the flag file that it stands for."""
-  flag, _, name = arg.partition('=')
-  if flag.lstrip('-') != 'preset' or not arg.startswith('-'):
+  _, _, name = arg.partition('=')
+  if not arg.startswith('-') or _name(arg) != 'preset':
     return arg
   known = sorted(path.stem for path in PRESETS.glob('*.flags'))
   if name not in known:

@@ -9,9 +9,9 @@ _COMPILE_EVENT = '/jax/core/compile/'
 _compiling = [0.0]  # seconds of compilation, of the whole process
 
 
-def _count(event: str, seconds: float, **_) -> None:
+def _count(event: str, duration_secs: float, **_) -> None:
   if event.startswith(_COMPILE_EVENT):
-    _compiling[0] += seconds
+    _compiling[0] += duration_secs
 
 
 @functools.cache

@@ -134,7 +134,7 @@ def _keep_compiled() -> None:
   """The persistent compile cache, unless JAX has been given one already."""
   if FLAGS.compile_cache is not None:
     jax.config.update('jax_compilation_cache_dir', FLAGS.compile_cache or None)
-  elif jax.config.jax_compilation_cache_dir is None:
+  elif jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
     root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
     # A home may be shared by machines: code for one CPU is none for another.
     machine = hashlib.sha256(processor().encode()).hexdigest()[:8]

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from upath import UPath
 
-PathLike = str | os.PathLike[str]
+PathLike = str | os.PathLike[str] | UPath
 
 
 def is_local(path: PathLike) -> bool:
@@ -45,9 +45,9 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
     f'.{path.stem}.{jax.process_index()}.{os.getpid()}{path.suffix}'
   )
   try:
-    yield temporary
+    yield temporary  # type: ignore[misc]
     if jax.process_index() == 0:
-      os.replace(temporary, path)
+      os.replace(temporary, path)  # type: ignore[arg-type]
   finally:
     temporary.unlink(missing_ok=True)
 
@@ -102,7 +102,7 @@ def write_tree(path: PathLike, tree: Any) -> None:
     for place, leaf in leaves
   }
   with replacing(path) as temporary:
-    np.savez(temporary, **arrays)
+    np.savez(temporary, **arrays)  # type: ignore[arg-type]
 
 
 def names(folder: PathLike) -> list[str]:
@@ -114,7 +114,7 @@ def names(folder: PathLike) -> list[str]:
 def remove(folder: PathLike) -> None:
   """A folder with all that is in it."""
   if is_local(folder):
-    shutil.rmtree(folder)
+    shutil.rmtree(folder)  # type: ignore[arg-type]
   else:
     UPath(folder).rmdir(recursive=True)
 

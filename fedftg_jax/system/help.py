@@ -16,7 +16,7 @@ def text(program: types.ModuleType) -> str:
   else under the first line of its docstring; those of the program itself come
   first.
   """
-  parts = [program.__doc__.rstrip()]
+  parts = [(program.__doc__ or '').rstrip()]
   modules = flags.FLAGS.flags_by_module_dict()
   for name in sorted(modules, key=lambda name: name != program.__name__):
     module = sys.modules.get(name)
@@ -24,7 +24,7 @@ def text(program: types.ModuleType) -> str:
       continue
     if name.startswith('fedftg_jax.programs.') and module is not program:
       continue
-    title = module.__doc__.splitlines()[0].rstrip('.')
+    title = (module.__doc__ or '').splitlines()[0].rstrip('.')
     if module is program:
       title = 'Flags of this program'
     sections = getattr(

@@ -106,7 +106,13 @@ def load(
 ) -> datasets.Dataset:
   """The data set that `config` names; cli.UsageError if that is impossible."""
   return _checked(
-    'dataset', config, _load, config['dataset'], data_dir, manual_dir
+    'dataset',
+    config,
+    _load,
+    config['dataset'],
+    data_dir,
+    manual_dir,
+    config['num_classes'],
   )
 
 

@@ -122,6 +122,13 @@ def _define_data() -> None:
     'share, instead of all; 0 for all.',
     lower_bound=0,
   )
+  flags.DEFINE_integer(
+    'num_classes',
+    0,
+    'Number of classes; 0 for one more than the largest training label.',
+    lower_bound=0,
+    upper_bound=2**20,
+  )
   flags.DEFINE_float(
     'validation_share',
     0.0,

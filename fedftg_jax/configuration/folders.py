@@ -1,5 +1,7 @@
 """Folders of runs: what they are called, and which run one holds."""
 
+from collections.abc import Iterator
+import contextlib
 import functools
 import hashlib
 import json
@@ -10,7 +12,7 @@ from typing import Any
 
 from upath import UPath
 
-from fedftg_jax.system import cli, files, progress
+from fedftg_jax.system import cli, files, lock, progress
 from fedftg_jax.system import versions as versions_
 
 # What a flag's value begins with where a file or a folder of the user follows.
@@ -33,7 +35,12 @@ def _fingerprint(path: pathlib.Path) -> str:
   """Of a file's bytes; of a folder's files, their names and bytes."""
   if path.is_file():
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-  found = sorted((p, p.stat()) for p in path.rglob('*') if p.is_file())
+  found = sorted(
+    (file, file.stat())
+    for folder, _, names in os.walk(path, followlinks=True)
+    for file in (pathlib.Path(folder, name) for name in names)
+    if file.is_file()
+  )
   return _of_files(
     path,
     tuple(
@@ -166,6 +173,19 @@ def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
         f'holds another configuration ({name}: '
         f'{there.get(name)}, not {ours.get(name)}); choose another folder',
       )
+
+
+@contextlib.contextmanager
+def opened(folder: UPath, ours: dict[str, Any]) -> Iterator[None]:
+  """Holds a folder that `check_folder` lets pass, against other processes.
+
+  Raises:
+    cli.UsageError: as `check_folder`, or if another process holds it.
+  """
+  check_folder(folder, ours)
+  with lock.held(folder):
+    check_folder(folder, ours)  # another may have been here since
+    yield
 
 
 def claim_folder(folder: UPath, config: dict[str, Any]) -> None:

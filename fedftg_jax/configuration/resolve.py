@@ -123,6 +123,8 @@ def _unused(values: dict[str, Any]) -> set[str]:
   if values['norm'] != 'batch':
     unused |= {'batch_norm', 'torch_bn'}
   unused |= _unused_by_partition(values)
+  if not values['num_classes']:
+    unused.add('num_classes')
   if not values['train_examples']:
     unused.add('train_examples')
   if not values['validation_share']:

@@ -31,6 +31,7 @@ def read(path: str, single: str | None = None) -> dict[str, np.ndarray]:
   except (
     OSError,
     EOFError,
+    MemoryError,
     ValueError,
     zipfile.BadZipFile,
     zlib.error,

@@ -69,7 +69,10 @@ def check_name(
 
 
 def load(
-  name: str, data_dir: str | None = None, manual_dir: str | None = None
+  name: str,
+  data_dir: str | None = None,
+  manual_dir: str | None = None,
+  num_classes: int = 0,
 ) -> Dataset:
   """Loads a data set.
 
@@ -84,6 +87,7 @@ def load(
       default.
     manual_dir: folder with a data set's original files, from which it is
       prepared; None for the usual places.
+    num_classes: C; 0 for one more than the largest training label.
 
   Returns:
     The data set. uint8 images carry the mean and standard deviation per channel
@@ -102,15 +106,14 @@ def load(
     arrays, where = image_folder.read(path), path
   else:
     arrays, where = _prepared().read(name, data_dir, manual_dir), name
-  arrays = _checked(arrays, where)
+  arrays = _checked(arrays, where, num_classes)
   clients, num_natural = _natural(arrays.pop(_CLIENTS, None))
   mean, std = _CUSTOMARY.get(re.split('[:/]', name)[0]) or _moments(
     arrays['train_x']
   )
-  num_classes = 1 + max(arrays['train_y'].max(), arrays['test_y'].max())
   return Dataset(
     **arrays,
-    num_classes=int(num_classes),
+    num_classes=num_classes or 1 + int(arrays['train_y'].max()),
     mean=mean,
     std=std,
     train_clients=clients,
@@ -219,7 +222,9 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
   return {name: file[name] for name in (*_NPZ_ARRAYS, _CLIENTS) if name in file}
 
 
-def _checked(arrays: dict[str, np.ndarray], path: str) -> dict[str, np.ndarray]:
+def _checked(
+  arrays: dict[str, np.ndarray], path: str, num_classes: int
+) -> dict[str, np.ndarray]:
   """The arrays, labels as int32; ValueError where they do not fit."""
   for split in ('train', 'test'):
     x, y = arrays[split + '_x'], arrays[split + '_y']
@@ -228,16 +233,22 @@ def _checked(arrays: dict[str, np.ndarray], path: str) -> dict[str, np.ndarray]:
         f'{path}: {split}_x must be [examples, height, width, channels] of '
         f'uint8 or float32, got {list(x.shape)} of {x.dtype}'
       )
-    if (
-      y.shape != x.shape[:1]
-      or not np.issubdtype(y.dtype, np.integer)
-      or not len(y)
-      or y.min() < 0
-    ):
+    if not x.size:
+      raise ValueError(f'{path}: {split}_x has no pixels: {list(x.shape)}')
+    if x.shape[1] in (1, 3, 4) and x.shape[2] == x.shape[3] > 4:
       raise ValueError(
-        f'{path}: {split}_y must be one non-negative integer for each of the '
-        f'{len(x)} images (at least one), got {list(y.shape)} of {y.dtype}'
+        f'{path}: {split}_x must be [examples, height, width, channels]; '
+        f'{list(x.shape)} looks like channels first, for which '
+        'x.transpose(0, 2, 3, 1) is right'
       )
+    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
+      raise ValueError(
+        f'{path}: {split}_y must be one integer for each of the {len(x)} images '
+        f'of {split}_x, got {list(y.shape)} of {y.dtype}'
+      )
+    if y.min() < 0:
+      raise ValueError(f'{path}: {split}_y must be 0 or more, has {y.min()}')
+    _check_classes(arrays['train_y'], y, f'{path}: {split}_y', num_classes)
     if x.dtype == np.float32 and not np.isfinite(x).all():
       raise ValueError(f'{path}: {split}_x has values that are not finite')
     arrays[split + '_y'] = y.astype(np.int32)
@@ -255,6 +266,27 @@ def _checked(arrays: dict[str, np.ndarray], path: str) -> dict[str, np.ndarray]:
       f'{list(test.shape[1:])} {test.dtype}'
     )
   return arrays
+
+
+def _check_classes(train_y, labels, where, num_classes):
+  """ValueError for labels that no classifier can be meant to have."""
+  largest, seen = int(labels.max()), len(np.unique(train_y))
+  if num_classes and largest >= num_classes:
+    raise ValueError(
+      f'{where} has the label {largest}; must be below --num_classes='
+      f'{num_classes}'
+    )
+  if not num_classes and largest > 9 and largest >= 2 * seen:
+    raise ValueError(
+      f'{where} has the label {largest}, where the training labels have {seen} '
+      'different values; if there are so many classes, say --num_classes'
+    )
+  alone = np.setdiff1d(labels, train_y)
+  if not num_classes and len(alone):
+    raise ValueError(
+      f'{where} has the class {alone[0]}, which training has not; if it is '
+      'meant, say --num_classes'
+    )
 
 
 def read_images(path: str, like: Dataset) -> np.ndarray:

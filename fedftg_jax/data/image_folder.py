@@ -52,6 +52,9 @@ def read(path: str) -> dict[str, np.ndarray]:
     for label, name in enumerate(names):
       folder = pathlib.Path(path, split, name)
       files = _visible(folder) if folder.is_dir() else []
+      for file in files:
+        if not file.is_file():  # a pipe would be waited for
+          raise ValueError(f'{file}: must be a file with an image')
       images += [images_lib.decode(file) for file in files]
       labels += [label] * len(files)
     counts.append(len(images) - before)

@@ -7,6 +7,8 @@ import pathlib
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+# No more: some others start programs, such as PostScript's.
+_FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')
 _GREY = ('1', 'L', 'LA')
 _COLOUR = ('RGB', 'RGBA', 'P', 'PA', 'CMYK', 'YCbCr', 'LAB', 'HSV')
 
@@ -24,12 +26,13 @@ def decode(source: bytes | pathlib.Path) -> np.ndarray:
   """The image in a file's bytes, or in a file: [H, W, 1] if grey, else [H, W, 3].
 
   Raises:
-    ValueError: if it is none, or one of more than 8 bits a channel.
+    ValueError: if it is none of a known format, is too large to be meant, or
+      has more than 8 bits a channel.
   """
   file = io.BytesIO(source) if isinstance(source, bytes) else source
   name = '' if isinstance(source, bytes) else f'{source}: '
   try:
-    with Image.open(file) as image:
+    with Image.open(file, formats=_FORMATS) as image:
       if image.mode not in _GREY + _COLOUR:
         raise ValueError(
           f'{name}images of mode {image.mode} are not supported, '
@@ -37,8 +40,12 @@ def decode(source: bytes | pathlib.Path) -> np.ndarray:
         )
       mode = 'L' if image.mode in _GREY else 'RGB'
       pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+  except Image.DecompressionBombError as error:
+    raise ValueError(f'{name}{error}') from error
   except (UnidentifiedImageError, OSError, SyntaxError) as error:
-    raise ValueError(f'{name}is not a readable image') from error
+    raise ValueError(
+      f'{name}is not a readable image; must be one of {", ".join(_FORMATS)}'
+    ) from error
   return pixels[..., None] if mode == 'L' else pixels
 
 

@@ -5,6 +5,7 @@ TensorFlow. Those of `BUILDERS` can also be prepared without it; the others have
 to be there, prepared where TensorFlow is.
 """
 
+import json
 import pathlib
 import re
 
@@ -94,6 +95,7 @@ def _find(name, data_dir):
   """
   if not re.fullmatch(r'\w+(/[\w.+-]+)?(:[\d.*]+)?', name):
     return None
+  _refuse_code(pathlib.Path(data_dir or constants.DATA_DIR, name.split(':')[0]))
   try:
     builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
@@ -107,6 +109,39 @@ def _find(name, data_dir):
       '--data_dir'
     )
   return builder
+
+
+def _refuse_code(folder: pathlib.Path) -> None:
+  """Refuses features of other classes than TFDS's own, whose modules it imports.
+
+  Raises:
+    ValueError: with the file and the class.
+  """
+
+  def classes(value):
+    if isinstance(value, dict):
+      for key in ('type', 'pythonClassName', 'python_class_name'):
+        if isinstance(value.get(key), str):
+          yield value[key]
+    if isinstance(value, dict | list):
+      for part in value.values() if isinstance(value, dict) else value:
+        yield from classes(part)
+
+  for path in folder.rglob('features.json'):
+    try:
+      found = classes(json.loads(path.read_text()))
+      foreign = [
+        name
+        for name in found
+        if '.' in name and not name.startswith('tensorflow_datasets.')
+      ]
+    except (OSError, ValueError, RecursionError) as error:
+      raise ValueError(f'{path}: cannot be read ({error})') from error
+    if foreign:
+      raise ValueError(
+        f'{path}: names {foreign[0]}; must have features of '
+        'tensorflow_datasets alone, since others would bring code'
+      )
 
 
 def _original_folder(name, data_dir, manual_dir) -> pathlib.Path | None:

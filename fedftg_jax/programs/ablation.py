@@ -40,6 +40,7 @@ with epy.lazy_imports():
   from scipy import stats
 
 CENTRE = 'centre'
+CLAIM = {'program': 'ablation'}
 # By factor, what a cell changes: flags of `train`. `base` stands for --base.
 SETTINGS: Mapping[str, list[dict[str, Any]]] = {
   'norm': [
@@ -150,6 +151,12 @@ def main() -> None:
   names = [name for name, _ in pairs]
   resolve.say_unused(config for _, config in pairs)
   folder = folders.workdir(FLAGS.workdir, resolve.config(), 'ablation', *names)
+  with folders.opened(folder, CLAIM):
+    _train(cells, folder)
+
+
+def _train(cells, folder) -> None:
+  """Trains cell by cell, until the budget is used up."""
   end = time.monotonic() + 3600 * FLAGS.budget_hours
   effects = []
   for i, cell in enumerate(cells):
@@ -163,10 +170,7 @@ def main() -> None:
       f'cell {i + 1} of {len(cells)}: {cell.factor} {cell.value}, {cell.preset}'
     )
     results = suite.run(
-      folder,
-      {'program': 'ablation'},
-      dict((cell.base, cell.tuned)),
-      tolerant=True,
+      folder, CLAIM, dict((cell.base, cell.tuned)), tolerant=True
     )
     if results:
       effects.append(

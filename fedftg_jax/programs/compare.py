@@ -67,9 +67,10 @@ def main() -> None:
     'program': 'compare',
     **{k: v for k, v in base.items() if k in _SHARED and k != 'seed'},
   }
-  results = suite.run(folder, shared, configs)
-  if results:
-    report(results, folder, shared)
+  with folders.opened(folder, {**shared, **folders.contents(shared)}):
+    results = suite.run(folder, shared, configs)
+    if results:
+      report(results, folder, shared)
 
 
 def parse_methods(names: list[str]) -> dict[str, Configuration]:

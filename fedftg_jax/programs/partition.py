@@ -44,7 +44,12 @@ def main() -> None:
     config['dataset'].split(':')[0],
     config['partition'].split(':')[0],
   )
-  folders.check_folder(folder, folders.identity(claim))
+  with folders.opened(folder, folders.identity(claim)):
+    _draw(folder, config, claim)
+
+
+def _draw(folder, config, claim) -> None:
+  """Draws the partition and writes what it comes to."""
   dataset, _, parts = assembly.share_out(
     config, assembly.load(config, FLAGS.data_dir, FLAGS.manual_dir)
   )

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 from absl import flags as absl_flags
 
 from fedftg_jax.configuration import folders, resolve
+from fedftg_jax.configuration.resolve import Configuration
 from fedftg_jax.results import page, plots, statistics
 from fedftg_jax.runs import suite
 from fedftg_jax.system import cli, files, progress
@@ -60,22 +61,24 @@ class Entry(NamedTuple):
   """One configuration of a sweep."""
 
   settings: Settings  # its values of all swept flags that it depends on
-  config: dict[str, Any]  # from `resolve.config`
+  config: Configuration  # from `resolve.config`
 
 
 def main() -> None:
   entries = parse(FLAGS.grid, FLAGS.list)
   configs = {name: entry.config for name, entry in entries.items()}
-  resolve.say_unused(configs.values())  # type: ignore[arg-type]
+  resolve.say_unused(configs.values())
   folder = folders.workdir(
     FLAGS.workdir, _union(configs.values()), 'sweep', *configs
   )
   progress.say(
     f'{len(entries)} configurations, {len(suite.seeds())} seed(s) each'
   )
-  results = suite.run(folder, {'program': 'sweep'}, configs, tolerant=True)  # type: ignore[arg-type]
-  if results:
-    report(entries, results, folder)
+  claim = {'program': 'sweep'}
+  with folders.opened(folder, claim):
+    results = suite.run(folder, claim, configs, tolerant=True)
+    if results:
+      report(entries, results, folder)
 
 
 def parse(grid: Sequence[str], listed: Sequence[str]) -> dict[str, Entry]:
@@ -153,7 +156,7 @@ def _value(option, text, flag, value):
   return resolve.parse_value(flag, value)
 
 
-def _config(settings) -> dict[str, Any]:
+def _config(settings) -> Configuration:
   try:
     return resolve.config(**settings)
   except cli.UsageError as error:

@@ -28,6 +28,11 @@ def main() -> None:
     f'{config["method"]} on {config["dataset"]}, {config["rounds"]} rounds'
   )
   folder = folders.workdir(FLAGS.workdir, config)
+  with folders.opened(folder, folders.identity(config)):
+    _train(folder, config)
+
+
+def _train(folder, config) -> None:
   if devices.agree(folders.is_finished(folder, config)):
     progress.say(f'already finished: {folder}')
   else:

@@ -56,7 +56,7 @@ def run(
   """Trains what is not finished yet, every configuration with every seed.
 
   Args:
-    folder: where to.
+    folder: where to, opened.
     claim: what makes the folder this one's, as its config.json says it.
     configs: from `resolve.config`, by name.
     tolerant: whether the others go on where a run diverges. That is remembered,
@@ -70,7 +70,6 @@ def run(
     cli.RunError: if a run diverges, unless `tolerant`.
   """
   _check(configs)
-  folders.check_folder(folder, {**claim, **folders.contents(claim)})
   places = {
     name: [
       folder / folders.folder_name(name) / f'seed{seed}' for seed in seeds()

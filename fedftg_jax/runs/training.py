@@ -19,7 +19,7 @@ from fedftg_jax.configuration import assembly
 from fedftg_jax.configuration.assembly import Experiment
 from fedftg_jax.runs import resume, scoring
 from fedftg_jax.runs.writer import RunWriter
-from fedftg_jax.system import cli, devices, files, progress
+from fedftg_jax.system import cli, devices, files, lock, progress
 from fedftg_jax.system import clock as clock_lib
 
 CLIENTS = '.clients'  # in a run's folder: slots of clients, mapped
@@ -78,6 +78,7 @@ def train(
   of_seed = functools.partial(_one_seed, several=several)
 
   with (
+    _all_held(folders),
     assembly.matmul_precision(config),
     resume.listening() as asked,
     _slots(config, folders[0]) as place,
@@ -142,13 +143,27 @@ def train(
 
 
 @contextlib.contextmanager
+def _all_held(folders) -> Iterator[None]:
+  """Holds every run's folder."""
+  with contextlib.ExitStack() as locks:
+    for folder in folders:
+      locks.enter_context(lock.held(folder))
+    yield
+
+
+@contextlib.contextmanager
 def _slots(config, folder) -> Iterator[list[pathlib.Path]]:
   """Where `init` maps clients' slots from: a folder, gone afterwards, or none."""
   if config['client_state'] != 'disk':
     yield []
     return
   if files.is_local(folder):
-    place = pathlib.Path(folder) / f'{CLIENTS}{jax.process_index()}'
+    prefix = f'{CLIENTS}{jax.process_index()}-'
+    for left in pathlib.Path(folder).glob(
+      prefix + '*'
+    ):  # by one that was killed
+      shutil.rmtree(left, ignore_errors=True)
+    place = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
   else:
     place = pathlib.Path(tempfile.mkdtemp())
   try:

@@ -7,6 +7,7 @@ is loaded or anything compiled.
 
 from collections.abc import Callable, Sequence
 import functools
+import os
 import pathlib
 import re
 import sys
@@ -19,6 +20,8 @@ from fedftg_jax.system import devices
 from fedftg_jax.system import help as help_
 
 PRESETS = pathlib.Path(__file__).parents[1] / 'presets'
+# A path of the user's in a flag; a shell leaves its ~ as it is.
+_HOME = re.compile(r'^(--?\w+=(?:npz:|file:|folder:)?)~(?=/|$)')
 _HELP = ('--help', '-help', '--helpshort', '-helpshort', '-h', '-?')
 
 flags.DEFINE_string(
@@ -155,7 +158,7 @@ def _with_files(argv):
     if arg.startswith('-')
   ):
     argv = flags.FLAGS.read_flags_from_files([_preset(arg) for arg in argv])
-  return argv
+  return [_HOME.sub(lambda m: m[1] + os.path.expanduser('~'), a) for a in argv]
 
 
 def _preset(arg: str) -> str:

@@ -134,5 +134,7 @@ def download(folder: PathLike, to: pathlib.Path) -> None:
   for path in folder.rglob('*'):
     if path.is_file():
       here = to / path.path.removeprefix(folder.path).lstrip('/')
+      if not here.resolve().is_relative_to(to.resolve()):  # keys may have ..
+        raise OSError(f'{path}: leads out of {folder}')
       here.parent.mkdir(parents=True, exist_ok=True)
       here.write_bytes(path.read_bytes())

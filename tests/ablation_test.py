@@ -75,10 +75,11 @@ class ProgramTest(parameterized.TestCase):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
     self.args = [
-      a
-      for a in programs.small(programs.write_data(self.folder))
-      if 'rounds' not in a
-    ] + ['--rounds=2', '--eval_every=1', f'--workdir={self.folder / "a"}']
+      *programs.small(programs.write_data(self.folder)),
+      '--rounds=2',
+      '--eval_every=1',
+      f'--workdir={self.folder / "a"}',
+    ]
 
   @pytest.mark.slow
   def test_an_effect(self):

@@ -115,9 +115,9 @@ class DatasetsTest(parameterized.TestCase):
       'train_x must be .*got .12, 16',
     ),
     (dict(train_x=np.zeros((12, 4, 4, 2))), 'uint8 or float32.*float64'),
-    (dict(train_y=np.arange(11)), 'train_y must be one non-negative'),
-    (dict(train_y=np.arange(12) - 1), 'train_y must be one non-negative'),
-    (dict(test_y=np.zeros(6)), 'test_y must be one non-negative'),
+    (dict(train_y=np.arange(11)), 'train_y must be one integer for each'),
+    (dict(train_y=np.arange(12) - 1), 'train_y must be 0 or more, has -1'),
+    (dict(test_y=np.zeros(6)), 'test_y must be one integer for each'),
     (dict(test_x=np.zeros((6, 4, 5, 2), np.uint8)), 'differ in image shape'),
     (dict(train_x=np.full((12, 4, 4, 2), np.nan, np.float32)), 'not finite'),
     (

@@ -55,20 +55,26 @@ def write_data(folder):
 
 def small(data):
   """Flags of a run of seconds; with FedAvg, as programs of FedFTG take longest to
-  compile."""
-  return [
-    f'--dataset=npz:{data}',
-    '--num_clients=4',
-    '--cohort=2',
-    '--model=mlp',
-    '--rounds=3',
-    '--local_epochs=1',
-    '--batch_size=10',
-    '--eval_every=2',
-    '--dirichlet_alpha=1',
-    *_SMALL_FTG,
-    '--method=fed_avg',
-  ]
+  compile. In a file, which may hold flags of other methods."""
+  path = pathlib.Path(data).parent / '.small.flags'
+  path.write_text(
+    '\n'.join(
+      [
+        f'--dataset=npz:{data}',
+        '--num_clients=4',
+        '--cohort=2',
+        '--model=mlp',
+        '--rounds=3',
+        '--local_epochs=1',
+        '--batch_size=10',
+        '--eval_every=2',
+        '--dirichlet_alpha=1',
+        '--method=fed_avg',
+        *_SMALL_FTG,
+      ]
+    )
+  )
+  return [f'--flagfile={path}']
 
 
 def call(program, *argv, draw=False):

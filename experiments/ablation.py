@@ -1,7 +1,6 @@
 """When does FedFTG help? One factor at a time around a centre, paired by seed."""
 
-from fedftg_jax.programs import ablation
-from fedftg_jax.system import cli
+from fedftg_jax.programs import command
 
 if __name__ == '__main__':
-  cli.run(ablation)
+  command.run('ablation')

@@ -1,7 +1,6 @@
 """Times a round of ours and of what one would pick instead, side by side."""
 
-from fedftg_jax.programs import benchmark
-from fedftg_jax.system import cli
+from fedftg_jax.programs import command
 
 if __name__ == '__main__':
-  cli.run(benchmark)
+  command.run('benchmark')

@@ -1,7 +1,6 @@
 """Compares methods over several seeds, on equal partitions and schedules."""
 
-from fedftg_jax.programs import compare
-from fedftg_jax.system import cli
+from fedftg_jax.programs import command
 
 if __name__ == '__main__':
-  cli.run(compare)
+  command.run('compare')

@@ -1,7 +1,6 @@
 """Makes report.html of a run, comparison or sweep, from the files in its folder."""
 
-from fedftg_jax.programs import report
-from fedftg_jax.system import cli
+from fedftg_jax.programs import command
 
 if __name__ == '__main__':
-  cli.run(report)
+  command.run('report')

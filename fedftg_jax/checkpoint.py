@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from typing import Any
@@ -25,6 +26,7 @@ from fedftg_jax.base import PyTree
 with epy.lazy_imports():  # it takes half a second
   from orbax import checkpoint as ocp
 
+_ROUND = re.compile('0|[1-9][0-9]*')
 _UNFINISHED = '.orbax-checkpoint-tmp'  # in the name of a save that was cut off
 
 
@@ -86,7 +88,9 @@ def rounds(folder: str | os.PathLike[str]) -> list[int]:
   """The rounds of which there is a checkpoint, ascending."""
   if not os.path.isdir(folder):
     return []
-  return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+  return sorted(
+    int(name) for name in os.listdir(folder) if _ROUND.fullmatch(name)
+  )
 
 
 def restore(
@@ -114,10 +118,15 @@ def restore(
   args = ocp.args.Composite(
     about=ocp.args.JsonRestore(), arrays=ocp.args.StandardRestore()
   )
+  for path in place.rglob('*'):
+    if path.is_file() and not os.access(path, os.R_OK):
+      raise PermissionError(f'{path} cannot be read: permission denied')
   try:
     found = _to_its_end(
       lambda checkpointer: checkpointer.restore(place, args=args)
     )
+  except (MemoryError, PermissionError):  # may pass by: nothing is damaged
+    raise
   except Exception as error:  # whatever it makes of a damaged folder
     refuse(f'cannot be read ({_line(error)})')
   about, arrays = (

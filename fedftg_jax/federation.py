@@ -404,13 +404,21 @@ def run(
     The last state, and the metrics of all rounds as NumPy arrays.
 
   Raises:
-    ValueError: for an invalid schedule, or `every` below 1.
+    ValueError: for an invalid schedule, `every` below 1, or a state that was
+      donated before.
   """
   num_rounds = len(schedule.client_id)
   if every is None:
     every = max(num_rounds, 1)
   if every < 1:
     raise ValueError(f'every must be at least 1, got {every}.')
+  if any(
+    getattr(leaf, 'is_deleted', bool)() for leaf in jax.tree.leaves(state)
+  ):
+    raise ValueError(
+      'this state was given to `run` before, which takes its buffers; copy it '
+      'first to begin from it twice: jax.tree.map(jnp.copy, state).'
+    )
   num_clients = data.count.shape[0]
   schedule = check_schedule(schedule, num_clients)
   data, key = stacking.put((data, key), fed.mesh)

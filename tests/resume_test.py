@@ -306,8 +306,49 @@ class ResumeTest(parameterized.TestCase):
     (self.folder / 'cut/metrics.jsonl').write_text('{"round": 1, "half a li')
     status, out, err = self.train('cut')
     self.assertEqual(status, 0, err)
-    self.assertEqual(out.count('metrics.jsonl cannot be read'), 2)
+    self.assertEqual(out.count('metrics.jsonl does not reach that round'), 2)
     self.assert_same('whole', 'cut')
+
+  def test_of_rows_that_were_cut_the_whole_ones_count(self):
+    self.assertEqual(self.train('whole')[0], 0)
+    self.assertEqual(self.train('cut')[0], 0)
+    (self.folder / 'cut/summary.json').write_text('{')  # as good as none
+    rows = self.folder / 'cut/metrics.jsonl'
+    rows.write_text(rows.read_text()[:-20])
+    status, out, err = self.train('cut')
+    self.assertEqual(status, 0, err)
+    self.assertIn('going on after round 4', out)
+    self.assert_same('whole', 'cut')
+
+  def test_rows_that_cannot_be_read_now(self):
+    """What may pass by ends the run, and costs no checkpoint."""
+    self.assertEqual(self.train('a', '--rounds=4')[0], 0)
+    with absltest.mock.patch.object(
+      files, 'read_jsonl', side_effect=PermissionError('no permission: rows')
+    ):
+      status, _, err = self.train('a')
+    self.assertEqual((status, err), (1, 'error: no permission: rows\n'))
+    self.assertIn('4', os.listdir(self.folder / 'a' / resume.FOLDER))
+
+  def test_a_damaged_file_of_the_run_is_named(self):
+    self.assertEqual(self.train('a', '--rounds=4')[0], 0)
+    for name, text in (
+      ('clients.json', '{}'),
+      ('metrics.jsonl', '{"round": 4}\n'),
+    ):
+      good = (self.folder / 'a' / name).read_text()
+      (self.folder / 'a' / name).write_text(text)
+      status, _, err = self.train('a')
+      self.assertEqual(status, 1)
+      self.assertRegex(err, 'error: .*: a file of the run is damaged .*\n$')
+      (self.folder / 'a' / name).write_text(good)
+    self.assertEqual(self.train('a')[0], 0)
+
+  def test_fewer_rounds_than_are_finished(self):
+    self.assertEqual(self.train('a')[0], 0)
+    status, _, err = self.train('a', '--rounds=3')
+    self.assertEqual(status, 2)
+    self.assertRegex(err, r'^error: --rounds=3: .* holds 5 rounds; must be')
 
   def test_not_finite(self):
     """The last finite checkpoint stays, the error names the rounds around."""

@@ -7,19 +7,22 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import types
 import zipfile
 
 from absl.testing import absltest, parameterized
+import jax
 import numpy as np
 from PIL import Image
 import pytest
 from upath import UPath
 
+from fedftg_jax import federation
 from fedftg_jax.configuration import folders
-from fedftg_jax.data import datasets, images, prepared
+from fedftg_jax.data import clients, datasets, images, partition, prepared
 from fedftg_jax.programs import train
 from fedftg_jax.system import cli, files, lock
-from tests import programs
+from tests import problems, programs
 
 
 def in_another_process(code, *args):
@@ -212,6 +215,51 @@ class DataTest(parameterized.TestCase):
     with tempfile.TemporaryDirectory() as here:
       with self.assertRaisesRegex(OSError, 'leads out of'):
         files.download(store, pathlib.Path(here, 'a', 'b'))
+
+  def test_parts_and_labels_from_python(self):
+    x, y = np.zeros((4, 2, 2, 1), np.uint8), np.arange(4)
+    for parts, labels, right in (
+      ([[0, 1], [1, 2]], y, 'more than one client'),
+      ([[0, 4]], y, 'rows from 0 to 3'),
+      ([[0]], y[:3], 'one integer for each of the 4'),
+      ([[0]], y - 1, 'has -1'),
+    ):
+      with self.assertRaisesRegex(ValueError, right):
+        clients.from_partition(x, labels, [np.array(p) for p in parts])
+
+  def test_a_partition_that_leaves_examples_out(self):
+    path = f'{self.create_tempdir().full_path}/parts.npz'
+    partition.save(path, [np.arange(20)])
+    with self.assertRaisesRegex(ValueError, 'gives 20 of the 60'):
+      partition.load(path, 60)
+
+  def test_a_state_that_was_donated(self):
+    fed = problems.make()
+    key = jax.random.key(0)
+    state = fed.init(key)
+    rows = problems.schedule([[0, 1]])
+    federation.run(fed, state, problems.DATA, rows, key)
+    with self.assertRaisesRegex(ValueError, 'was given to `run` before'):
+      federation.run(fed, state, problems.DATA, rows, key)
+
+  def test_memory_that_does_not_suffice(self):
+    def main():
+      raise MemoryError('Unable to allocate 730. GiB')
+
+    data = programs.write_data(self.create_tempdir().full_path)
+    program = types.SimpleNamespace(main=main)
+    status, _, err = programs.call(program, *programs.small(data))
+    self.assertEqual(status, 1)
+    self.assertRegex(err, r'^error: the memory does not suffice \(Unable.*\n$')
+
+  def test_numbers_that_cannot_be_meant(self):
+    data = programs.write_data(self.create_tempdir().full_path)
+    for flag, right in (
+      ('--dropout_rate=1.0', 'must be below 1'),
+      ('--rounds=99999999999999999999', 'must be at most 10000000'),
+    ):
+      status, _, err = programs.call(train, *programs.small(data), flag)
+      self.assertEqual((status, err), (2, f'error: {flag}: {right}\n'))
 
   def test_home(self):
     home = os.path.expanduser('~')

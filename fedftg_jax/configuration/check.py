@@ -54,6 +54,8 @@ def check(values: dict[str, Any]) -> None:
     not values['tensorboard'] or files.is_local(values['workdir'] or '.'),
     'needs a --workdir on this machine',
   )
+  require('rounds', values['rounds'] <= 10**7, 'must be at most 10000000')
+  require('dropout_rate', values['dropout_rate'] < 1, 'must be below 1')
   require('validation_share', values['validation_share'] < 1, 'must be below 1')
   require(
     'partition',

@@ -115,10 +115,18 @@ def is_finished(folder: UPath, config: dict[str, Any]) -> bool:
     cli.UsageError: if it holds anything else.
   """
   check_folder(folder, identity(config))
-  summary = folder / 'summary.json'
-  return summary.exists() and (
-    json.loads(summary.read_text())['rounds'] >= config['rounds']
-  )
+  return rounds_finished(folder) >= config['rounds']
+
+
+def rounds_finished(folder: UPath) -> int:
+  """The rounds of a finished run; 0 where it is not, or its summary damaged,
+  which the run writes anew when it goes on."""
+  path = folder / 'summary.json'
+  try:
+    rounds = files.read_json(path)['rounds'] if path.exists() else 0
+  except (ValueError, KeyError, TypeError):
+    return 0
+  return rounds if isinstance(rounds, int) else 0
 
 
 def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
@@ -151,6 +159,7 @@ def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
   try:
     saved = json.loads(path.read_text())
     there = {**saved['config'], **saved['contents']}
+    dict(saved['versions']), list(saved.get('went_on_with', []))
   except (ValueError, KeyError, TypeError) as error:
     raise cli.UsageError(
       'workdir',

@@ -1,16 +1,19 @@
 """Arrays from files, without pickle, with errors that name the file."""
 
+from typing import IO
 import zipfile
 import zlib
 
 import numpy as np
 
 
-def read(path: str, single: str | None = None) -> dict[str, np.ndarray]:
+def read(
+  path: str | IO[bytes], single: str | None = None
+) -> dict[str, np.ndarray]:
   """All arrays of an .npz by name.
 
   Args:
-    path: the file.
+    path: the file, or one that is open.
     single: if given, a .npy file is read too, as the one array of this name.
 
   Raises:
@@ -41,4 +44,5 @@ def read(path: str, single: str | None = None) -> dict[str, np.ndarray]:
     reason = ' '.join(str(error).split())
     if 'allow_pickle' in reason:
       reason = 'no NumPy file, or it holds Python objects'
-    raise ValueError(f'{path}: not a readable {kinds} ({reason})') from error
+    name = getattr(path, 'name', path)
+    raise ValueError(f'{name}: not a readable {kinds} ({reason})') from error

@@ -25,7 +25,19 @@ def from_partition(
 
   Returns:
     The data; padding costs 4 bytes a slot, never a copy of an image.
+
+  Raises:
+    ValueError: for labels that are none, or parts that overlap or lead out.
   """
+  rows = np.concatenate([np.asarray(part, np.int64) for part in parts])
+  if len(x) != len(y) or not np.issubdtype(np.asarray(y).dtype, np.integer):
+    raise ValueError(f'y must be one integer for each of the {len(x)} images.')
+  if len(y) and np.min(y) < 0:
+    raise ValueError(f'y must be 0 or more, has {np.min(y)}.')
+  if len(rows) and not 0 <= rows.min() <= rows.max() < len(y):
+    raise ValueError(f'parts must hold rows from 0 to {len(y) - 1}.')
+  if len(np.unique(rows)) < len(rows):
+    raise ValueError('parts give an example to more than one client.')
   cap = max(1, max(len(p) for p in parts))
   index = np.zeros((len(parts), cap), np.int32)
   for row, part in zip(index, parts):

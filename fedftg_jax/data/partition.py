@@ -481,8 +481,8 @@ def load(path: str, num_examples: int) -> list[np.ndarray]:
   """Reads a partition: one index array per client, in the file's order.
 
   Raises:
-    ValueError: for an unreadable file, or an index that is out of range or
-      given to two clients.
+    ValueError: for an unreadable file, or an index that is out of range, or
+      given to two clients or to none.
   """
   parts = list(arrays.read(path).values())
   if not parts or any(
@@ -496,6 +496,11 @@ def load(path: str, num_examples: int) -> list[np.ndarray]:
     )
   if len(np.unique(used)) < len(used):
     raise ValueError(f'{path}: an example is given to more than one client')
+  if len(used) < num_examples:
+    raise ValueError(
+      f'{path}: gives {len(used)} of the {num_examples} training examples to '
+      'clients; must give all'
+    )
   return parts
 
 

@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+import fedftg_jax
 from fedftg_jax import programs
 
 
@@ -10,16 +11,10 @@ def main() -> None:
   """Runs the program that the first argument names."""
   name, *rest = sys.argv[1:] or ['']
   if name in programs.NAMES:
-    from fedftg_jax.system import cli  # takes time to import
-
-    # Only this one: each brings flags of its own, and what it needs.
-    program = importlib.import_module(f'fedftg_jax.programs.{name}')
-    cli.run(program, [f'fedftg {name}', *rest])
+    run(name, [f'fedftg {name}', *rest])
   elif name in ('', '-h', '--help', 'help'):
     print(_usage())
   elif name == '--version':
-    import fedftg_jax  # takes time to import
-
     print(fedftg_jax.__version__)
   else:
     print(
@@ -28,6 +23,18 @@ def main() -> None:
       file=sys.stderr,
     )
     sys.exit(2)
+
+
+def run(name: str, argv: list[str] | None = None) -> None:
+  """Runs the program `name`; see `cli.run`."""
+  try:
+    # Importing takes a second or two. Only this program: each brings its flags.
+    from fedftg_jax.system import cli
+
+    cli.run(importlib.import_module(f'fedftg_jax.programs.{name}'), argv)
+  except KeyboardInterrupt:
+    print('interrupted before anything was done', file=sys.stderr)
+    sys.exit(130)
 
 
 def _usage() -> str:

@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 from fedftg_jax.configuration import assembly, folders, resolve
 from fedftg_jax.results import page, rows
 from fedftg_jax.runs import training
-from fedftg_jax.system import devices, progress
+from fedftg_jax.system import cli, devices, progress
 
 FLAGS = absl_flags.FLAGS
 
@@ -33,6 +33,14 @@ def main() -> None:
 
 
 def _train(folder, config) -> None:
+  done = folders.rounds_finished(folder)
+  if done > config['rounds']:
+    raise cli.UsageError(
+      'rounds',
+      config['rounds'],
+      f'{folder} holds {done} rounds; must be at least so many, or choose '
+      'another folder',
+    )
   if devices.agree(folders.is_finished(folder, config)):
     progress.say(f'already finished: {folder}')
   else:

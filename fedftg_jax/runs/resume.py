@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import hashlib
 import pathlib
+import re
 import signal
 import tempfile
 import threading
@@ -20,6 +21,7 @@ from fedftg_jax.system import cli, devices, files, progress
 
 FOLDER = 'checkpoints'  # in a run's folder
 _WHOLE = 'whole'  # the last file of a checkpoint in a store without rename
+_ROUND = re.compile('0|[1-9][0-9]*')
 _REFUSED = '.refused'  # behind the name of a checkpoint that cannot be used
 
 
@@ -63,7 +65,9 @@ def save(
 
 def _rounds(folder):
   """The rounds of which a run has checkpoints, ascending."""
-  there = sorted(int(n) for n in files.names(folder / FOLDER) if n.isdigit())
+  there = sorted(
+    int(n) for n in files.names(folder / FOLDER) if _ROUND.fullmatch(n)
+  )
   return [
     done
     for done in there
@@ -134,11 +138,11 @@ def _set_aside(folder, done, why) -> None:
 def _restore(folder, seed, state, experiment, done):
   try:
     rows = files.read_jsonl(folder / 'metrics.jsonl')
-  except (OSError, ValueError) as error:
+  except (FileNotFoundError, ValueError) as error:  # others may pass by
     raise checkpoint.Refused(
       f'{folder / FOLDER}/{done}: its metrics.jsonl cannot be read'
     ) from error
-  if done not in [row['round'] for row in rows]:
+  if done not in [row.get('round') for row in rows if isinstance(row, dict)]:
     raise checkpoint.Refused(
       f'{folder / FOLDER}/{done}: its metrics.jsonl does not reach that round'
     )

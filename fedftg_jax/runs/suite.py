@@ -159,11 +159,6 @@ def _diverged(place, rounds) -> bool:
   return path.exists() and files.read_json(path)['rounds'] <= rounds
 
 
-def _rounds_finished(place) -> int:
-  path = place / 'summary.json'
-  return files.read_json(path)['rounds'] if path.exists() else 0
-
-
 def _build(config, seed) -> assembly.Experiment:
   return assembly.build(of_seed(config, seed), FLAGS.data_dir, FLAGS.manual_dir)
 
@@ -208,7 +203,7 @@ def read_run(folder: UPath, rounds: int) -> dict[str, Any] | None:
   Raises:
     cli.UsageError: if it has no evaluation up to there.
   """
-  if _diverged(folder, rounds) and _rounds_finished(folder) < rounds:
+  if _diverged(folder, rounds) and folders.rounds_finished(folder) < rounds:
     return None
   try:
     run_ = reader.read(folder, rounds)

@@ -44,7 +44,14 @@ class RunWriter:
     folders.claim_folder(folder, config)
     if devices.is_first():
       if done:
-        self._read(done)
+        try:
+          self._read(done)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+          raise cli.RunError(
+            f'{folder}: a file of the run is damaged '
+            f'({type(error).__name__}: {error}); put it right, or delete it to '
+            'go on without what it says'
+          ) from error
       stale = ['summary.json', 'report.html', 'nearest.npz']
       if not done:
         stale += ['clients.json', 'generated.npz']

@@ -10,11 +10,13 @@ import functools
 import os
 import pathlib
 import re
+import signal
 import sys
 import types
 from typing import Any
 
 from absl import app, flags, logging
+import jax
 
 from fedftg_jax.system import devices
 from fedftg_jax.system import help as help_
@@ -88,9 +90,20 @@ def guarded(main: Callable[[], None]) -> None:
     _fail(error)
   except (RunError, OSError) as error:
     _fail(error, status=1)
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error) and not isinstance(
+      error, MemoryError
+    ):
+      raise
+    _fail(
+      f'the memory does not suffice ({str(error)[:200]}); a smaller '
+      '--batch_size, --client_chunk or --seeds_at_once needs less',
+      status=1,
+    )
   except Terminated as stop:
     _fail(f'{stop}; the same command goes on', status=143, what='terminated')
   except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end is near
     print(
       'interrupted; the same command goes on from the last checkpoint',
       file=sys.stderr,

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from upath import UPath
 
+from fedftg_jax.data import arrays as arrays_lib
+
 PathLike = str | os.PathLike[str] | UPath
 
 
@@ -82,16 +84,18 @@ def read_json(path: PathLike) -> Any:
 
 
 def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
-  return [
-    json.loads(line) for line in UPath(path).read_text().split('\n') if line
-  ]
+  """The rows of a file; of one that was cut, the whole ones."""
+  *lines, last = UPath(path).read_text().split('\n')
+  rows = [json.loads(line) for line in lines if line]
+  with contextlib.suppress(ValueError):  # no end of line: it was cut here
+    rows += [json.loads(last)] if last else []
+  return rows
 
 
 def read_arrays(path: PathLike) -> dict[str, np.ndarray]:
-  """All arrays of an .npz that we wrote."""
+  """All arrays of an .npz that we wrote; ValueError if it is damaged."""
   with UPath(path).open('rb') as file:
-    with np.load(file, allow_pickle=False) as arrays:
-      return {name: arrays[name] for name in arrays.files}
+    return arrays_lib.read(file)
 
 
 def write_tree(path: PathLike, tree: Any) -> None:

@@ -1,6 +1,8 @@
 """The command `fedftg NAME [--flag=value ...]`."""
 
 import importlib
+import os
+import signal
 import sys
 
 import fedftg_jax
@@ -27,14 +29,23 @@ def main() -> None:
 
 def run(name: str, argv: list[str] | None = None) -> None:
   """Runs the program `name`; see `cli.run`."""
-  try:
-    # Importing takes a second or two. Only this program: each brings its flags.
-    from fedftg_jax.system import cli
+  before = signal.getsignal(signal.SIGINT)
+  if before is signal.default_int_handler:  # else it is ignored, as under nohup
+    # An exception would be lost, or turned into another, in what is imported.
+    signal.signal(signal.SIGINT, _interrupted)
+  # Importing takes a second or two. Only this program: each brings its flags.
+  from fedftg_jax.system import cli
 
-    cli.run(importlib.import_module(f'fedftg_jax.programs.{name}'), argv)
-  except KeyboardInterrupt:
-    print('interrupted before anything was done', file=sys.stderr)
-    sys.exit(130)
+  program = importlib.import_module(f'fedftg_jax.programs.{name}')
+  signal.signal(signal.SIGINT, before)
+  cli.run(program, argv)
+
+
+def _interrupted(number, frame) -> None:
+  """Ends the process at once: nothing has been done yet."""
+  del number, frame
+  os.write(2, b'interrupted before anything was done\n')
+  os._exit(130)
 
 
 def _usage() -> str:

@@ -227,6 +227,25 @@ class Method(NamedTuple):
   synthesise: Callable | None = None
 
 
+def merged(
+  kind: str, some: dict[str, Any], others: dict[str, Any]
+) -> dict[str, Any]:
+  """Both dictionaries; ValueError where one would overwrite the other's.
+
+  Args:
+    kind: what they hold, for the error.
+    some: by name.
+    others: by name.
+  """
+  both = sorted(some.keys() & others.keys())
+  if both:
+    raise ValueError(
+      f'two parts give the {kind} {both[0]!r}; begin its name with the '
+      "method's, as in 'fed_ftg/md'."
+    )
+  return {**some, **others}
+
+
 def chain(*parts: Method) -> Method:
   """Composes methods; the slots of a chain are the tuples of its parts' slots.
 
@@ -298,8 +317,8 @@ def chain(*parts: Method) -> Method:
         variables, own, received._replace(summed=summed, stacked=stacked), k
       )
       new_shared.append(own)
-      metrics.update(info.metrics)
-      models.update(info.models)
+      metrics = merged('metric', metrics, info.metrics)
+      models = merged('model', models, info.models)
     return variables, tuple(new_shared), Info(metrics, models)
 
   able = [i for i, p in enumerate(parts) if p.synthesise is not None]

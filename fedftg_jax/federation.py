@@ -39,6 +39,7 @@ from fedftg_jax.base import (
   Sent,
   State,
   View,
+  merged,
 )
 
 WEIGHTINGS = ('examples', 'uniform')
@@ -189,7 +190,7 @@ def federation(
     return stacking.everywhere(
       (
         State(variables, shared, clients, state.round + 1),
-        Info(metrics, {'average': average, **models}),
+        Info(metrics, merged('model', {'average': average}, models)),
       ),
       mesh,
     )

@@ -55,6 +55,16 @@ class ChainTest(absltest.TestCase):
     self.assertEqual(info.metrics, {'seen1': 5, 'seen2': 6})
     self.assertEqual(info.models, {'model1': 1, 'model2': 13})
 
+  def test_names_overwrite_nothing(self):
+    method = base.chain(part(1), part(1))
+    received = base.Received(*[None] * 8)._replace(
+      summed=(3, 4), stacked=(5, 6)
+    )
+    with self.assertRaisesRegex(
+      ValueError, "two parts give the metric 'seen1'"
+    ):
+      method.update(1, (1, 2), received, KEY)
+
   def test_parts_get_different_keys(self):
     drawn = []
     spy = base.Method(

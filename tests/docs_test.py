@@ -9,7 +9,7 @@ import pytest
 
 from fedftg_jax import base
 from fedftg_jax.methods import fed_avg
-from tests import problems
+from tests import mutations, problems
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -58,6 +58,11 @@ class DocsTest(parameterized.TestCase):
     page = ROOT / name
     for target in re.findall(r'\]\(([^)#]+)', page.read_text()):
       self.assertTrue((page.parent / target).exists(), target)
+
+  def test_faults_fit_their_files(self):
+    for fault in mutations.FAULTS:
+      text = (ROOT / fault.path).read_text()
+      self.assertEqual(text.count(fault.old), 1, fault.name)
 
 
 if __name__ == '__main__':

@@ -49,6 +49,8 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   try:
     yield temporary  # type: ignore[misc]
     if jax.process_index() == 0:
+      with temporary.open('rb') as file:
+        os.fsync(file.fileno())  # before it replaces, for a power cut
       os.replace(temporary, path)  # type: ignore[arg-type]
   finally:
     temporary.unlink(missing_ok=True)

@@ -481,14 +481,20 @@ FAULTS = (
   Fault(
     'checkpoint_rounds_as_text',
     CHECKPOINT,  # 10 before 9
-    'sorted(int(name) for name in os.listdir(folder) if name.isdigit())',
-    '[int(name) for name in sorted(os.listdir(folder)) if name.isdigit()]',
+    'sorted(\n'
+    '    int(name) for name in os.listdir(folder) if _ROUND.fullmatch(name)\n'
+    '  )',
+    '[\n'
+    '    int(name)\n'
+    '    for name in sorted(os.listdir(folder))\n'
+    '    if _ROUND.fullmatch(name)\n'
+    '  ]',
     OF_CHECKPOINT,
   ),
   Fault(
     'checkpoint_fingerprint_of_names',
     CHECKPOINT,
-    '    digest.update(array.reshape(-1).view(np.uint8))\n',
+    '    digest.update(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]\n',
     '',
     OF_CHECKPOINT,
   ),

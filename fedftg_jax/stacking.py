@@ -3,9 +3,8 @@
 The engine is written for one client; here, and only here, is the client axis.
 Clients are stacked with `vmap`, at most `chunk` at a time, and shared out over
 a 1-D mesh of devices with `shard_map`. What is summed over clients is added up
-as
-chunks finish, on each device by itself, then once between devices: what is kept
-per client is only what was asked to be kept.
+as chunks finish, on each device by itself, then once between devices: what is
+kept per client is only what was asked to be kept.
 """
 
 from collections.abc import Callable

@@ -200,7 +200,10 @@ class TrainTest(ProgramCase):
       )
     ):
       for name, text in content.items():
-        path = self.folder / str(i) / 'sub' / name
+        (self.folder / str(i) / 'test' / 'sub').mkdir(
+          parents=True, exist_ok=True
+        )
+        path = self.folder / str(i) / 'train' / 'sub' / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
       found.append(

@@ -185,10 +185,11 @@ class DataTest(parameterized.TestCase):
   def test_linked_data_are_in_the_fingerprint(self):
     root = pathlib.Path(self.create_tempdir().full_path)
     for name in ('one', 'other'):
-      (root / name).mkdir()
-      (root / name / '1.png').write_text(name)
+      (root / name / 'a').mkdir(parents=True)
+      (root / name / 'a' / '1.png').write_text(name)
     data = root / 'data'
-    data.mkdir()
+    (data / 'test' / 'a').mkdir(parents=True)
+    (data / 'test' / 'a' / 'round').symlink_to(data)  # a link in a circle
     found = set()
     for name in ('one', 'other'):
       (data / 'train').unlink(missing_ok=True)

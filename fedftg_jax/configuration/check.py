@@ -1,13 +1,16 @@
 """Checks of a configuration that the type and the bounds of a flag cannot make."""
 
-import math
 import os
 from typing import Any
+
+import numpy as np
 
 from fedftg_jax import recipes
 from fedftg_jax.configuration.flags import FTG, PARTITIONS, SCHEDULES, is_given
 from fedftg_jax.data import datasets
 from fedftg_jax.system import cli, files
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def check(values: dict[str, Any]) -> None:
@@ -19,7 +22,7 @@ def check(values: dict[str, Any]) -> None:
 
   for name, value in values.items():
     if isinstance(value, float):
-      require(name, math.isfinite(value), 'must be a finite number')
+      require(name, abs(value) <= _LARGEST, 'must be a finite number')
   folder = values['data_dir']
   require(
     'data_dir',
@@ -67,15 +70,17 @@ def check(values: dict[str, Any]) -> None:
   require('ftg_temperature', values['ftg_temperature'] > 0, 'must be above 0')
   for name in FTG + 'memory', 'df_memory':
     require(name, values[name] < 1, 'must be below 1')
-  for name, batch in (
-    (FTG + 'iterations', FTG + 'batch_size'),
-    ('df_generator_steps', 'df_batch_size'),
-    ('df_student_steps', 'df_batch_size'),
+  # Of methods at hand: their batches may be --batch_size, which is large for itself.
+  parts = recipes.parse(values['method'])
+  for name, batch, users in (
+    (FTG + 'iterations', FTG + 'batch_size', {'fed_ftg'}),
+    ('df_generator_steps', 'df_batch_size', {'fed_df'}),
+    ('df_student_steps', 'df_batch_size', {'fed_df', 'fed_df_public'}),
   ):
     most = 2**30 // values[batch]
     require(
       name,
-      values[name] <= most,
+      values[name] <= most or users.isdisjoint(parts),
       f'must be at most {most} with batches of {values[batch]}',
     )
   require('moon_tau', values['moon_tau'] > 0, 'must be above 0')

@@ -12,6 +12,7 @@ from typing import Any
 
 from upath import UPath
 
+from fedftg_jax.data import image_folder
 from fedftg_jax.system import cli, files, lock, progress
 from fedftg_jax.system import versions as versions_
 
@@ -32,13 +33,14 @@ def contents(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _fingerprint(path: pathlib.Path) -> str:
-  """Of a file's bytes; of a folder's files, their names and bytes."""
+  """Of a file's bytes; of the images in a folder, their names and bytes."""
   if path.is_file():
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
   found = sorted(
     (file, file.stat())
-    for folder, _, names in os.walk(path, followlinks=True)
-    for file in (pathlib.Path(folder, name) for name in names)
+    for split in ('train', 'test')
+    for name in image_folder.classes(str(path))
+    for file in image_folder.files(path, split, name)
     if file.is_file()
   )
   return _of_files(
@@ -201,8 +203,7 @@ def claim_folder(folder: UPath, config: dict[str, Any]) -> None:
   """Writes config.json, by which `check_folder` knows the folder again.
 
   It keeps the versions that a run began with; where it goes on with others,
-  those
-  are added, and it is said: the same bytes cannot be promised then.
+  those are added, and it is said: the same bytes cannot be promised then.
   """
   path, versions = folder / 'config.json', versions_.current()
   saved = files.read_json(path) if path.exists() else {}

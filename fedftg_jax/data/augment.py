@@ -1,10 +1,9 @@
 """Augmentation of training images, on the device, inside the step.
 
 As the official FedFTG code does it, on normalised images, so that what is
-padded
-is the mean colour: each image is mirrored left to right with probability 1/2;
-with probability 1/2 it is padded by 4 zeros on each side and cropped to its
-size at an offset in {0 .. 8}^2. Evaluation sees the images as they are.
+padded is the mean colour: each image is mirrored left to right with probability
+1/2; with probability 1/2 it is padded by 4 zeros on each side and cropped to
+its size at an offset in {0 .. 8}^2. Evaluation sees the images as they are.
 """
 
 from typing import NamedTuple

@@ -37,6 +37,14 @@ def classes(path: str) -> list[str]:
   return found['train']
 
 
+def files(
+  path: str | pathlib.Path, split: str, name: str
+) -> list[pathlib.Path]:
+  """Lists what is read as the images of a class, sorted; links are followed."""
+  folder = pathlib.Path(path, split, name)
+  return _visible(folder) if folder.is_dir() else []
+
+
 def read(path: str) -> dict[str, np.ndarray]:
   """train_x, train_y, test_x, test_y; sorted by class, then by file name.
 
@@ -50,13 +58,11 @@ def read(path: str) -> dict[str, np.ndarray]:
   for split in ('train', 'test'):
     before = len(images)
     for label, name in enumerate(names):
-      folder = pathlib.Path(path, split, name)
-      files = _visible(folder) if folder.is_dir() else []
-      for file in files:
+      for file in files(path, split, name):
         if not file.is_file():  # a pipe would be waited for
           raise ValueError(f'{file}: must be a file with an image')
-      images += [images_lib.decode(file) for file in files]
-      labels += [label] * len(files)
+        images.append(images_lib.decode(file))
+        labels.append(label)
     counts.append(len(images) - before)
     if not counts[-1]:
       raise ValueError(f'{pathlib.Path(path, split)}: has no images')

@@ -154,8 +154,7 @@ def _fill(parts, min_size):
   """Moves examples from the largest clients until all have `min_size`.
 
   Each example comes from the client that is largest then, the one that stands
-  last
-  there: a random one if their order is random.
+  last there: a random one if their order is random.
   """
   parts = [list(part) for part in parts]
   largest = [(-len(part), k) for k, part in enumerate(parts)]

@@ -131,9 +131,9 @@ def generator_loss(
   """l_gen of the generator `params`, over the stacked `teachers` [K, ...].
 
   `alpha` [K, B] weighs each teacher for the label of each image; `share` is
-  that of
-  the diversity: 1, or 1 / K where each teacher has a step of its own. Returns
-  l_gen and (new BatchNorm statistics, the terms of each teacher [K] by name).
+  that of the diversity: 1, or 1 / K where each teacher has a step of its own.
+  Returns l_gen and (new BatchNorm statistics, the terms of each teacher [K] by
+  name).
   """
   images, stats = generator.apply(
     Variables(params, stats), z, labels, train=True

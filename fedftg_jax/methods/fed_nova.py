@@ -2,8 +2,7 @@
 
 Wang, Liu, Liang, Joshi and Poor, Tackling the Objective Inconsistency Problem
 in Heterogeneous Federated Optimization, NeurIPS 2020, arXiv:2007.07481, Eq. 6
-with
-plain SGD: a client's change counts per step,
+with plain SGD: a client's change counts per step,
 
   w <- w + tau_eff sum_k p_k (w_k - w) / tau_k,   tau_eff = sum_k p_k tau_k.
 

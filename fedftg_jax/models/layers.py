@@ -285,9 +285,8 @@ def max_pool(
 
   As maxima of shifted slices, first down and then across: on a CPU that is
   faster than `lax.reduce_window` and than `jnp.max` over a reshaped image. One
-  of equal
-  values gets the whole gradient: the upper one of its column, of the leftmost
-  column.
+  of equal values gets the whole gradient: the upper one of its column, of the
+  leftmost column.
 
   Args:
     x: [B, H, W, channels].

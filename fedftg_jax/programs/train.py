@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def _train(folder, config) -> None:
-  done = folders.rounds_finished(folder)
+  done = int(devices.agree(folders.rounds_finished(folder)))
   if done > config['rounds']:
     raise cli.UsageError(
       'rounds',
@@ -41,7 +41,7 @@ def _train(folder, config) -> None:
       f'{folder} holds {done} rounds; must be at least so many, or choose '
       'another folder',
     )
-  if devices.agree(folders.is_finished(folder, config)):
+  if done == config['rounds']:
     progress.say(f'already finished: {folder}')
   else:
     training.train(

@@ -29,8 +29,7 @@ def is_due(done: int, config: dict[str, Any], every: int) -> bool:
   """Whether a checkpoint belongs after `done` rounds.
 
   Always at the end of a whole chunk of rounds, so that a run which goes on cuts
-  the
-  remaining rounds into the same chunks: every `every` rounds, rounded up to
+  the remaining rounds into the same chunks: every `every` rounds, rounded up to
   whole chunks, and after the last.
   """
   chunk = config['eval_every']

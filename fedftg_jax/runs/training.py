@@ -57,8 +57,9 @@ def train(
     keeping: checkpoints, and what is written for TensorBoard.
 
   Raises:
-    cli.RunError: if a model is no longer finite. cli.Terminated: after SIGTERM,
-    when a checkpoint has been written or all rounds are done.
+    cli.RunError: if a model is no longer finite.
+    cli.Terminated: after SIGTERM, when a checkpoint has been written or all
+      rounds are done.
   """
   config = experiment.config
   put = functools.partial(devices.put, num_devices=config['num_devices'])
@@ -159,10 +160,8 @@ def _slots(config, folder) -> Iterator[list[pathlib.Path]]:
     return
   if files.is_local(folder):
     prefix = f'{CLIENTS}{jax.process_index()}-'
-    for left in pathlib.Path(folder).glob(
-      prefix + '*'
-    ):  # by one that was killed
-      shutil.rmtree(left, ignore_errors=True)
+    for left_by_a_kill in pathlib.Path(folder).glob(prefix + '*'):
+      shutil.rmtree(left_by_a_kill, ignore_errors=True)
     place = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
   else:
     place = pathlib.Path(tempfile.mkdtemp())

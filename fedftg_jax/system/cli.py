@@ -90,16 +90,12 @@ def guarded(main: Callable[[], None]) -> None:
     _fail(error)
   except (RunError, OSError) as error:
     _fail(error, status=1)
-  except (MemoryError, jax.errors.JaxRuntimeError) as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error) and not isinstance(
-      error, MemoryError
-    ):
+  except MemoryError as error:
+    _fail(_memory(error), status=1)
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    _fail(
-      f'the memory does not suffice ({str(error)[:200]}); a smaller '
-      '--batch_size, --client_chunk or --seeds_at_once needs less',
-      status=1,
-    )
+    _fail(_memory(error), status=1)
   except Terminated as stop:
     _fail(f'{stop}; the same command goes on', status=143, what='terminated')
   except KeyboardInterrupt:
@@ -109,6 +105,13 @@ def guarded(main: Callable[[], None]) -> None:
       file=sys.stderr,
     )
     sys.exit(130)
+
+
+def _memory(error: Exception) -> str:
+  return (
+    f'the memory does not suffice ({str(error)[:200]}); a smaller --batch_size, '
+    '--client_chunk or --seeds_at_once needs less'
+  )
 
 
 def parse(

@@ -35,7 +35,15 @@ def held(folder: UPath) -> Iterator[None]:
     yield
     return
   made = [p for p in (place, *place.parents) if not p.exists()]
-  place.mkdir(parents=True, exist_ok=True)
+  try:
+    place.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise cli.UsageError(
+      'workdir',
+      folder,
+      f'cannot be made ({error.strerror}); must be a folder that one may write '
+      'to',
+    ) from error
   descriptor = _lock(place / FILE, folder)
   _held.add(place)
   try:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedftg_jax.results import rows as rows_lib
+from fedftg_jax.results import statistics
 from fedftg_jax.results.reader import Recorded
 
 
@@ -212,12 +213,7 @@ def final_accuracies(of_name) -> list[float]:
 
 def mean_text(values) -> str:
   """Mean and, over several seeds, standard deviation, in percent."""
-  text = percent(np.mean(values))
-  return (
-    text
-    if len(values) == 1
-    else (f'{text} ± {percent(np.std(values, ddof=1))}')
-  )
+  return statistics.percent(statistics.mean_and_std(values))
 
 
 def percent(value) -> str:

@@ -10,9 +10,10 @@ Axes in shape comments: N clients, S clients of one round (the cohort), B batch,
 C classes, M examples, T rounds.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import functools
-from typing import Any, NamedTuple
+import os
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -38,22 +39,57 @@ class Output(NamedTuple):
   stats: PyTree  # new running statistics (as received in eval mode)
 
 
-class Model(NamedTuple):
-  """A classifier as a pair of pure functions.
+class InitModel(Protocol):
+  """Draws the variables of a model or of a generator."""
 
-  `apply` takes images as uint8 (raw pixels, normalised inside) or as floats
-  (already in the model's space, e.g. generated images).
+  def __call__(self, key: jax.Array, /) -> Variables: ...
+
+
+class ApplyModel(Protocol):
+  """Runs a classifier forward.
+
+  `x` [B, H, W, channels] is uint8 (raw pixels, normalised inside) or float
+  (already in the model's space, as generated images are). `mask` [B] is False
+  on padding, which BatchNorm leaves out; None for no padding. With `train`
+  BatchNorm normalises by the batch and renews its running statistics.
   """
 
-  init: Callable  # (key) -> Variables
-  apply: Callable  # (variables, x, mask=None, train=False) -> Output
+  def __call__(
+    self,
+    variables: Variables,
+    x: jax.Array,
+    /,
+    mask: jax.Array | None = None,
+    train: bool = False,
+  ) -> Output: ...
+
+
+class Model(NamedTuple):
+  """A classifier as a pair of pure functions."""
+
+  init: InitModel
+  apply: ApplyModel
+
+
+class ApplyGenerator(Protocol):
+  """Makes images [B, H, W, channels] in the space of a model's float inputs,
+  and new running statistics, of noise `z` [B, noise] and `labels` [B]."""
+
+  def __call__(
+    self,
+    variables: Variables,
+    z: jax.Array,
+    labels: jax.Array,
+    /,
+    train: bool = False,
+  ) -> tuple[jax.Array, PyTree]: ...
 
 
 class Generator(NamedTuple):
   """A conditional image generator as a pair of pure functions."""
 
-  init: Callable  # (key) -> Variables
-  apply: Callable  # (variables, z, labels, train=False) -> (images, stats)
+  init: InitModel
+  apply: ApplyGenerator
   noise_dim: int  # length of one z
 
 
@@ -100,18 +136,26 @@ class View(NamedTuple):
   num_steps: jax.Array  # [] int32, at most so many local steps
 
 
-class Objective(NamedTuple):
-  """What one client minimises."""
-
-  loss: Callable  # (variables, batch, key) -> (scalar, LossAux)
-  decay: jax.Array  # [] added to the optimiser's weight decay, outside the clip
-
-
 class LossAux(NamedTuple):
   """What `Objective.loss` returns beside the loss."""
 
   stats: PyTree  # new BatchNorm statistics
   cross_entropy: jax.Array  # [] mean over the batch, without penalties
+
+
+class Loss(Protocol):
+  """Gives the loss of a batch, a scalar with the method's penalty in it."""
+
+  def __call__(
+    self, variables: Variables, batch: Batch, key: jax.Array, /
+  ) -> tuple[jax.Array, LossAux]: ...
+
+
+class Objective(NamedTuple):
+  """What one client minimises."""
+
+  loss: Loss
+  decay: jax.Array  # [] added to the optimiser's weight decay, outside the clip
 
 
 class Local(NamedTuple):
@@ -121,6 +165,14 @@ class Local(NamedTuple):
   num_steps: jax.Array  # [] int32, steps actually taken
   step_size: jax.Array  # [] learning rate of this round
   metrics: Mapping[str, jax.Array]  # scalars
+
+
+class Solver(Protocol):
+  """Trains one client from `view.variables`, see `solvers`."""
+
+  def __call__(
+    self, objective: Objective, view: View, key: jax.Array, /
+  ) -> Local: ...
 
 
 class Sent(NamedTuple):
@@ -141,18 +193,22 @@ class Received(NamedTuple):
   """What the server gets from a cohort."""
 
   broadcast: Variables  # the model that the clients had received
-  average: (
-    Variables  # weighted mean of the models; as broadcast if none arrived
-  )
+  # Weighted mean of the models; as `broadcast` if none arrived.
+  average: Variables
   summed: PyTree  # the method's `summed`, added up over the clients
-  stacked: PyTree  # the method's `stacked`, each leaf [S, ...]
+  # The method's `stacked`, each leaf [S, ...]; the rows lie on the devices that
+  # there are, so that what is mapped over them runs on all.
+  stacked: PyTree
   arrived: jax.Array  # [S] bool
   round: jax.Array  # [] int32
   num_clients: int  # N
   public: PyTree  # unlabelled images of the server, if any
-  # Lays the rows of a tree [S, ...] on different devices, where there are
-  # several: what is mapped over them then runs on all.
-  spread: Callable = lambda tree: tree
+
+
+@jax.tree_util.register_static
+class Same(tuple[tuple[str, str], ...]):
+  """Pairs (name, other name) of models that are one; not an array, but known
+  when a round is traced."""
 
 
 class Info(NamedTuple):
@@ -160,6 +216,9 @@ class Info(NamedTuple):
 
   metrics: Mapping[str, jax.Array] = {}  # scalars, stacked over rounds
   models: Mapping[str, Variables] = {}  # models to evaluate, last round only
+  # Which of `models` are 'broadcast', the server's new model, or another one
+  # of them; filled in by the engine.
+  same: Same = Same()
 
 
 class State(NamedTuple):
@@ -171,60 +230,183 @@ class State(NamedTuple):
   round: jax.Array  # [] int32, rounds done
 
 
+class InitState(Protocol):
+  """Draws the state in which a simulation begins.
+
+  `folder`: where clients' slots are mapped from files, of a federation that
+  keeps them on the host; see `client_state`.
+  """
+
+  def __call__(
+    self, key: jax.Array, /, folder: str | os.PathLike[str] | None = None
+  ) -> State: ...
+
+
+class Round(Protocol):
+  """Runs one round; `key` is the base key of the training."""
+
+  def __call__(
+    self, state: State, data: Data, cohort: Cohort, key: jax.Array, /
+  ) -> tuple[State, Info]: ...
+
+
+class Traffic(Protocol):
+  """Counts the bits that one selected client gets, and that one which arrives
+  sends."""
+
+  def __call__(self, state: State, data: Data, /) -> tuple[int, int]: ...
+
+
+class Personalise(Protocol):
+  """Gives the model that one client would begin the next round from, and what
+  its local training would make of that; `place` is its row of
+  `State.clients`."""
+
+  def __call__(
+    self,
+    state: State,
+    data: Data,
+    client_id: jax.Array,
+    place: jax.Array,
+    key: jax.Array,
+    /,
+  ) -> tuple[Variables, Variables]: ...
+
+
 class Federation(NamedTuple):
   """The outer pair: how a simulation begins, and one round of it."""
 
-  init: Callable  # (key) -> State; on the host also (key, folder)
-  round: Callable  # (state, data, cohort, key) -> (State, Info)
-  traffic: Callable  # (state, data) -> (bits down, bits up) of one client
-  # (state, data, client_id, its row of state.clients, key) -> (start, trained)
-  personalise: Callable
+  init: InitState
+  round: Round
+  traffic: Traffic
+  personalise: Personalise
   mesh: jax.sharding.Mesh | None = None  # of the devices; None for one device
   client_state: str = 'device'  # where `State.clients` lies, or 'host'
+
+
+class Init(Protocol):
+  """Makes the server's slot, and ONE client's: (shared, own)."""
+
+  def __call__(
+    self, key: jax.Array, variables: Variables, /
+  ) -> tuple[PyTree, PyTree]: ...
+
+
+class Broadcast(Protocol):
+  """Gives what of the server's slot clients see and are billed for."""
+
+  def __call__(self, shared: PyTree, /) -> PyTree: ...
+
+
+class Start(Protocol):
+  """Gives the model that the client in place `slot` of the cohort begins from.
+
+  `shared` is the whole server slot; `view.variables` what the parts before made
+  of the received model.
+  """
+
+  def __call__(
+    self, view: View, shared: PyTree, slot: jax.Array, key: jax.Array, /
+  ) -> Variables: ...
+
+
+class Penalty(Protocol):
+  """Gives a scalar that is added to the local objective at each step, inside
+  the gradient clip; `output` is the model's on `batch`, in training mode."""
+
+  def __call__(
+    self,
+    variables: Variables,
+    output: Output,
+    batch: Batch,
+    view: View,
+    key: jax.Array,
+    /,
+  ) -> jax.Array | float: ...
+
+
+class Decay(Protocol):
+  """Gives a scalar that is added to the weight decay, outside the clip."""
+
+  def __call__(self, view: View, /) -> jax.Array | float: ...
+
+
+class Upload(Protocol):
+  """Gives, once per client and round, (own, message): the client's new slot,
+  and what it sends beside its model."""
+
+  def __call__(
+    self, view: View, local: Local, objective: Objective, key: jax.Array, /
+  ) -> tuple[PyTree, PyTree]: ...
+
+
+class Reduce(Protocol):
+  """Picks from what one client sent."""
+
+  def __call__(self, sent: Sent, /) -> PyTree: ...
+
+
+class Update(Protocol):
+  """Gives, once per round and on the server, (variables, shared, Info): the new
+  model and the new server slot."""
+
+  def __call__(
+    self,
+    variables: Variables,
+    shared: PyTree,
+    received: Received,
+    key: jax.Array,
+    /,
+  ) -> tuple[Variables, PyTree, Info]: ...
+
+
+class Synthesise(Protocol):
+  """Draws an image for each of `labels` [B], for pictures only."""
+
+  def __call__(
+    self, shared: PyTree, labels: jax.Array, key: jax.Array, /
+  ) -> jax.Array: ...
 
 
 class Method(NamedTuple):
   """What an algorithm adds to a round.
 
-  Every field is a pure function; a field that is not given does nothing.
+  Every hook is a pure function, documented with its type; one that is not given
+  does nothing.
 
   Attributes:
-    init: (key, variables) -> (shared, own): the server's slot, and ONE
-      client's.
-    broadcast: (shared) -> tree: what of the server slot clients see and are
-      billed for.
-    start: (view, shared, slot, key) -> variables: the model that the client in
-      place `slot` of the cohort begins from. `shared` is the whole server slot;
-      `view.variables` what the parts before made of the received model.
-    penalty: (variables, output, batch, view, key) -> scalar: added to the local
-      objective at each step, inside the gradient clip.
-    decay: (view) -> scalar: added to the weight decay, outside the clip.
-    upload: (view, local, objective, key) -> (own, message): once per client and
-      round.
-    summed: (sent) -> tree: what the server needs only the sum of over clients.
-      It is added up as clients finish; nothing of the kind is kept per client.
-    stacked: (sent) -> tree: what it needs of every client at the same time,
-      such as their models as teachers.
-    update: (variables, shared, received, key) -> (variables, shared, Info):
-      once per round, on the server.
-    synthesise: (shared, labels, key) -> images, where the method has a
-      generator (for pictures only); None where it has none.
+    init: the slots of the server and of a client.
+    broadcast: what of the server's slot is sent to clients.
+    start: the model that a client begins from.
+    penalty: a term of the local objective.
+    decay: a term of the weight decay.
+    upload: a client's new slot, and its message.
+    summed: what the server needs only the sum of over clients. It is added up
+      as clients finish; nothing of the kind is kept per client.
+    stacked: what the server needs of every client at the same time, such as
+      their models as teachers.
+    update: the server's step.
+    synthesise: images of the method's generator; None where it has none.
+    aggregates: whether `update` makes the new model of the clients' models. A
+      federation needs one part that does, such as `fed_avg`; True also where
+      the model is meant to stay as it is.
   """
 
-  init: Callable = lambda key, variables: ((), ())
-  broadcast: Callable = lambda shared: ()
-  start: Callable = lambda view, shared, slot, key: view.variables
-  penalty: Callable = lambda variables, output, batch, view, key: 0.0
-  decay: Callable = lambda view: 0.0
-  upload: Callable = lambda view, local, objective, key: (view.own, ())
-  summed: Callable = lambda sent: ()
-  stacked: Callable = lambda sent: ()
-  update: Callable = lambda variables, shared, received, key: (
+  init: Init = lambda key, variables: ((), ())
+  broadcast: Broadcast = lambda shared: ()
+  start: Start = lambda view, shared, slot, key: view.variables
+  penalty: Penalty = lambda variables, output, batch, view, key: 0.0
+  decay: Decay = lambda view: 0.0
+  upload: Upload = lambda view, local, objective, key: (view.own, ())
+  summed: Reduce = lambda sent: ()
+  stacked: Reduce = lambda sent: ()
+  update: Update = lambda variables, shared, received, key: (
     variables,
     shared,
     Info(),
   )
-  synthesise: Callable | None = None
+  synthesise: Synthesise | None = None
+  aggregates: bool = False
 
 
 def merged(
@@ -261,9 +443,17 @@ def chain(*parts: Method) -> Method:
 
   Returns:
     One method.
+
+  Raises:
+    ValueError: without a part, or with two that aggregate.
   """
   if not parts:
     raise ValueError('chain() needs at least one method, got none.')
+  if sum(p.aggregates for p in parts) > 1:
+    raise ValueError(
+      'chain() got more than one part that aggregates; the last would undo what '
+      'the others did.'
+    )
 
   def split(key):
     return [jax.random.fold_in(key, i) for i in range(len(parts))]
@@ -327,14 +517,15 @@ def chain(*parts: Method) -> Method:
     return parts[able[-1]].synthesise(shared[able[-1]], labels, key)
 
   return Method(
-    init,
-    broadcast,
-    start,
-    penalty,
-    decay,
-    upload,
-    functools.partial(each, 'summed'),
-    functools.partial(each, 'stacked'),
-    update,
-    synthesise if able else None,
+    init=init,
+    broadcast=broadcast,
+    start=start,
+    penalty=penalty,
+    decay=decay,
+    upload=upload,
+    summed=functools.partial(each, 'summed'),
+    stacked=functools.partial(each, 'stacked'),
+    update=update,
+    synthesise=synthesise if able else None,
+    aggregates=any(p.aggregates for p in parts),
   )

@@ -36,7 +36,9 @@ from fedftg_jax.base import (
   Objective,
   PyTree,
   Received,
+  Same,
   Sent,
+  Solver,
   State,
   View,
   merged,
@@ -48,7 +50,7 @@ WEIGHTINGS = ('examples', 'uniform')
 def federation(
   model: Model,
   method: Method,
-  solver: Callable,
+  solver: Solver,
   num_clients: int,
   *,
   weighting: str = 'examples',
@@ -61,7 +63,8 @@ def federation(
 
   Args:
     model: the classifier.
-    method: what the algorithm adds to a round, see `base.Method` and `chain`.
+    method: what the algorithm adds to a round, see `base.Method` and `chain`;
+      one part of it aggregates.
     solver: local training, see `solvers`.
     num_clients: N.
     weighting: how clients count in means: by their number of 'examples', or
@@ -75,15 +78,21 @@ def federation(
     client_state: where the clients' slots lie between chunks of rounds: on the
       'device', or, for federations that are too large for it, on the 'host',
       see the module `client_state`; results are the same. On the host the slots
-      of a state are NumPy arrays that `run` changes in place, and `init` takes
-      a folder besides the key, to map them from files in it.
+      of a state are NumPy arrays that `run` changes in place, and `init` may be
+      given a folder, to map them from files in it.
 
   Returns:
     The pair of `init` and `round`, and `traffic` and `personalise`.
 
   Raises:
-    ValueError: for a value out of range.
+    ValueError: for a value out of range, or if no part aggregates.
   """
+  if not method.aggregates:
+    raise ValueError(
+      "no part of the method makes a new model of the clients' models: begin "
+      'with one that does, as in chain(fed_avg(), ...), or give your own '
+      'Method(..., aggregates=True).'
+    )
   if num_clients < 1:
     raise ValueError(f'num_clients must be at least 1, got {num_clients}.')
   if weighting not in WEIGHTINGS:
@@ -111,18 +120,22 @@ def federation(
     slots = own, uplink.init(variables.params)
     return State(variables, shared, slots, jnp.int32(0))
 
-  init_compiled = compiling.jit(init_one, compiling.ONCE)
-
-  def init_on_host(key, folder=None):
-    state = init_compiled(key)
-    return state._replace(
-      clients=client_state_lib.allocate(state.clients, num_clients, folder)
-    )
+  init_one_client = compiling.jit(init_one, compiling.ONCE)
 
   @functools.partial(compiling.jit, cpu_options=compiling.ONCE)
   def init_on_device(key):
     state = init_one(key)
     return state._replace(clients=trees.stack(state.clients, num_clients))
+
+  def init(key, /, folder=None):
+    if client_state == 'device':
+      if folder is not None:
+        raise ValueError("a folder for slots needs client_state='host'.")
+      return init_on_device(key)
+    state = init_one_client(key)
+    return state._replace(
+      clients=client_state_lib.allocate(state.clients, num_clients, folder)
+    )
 
   # Rounds, traffic and personal models trace it once for all.
   run_client = jax.jit(
@@ -165,16 +178,17 @@ def federation(
       state.variables,
       average,
       summed,
-      stacking.everywhere(stacked, mesh),
+      stacking.shard(stacked, mesh),
       arrived[:size],
       state.round,
       num_clients,
       data.public,
-      functools.partial(stacking.spread, mesh=mesh),
     )
     variables, shared, info = method.update(
       state.variables, state.shared, received, keys.server_key(key, state.round)
     )
+    models = merged('model', {'average': average}, info.models)
+    same = _same({'broadcast': variables, **models})
     anybody = jnp.any(arrived)
     variables, shared = trees.where(
       anybody, (variables, shared), (state.variables, state.shared)
@@ -182,15 +196,15 @@ def federation(
     # Past the end for those that did not arrive.
     written = jnp.where(arrived, rows.place, num_clients)
     metrics = _metrics(rows, num_steps, local_metrics, info, num_clients)
-    models = {
-      name: trees.where(anybody, value, state.variables)
-      for name, value in info.models.items()
+    models |= {
+      name: trees.where(anybody, models[name], state.variables)
+      for name in info.models
     }
     clients = trees.scatter(state.clients, written, slots)
     return stacking.everywhere(
       (
         State(variables, shared, clients, state.round + 1),
-        Info(metrics, merged('model', {'average': average}, models)),
+        Info(metrics, models, same),
       ),
       mesh,
     )
@@ -228,8 +242,18 @@ def federation(
     )
     return sent.start, local.variables
 
-  init = init_on_host if client_state == 'host' else init_on_device
   return Federation(init, round_, traffic, personalise, mesh, client_state)
+
+
+def _same(models) -> Same:
+  """Which models are one: made of the same arrays, as a trace sees it."""
+  first, same = {}, []
+  for name, model in models.items():
+    arrays = tuple(map(id, jax.tree.leaves(model)))
+    if arrays in first:
+      same.append((name, first[arrays]))
+    first.setdefault(arrays, name)
+  return Same(same)
 
 
 class _Row(NamedTuple):
@@ -435,7 +459,7 @@ def run(
     }
     history.append(metrics)
     if callback is not None:
-      callback(first + length, state, Info(metrics, info.models))
+      callback(first + length, state, info._replace(metrics=metrics))
   return state, {
     name: np.concatenate([h[name] for h in history], -1)
     for name in (history[0] if history else {})
@@ -483,7 +507,7 @@ def _scan_rounds(fed, state, data, rows, key):
     return jax.lax.cond(somebody, go, lambda: (carry, blank.metrics))
 
   (state, models), metrics = jax.lax.scan(one, (state, blank.models), rows)
-  return state, Info(metrics, models)
+  return state, Info(metrics, models, blank.same)
 
 
 def _pad_rounds(rows: Cohort, num_rows: int, num_clients: int) -> Cohort:

@@ -74,8 +74,9 @@ def everywhere(tree: PyTree, mesh: Mesh | None) -> PyTree:
   )
 
 
-def spread(tree: PyTree, mesh: Mesh | None) -> PyTree:
-  """Rows on different devices, within a compiled function; any number of rows."""
+def shard(tree: PyTree, mesh: Mesh | None) -> PyTree:
+  """Lays rows on different devices, within a compiled function; any number of
+  rows."""
   if mesh is None:
     return tree
   return jax.lax.with_sharding_constraint(

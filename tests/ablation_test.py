@@ -15,7 +15,7 @@ from tests import programs
 def figures_of(final, accuracies, averages, recognised=()):
   """As `suite.read_run` gives them."""
   rows = [
-    {'round': i, 'accuracy': {'broadcast': a, 'aggregated': b}}
+    {'round': i, 'test_accuracy': a, 'accuracy': {'aggregated': b}}
     for i, (a, b) in enumerate(zip(accuracies, averages))
   ]
   for row, value in zip(rows, recognised):

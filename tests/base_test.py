@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 from fedftg_jax import base, evaluation, losses, recipes
+from fedftg_jax.methods import fed_avg, fed_nova, fed_prox, scaffold
 from tests import problems
 
 KEY = jax.random.key(0)
@@ -86,6 +87,15 @@ class ChainTest(absltest.TestCase):
   def test_empty(self):
     with self.assertRaisesRegex(ValueError, 'at least one'):
       base.chain()
+
+  def test_exactly_one_part_aggregates(self):
+    with self.assertRaisesRegex(ValueError, 'more than one part that agg'):
+      base.chain(fed_avg.fed_avg(), fed_nova.fed_nova())
+    alone = base.chain(fed_prox.fed_prox(), scaffold.scaffold())
+    self.assertFalse(alone.aggregates)
+    self.assertTrue(base.chain(alone, fed_avg.fed_avg()).aggregates)
+    with self.assertRaisesRegex(ValueError, r'begin with one that does'):
+      problems.make(method=alone)
 
 
 class RecipesTest(parameterized.TestCase):

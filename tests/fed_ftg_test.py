@@ -612,6 +612,9 @@ class InARoundTest(parameterized.TestCase):
     chex.assert_trees_all_equal(
       info.models['aggregated'], info.models['average']
     )
+    self.assertEqual(
+      dict(info.same), {'aggregated': 'average', 'fine_tuned': 'broadcast'}
+    )
     self.assertContainsSubset(
       {'fed_ftg/' + name for name in ('md', 'cls', 'dis', 'student', 'gap')},
       info.metrics,

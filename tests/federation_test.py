@@ -169,7 +169,7 @@ class RoundTest(parameterized.TestCase):
         ),
       ),
     )
-    fed = problems.make(method=base.chain(method))
+    fed = problems.make(method=base.chain(fed_avg.fed_avg(), method))
     cohort = problems.row([0, 3, -1, -1], arrived=[True, False] + [False] * 2)
     _, info = fed.round(fed.init(KEY), problems.DATA, cohort, KEY)
     steps = 2 * 2  # epochs times batches of client 0
@@ -270,6 +270,19 @@ class RoundTest(parameterized.TestCase):
       state, fewer, problems.row([0, 1, 3], num_clients=4), KEY
     )
     chex.assert_trees_all_close(a.variables, b.variables, atol=1e-6)
+
+  def test_models_that_are_one(self):
+    """The average is what FedAvg broadcasts, but not what momentum does."""
+    for optimizer, want in (
+      (None, {'average': 'broadcast'}),
+      (optax.sgd(1.0), {}),
+    ):
+      fed = problems.make(method=fed_avg.fed_avg(optimizer))
+      state = fed.init(KEY)
+      _, info = fed.round(state, problems.DATA, problems.row([0, 1]), KEY)
+      self.assertEqual(dict(info.same), want)
+      with self.assertRaisesRegex(ValueError, "needs client_state='host'"):
+        fed.init(KEY, 'folder')
 
   def test_traffic(self):
     fed = problems.make(

@@ -276,15 +276,8 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
     num_clients,
     data.public,
   )
-  variables, shared, _ = jax.jit(
-    lambda v, s, r, k: method.update(
-      v, s, r._replace(num_clients=num_clients, spread=lambda tree: tree), k
-    )
-  )(
-    state.variables,
-    state.shared,
-    received._replace(spread=None),
-    keys.server_key(key, state.round),
+  variables, shared, _ = jax.jit(method.update)(
+    state.variables, state.shared, received, keys.server_key(key, state.round)
   )
   return variables, shared, clients
 

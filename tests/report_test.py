@@ -32,7 +32,8 @@ def run_by_hand(accuracy, seed=0, megabytes=1.0, **fields):
   rows = [
     {
       'round': t + 1,
-      'accuracy': {'broadcast': a, 'average': a},
+      'accuracy': {},
+      'same_models': {'average': 'broadcast'},
       'test_accuracy': a,
       'bytes_up': megabytes * 5e5 * (t + 1),
       'bytes_down': megabytes * 5e5 * (t + 1),
@@ -155,10 +156,10 @@ class RunTest(parameterized.TestCase):
   def test_classes_together_are_the_test_set(self):
     classes = self.json('classes.json')
     self.assertEqual(classes['test_examples'], [10, 10, 10])
-    self.assertCountEqual(classes['accuracy'], self.rows[-1]['accuracy'])
+    self.assertEqual(set(classes['accuracy']), {'broadcast', 'average'})
     for name, values in classes['accuracy'].items():
       self.assertAlmostEqual(
-        np.mean(values), self.rows[-1]['accuracy'][name], places=5
+        np.mean(values), rows_lib.accuracy(self.rows[-1], name), places=5
       )
 
   def test_counts_are_the_partition_s(self):
@@ -226,7 +227,7 @@ class RunTest(parameterized.TestCase):
       change = np.array(row['class_change'], float)
       np.testing.assert_allclose(
         np.nansum(change * counts) / counts.sum(),
-        row['accuracy']['fine_tuned'] - row['accuracy']['aggregated'],
+        row['test_accuracy'] - row['accuracy']['average'],
         atol=1e-5,
       )
     header, *_ = (self.run_folder / 'metrics.csv').read_text().splitlines()
@@ -377,7 +378,8 @@ class ScoringTest(parameterized.TestCase):
       )
     self.assertEqual(status, 0, err)
     for row in files.read_jsonl(pathlib.Path(folder) / 'run' / 'metrics.jsonl'):
-      self.assertEqual(row['accuracy']['average'], row['accuracy']['broadcast'])
+      self.assertEqual(row['accuracy'], {})
+      self.assertEqual(row['same_models'], {'average': 'broadcast'})
     self.assertEqual(evaluate.call_count, 2)  # after rounds 2 and 3
 
 
@@ -439,7 +441,7 @@ class TablesTest(absltest.TestCase):
       ),
     )
     # Models that are one, and several seeds.
-    models = page_lib._models(run)
+    models = rows_lib.different_models(run.rows)
     self.assertEqual(models, {'broadcast = average': 'broadcast'})
     entries = {'a': [(run, 'broadcast')] * 2}
     self.assertEqual(
@@ -468,13 +470,31 @@ class TablesTest(absltest.TestCase):
       ),
     )
 
-  def test_the_broadcast_model_among_equals(self):
-    """It is the one that is measured on validation data."""
-    run = run_by_hand([0.5])
-    run.rows[0]['accuracy'] = {'average': 0.5, 'broadcast': 0.5, 'other': 0.4}
+  def test_names_of_models(self):
+    row = {
+      'test_accuracy': 0.5,
+      'accuracy': {'average': 0.5, 'all': 0.4},
+      'same_models': {'aggregated': 'average', 'fine_tuned': 'broadcast'},
+    }
     self.assertEqual(
-      page_lib._models(run),
-      {'average = broadcast': 'broadcast', 'other': 'other'},
+      rows_lib.different_models([row]),
+      {
+        'broadcast = fine_tuned': 'broadcast',
+        'average = aggregated': 'average',
+        'all': 'all',
+      },
+    )
+    row['accuracy']['average'] = 0.3
+    got = {name: rows_lib.accuracy(row, name) for name in rows_lib.models(row)}
+    self.assertEqual(
+      got,
+      {
+        'broadcast': 0.5,
+        'average': 0.3,
+        'all': 0.4,
+        'aggregated': 0.3,
+        'fine_tuned': 0.5,
+      },
     )
 
   def test_rounds_to_targets(self):

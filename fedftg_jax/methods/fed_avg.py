@@ -68,4 +68,4 @@ def aggregate(
       params = optax.apply_updates(variables.params, updates)
     return Variables(params, received.average.stats), shared, Info()
 
-  return Method(init=init, update=update)
+  return Method(init=init, update=update, aggregates=True)

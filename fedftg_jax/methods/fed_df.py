@@ -99,7 +99,6 @@ def fed_df(
 
   def update(variables, shared, received, key):
     teachers, counts = received.stacked
-    teachers = received.spread(teachers)
     z, labels = draw(key, counts.sum(0), generator.noise_dim, options)
     cut = options.generator_steps
     shared, terms = train_generator(
@@ -167,12 +166,7 @@ def fed_df_public(model: Model, options: Options = Options()) -> Method:
       return images[rows]
 
     student, loss = _distil(
-      model,
-      variables,
-      received.spread(received.stacked),
-      received,
-      examples,
-      options,
+      model, variables, received.stacked, received, examples, options
     )
     return (
       student,

@@ -371,7 +371,7 @@ def fed_ftg(
         generator,
         variables,
         made,
-        received.spread(teachers),
+        teachers,
         counts,
         z,
         labels,

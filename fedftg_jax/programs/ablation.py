@@ -33,6 +33,7 @@ from fedftg_jax import recipes
 from fedftg_jax.configuration import folders, resolve
 from fedftg_jax.configuration.resolve import Configuration
 from fedftg_jax.results import plots, statistics
+from fedftg_jax.results import rows as rows_lib
 from fedftg_jax.runs import suite
 from fedftg_jax.system import cli, files, progress
 
@@ -258,7 +259,9 @@ def effect(base: Sequence, tuned: Sequence) -> Effect | None:
     return None
 
   def points(run, model='broadcast'):
-    return 100 * np.array([row['accuracy'][model] for row in run['rows']])
+    return 100 * np.array(
+      [rows_lib.accuracy(row, model) for row in run['rows']]
+    )
 
   pairs = list(zip(base, tuned))
   third = max(1, len(base[0]['rows']) // 3)

@@ -122,7 +122,10 @@ def report(results, folder, shared) -> None:
   statistics.write_table(folder / 'table.md', header, rows)
   with files.replacing(folder / 'curves.png') as temporary:
     plots.curves(
-      temporary, statistics.curves(results), 'test accuracy', 'broadcast model'
+      temporary,
+      statistics.curves(results),
+      'test accuracy, percent',
+      'broadcast model',
     )
   written = page.write(folder)
   progress.show(header, rows)

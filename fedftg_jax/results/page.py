@@ -81,7 +81,10 @@ def _of_run(folder, config) -> dict[str, Any]:
   """The page of one run: its models side by side."""
   del config
   run = reader.read(folder)
-  entries = {name: [(run, model)] for name, model in _models(run).items()}
+  entries = {
+    title: [(run, model)]
+    for title, model in rows_lib.different_models(run.rows).items()
+  }
   clients = {
     '': {name: [(run, name)] for name in run.clients.get('accuracy', {})}
   }
@@ -93,18 +96,6 @@ def _of_run(folder, config) -> dict[str, Any]:
     'configuration': _configuration([run.config]),
     'differences': None,
     **_sections(entries, clients, {run.config['method']: [run]}),
-  }
-
-
-def _models(run) -> dict[str, str]:
-  """A run's models by what to call them: those that are one have one name."""
-  alike = {}
-  for name in run.rows[-1]['accuracy']:
-    values = json.dumps([row['accuracy'][name] for row in run.rows])
-    alike.setdefault(values, []).append(name)
-  return {
-    ' = '.join(names): 'broadcast' if 'broadcast' in names else names[0]
-    for names in alike.values()
   }
 
 
@@ -213,13 +204,7 @@ def _broadcast_clients(runs) -> dict[str, tables.Entries]:
 def _sections(entries, clients, runs, target=None) -> dict[str, Any]:
   """What runs and comparisons have in common; None for what there is not."""
   series = {
-    name: [
-      [
-        (row['round'], rows_lib.megabytes(row), 100 * row['accuracy'][model])
-        for row in run.rows
-      ]
-      for run, model in of_name
-    ]
+    name: [rows_lib.curve(run.rows, model) for run, model in of_name]
     for name, of_name in entries.items()
   }
   first = next(iter(runs.values()))[0]

@@ -25,8 +25,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     'final_accuracy': number(np.mean([r['test_accuracy'] for r in tail])),
     'best_accuracy': max(r['test_accuracy'] for r in rows),
     'final_accuracy_of': {
-      name: number(np.mean([r['accuracy'][name] for r in tail]))
-      for name in last['accuracy']
+      name: number(np.mean([accuracy(r, name) for r in tail]))
+      for name in models(last)
     },
     **validation,
     'bytes_up': last['bytes_up'],
@@ -34,14 +34,49 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
   }
 
 
+def models(row: dict[str, Any]) -> list[str]:
+  """The names of a row's models; some may be one, see `different_models`."""
+  names = ['broadcast', *row['accuracy'], *row.get('same_models', {})]
+  return list(dict.fromkeys(names))
+
+
+def accuracy(row: dict[str, Any], model: str = 'broadcast') -> float:
+  """The test accuracy of a row's model, a fraction."""
+  model = row.get('same_models', {}).get(model, model)
+  return (
+    row['test_accuracy'] if model == 'broadcast' else row['accuracy'][model]
+  )
+
+
+def different_models(rows: list[dict[str, Any]]) -> dict[str, str]:
+  """The models of a run by their title: 'average = aggregated' for the average,
+  if it has both names."""
+  last = rows[-1]
+  titles = {}
+  for name in models(last):
+    model = last.get('same_models', {}).get(name, name)
+    titles.setdefault(model, []).append(name)
+  return {' = '.join(names): model for model, names in titles.items()}
+
+
+def curve(
+  rows: list[dict[str, Any]], model: str = 'broadcast'
+) -> list[tuple[int, float, float]]:
+  """Points (round, megabytes, test accuracy in percent) of one of a run's
+  models."""
+  return [
+    (row['round'], megabytes(row), 100 * accuracy(row, model)) for row in rows
+  ]
+
+
 def flat(row: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  """A row without dictionaries in it: their names are joined with '/'. What has a
-  number per class is left to metrics.jsonl."""
+  """Joins the names of dictionaries in a row with '/'; keeps numbers only. What
+  has a number per class, or a name, is left to metrics.jsonl."""
   columns = {}
   for name, value in row.items():
     if isinstance(value, dict):
       columns |= flat(value, f'{prefix}{name}/')
-    elif not isinstance(value, list):
+    elif not isinstance(value, (list, str)):
       columns[prefix + name] = value
   return columns
 

@@ -138,13 +138,7 @@ def write_table(
 def curves(results: Results) -> dict[str, list[list[tuple]]]:
   """What `plots.curves` draws of the broadcast models."""
   return {
-    name: [
-      [
-        (row['round'], rows_lib.megabytes(row), row['test_accuracy'])
-        for row in run['rows']  # type: ignore[index]
-      ]
-      for run in runs
-    ]
+    name: [rows_lib.curve(run['rows']) for run in runs]  # type: ignore[index]
     for name, runs in results.items()
   }
 

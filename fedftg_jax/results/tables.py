@@ -54,7 +54,10 @@ def final(entries: Entries, kind: str, average: bool = False) -> Table:
       )
     row.append(
       mean_text(
-        [max(r['accuracy'][model] for r in run.rows) for run, model in of_name]
+        [
+          max(rows_lib.accuracy(row, model) for row in run.rows)
+          for run, model in of_name
+        ]
       )
     )
     rows.append([*row, *map(percent, final)] if len(final) > 1 else row)
@@ -84,7 +87,7 @@ def targets(entries: Entries, target: float | None = None) -> Table | None:
     run reaches any.
   """
   best = max(
-    row['accuracy'][model]
+    rows_lib.accuracy(row, model)
     for of_name in entries.values()
     for run, model in of_name
     for row in run.rows
@@ -109,7 +112,7 @@ def _to_target(of_name, target) -> str:
       (
         (row['round'], rows_lib.megabytes(row))
         for row in run.rows
-        if row['accuracy'][model] >= target
+        if rows_lib.accuracy(row, model) >= target
       ),
       None,
     )

@@ -27,10 +27,7 @@ def of_sweep(summary, num_ended) -> str:
 
 
 def of_run(run) -> str:
-  final = {
-    name: tables.final_accuracies([(run, name)])[0]
-    for name in run.rows[-1]['accuracy']
-  }
+  final = rows.summarise(run.rows)['final_accuracy_of']
   last = run.rows[-1]
   text = (
     f'{tables.percent(final["broadcast"])} % test accuracy (mean over the last '

@@ -22,21 +22,19 @@ _COMPARED = 100  # training images whose nearest other ones are looked for
 class Scores(NamedTuple):
   """What one evaluation of one seed gives, on the host."""
 
-  models: Mapping[
-    str, Mapping[str, Any]
-  ]  # of each variant: loss, accuracy and,
-  # but for a mean of clients, per_class
-  clients: Mapping[str, Mapping[str, np.ndarray]]  # see
-  # `evaluation.evaluate_clients`; {} if not asked for
-  validation: Mapping[
-    str, Any
-  ]  # loss and accuracy of the broadcast model on what
-  # is kept apart; {} if nothing is
+  # Of each different model: loss, accuracy and, but for a mean of clients,
+  # per_class.
+  models: Mapping[str, Mapping[str, Any]]
+  same: Mapping[str, str]  # of other names the model that they are
+  # See `evaluation.evaluate_clients`; {} if not asked for.
+  clients: Mapping[str, Mapping[str, np.ndarray]]
+  # Loss and accuracy of the broadcast model on what is kept apart; {} if
+  # nothing is.
+  validation: Mapping[str, Any]
   finite: bool  # whether all of the model and of the server's slot is
-  images: (
-    np.ndarray | None
-  )  # [C', H, W, channels] uint8, of each class the same
-  # noise every time; None without a generator
+  # [C', H, W, channels] uint8, of each class the same noise every time; None
+  # without a generator.
+  images: np.ndarray | None
 
 
 def scorer(experiment: Experiment, put: Callable) -> Callable:
@@ -47,8 +45,8 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
     put: puts a tree on the devices in use.
 
   Returns:
-    A function (rounds done, state, models of the round, base key) -> Scores, of
-    one seed; all processes have to call it.
+    A function (rounds done, state, models of the round, which of them are one,
+    base key) -> Scores, of one seed; all processes have to call it.
   """
   config, dataset, model = (
     experiment.config,
@@ -76,22 +74,16 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
   )
   draw = _drawing(experiment.method)
 
-  def score(done, state, models, key):
+  def score(done, state, models, same, key):
+    same = dict(same)
     variants = {'broadcast': state.variables, **models}
     if config['evaluate_all']:
       variants['all'] = _mean_of_all(experiment, state)
-    scores = {}
-    for name, variables in variants.items():  # some are one model, as of FedAvg
-      twin = next(
-        (other for other in scores if _equal(variables, variants[other])), None
-      )
-      scores[name] = (
-        scores[twin]
-        if twin
-        else evaluation.evaluate(
-          model, variables, test.x, test.y, _BATCH, local
-        )
-      )
+    scores = {
+      name: evaluation.evaluate(model, variables, test.x, test.y, _BATCH, local)
+      for name, variables in variants.items()
+      if name not in same
+    }
     kept_apart = (
       validation
       and evaluation.evaluate(
@@ -115,8 +107,14 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
       scores['own_statistics'] = {
         name: np.nanmean(v) for name, v in by_client['broadcast'].items()
       }
+    scores, by_client, kept_apart = jax.device_get(
+      (scores, by_client if asked else {}, kept_apart)
+    )
     return Scores(
-      *jax.device_get((scores, by_client if asked else {}, kept_apart)),
+      scores,
+      same,
+      by_client,
+      kept_apart,
       _all_finite((state.variables, state.shared)),
       draw and _images(draw, state.shared, dataset.num_classes),
     )
@@ -127,10 +125,6 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
 # On the host, where nothing has to be compiled first.
 def _all_finite(tree) -> bool:
   return all(np.isfinite(a).all() for a in jax.tree.leaves(tree))
-
-
-def _equal(tree, other) -> bool:
-  return all(map(np.array_equal, jax.tree.leaves(tree), jax.tree.leaves(other)))
 
 
 def test_parts(experiment: Experiment) -> list[np.ndarray]:

@@ -100,7 +100,8 @@ def train(
       jax.block_until_ready(state)
       clock.lap('train')
       for r, run in enumerate(runs):
-        scores = score(done, *of_seed((state, info.models, key_run), r))
+        one, models, key = of_seed((state, info.models, key_run), r)
+        scores = score(done, one, models, info.same, key)
         metrics = {k: v[r] if several else v for k, v in info.metrics.items()}
         run.add(done, metrics, scores)
       clock.lap('evaluate')

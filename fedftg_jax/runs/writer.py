@@ -131,8 +131,11 @@ class RunWriter:
         'test_loss': rows.number(broadcast['loss']),
         'test_accuracy': rows.number(broadcast['accuracy']),
         'accuracy': {
-          k: rows.number(v['accuracy']) for k, v in scores.models.items()
+          k: rows.number(v['accuracy'])
+          for k, v in scores.models.items()
+          if k != 'broadcast'
         },
+        'same_models': scores.same,
         **{
           f'validation_{k}': rows.number(scores.validation[k])
           for k in ('loss', 'accuracy')
@@ -141,7 +144,7 @@ class RunWriter:
         'bytes_up': self._up,
         'bytes_down': self._down,
         **losses,
-        **_class_change(scores.models),
+        **_class_change(scores),
       }
     )
     self._add_classes(done, scores.models)
@@ -245,15 +248,10 @@ class RunWriter:
       plots.curves(
         temporary,
         {
-          name: [
-            [
-              (row['round'], rows.megabytes(row), row['accuracy'][name])
-              for row in self._rows
-            ]
-          ]
-          for name in self._rows[-1]['accuracy']
+          title: [rows.curve(self._rows, model)]
+          for title, model in rows.different_models(self._rows).items()
         },
-        'test accuracy',
+        'test accuracy, percent',
       )
     if self._board:
       self._board.close()
@@ -299,17 +297,13 @@ def kept_rounds(rounds: list[int]) -> set[int]:
   return {*rounds[::stride], rounds[-1]}
 
 
-def _class_change(models) -> dict[str, list[float | None]]:
+def _class_change(scores) -> dict[str, list[float | None]]:
   """What fine-tuning on the server changes in the accuracy on each class."""
-  if 'fine_tuned' not in models:
+  after, before = (
+    scores.models.get(scores.same.get(name, name))
+    for name in ('fine_tuned', 'aggregated')
+  )
+  if not after:
     return {}
-  return {
-    'class_change': [
-      *map(
-        rows.number,
-        np.subtract(
-          *(models[name]['per_class'] for name in ('fine_tuned', 'aggregated'))
-        ),
-      )
-    ]
-  }
+  change = np.subtract(after['per_class'], before['per_class'])
+  return {'class_change': [*map(rows.number, change)]}

@@ -44,7 +44,7 @@ class Progress(contextlib.AbstractContextManager):
       self._bar.stop()
 
   def update(self, done: int, accuracy: float, rate: float) -> None:
-    score = f'accuracy {accuracy:.3f}  {rate:.2f} rounds/s'
+    score = f'accuracy {100 * accuracy:.2f} %  {rate:.2f} rounds/s'
     if self._bar:
       self._bar.update(self._task, completed=done, score=score)
     else:

@@ -3,13 +3,16 @@
 A checkpoint is a folder named after the round, which is there whole or not at
 all. It holds the arrays, named by their place in the tree, a fingerprint of
 them, and a note of the caller's by which it knows its own. What is damaged,
-belongs to somebody else or has another structure is refused, by name.
+belongs to somebody else or has another structure is refused, by name. Digests
+of its files are compared before orbax reads them: its threads print tracebacks
+of their own where a file is damaged.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent import futures
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -28,20 +31,26 @@ with epy.lazy_imports():  # it takes half a second
 
 _ROUND = re.compile('0|[1-9][0-9]*')
 _UNFINISHED = '.orbax-checkpoint-tmp'  # in the name of a save that was cut off
+_DIGESTS = 'digests.json'  # in a checkpoint, written last: of its other files
 
 
 class Refused(ValueError):
-  """A checkpoint that cannot be used: which, and why."""
+  """A checkpoint that cannot be used: which, and why.
+
+  Attributes:
+    differ: the names in its note that are not as asked for.
+  """
+
+  differ: tuple[str, ...] = ()
 
 
 def save(
   folder: str | os.PathLike[str],
   round_: int,
   tree: PyTree,
-  note: Any,
-  keep: int = 2,
+  note: Mapping[str, Any],
 ) -> None:
-  """Writes a checkpoint, and removes all but the last `keep` up to it.
+  """Writes a checkpoint, and removes what a save that was cut off left.
 
   One process calls this, where several train together. An interruption (Ctrl-C)
   takes effect after the writing.
@@ -50,8 +59,7 @@ def save(
     folder: where checkpoints of this run are.
     round_: rounds done; a checkpoint of that name is replaced.
     tree: arrays.
-    note: anything that JSON holds; `restore` asks for an equal one.
-    keep: how many to leave, this one included; those of later rounds stay.
+    note: what JSON holds, by name; `restore` asks for an equal one.
 
   Raises:
     OSError: if it cannot be written; those that are there stay.
@@ -70,6 +78,7 @@ def save(
         folder / str(round_), force=True, args=args
       )
     )
+    _write_digests(folder / str(round_))
   except (
     Exception
   ) as error:  # whatever the store's driver makes of a broken disk
@@ -77,11 +86,16 @@ def save(
       f'{folder}: the checkpoint of round {round_} cannot be written '
       f'({_line(error)}); what was written before is still there'
     ) from error
-  for old in [r for r in rounds(folder) if r <= round_][:-keep]:
-    shutil.rmtree(folder / str(old))
   for name in os.listdir(folder):
     if _UNFINISHED in name:
       shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def prune(folder: str | os.PathLike[str], round_: int, keep: int) -> None:
+  """Removes all but the last `keep` checkpoints up to `round_`; those of later
+  rounds stay."""
+  for old in [r for r in rounds(folder) if r <= round_][:-keep]:
+    shutil.rmtree(pathlib.Path(folder, str(old)))
 
 
 def rounds(folder: str | os.PathLike[str]) -> list[int]:
@@ -94,7 +108,10 @@ def rounds(folder: str | os.PathLike[str]) -> list[int]:
 
 
 def restore(
-  folder: str | os.PathLike[str], round_: int, like: PyTree, note: Any
+  folder: str | os.PathLike[str],
+  round_: int,
+  like: PyTree,
+  note: Mapping[str, Any],
 ) -> PyTree:
   """Reads a checkpoint.
 
@@ -111,8 +128,10 @@ def restore(
     Refused: if it cannot be read, is damaged, or is of something else.
   """
 
-  def refuse(why):
-    raise Refused(f'{folder}/{round_}: {why}')
+  def refuse(why, differ=()):
+    error = Refused(f'{folder}/{round_}: {why}')
+    error.differ = tuple(differ)
+    raise error
 
   place = pathlib.Path(os.path.abspath(folder), str(round_))
   args = ocp.args.Composite(
@@ -121,6 +140,17 @@ def restore(
   for path in place.rglob('*'):
     if path.is_file() and not os.access(path, os.R_OK):
       raise PermissionError(f'{path} cannot be read: permission denied')
+  try:
+    saved = json.loads((place / _DIGESTS).read_text())
+  except (FileNotFoundError, NotADirectoryError):
+    saved = None  # killed before it was written
+  except ValueError:
+    refuse(f'is damaged: {_DIGESTS}')
+  if saved is not None:
+    there = _digests(place)
+    for name, digest in saved.items():
+      if there.get(name) != digest:
+        refuse(f'is damaged: {name}')
   try:
     found = _to_its_end(
       lambda checkpointer: checkpointer.restore(place, args=args)
@@ -135,8 +165,16 @@ def restore(
       name: np.asarray(array) for name, array in (found['arrays'] or {}).items()
     },
   )
-  if about.get('note') != json.loads(json.dumps(note)):
-    refuse('is the checkpoint of another run')
+  wanted_note = json.loads(json.dumps(note))
+  if about.get('note') != wanted_note:
+    found_note = about.get('note') or {}
+    differ = [
+      name
+      for name in sorted(wanted_note.keys() | found_note.keys())
+      if wanted_note.get(name) != found_note.get(name)
+    ]
+    names = ', '.join(differ)
+    refuse(f'is the checkpoint of another run; there differ: {names}', differ)
   if about.get('fingerprint') != _fingerprint(arrays):
     refuse('is damaged: its arrays are not those that were saved')
   wanted = _named(like)
@@ -174,8 +212,18 @@ def _to_its_end(act: Callable[['ocp.Checkpointer'], Any]) -> Any:
     with _checkpointer() as checkpointer:
       return act(checkpointer)
 
-  with futures.ThreadPoolExecutor(1) as thread:  # waits for it, come what may
-    return thread.submit(run).result()
+  logger = logging.getLogger('absl')
+  logger.addFilter(_not_of_orbax)
+  try:
+    with futures.ThreadPoolExecutor(1) as thread:  # waits for it, come what may
+      return thread.submit(run).result()
+  finally:
+    logger.removeFilter(_not_of_orbax)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+  """Whether a line of the log is not about what orbax does on its way."""
+  return 'orbax' not in pathlib.Path(record.pathname).parts
 
 
 def _checkpointer():
@@ -217,6 +265,26 @@ def _fingerprint(arrays: dict[str, np.ndarray]) -> str:
     digest.update(f'{name} {array.dtype} {array.shape}\n'.encode())
     digest.update(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
   return digest.hexdigest()
+
+
+def _write_digests(place: pathlib.Path) -> None:
+  part = place / f'{_DIGESTS}.part'
+  with part.open('w') as file:
+    json.dump(_digests(place), file)
+    file.flush()
+    os.fsync(file.fileno())
+  part.replace(place / _DIGESTS)
+
+
+def _digests(place: pathlib.Path) -> dict[str, str]:
+  """Of each file of a checkpoint, by its name in the folder."""
+  return {
+    path.relative_to(place).as_posix(): hashlib.blake2b(
+      path.read_bytes(), digest_size=16
+    ).hexdigest()
+    for path in sorted(place.rglob('*'))
+    if path.is_file() and not path.name.startswith(_DIGESTS)
+  }
 
 
 def _line(error: Exception) -> str:

@@ -33,9 +33,10 @@ class CheckpointTest(parameterized.TestCase):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path) / 'run' / 'kept'
 
-  def save(self, *rounds, **settings):
+  def save(self, *rounds, keep=2):
     for round_ in rounds:
-      checkpoint.save(self.folder, round_, make_state(round_), NOTE, **settings)
+      checkpoint.save(self.folder, round_, make_state(round_), NOTE)
+      checkpoint.prune(self.folder, round_, keep)
 
   def test_back_bit_for_bit(self):
     self.save(2, 4)
@@ -62,7 +63,8 @@ class CheckpointTest(parameterized.TestCase):
 
   def test_of_something_else(self):
     self.save(2)
-    self.assert_refused('is the checkpoint of another run', note={'seed': 4})
+    why = 'is the checkpoint of another run; there differ: seed'
+    self.assert_refused(why, note={**NOTE, 'seed': 4})
     state = make_state()
     wider = state._replace(
       variables=state.variables._replace(params={'w': jnp.zeros((2, 4))})
@@ -116,6 +118,8 @@ class CheckpointTest(parameterized.TestCase):
     self.save(2, 4)
     shutil.rmtree(self.folder / '2' / 'arrays')
     shutil.copytree(self.folder / '4' / 'arrays', self.folder / '2' / 'arrays')
+    self.assert_refused('is damaged: arrays/')
+    (self.folder / '2' / 'digests.json').unlink()
     self.assert_refused('is damaged: its arrays are not those that were saved')
 
   def test_a_missing_one(self):

@@ -79,7 +79,7 @@ class TrainTest(ProgramCase):
     self.assertEqual(config['validation_share'], 0.2)
     self.assertEqual(sum(map(len, self.parts('a'))), 48)
     experiment = assembly.build(config)
-    data = experiment.dataset
+    data = experiment.problem.dataset
     np.testing.assert_array_equal(np.bincount(data.validation_y), [4, 4, 4])
     self.assertLen(data.train_y, 48)
     # The figures are those of the model that is kept.
@@ -92,7 +92,7 @@ class TrainTest(ProgramCase):
           place = place.setdefault(step, {})
         place[last] = file[name]
     scores = evaluation.evaluate(
-      experiment.model,
+      experiment.simulation.model,
       base.Variables(params['params'], {}),
       data.validation_x,
       data.validation_y,

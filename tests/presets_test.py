@@ -121,8 +121,8 @@ class PresetsTest(parameterized.TestCase):
     built = assembly.build(
       first, f'{self.folder}/data', f'{self.folder}/originals'
     )
-    self.assertLen(built.parts, first['num_clients'])
-    self.assertLen(built.schedule.client_id, first['rounds'])
+    self.assertLen(built.problem.parts, first['num_clients'])
+    self.assertLen(built.problem.schedule.client_id, first['rounds'])
 
   @parameterized.parameters(*NAMES)
   def test_says_what_was_measured(self, name):

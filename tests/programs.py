@@ -127,8 +127,10 @@ def _build(build, config, *places):
   )
   if key not in _built:
     _built[key] = build(config, *places)
-  return assembly.with_seeds(_built[key], config)._replace(
-    contents=folders.contents(config)
+  return _built[key]._replace(
+    config=config,
+    contents=folders.contents(config),
+    problem=assembly.make_problem(config, *places),
   )
 
 

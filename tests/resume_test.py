@@ -289,7 +289,7 @@ class ResumeTest(parameterized.TestCase):
       status, out, err = self.train('whole')
       self.assertEqual(status, 0, err)
       why = (
-        'cannot be read'
+        'is damaged: digests.json'
         if name == 'truncated'
         else ('is the checkpoint of another run')
       )
@@ -307,6 +307,7 @@ class ResumeTest(parameterized.TestCase):
     status, out, err = self.train('cut')
     self.assertEqual(status, 0, err)
     self.assertEqual(out.count('metrics.jsonl does not reach that round'), 2)
+    self.assertIn('\nno checkpoint that can be used: begins at round 1\n', out)
     self.assert_same('whole', 'cut')
 
   def test_of_rows_that_were_cut_the_whole_ones_count(self):
@@ -332,15 +333,19 @@ class ResumeTest(parameterized.TestCase):
 
   def test_a_damaged_file_of_the_run_is_named(self):
     self.assertEqual(self.train('a', '--rounds=4')[0], 0)
-    for name, text in (
-      ('clients.json', '{}'),
-      ('metrics.jsonl', '{"round": 4}\n'),
+    for name, text, why in (
+      ('clients.json', '{}', ': a file of the run is damaged '),
+      (
+        'metrics.jsonl',
+        '{"round": 4}\n',
+        '/metrics.jsonl: its rows up to round 4',
+      ),
     ):
       good = (self.folder / 'a' / name).read_text()
       (self.folder / 'a' / name).write_text(text)
       status, _, err = self.train('a')
       self.assertEqual(status, 1)
-      self.assertRegex(err, 'error: .*: a file of the run is damaged .*\n$')
+      self.assertRegex(err, f'^error: .*{why}.*\n$')
       (self.folder / 'a' / name).write_text(good)
     self.assertEqual(self.train('a')[0], 0)
 

@@ -87,7 +87,7 @@ class LockTest(absltest.TestCase):
     ]
     command = [sys.executable, '-m', 'experiments.train', *args]
     first = subprocess.Popen(
-      [*command, '--rounds=2000', '--checkpoint_every=0'],
+      [*command, '--rounds=50000', '--checkpoint_every=0'],
       cwd=programs.ROOT,
       stdout=subprocess.PIPE,
       text=True,

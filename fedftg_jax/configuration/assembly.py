@@ -1,6 +1,7 @@
 """From a configuration to all parts of a run, built and checked."""
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -8,7 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedftg_jax import base, evaluation, federation, models, recipes, solvers
+from fedftg_jax import (
+  base,
+  compiling,
+  evaluation,
+  federation,
+  models,
+  recipes,
+  solvers,
+)
 from fedftg_jax.configuration import flags, folders
 from fedftg_jax.configuration.resolve import Configuration
 from fedftg_jax.data import augment, clients, datasets, partition, schedules
@@ -16,19 +25,42 @@ from fedftg_jax.methods import batch_norm, fed_df
 from fedftg_jax.system import cli, devices
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Simulation:
+  """What is compiled once: no seed of a run changes it."""
+
+  model: base.Model
+  method: base.Method
+  federation: base.Federation
+
+  @functools.cached_property
+  def of_seeds(self) -> base.Federation:
+    """The federation of several seeds at once."""
+    return federation.over_seeds(self.federation)
+
+  @functools.cached_property
+  def synthesise(self) -> base.Synthesise | None:
+    """The method's, compiled."""
+    make = self.method.synthesise
+    return make and compiling.jit(make, compiling.ONCE)
+
+
+class Problem(NamedTuple):
+  """What differs by the seeds of partition and schedule."""
+
+  dataset: datasets.Dataset  # without what is public or for validation
+  parts: list[np.ndarray]  # row indices of each client
+  data: base.Data
+  schedule: base.Cohort  # leading axis [T]
+
+
 class Experiment(NamedTuple):
   """All parts of a run, built and checked."""
 
   config: Configuration
   contents: dict[str, str]  # fingerprints of the files that it names
-  loaded: datasets.Dataset
-  dataset: datasets.Dataset  # without what is public or for validation
-  parts: list[np.ndarray]  # row indices of each client
-  data: base.Data
-  schedule: base.Cohort  # leading axis [T]
-  model: base.Model
-  method: base.Method
-  federation: base.Federation
+  simulation: Simulation
+  problem: Problem
 
 
 def build(
@@ -47,9 +79,31 @@ def build(
     cli.UsageError: where data and configuration do not fit.
   """
   config = Configuration(config)
-  loaded = load(config, data_dir, manual_dir)
-  dataset, public, parts = share_out(config, loaded)
-  schedule = _schedule(config, parts)
+  problem = make_problem(config, data_dir, manual_dir)
+  return Experiment(
+    config,
+    folders.contents(config),
+    _simulation(config, problem.dataset, len(problem.parts)),
+    problem,
+  )
+
+
+def make_problem(
+  config: Configuration,
+  data_dir: str | None = None,
+  manual_dir: str | None = None,
+) -> Problem:
+  """Shares out the data and draws who takes part; arguments as in `build`."""
+  dataset, public, parts = share_out(config, load(config, data_dir, manual_dir))
+  return Problem(
+    dataset,
+    parts,
+    clients.from_partition(dataset.train_x, dataset.train_y, parts, public),
+    _schedule(config, parts),
+  )
+
+
+def _simulation(config, dataset, num_clients) -> Simulation:
   model = _checked(
     'model',
     config,
@@ -76,28 +130,19 @@ def build(
     clip_norm=config['clip_norm'] or None,
     **_augment(config, dataset),
   )
-  fed = federation.federation(
+  return Simulation(
     model,
     method,
-    solver,
-    len(parts),
-    weighting=config['weighting'],
-    client_chunk=config['client_chunk'],
-    mesh=devices.mesh(config['num_devices']),
-    client_state='device' if config['client_state'] == 'device' else 'host',
-  )
-  data = clients.from_partition(dataset.train_x, dataset.train_y, parts, public)
-  return Experiment(
-    config,
-    folders.contents(config),
-    loaded,
-    dataset,
-    parts,
-    data,
-    schedule,
-    model,
-    method,
-    fed,
+    federation.federation(
+      model,
+      method,
+      solver,
+      num_clients,
+      weighting=config['weighting'],
+      client_chunk=config['client_chunk'],
+      mesh=devices.mesh(config['num_devices']),
+      client_state='device' if config['client_state'] == 'device' else 'host',
+    ),
   )
 
 
@@ -353,18 +398,4 @@ def _schedule(config, parts) -> base.Cohort:
     np.broadcast_to(steps, num_clients),
     config['straggler_rate'],
     seed,
-  )
-
-
-def with_seeds(experiment: Experiment, config: Configuration) -> Experiment:
-  """The same compiled parts with the partition and schedule of `config`."""
-  dataset, public, parts = share_out(config, experiment.loaded)
-  return experiment._replace(
-    config=config,
-    dataset=dataset,
-    parts=parts,
-    schedule=_schedule(config, parts),
-    data=clients.from_partition(
-      dataset.train_x, dataset.train_y, parts, public
-    ),
   )

@@ -48,14 +48,24 @@ def write(folder: UPath) -> UPath:
     config = files.read_json(folder / 'config.json')['config']
     pages = {'compare': _of_comparison, 'sweep': _of_sweep}
     page = pages.get(config.get('program'), _of_run)(folder, config)
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    text = render(page)
+    text.encode()  # ValueError for half a character
+  except (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    jinja2.TemplateError,
+  ) as error:  # what a file that somebody changed can come to
     raise cli.ArgumentError(
       folder,
       'must be a folder that train, compare or sweep has written to, '
       f'with at least one evaluation ({" ".join(str(error).split())})',
     ) from error
   path = folder / 'report.html'
-  files.write_text(path, render(page))
+  files.write_text(path, text)
   return path
 
 

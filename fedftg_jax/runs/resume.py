@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 import contextlib
 import hashlib
+import json
 import pathlib
 import re
 import signal
@@ -22,6 +23,7 @@ from fedftg_jax.system import cli, devices, files, progress
 FOLDER = 'checkpoints'  # in a run's folder
 _WHOLE = 'whole'  # the last file of a checkpoint in a store without rename
 _ROUND = re.compile('0|[1-9][0-9]*')
+_ROWS = 'rows of metrics.jsonl'  # in a checkpoint's note
 _REFUSED = '.refused'  # behind the name of a checkpoint that cannot be used
 
 
@@ -44,22 +46,36 @@ def save(
   seed: int,
   done: int,
   state: PyTree,
-  keep: int,
 ) -> None:
   """Writes the checkpoint after `done` rounds of one seed's run."""
   state = jax.device_get(state)
   if not devices.is_first():
     return
-  note = _note(experiment, seed, done)
+  note = _note(experiment, seed, done, _read_rows(folder))
   if files.is_local(folder):
-    checkpoint.save(folder / FOLDER, done, state, note, keep)  # type: ignore[arg-type]
+    checkpoint.save(folder / FOLDER, done, state, note)  # type: ignore[arg-type]
     return
   with tempfile.TemporaryDirectory() as here:  # a store gets whole files
     checkpoint.save(here, done, state, note)
     files.upload(pathlib.Path(here, str(done)), folder / FOLDER / str(done))
     files.write_text(folder / FOLDER / str(done) / _WHOLE, '')
+
+
+def prune(folder: UPath, done: int, keep: int) -> None:
+  """Removes all but a run's last `keep` checkpoints up to `done` rounds."""
+  if not devices.is_first():
+    return
+  if files.is_local(folder):
+    checkpoint.prune(folder / FOLDER, done, keep)  # type: ignore[arg-type]
+    return
   for old in [r for r in _rounds(folder) if r <= done][:-keep]:
     files.remove(folder / FOLDER / str(old))
+
+
+def _read_rows(folder):
+  """The rows of metrics.jsonl; those that are no rows are left out."""
+  rows = files.read_jsonl(folder / 'metrics.jsonl')
+  return [row for row in rows if isinstance(row, dict) and 'round' in row]
 
 
 def _rounds(folder):
@@ -96,6 +112,8 @@ def newest(
   Raises:
     cli.UsageError: if there are checkpoints, but of more rounds than are asked
       for alone.
+    cli.RunError: if the rows up to a checkpoint are not those that the run
+      wrote.
   """
   candidates = set.intersection(*(set(_rounds(folder)) for folder in workdirs))
   asked = experiment.config['rounds']
@@ -114,10 +132,18 @@ def newest(
       try:
         states_then.append(_restore(*run, experiment, done))
       except checkpoint.Refused as error:
+        if error.differ == (_ROWS,):
+          raise cli.RunError(
+            f'{run[0] / "metrics.jsonl"}: its rows up to round {done} are not '
+            'those that the run wrote; put them back, or delete the checkpoints '
+            'beside it to begin anew'
+          ) from error
         _set_aside(run[0], done, str(error))
         break
     else:
       return done, states_then
+  if candidates:
+    progress.say('no checkpoint that can be used: begins at round 1')
   return 0, list(states)
 
 
@@ -136,16 +162,16 @@ def _set_aside(folder, done, why) -> None:
 
 def _restore(folder, seed, state, experiment, done):
   try:
-    rows = files.read_jsonl(folder / 'metrics.jsonl')
+    rows = _read_rows(folder)
   except (FileNotFoundError, ValueError) as error:  # others may pass by
     raise checkpoint.Refused(
       f'{folder / FOLDER}/{done}: its metrics.jsonl cannot be read'
     ) from error
-  if done not in [row.get('round') for row in rows if isinstance(row, dict)]:
+  if done not in [row['round'] for row in rows]:
     raise checkpoint.Refused(
       f'{folder / FOLDER}/{done}: its metrics.jsonl does not reach that round'
     )
-  note = _note(experiment, seed, done)
+  note = _note(experiment, seed, done, rows)
   if files.is_local(folder):
     return checkpoint.restore(folder / FOLDER, done, state, note)
   with tempfile.TemporaryDirectory() as here:
@@ -153,13 +179,13 @@ def _restore(folder, seed, state, experiment, done):
     return checkpoint.restore(here, done, state, note)
 
 
-def _note(experiment, seed, done):
+def _note(experiment, seed, done, results):
   """By what a run knows its checkpoints: configuration, files, who was in."""
   digest = hashlib.sha256()
-  rows = experiment.schedule
-  arrays = list(experiment.parts)
+  rows, parts = experiment.problem.schedule, experiment.problem.parts
+  arrays = list(parts)
   for t in range(done):  # without padding, whose width depends on later rounds
-    selected = rows.client_id[t] < len(experiment.parts)
+    selected = rows.client_id[t] < len(parts)
     arrays += [
       a[t][selected] for a in (rows.client_id, rows.arrived, rows.num_steps)
     ]
@@ -167,7 +193,12 @@ def _note(experiment, seed, done):
     digest.update(np.array([len(array), *array], np.int64))
   identity = {**experiment.config, **experiment.contents, 'seed': seed}
   del identity['rounds']
-  return {**identity, 'partition and schedule': digest.hexdigest()}
+  results = [row for row in results if row['round'] <= done]
+  return {
+    **identity,
+    'partition and schedule': digest.hexdigest(),
+    _ROWS: hashlib.sha256(json.dumps(results).encode()).hexdigest(),
+  }
 
 
 @contextlib.contextmanager

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedftg_jax import compiling, evaluation
+from fedftg_jax import evaluation
 from fedftg_jax import models as models_lib
+from fedftg_jax.base import Data
 from fedftg_jax.configuration.assembly import Experiment
 from fedftg_jax.data import clients, partition
 from fedftg_jax.data import images as images_lib
@@ -37,22 +38,21 @@ class Scores(NamedTuple):
   images: np.ndarray | None
 
 
-def scorer(experiment: Experiment, put: Callable) -> Callable:
+def scorer(experiment: Experiment, data: Data, put: Callable) -> Callable:
   """Prepares the evaluations of a run.
 
   Args:
-    experiment: from `assembly.build`, its data on the devices.
+    experiment: from `assembly.build`.
+    data: its data, on the devices.
     put: puts a tree on the devices in use.
 
   Returns:
     A function (rounds done, state, models of the round, which of them are one,
     base key) -> Scores, of one seed; all processes have to call it.
   """
-  config, dataset, model = (
-    experiment.config,
-    experiment.dataset,
-    experiment.model,
-  )
+  config, dataset = experiment.config, experiment.problem.dataset
+  simulation, schedule = experiment.simulation, experiment.problem.schedule
+  model = simulation.model
   test = put(
     clients.from_partition(
       dataset.test_x, dataset.test_y, test_parts(experiment)
@@ -64,15 +64,15 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
   # The mean of statistics that clients keep to themselves says nothing.
   local = config['batch_norm'] == 'local'
   when = config['evaluate_clients']
-  chunk = config['client_chunk'] or experiment.schedule.client_id.shape[1]
+  chunk = config['client_chunk'] or schedule.client_id.shape[1]
   of_clients = functools.partial(
     evaluation.evaluate_clients,
     model,
-    experiment.federation,
+    simulation.federation,
     chunk=chunk,
     batch_size=_BATCH,
   )
-  draw = _drawing(experiment.method)
+  draw = simulation.synthesise
 
   def score(done, state, models, same, key):
     same = dict(same)
@@ -96,11 +96,7 @@ def scorer(experiment: Experiment, put: Callable) -> Callable:
     if asked or local:
       by_client = jax.device_get(
         of_clients(
-          state,
-          experiment.data,
-          test,
-          key,
-          personalise=asked and config['personalise'],
+          state, data, test, key, personalise=asked and config['personalise']
         )
       )
     if local:
@@ -129,13 +125,13 @@ def _all_finite(tree) -> bool:
 
 def test_parts(experiment: Experiment) -> list[np.ndarray]:
   """Each client's rows of the test set: classes fall to clients as in training."""
-  dataset = experiment.dataset
-  return partition.like(dataset.test_y, dataset.train_y, experiment.parts)
+  dataset, parts = experiment.problem.dataset, experiment.problem.parts
+  return partition.like(dataset.test_y, dataset.train_y, parts)
 
 
 def _mean_of_all(experiment, state):
   """The mean over all clients' last models, as the federation weighs them."""
-  count = experiment.data.count
+  count = experiment.problem.data.count
   if experiment.config['weighting'] == 'uniform':
     count = jnp.ones_like(count)
   (_, last), _ = state.clients
@@ -145,12 +141,6 @@ def _mean_of_all(experiment, state):
 def _images(draw, shared, num_classes):
   """One image of each of the first classes, as bytes."""
   return _as_bytes(_drawn(draw, shared, num_classes))
-
-
-@functools.lru_cache(maxsize=1)  # the end of a run finds it compiled
-def _drawing(method):
-  """Compiled, what the method draws; None without a generator."""
-  return method.synthesise and compiling.jit(method.synthesise, compiling.ONCE)
 
 
 def _drawn(draw, shared, num_classes):
@@ -176,8 +166,9 @@ def nearest_real(experiment: Experiment, state) -> dict[str, np.ndarray]:
     range; label and distance of the real ones, [C']; and between_real, the
     median distance of a training image from the nearest other one.
   """
-  dataset = experiment.dataset
-  made = _drawn(_drawing(experiment.method), state.shared, dataset.num_classes)
+  dataset = experiment.problem.dataset
+  draw = experiment.simulation.synthesise
+  made = _drawn(draw, state.shared, dataset.num_classes)
 
   def seen(x):
     return np.asarray(models_lib.normalise(x, dataset.mean, dataset.std))

@@ -168,7 +168,11 @@ def _train(label, config, groups, tolerant) -> None:
   experiment = _build(config, groups[0][0][0])
   for i, group in enumerate(groups):
     if FLAGS.vary_partition and i:
-      experiment = assembly.with_seeds(experiment, of_seed(config, group[0][0]))
+      one = of_seed(config, group[0][0])
+      experiment = experiment._replace(
+        config=one,
+        problem=assembly.make_problem(one, FLAGS.data_dir, FLAGS.manual_dir),
+      )
     _train_group(label, experiment, group, tolerant)
 
 

@@ -63,10 +63,10 @@ def train(
   """
   config = experiment.config
   put = functools.partial(devices.put, num_devices=config['num_devices'])
-  experiment = experiment._replace(data=put(experiment.data))
+  simulation, schedule = experiment.simulation, experiment.problem.schedule
+  data = put(experiment.problem.data)
   several = len(seeds) > 1
-  fed = experiment.federation
-  fed = _over_seeds(fed) if several else fed
+  fed = simulation.of_seeds if several else simulation.federation
   key = (
     jnp.stack([jax.random.key(s) for s in seeds])
     if several
@@ -86,12 +86,12 @@ def train(
   ):
     state = fed.init(key_init, *place)
     first, state = _go_on(experiment, seeds, folders, state, several)
-    traffic = experiment.federation.traffic(of_seed(state, 0), experiment.data)
+    traffic = fed.traffic(of_seed(state, 0), data)
     runs = [
       RunWriter(experiment, folder, seed, traffic, keeping.tensorboard, first)
       for folder, seed in zip(folders, seeds)
     ]
-    score = scoring.scorer(experiment, put)
+    score = scoring.scorer(experiment, data, put)
     clock = clock_lib.Clock(first)
     bar = progress.Progress(label, config['rounds'], first)
 
@@ -114,14 +114,9 @@ def train(
       stop = devices.any_of(asked.is_set()) and done < config['rounds']
       if resume.is_due(done, config, keeping.checkpoint_every) or stop:
         for r, (seed, folder) in enumerate(zip(seeds, folders)):
-          resume.save(
-            folder,
-            experiment,
-            seed,
-            done,
-            of_seed(state, r),
-            keeping.keep_checkpoints,
-          )
+          resume.save(folder, experiment, seed, done, of_seed(state, r))
+        for folder in folders:  # after all: a kill leaves them one in common
+          resume.prune(folder, done, keeping.keep_checkpoints)
         clock.lap('checkpoint')
       if stop:
         raise cli.Terminated(f'round {done} of {config["rounds"]} is kept')
@@ -130,8 +125,8 @@ def train(
       state, _ = federation.run(
         fed,
         state,
-        experiment.data,
-        jax.tree.map(lambda a: a[first:], experiment.schedule),
+        data,
+        jax.tree.map(lambda a: a[first:], schedule),
         key_run,
         every=min(config['eval_every'], config['rounds']),
         callback=after_chunk,
@@ -194,10 +189,6 @@ def _go_on(experiment, seeds, folders, state, several):
   # Into the arrays that are there, which may be mapped from files.
   jax.tree.map(np.copyto, state.clients, states[0].clients)
   return done, states[0]._replace(clients=state.clients)
-
-
-# Kept, so that a second group of seeds finds the program compiled.
-_over_seeds = functools.lru_cache(maxsize=8)(federation.over_seeds)
 
 
 def _split(key):

@@ -43,6 +43,7 @@ class RunWriter:
     config = {**experiment.config, 'seed': seed}
     folders.claim_folder(folder, config)
     if devices.is_first():
+      files.remove_parts(folder)
       if done:
         try:
           self._read(done)
@@ -58,9 +59,11 @@ class RunWriter:
       for name in stale:
         (folder / name).unlink(missing_ok=True)
     with files.replacing(folder / 'partition.npz') as temporary:
-      partition.save(temporary, experiment.parts)
+      partition.save(temporary, experiment.problem.parts)
     with files.replacing(folder / 'schedule.npz') as temporary:
-      schedules.save(temporary, experiment.schedule, len(experiment.parts))
+      schedules.save(
+        temporary, experiment.problem.schedule, len(experiment.problem.parts)
+      )
     self._counts = label_counts(experiment)
     files.write_tree(folder / 'counts.npz', self._counts)
     self._board = None
@@ -164,8 +167,8 @@ class RunWriter:
       {
         'round': done,
         'test_examples': np.bincount(
-          self._experiment.dataset.test_y,
-          minlength=self._experiment.dataset.num_classes,
+          self._experiment.problem.dataset.test_y,
+          minlength=self._experiment.problem.dataset.num_classes,
         ).tolist(),
         'accuracy': {
           name: [*map(rows.number, v['per_class'])]
@@ -226,15 +229,15 @@ class RunWriter:
     """Writes the model, the pictures and, last, the summary."""
     experiment, folder = self._experiment, self._folder
     files.write_tree(folder / 'params.npz', state.variables._asdict())
-    if experiment.method.synthesise is not None:
+    if experiment.simulation.method.synthesise is not None:
       with files.replacing(folder / 'generated.png') as temporary:
         plots.generated(
           temporary,
-          experiment.method.synthesise,
+          experiment.simulation.method.synthesise,
           state.shared,
-          experiment.dataset.num_classes,
+          experiment.problem.dataset.num_classes,
         )
-      if len(experiment.dataset.train_x) > 1:
+      if len(experiment.problem.dataset.train_x) > 1:
         files.write_tree(
           folder / 'nearest.npz',
           {
@@ -276,13 +279,13 @@ class RunWriter:
 
 def label_counts(experiment: Experiment) -> dict[str, np.ndarray]:
   """How many examples of each class each client trains and is tested on, [N, C]."""
-  dataset = experiment.dataset
+  dataset = experiment.problem.dataset
   return {
     split: skew.class_counts(labels, parts, dataset.num_classes).astype(
       np.int32
     )
     for split, labels, parts in (
-      ('train', dataset.train_y, experiment.parts),
+      ('train', dataset.train_y, experiment.problem.parts),
       ('test', dataset.test_y, scoring.test_parts(experiment)),
     )
   }

@@ -6,6 +6,7 @@ is loaded or anything compiled.
 """
 
 from collections.abc import Callable, Sequence
+import errno
 import functools
 import os
 import pathlib
@@ -88,8 +89,10 @@ def guarded(main: Callable[[], None]) -> None:
     main()
   except UsageError as error:
     _fail(error)
-  except (RunError, OSError) as error:
+  except RunError as error:
     _fail(error, status=1)
+  except OSError as error:
+    _fail(_os_error(error), status=1)
   except MemoryError as error:
     _fail(_memory(error), status=1)
   except jax.errors.JaxRuntimeError as error:
@@ -105,6 +108,16 @@ def guarded(main: Callable[[], None]) -> None:
       file=sys.stderr,
     )
     sys.exit(130)
+
+
+def _os_error(error: OSError) -> str:
+  """PATH: what the system says; with a full disk, how it goes on."""
+  if not (error.filename and error.strerror):
+    return str(error)
+  text = f'{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}'
+  if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    text += '; with more room the same command goes on'
+  return text
 
 
 def _memory(error: Exception) -> str:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import tempfile
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 from upath import UPath
 
 from fedftg_jax.data import arrays as arrays_lib
+
+_PART = '.part-'  # begins the name of a file that is being written
 
 PathLike = str | os.PathLike[str] | UPath
 
@@ -42,18 +45,28 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
         path.write_bytes(temporary.read_bytes())
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  # The suffix stays last: writers choose their format by it.
-  temporary = path.with_name(
-    f'.{path.stem}.{jax.process_index()}.{os.getpid()}{path.suffix}'
-  )
+  # Nobody can foresee the name and lay a link there. The suffix stays last:
+  # writers choose their format by it.
+  temporary = path.with_name(f'{_PART}{secrets.token_hex(8)}{path.suffix}')
   try:
     yield temporary  # type: ignore[misc]
     if jax.process_index() == 0:
       with temporary.open('rb') as file:
         os.fsync(file.fileno())  # before it replaces, for a power cut
       os.replace(temporary, path)  # type: ignore[arg-type]
+  except OSError as error:
+    if error.errno is None or error.filename not in (None, str(temporary)):
+      raise
+    raise OSError(error.errno, error.strerror, str(path)) from error
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def remove_parts(folder: PathLike) -> None:
+  """Removes files that a killed process had begun, of a folder of this machine."""
+  if is_local(folder):
+    for part in pathlib.Path(str(folder)).glob(_PART + '*'):
+      part.unlink(missing_ok=True)
 
 
 def write_text(path: PathLike, text: str) -> None:

@@ -349,6 +349,48 @@ class ResumeTest(parameterized.TestCase):
       (self.folder / 'a' / name).write_text(good)
     self.assertEqual(self.train('a')[0], 0)
 
+  def test_seeds_trained_at_once_keep_a_checkpoint_in_common(self):
+    """Wherever it stops, with one checkpoint kept of each."""
+    args = (
+      *self.args,
+      '--methods=fed_avg',
+      '--seeds=2',
+      '--seeds_at_once=2',
+      '--keep_checkpoints=1',
+      f'--workdir={self.folder / "c"}',
+    )
+    saved, save = [], resume.save
+
+    def cut(*run):
+      if len(saved) == 3:  # the first seed's second one is written
+        raise PowerCut
+      saved.append(run[3])
+      save(*run)
+
+    with absltest.mock.patch.object(resume, 'save', cut):
+      with self.assertRaises(PowerCut):
+        programs.call(compare, *args)
+    self.assertEqual(saved, [2, 2, 4])
+    status, out, err = programs.call(compare, *args)
+    self.assertEqual(status, 0, err)
+    self.assertIn('going on after round 2', out)
+
+  def test_a_finished_run_where_one_may_only_read(self):
+    self.assertEqual(self.train('a')[0], 0)
+    with absltest.mock.patch.object(os, 'access', return_value=False):
+      status, out, err = self.train('a')
+      self.assertEqual(status, 0, err)
+      self.assertIn('already finished', out)
+      status, _, err = self.train('a', '--rounds=6')
+    self.assertEqual(status, 2)
+    self.assertIn('a folder that one may write to', err)
+
+  def test_files_that_were_begun_go(self):
+    self.assertEqual(self.train('a', '--rounds=4')[0], 0)
+    (self.folder / 'a' / '.part-0123.json').touch()
+    self.assertEqual(self.train('a')[0], 0)
+    self.assertEqual(list((self.folder / 'a').glob('.*')), [])
+
   def test_fewer_rounds_than_are_finished(self):
     self.assertEqual(self.train('a')[0], 0)
     status, _, err = self.train('a', '--rounds=3')

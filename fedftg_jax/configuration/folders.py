@@ -131,8 +131,20 @@ def rounds_finished(folder: UPath) -> int:
   return rounds if isinstance(rounds, int) else 0
 
 
+def _check_writable(folder) -> None:
+  if not files.is_local(folder):
+    return
+  nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+  if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+    raise cli.UsageError(
+      'workdir',
+      folder,
+      f'cannot be written: {nearest} must be a folder that one may write to',
+    )
+
+
 def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
-  """Refuses a folder that one cannot write to, or that holds something else.
+  """Refuses a folder that holds something else.
 
   Args:
     folder: where to write.
@@ -141,19 +153,9 @@ def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
   Raises:
     cli.UsageError: with what it holds.
   """
-  if files.is_local(folder):
-    nearest = next(
-      p for p in (folder, *folder.absolute().parents) if p.exists()
-    )
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):  # type: ignore[arg-type]
-      raise cli.UsageError(
-        'workdir',
-        folder,
-        f'cannot be written: {nearest} must be a folder that one may write to',
-      )
   path = folder / 'config.json'
   if not path.exists():
-    if folder.exists() and any(p.name[0] != '.' for p in folder.iterdir()):
+    if folder.is_dir() and any(p.name[0] != '.' for p in folder.iterdir()):
       raise cli.UsageError(
         'workdir', folder, 'holds other files; choose an empty or a new folder'
       )
@@ -191,8 +193,10 @@ def opened(folder: UPath, ours: dict[str, Any]) -> Iterator[None]:
   """Holds a folder that `check_folder` lets pass, against other processes.
 
   Raises:
-    cli.UsageError: as `check_folder`, or if another process holds it.
+    cli.UsageError: as `check_folder`, if one may not write there, or if another
+      process holds it.
   """
+  _check_writable(folder)
   check_folder(folder, ours)
   with lock.held(folder):
     check_folder(folder, ours)  # another may have been here since

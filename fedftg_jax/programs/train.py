@@ -28,11 +28,33 @@ def main() -> None:
     f'{config["method"]} on {config["dataset"]}, {config["rounds"]} rounds'
   )
   folder = folders.workdir(FLAGS.workdir, config)
-  with folders.opened(folder, folders.identity(config)):
-    _train(folder, config)
+  identity = folders.identity(config)
+  folders.check_folder(folder, identity)
+  if not _is_finished(folder, config):
+    with folders.opened(folder, identity):
+      if not _is_finished(folder, config):  # by another, since
+        training.train(
+          assembly.build(config, FLAGS.data_dir, FLAGS.manual_dir),
+          [config['seed']],
+          [folder],
+          config['method'],
+          training.asked_for(),
+        )
+  if not devices.is_first():
+    return
+  if not (folder / 'report.html').exists():
+    page.write(folder)
+  summary = json.loads((folder / 'summary.json').read_text())
+  print(
+    f'final accuracy {100 * summary["final_accuracy"]:.2f} % (mean over the last '
+    f'{rows.FINAL_ROUNDS} rounds) after {summary["rounds"]} rounds; '
+    f'{summary["train_seconds"]:.0f} s of training, '
+    f'{summary["compile_seconds"]:.0f} s of compilation; results in {folder}'
+  )
 
 
-def _train(folder, config) -> None:
+def _is_finished(folder, config) -> bool:
+  """Whether all rounds are done; such a folder need not be written to."""
   done = int(devices.agree(folders.rounds_finished(folder)))
   if done > config['rounds']:
     raise cli.UsageError(
@@ -43,22 +65,4 @@ def _train(folder, config) -> None:
     )
   if done == config['rounds']:
     progress.say(f'already finished: {folder}')
-  else:
-    training.train(
-      assembly.build(config, FLAGS.data_dir, FLAGS.manual_dir),
-      [config['seed']],
-      [folder],
-      config['method'],
-      training.asked_for(),
-    )
-  if not devices.is_first():
-    return
-  if not (folder / 'report.html').exists():
-    page.write(folder)
-  summary = json.loads((folder / 'summary.json').read_text())
-  print(
-    f'final accuracy {summary["final_accuracy"]:.4f} (mean over the last '
-    f'{rows.FINAL_ROUNDS} rounds) after {summary["rounds"]} rounds; '
-    f'{summary["train_seconds"]:.0f} s of training, '
-    f'{summary["compile_seconds"]:.0f} s of compilation; results in {folder}'
-  )
+  return done == config['rounds']

@@ -3,4 +3,4 @@
 from fedftg_jax.programs import command
 
 if __name__ == '__main__':
-  command.run('benchmark')
+  command.launch('benchmark')

@@ -13,7 +13,7 @@ from tests import programs
 
 
 def figures_of(final, accuracies, averages, recognised=()):
-  """As `suite.read_run` gives them."""
+  """As `suite.figures_of` gives them."""
   rows = [
     {'round': i, 'test_accuracy': a, 'accuracy': {'aggregated': b}}
     for i, (a, b) in enumerate(zip(accuracies, averages))

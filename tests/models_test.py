@@ -18,7 +18,7 @@ from fedftg_jax.models import convolution, layers, resnet, winograd
 
 KEY = jax.random.key(0)
 SMALL_RESNET = models.from_flax(
-  resnet.ResNet(3, (4, 6), 1, True, True, layers.Options('batch')), (4, 4, 3)
+  resnet.ResNet(3, (4, 6), 1, True, True, layers.Variant('batch')), (4, 4, 3)
 )
 DEEP = ('resnet18', 'resnet18_cifar', 'resnet20', 'vgg11')
 
@@ -308,7 +308,7 @@ class DeepClassifiersTest(parameterized.TestCase):
 
   def check_gradients(self, norm):
     """Also where no example or only one is valid; every kind of layer."""
-    module = resnet.ResNet(3, (4, 6), 2, True, True, layers.Options(norm))
+    module = resnet.ResNet(3, (4, 6), 2, True, True, layers.Variant(norm))
     model = models.from_flax(module, (6, 6, 1))
     variables = _random_variables(model)
 
@@ -374,7 +374,7 @@ class BasicBlockTest(parameterized.TestCase):
   def test_equals_plain_formula(self, features, stride, project):
     with enable_x64(True):
       block = resnet.BasicBlock(
-        features, stride, project, layers.Options('batch')
+        features, stride, project, layers.Variant('batch')
       )
       x = jax.random.normal(KEY, (3, 5, 6, 4))
       shapes = jax.eval_shape(block.init, KEY, x)
@@ -415,7 +415,7 @@ class BasicBlockTest(parameterized.TestCase):
   def test_initialisation(self):
     x = jnp.abs(jax.random.normal(KEY, (2, 4, 4, 64)))
     for norm in layers.NORMS:
-      block = resnet.BasicBlock(64, 1, True, layers.Options(norm))
+      block = resnet.BasicBlock(64, 1, True, layers.Variant(norm))
       params = jax.jit(block.init)(KEY, x)['params']
       np.testing.assert_allclose(
         params['conv0']['conv']['kernel'].std(),

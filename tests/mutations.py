@@ -501,7 +501,7 @@ FAULTS = (
   Fault(
     'checkpoint_of_another_run',
     CHECKPOINT,
-    "about.get('note') != json.loads(json.dumps(note))",
+    "about.get('note') != wanted_note",
     "'note' not in about",
     OF_CHECKPOINT,
   ),

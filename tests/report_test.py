@@ -221,6 +221,26 @@ class RunTest(parameterized.TestCase):
         self.assertEqual(images[name].dtype, np.uint8)
         np.testing.assert_array_equal(images[name].max((1, 2, 3)), 255)
 
+  def test_damaged_files_are_a_line(self):
+    for name, text in (
+      ('config.json', '[' * 100_000),
+      ('config.json', '{"config": [], "versions": {}}'),
+      ('config.json', '{"config": {"program": "sweep"}}'),
+      ('metrics.jsonl', '5\n'),
+      ('metrics.jsonl', f'{{"round": {10**400}}}\n'),
+      ('classes.json', '[]'),
+      ('timings.jsonl', '[]\n'),
+      ('counts.npz', '{}'),
+    ):
+      folder = pathlib.Path(self.create_tempdir().full_path) / 'run'
+      shutil.copytree(self.run_folder, folder)
+      (folder / name).write_text(text)
+      with self.assertRaisesRegex(cli.ArgumentError, 'or a damaged file'):
+        page_lib.write(folder)
+    (folder / 'config.json').unlink()
+    with self.assertRaisesRegex(cli.ArgumentError, 'must be a folder that'):
+      page_lib.write(folder)
+
   def test_classes_together_are_the_change(self):
     counts = np.array(self.json('classes.json')['test_examples'])
     for row in self.rows:

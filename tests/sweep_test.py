@@ -292,7 +292,7 @@ class SweepTest(parameterized.TestCase):
     # What has ended after fewer rounds has not ended after all.
     place = self.folder / 'a/learning_rate=1e+30/seed0'
     files.write_json(place / 'summary.json', {'rounds': 1})
-    self.assertIsNone(suite.read_run(place, 3))
+    self.assertIsNone(suite.figures_of(place, 3))
     # Where all do there is a table, and an error.
     status, _, err = self.sweep('b', '--grid=learning_rate=1e30', *args[1:2])
     self.assertEqual(status, 1)
@@ -306,7 +306,7 @@ class SweepTest(parameterized.TestCase):
     rows = files.read_json(self.folder / 'a/summary.json')['configurations']
     self.assertCountEqual([row['rounds'] for row in rows], [2, 3])
     with self.assertRaisesRegex(cli.UsageError, '--rounds=1: .*no evaluation'):
-      suite.read_run(self.folder / 'a/rounds=3/seed0', 1)
+      suite.figures_of(self.folder / 'a/rounds=3/seed0', 1)
 
 
 class FiguresTest(parameterized.TestCase):

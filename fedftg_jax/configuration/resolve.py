@@ -1,6 +1,7 @@
 """The configuration from the flags: defaults and presets resolved, all checked."""
 
 from collections.abc import Iterable
+import difflib
 import sys
 from typing import Any
 
@@ -179,8 +180,11 @@ def say_unused(configs: Iterable[Configuration]) -> None:
 
 def parse_value(name: str, text: str) -> Any:
   """`text` as the value of flag `name`; cli.UsageError if it cannot be."""
-  if name not in {f.name for f in _ours()}:
-    raise cli.UsageError(name, text, 'no such flag')
+  names = [f.name for f in _ours()]
+  if name not in names:
+    close = difflib.get_close_matches(name, names, 1)
+    hint = f'; did you mean {close[0]}?' if close else ''
+    raise cli.UsageError(name, text, f'no such flag{hint}')
   try:
     return absl_flags.FLAGS[name].parser.parse(text)
   except (ValueError, TypeError) as error:

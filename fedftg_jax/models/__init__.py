@@ -87,7 +87,7 @@ def build(
       f'{name} needs images of at least {size} x {size}, got '
       f'{image_shape[0]} x {image_shape[1]}.'
     )
-  options = layers.Options(norm, conv, projection_dim, torch_bn)
+  options = layers.Variant(norm, conv, projection_dim, torch_bn)
   return from_flax(
     CLASSIFIERS[name](num_classes, options), image_shape, mean, std, dtype
   )

@@ -37,7 +37,7 @@ class CNN(nn.Module):
   num_classes: int
   conv_widths: Sequence[int]
   dense_widths: Sequence[int]
-  options: layers.Options
+  options: layers.Variant
   size: int = 5
 
   @nn.compact
@@ -56,16 +56,16 @@ class CNN(nn.Module):
     )(x)
 
 
-def mlp(num_classes: int, options=layers.Options()) -> nn.Module:
+def mlp(num_classes: int, options=layers.Variant()) -> nn.Module:
   """Two hidden layers of 200."""
   return MLP(num_classes, projection_dim=options.projection_dim)
 
 
-def lenet(num_classes: int, options=layers.Options()) -> nn.Module:
+def lenet(num_classes: int, options=layers.Variant()) -> nn.Module:
   """conv5x5x32, pool, conv5x5x64, pool, fc128, fc."""
   return CNN(num_classes, (32, 64), (128,), options)
 
 
-def fedavg_cnn(num_classes: int, options=layers.Options()) -> nn.Module:
+def fedavg_cnn(num_classes: int, options=layers.Variant()) -> nn.Module:
   """conv5x5x64, pool, conv5x5x64, pool, fc384, fc192, fc."""
   return CNN(num_classes, (64, 64), (384, 192), options)

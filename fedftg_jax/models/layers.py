@@ -26,7 +26,7 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 kaiming_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
-class Options(NamedTuple):
+class Variant(NamedTuple):
   """What is chosen for a classifier as a whole."""
 
   norm: str = 'none'  # one of `NORMS`, see `Norm`
@@ -217,7 +217,7 @@ class ConvNorm(nn.Module):
 
   features: int
   size: int
-  options: Options
+  options: Variant
   stride: int = 1
   bias_before_norm: bool = False
   kernel_init: Callable = kaiming_init

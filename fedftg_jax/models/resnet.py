@@ -26,13 +26,13 @@ class BasicBlock(nn.Module):
     stride: of the first convolution and of the shortcut.
     project: whether a shortcut that changes shape is a 1 x 1 convolution with a
       norm, or else `subsample` (options B and A of the paper).
-    options: see `layers.Options`.
+    options: see `layers.Variant`.
   """
 
   features: int
   stride: int
   project: bool
-  options: layers.Options
+  options: layers.Variant
 
   @nn.compact
   def __call__(self, x, mask=None, train=False):
@@ -74,7 +74,7 @@ class ResNet(nn.Module):
     imagenet_stem: whether the stem quarters the image's height and width by a
       strided 7 x 7 convolution and max pooling; else it is a 3 x 3 convolution.
     project: see `BasicBlock`.
-    options: see `layers.Options`.
+    options: see `layers.Variant`.
   """
 
   num_classes: int
@@ -82,7 +82,7 @@ class ResNet(nn.Module):
   num_blocks: int
   imagenet_stem: bool
   project: bool
-  options: layers.Options
+  options: layers.Variant
 
   @nn.compact
   def __call__(self, x, mask=None, train=False):
@@ -103,18 +103,18 @@ class ResNet(nn.Module):
     return layers.head(x, self.num_classes, self.options.projection_dim)
 
 
-def resnet18(num_classes: int, options=layers.Options('batch')) -> nn.Module:
+def resnet18(num_classes: int, options=layers.Variant('batch')) -> nn.Module:
   """torchvision's; the official code of FedFTG has it see 32 x 32 images."""
   return ResNet(num_classes, (64, 128, 256, 512), 2, True, True, options)
 
 
 def resnet18_cifar(
-  num_classes: int, options=layers.Options('batch')
+  num_classes: int, options=layers.Variant('batch')
 ) -> nn.Module:
   """`resnet18` with a stem that keeps the image size."""
   return ResNet(num_classes, (64, 128, 256, 512), 2, False, True, options)
 
 
-def resnet20(num_classes: int, options=layers.Options('batch')) -> nn.Module:
+def resnet20(num_classes: int, options=layers.Variant('batch')) -> nn.Module:
   """The paper's net for CIFAR, with shortcuts that have no parameters."""
   return ResNet(num_classes, (16, 32, 64), 3, False, False, options)

@@ -23,12 +23,12 @@ class VGG(nn.Module):
   Attributes:
     num_classes: C.
     stages: for each stage, the output channels of its convolutions.
-    options: see `layers.Options`.
+    options: see `layers.Variant`.
   """
 
   num_classes: int
   stages: Sequence[Sequence[int]]
-  options: layers.Options
+  options: layers.Variant
 
   @nn.compact
   def __call__(self, x, mask=None, train=False):
@@ -44,7 +44,7 @@ class VGG(nn.Module):
     return layers.head(x, self.num_classes, self.options.projection_dim)
 
 
-def vgg11(num_classes: int, options=layers.Options('batch')) -> nn.Module:
+def vgg11(num_classes: int, options=layers.Variant('batch')) -> nn.Module:
   """conv 64, pool, 128, pool, 256, 256, pool, 2 x (512, 512, pool), fc."""
   stages = (64,), (128,), (256, 256), (512, 512), (512, 512)
   return VGG(num_classes, stages, options)

@@ -170,16 +170,18 @@ def _train(cells, folder) -> None:
     progress.say(
       f'cell {i + 1} of {len(cells)}: {cell.factor} {cell.value}, {cell.preset}'
     )
-    results = suite.run(
+    results = suite.train_all(
       folder, CLAIM, dict((cell.base, cell.tuned)), tolerant=True
     )
     if results:
       effects.append(
         (cell, effect(results[cell.base[0]], results[cell.tuned[0]]))
       )
-      report(effects, folder)  # what is there so far survives an interruption
+      write_results(
+        effects, folder
+      )  # what is there so far survives an interruption
   if effects:
-    progress.show(*table(effects))
+    progress.show(*result_table(effects))
     print(f'pictures: {folder}/effects.png, {folder}/explained.png')
 
 
@@ -252,7 +254,7 @@ def effect(base: Sequence, tuned: Sequence) -> Effect | None:
   """Differences by seed; None if a run diverged.
 
   Args:
-    base: figures and rows of each seed's run, see `suite.read_run`.
+    base: figures and rows of each seed's run, see `suite.figures_of`.
     tuned: likewise, with FedFTG.
   """
   if any(run is None for run in (*base, *tuned)):
@@ -310,7 +312,7 @@ def _pairs(effects, name):
   ]
 
 
-def table(effects: Effects) -> tuple[list[str], list[list[str]]]:
+def result_table(effects: Effects) -> tuple[list[str], list[list[str]]]:
   """Header and rows, as text."""
   rows = []
   for cell, found in effects:
@@ -346,7 +348,7 @@ def table(effects: Effects) -> tuple[list[str], list[list[str]]]:
   ], rows
 
 
-def report(effects: Effects, folder) -> None:
+def write_results(effects: Effects, folder) -> None:
   """Writes the table, the figures and the pictures."""
   found = [(cell, e) for cell, e in effects if e]
   related = correlations(effects)
@@ -366,7 +368,7 @@ def report(effects: Effects, folder) -> None:
       ],
     },
   )
-  header, rows = table(effects)
+  header, rows = result_table(effects)
   statistics.write_table(folder / 'table.md', header, rows)
   if not found:
     return

@@ -96,8 +96,8 @@ def main() -> None:
       rows += time_side_by_side(
         name, cohort, [OURS, *_AGAINST.value], _REPEAT.value, console
       )
-      report(rows, out)  # what is there so far survives an interruption
-  progress.show(*table(rows))
+      write_results(rows, out)  # what is there so far survives an interruption
+  progress.show(*result_table(rows))
   print(f'figures: {out}, {out.with_suffix(".png")}')
 
 
@@ -198,7 +198,9 @@ def time_side_by_side(
   return rows
 
 
-def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def result_table(
+  rows: list[dict[str, Any]],
+) -> tuple[list[str], list[list[str]]]:
   """Header and rows, as text."""
   ours = {_title(r): r['seconds'] for r in rows if r['who'] == OURS}
   lines = []
@@ -238,7 +240,7 @@ def _title(row: dict[str, Any]) -> str:
   )
 
 
-def report(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
+def write_results(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
   """Writes the figures and the picture."""
   files.write_json(out, {'machine': machine(), 'rows': rows})
   groups = {}

@@ -13,7 +13,7 @@ def main() -> None:
   """Runs the program that the first argument names."""
   name, *rest = sys.argv[1:] or ['']
   if name in programs.NAMES:
-    run(name, [f'fedftg {name}', *rest])
+    launch(name, [f'fedftg {name}', *rest])
   elif name in ('', '-h', '--help', 'help'):
     print(_usage())
   elif name == '--version':
@@ -27,8 +27,8 @@ def main() -> None:
     sys.exit(2)
 
 
-def run(name: str, argv: list[str] | None = None) -> None:
-  """Runs the program `name`; see `cli.run`."""
+def launch(name: str, argv: list[str] | None = None) -> None:
+  """Runs the program `name`; see `cli.launch`."""
   before = signal.getsignal(signal.SIGINT)
   if before is signal.default_int_handler:  # else it is ignored, as under nohup
     # An exception would be lost, or turned into another, in what is imported.
@@ -38,7 +38,7 @@ def run(name: str, argv: list[str] | None = None) -> None:
 
   program = importlib.import_module(f'fedftg_jax.programs.{name}')
   signal.signal(signal.SIGINT, before)
-  cli.run(program, argv)
+  cli.launch(program, argv)
 
 
 def _interrupted(number, frame) -> None:

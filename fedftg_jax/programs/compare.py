@@ -68,9 +68,9 @@ def main() -> None:
     **{k: v for k, v in base.items() if k in _SHARED and k != 'seed'},
   }
   with folders.opened(folder, {**shared, **folders.contents(shared)}):
-    results = suite.run(folder, shared, configs)
+    results = suite.train_all(folder, shared, configs)
     if results:
-      report(results, folder, shared)
+      write_results(results, folder, shared)
 
 
 def parse_methods(names: list[str]) -> dict[str, Configuration]:
@@ -103,11 +103,11 @@ def parse_methods(names: list[str]) -> dict[str, Configuration]:
   return configs
 
 
-def report(results, folder, shared) -> None:
+def write_results(results, folder, shared) -> None:
   """Writes and prints what the runs came to."""
   target = FLAGS.target_accuracy or statistics.common_target(results)
   summary = {
-    name: statistics.summarise(runs, target) for name, runs in results.items()
+    name: statistics.over_seeds(runs, target) for name, runs in results.items()
   }
   files.write_json(
     folder / 'summary.json',
@@ -118,7 +118,7 @@ def report(results, folder, shared) -> None:
       'config': shared,
     },
   )
-  header, rows = statistics.table(summary, target)
+  header, rows = statistics.comparison_table(summary, target)
   statistics.write_table(folder / 'table.md', header, rows)
   with files.replacing(folder / 'curves.png') as temporary:
     plots.curves(

@@ -76,9 +76,9 @@ def main() -> None:
   )
   claim = {'program': 'sweep'}
   with folders.opened(folder, claim):
-    results = suite.run(folder, claim, configs, tolerant=True)
+    results = suite.train_all(folder, claim, configs, tolerant=True)
     if results:
-      report(entries, results, folder)
+      write_results(entries, results, folder)
 
 
 def parse(grid: Sequence[str], listed: Sequence[str]) -> dict[str, Entry]:
@@ -177,7 +177,7 @@ def _union(configs) -> dict[str, Any]:
   return {name: value for config in configs for name, value in config.items()}
 
 
-def report(
+def write_results(
   entries: Mapping[str, Entry], results: statistics.Results, folder
 ) -> None:
   """Writes and prints what the runs came to, the best first.
@@ -214,7 +214,7 @@ def summarise(
     statistics.common_target(ended, share=0.5) if ended else 0.0
   )
   found = {
-    name: statistics.summarise(runs, target)  # type: ignore[arg-type]
+    name: statistics.over_seeds(runs, target)  # type: ignore[arg-type]
     for name, runs in ended.items()  # type: ignore[arg-type]
   }
   validated = found and all(_VALIDATION in each for each in found.values())

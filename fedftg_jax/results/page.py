@@ -42,8 +42,12 @@ def write(folder: UPath) -> UPath:
     Where the page is.
 
   Raises:
-    cli.ArgumentError: if the folder holds none of them.
+    cli.ArgumentError: if the folder holds none of them, or a damaged file.
   """
+  if not (folder / 'config.json').exists():
+    raise cli.ArgumentError(
+      folder, 'must be a folder that train, compare or sweep has written to'
+    )
   try:
     config = files.read_json(folder / 'config.json')['config']
     pages = {'compare': _of_comparison, 'sweep': _of_sweep}
@@ -56,13 +60,15 @@ def write(folder: UPath) -> UPath:
     LookupError,
     TypeError,
     AttributeError,
+    ArithmeticError,
     RecursionError,
+    StopIteration,
     jinja2.TemplateError,
-  ) as error:  # what a file that somebody changed can come to
+  ) as error:  # what files that somebody changed can come to
     raise cli.ArgumentError(
       folder,
-      'must be a folder that train, compare or sweep has written to, '
-      f'with at least one evaluation ({" ".join(str(error).split())})',
+      'has no evaluation yet, or a damaged file '
+      f'({type(error).__name__}: {" ".join(str(error).split())})',
     ) from error
   path = folder / 'report.html'
   files.write_text(path, text)

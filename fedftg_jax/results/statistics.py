@@ -10,7 +10,7 @@ from upath import UPath
 from fedftg_jax.results import rows as rows_lib
 from fedftg_jax.system import files
 
-# By name, each seed's figures, see `suite.read_run`; None where it diverged.
+# By name, each seed's figures, see `suite.figures_of`; None where it diverged.
 Results = Mapping[str, Sequence[dict[str, Any] | None]]
 
 # What a sweep is sorted by, and what pictures call it.
@@ -20,7 +20,7 @@ LABELS = {
 }
 
 
-def summarise(runs: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
+def over_seeds(runs: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
   """One method's figures over its seeds."""
   variants = runs[0]['final_accuracy_of']
   validation = 'final_validation_accuracy'
@@ -73,7 +73,7 @@ def common_target(results: Results, share: float = 1.0) -> float:
   return int(worst[math.ceil(share * len(worst)) - 1] / 0.05 + 1e-9) * 5 / 100
 
 
-def table(
+def comparison_table(
   summary: Mapping[str, dict[str, Any]], target: float
 ) -> tuple[list[str], list[list[str]]]:
   """Header and rows, as text."""
@@ -146,9 +146,9 @@ def curves(results: Results) -> dict[str, list[list[tuple]]]:
 def sweep_table(
   summary: Mapping[str, Any],
 ) -> tuple[list[str], list[list[str]]]:
-  """As `table`, of a sweep's summary.json: with a column for each flag."""
+  """As `comparison_table`, of a sweep's summary.json: with a column for each flag."""
   swept, rows = summary['swept'], summary['configurations']
-  header, cells = table(
+  header, cells = comparison_table(
     {row['name']: row for row in rows if not row['diverged']},
     summary['target_accuracy'],
   )

@@ -8,6 +8,7 @@ import numpy as np
 from fedftg_jax.results import rows as rows_lib
 from fedftg_jax.results import statistics
 from fedftg_jax.results.reader import Recorded
+from fedftg_jax.system import clock
 
 
 class Table(NamedTuple):
@@ -169,7 +170,7 @@ def times(runs: Mapping[str, Sequence[Recorded]]) -> Table:
     stages = [
       [
         sum(row.get(f'{stage}_seconds', 0.0) for row in run.timings)
-        for stage in ('train', 'evaluate', 'checkpoint', 'compile')
+        for stage in clock.STAGES
       ]
       for run in of_name
     ]

@@ -47,7 +47,7 @@ FLAGS = absl_flags.FLAGS
 DIVERGED = 'diverged.json'  # in a run's folder
 
 
-def run(
+def train_all(
   folder: UPath,
   claim: dict[str, Any],
   configs: Mapping[str, Configuration],
@@ -93,7 +93,7 @@ def run(
   if not devices.is_first():
     return {}
   return {
-    name: [read_run(place, configs[name]['rounds']) for place in of_name]
+    name: [figures_of(place, configs[name]['rounds']) for place in of_name]
     for name, of_name in places.items()
   }
 
@@ -201,7 +201,7 @@ def _train_group(label, experiment, group, tolerant) -> None:
       _train_group(label, experiment, [one], tolerant)
 
 
-def read_run(folder: UPath, rounds: int) -> dict[str, Any] | None:
+def figures_of(folder: UPath, rounds: int) -> dict[str, Any] | None:
   """A run's rows and figures, up to `rounds`; None if it diverged before.
 
   Raises:

@@ -10,7 +10,7 @@ from fedftg_jax.data import partition, schedules, skew
 from fedftg_jax.results import plots, rows
 from fedftg_jax.runs import scoring
 from fedftg_jax.runs import tensorboard as board
-from fedftg_jax.system import cli, devices, files
+from fedftg_jax.system import cli, clock, devices, files
 
 _KEPT_IMAGES = 12  # evaluations of which generated images are kept, at most
 
@@ -269,9 +269,10 @@ class RunWriter:
         'bits_down_per_client': self._bits_down,
         'bits_up_per_client': self._bits_up,
         **{
-          name: round(sum(row.get(name, 0.0) for row in self._timings), 2)
-          for name in self._timings[-1]
-          if name.endswith('_seconds')
+          f'{stage}_seconds': round(
+            sum(row.get(f'{stage}_seconds', 0.0) for row in self._timings), 2
+          )
+          for stage in clock.STAGES
         },
       },
     )

@@ -19,6 +19,7 @@ from typing import Any
 from absl import app, flags, logging
 import jax
 
+import fedftg_jax
 from fedftg_jax.system import devices
 from fedftg_jax.system import help as help_
 
@@ -60,7 +61,9 @@ class ArgumentError(UsageError):
     Exception.__init__(self, f'{value}: {right}')
 
 
-def run(program: types.ModuleType, argv: Sequence[str] | None = None) -> None:
+def launch(
+  program: types.ModuleType, argv: Sequence[str] | None = None
+) -> None:
   """Runs a program: parses the flags in our manner, then calls its `main`.
 
   Args:
@@ -133,6 +136,9 @@ def parse(
   """Parses the command line; exits with status 2 and a line if it is wrong."""
   if program and any(arg in _HELP for arg in argv[1:]):
     print(help_.text(program))
+    sys.exit(0)
+  if '--version' in argv[1:]:
+    print(fedftg_jax.__version__)
     sys.exit(0)
   global _given
   _given = frozenset(map(_name, argv[1:]))

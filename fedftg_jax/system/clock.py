@@ -14,6 +14,9 @@ def _count(event: str, duration_secs: float, **_) -> None:
     _compiling[0] += duration_secs
 
 
+STAGES = ('train', 'evaluate', 'checkpoint', 'compile')
+
+
 @functools.cache
 def _listen() -> None:
   """Has JAX report its compilations from here on."""
@@ -27,9 +30,7 @@ class Clock:
   def __init__(self, done: int = 0):
     """`done`: rounds that are done already."""
     _listen()
-    self._seconds = dict.fromkeys(
-      ('train', 'evaluate', 'checkpoint', 'compile'), 0.0
-    )
+    self._seconds = dict.fromkeys(STAGES, 0.0)
     self._first = self._previous = done
     self._last = dict(self._seconds)
     self._start, self._compiled = time.perf_counter(), _compiling[0]

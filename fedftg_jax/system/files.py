@@ -95,13 +95,21 @@ def write_csv(path: PathLike, rows: list[dict[str, Any]]):
 
 
 def read_json(path: PathLike) -> Any:
-  return json.loads(UPath(path).read_text())
+  """The value of a file; ValueError that names it if it is damaged."""
+  try:
+    return json.loads(UPath(path).read_text())
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path} is damaged: {error}') from error
 
 
 def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
-  """The rows of a file; of one that was cut, the whole ones."""
-  *lines, last = UPath(path).read_text().split('\n')
-  rows = [json.loads(line) for line in lines if line]
+  """The rows of a file; of one that was cut, the whole ones. ValueError that
+  names the file if it is damaged."""
+  try:
+    *lines, last = UPath(path).read_text().split('\n')
+    rows = [json.loads(line) for line in lines if line]
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path} is damaged: {error}') from error
   with contextlib.suppress(ValueError):  # no end of line: it was cut here
     rows += [json.loads(last)] if last else []
   return rows

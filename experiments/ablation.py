@@ -1,4 +1,5 @@
-"""When does FedFTG help? One factor at a time around a centre, paired by seed."""
+"""When does FedFTG help? One factor at a time around a centre, paired by
+seed."""
 
 from fedftg_jax.programs import command
 

@@ -1,4 +1,5 @@
-"""Makes report.html of a run, comparison or sweep, from the files in its folder."""
+"""Makes report.html of a run, comparison or sweep, from the files in its
+folder."""
 
 from fedftg_jax.programs import command
 

@@ -451,8 +451,8 @@ def chain(*parts: Method) -> Method:
     raise ValueError('chain() needs at least one method, got none.')
   if sum(p.aggregates for p in parts) > 1:
     raise ValueError(
-      'chain() got more than one part that aggregates; the last would undo what '
-      'the others did.'
+      'chain() got more than one part that aggregates; the last would undo '
+      'what the others did.'
     )
 
   def split(key):

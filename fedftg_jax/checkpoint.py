@@ -250,7 +250,8 @@ def _names(tree: PyTree) -> PyTree:
 
 
 def _named(tree: PyTree) -> dict[str, Any]:
-  """Leaves by their place; without those of size 0, which orbax does not take."""
+  """Leaves by their place; without those of size 0, which orbax does not
+  take."""
   return {
     name: leaf
     for name, leaf in zip(jax.tree.leaves(_names(tree)), jax.tree.leaves(tree))

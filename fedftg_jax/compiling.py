@@ -1,4 +1,5 @@
-"""`jax.jit` with compiler options for a CPU, whose user waits most for compiling."""
+"""`jax.jit` with compiler options for a CPU, whose user waits most for
+compiling."""
 
 from collections.abc import Callable
 import functools
@@ -23,7 +24,8 @@ ONCE = {
 def jit(
   function: Callable, cpu_options: dict[str, Any], **kwargs: Any
 ) -> Callable:
-  """Makes `jax.jit` of a function, with compiler options where it runs on a CPU.
+  """Makes `jax.jit` of a function, with compiler options where it runs on a
+  CPU.
 
   An option that the environment variable XLA_FLAGS names keeps the value from
   there. Called within another program, the function is compiled with that

@@ -38,7 +38,8 @@ def count_labels(num_classes: int) -> Callable:
 
 
 def draw_images(generator: Generator) -> Callable:
-  """Makes the hook `Method.synthesise` of a server slot that is the generator."""
+  """Makes the hook `Method.synthesise` of a server slot that is the
+  generator."""
 
   def synthesise(shared, labels, key):
     z = jax.random.normal(key, (len(labels), generator.noise_dim))
@@ -127,7 +128,8 @@ def mean_of_probabilities(logits: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def mean_of_logits(logits: jax.Array, weight: jax.Array) -> jax.Array:
-  """The probabilities of the weighted sum of logits; as `mean_of_probabilities`."""
+  """The probabilities of the weighted sum of logits; as
+  `mean_of_probabilities`."""
   chex.assert_equal_shape_prefix([logits, weight], 2)
   mass = jnp.sum(weight, axis=0)[:, None]
   return mass * jax.nn.softmax(jnp.einsum('kbc,kb->bc', logits, weight))
@@ -139,7 +141,8 @@ ENSEMBLES = {'prob': mean_of_probabilities, 'logit': mean_of_logits}
 def renewed_statistics(
   model: Model, variables: Variables, x: jax.Array
 ) -> Output:
-  """Normalises by the batch; the running statistics become those of the batches."""
+  """Normalises by the batch; the running statistics become those of the
+  batches."""
   return model.apply(variables, x, train=True)
 
 

@@ -200,7 +200,8 @@ def _of_client(model, variables, data, batch_size):
 
 
 def _scores(model, variables, batch_stats, batch):
-  """Means over the valid examples: loss, hits, and by class examples and hits."""
+  """Means over the valid examples: loss, hits, and by class examples and
+  hits."""
   logits = model.apply(
     variables, batch.x, mask=batch.mask, train=batch_stats
   ).logits

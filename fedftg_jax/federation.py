@@ -467,7 +467,8 @@ def run(
 
 
 def _run_chunk(fed, state, data, rows, key):
-  """The rounds of a chunk, with the slots brought in from the host if need be."""
+  """The rounds of a chunk, with the slots brought in from the host if need
+  be."""
   if fed.client_state == 'device':
     return _scan_rounds(fed, *stacking.put((state, data, rows), fed.mesh), key)
   num_clients = data.count.shape[0]

@@ -227,7 +227,8 @@ def _check_choice(name, value, allowed):
 
 
 def _fed_ftg(settings, preset='official', **changes):
-  """FedFTG, with the broadcast model as one more teacher if that is asked for."""
+  """FedFTG, with the broadcast model as one more teacher if that is asked
+  for."""
   o = ftg_options(preset, **changes)
   part = {
     name: PARTS[name][getattr(o, name)] for name in PARTS if name in o._fields

@@ -85,7 +85,8 @@ def shard(tree: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def num_rows(cohort: int, chunk: int, mesh: Mesh | None = None) -> int:
-  """Rows that `over_clients` needs for a cohort: what chunks and devices divide."""
+  """Rows that `over_clients` needs for a cohort: what chunks and devices
+  divide."""
   devices = 1 if mesh is None else mesh.size
   each = -(-cohort // devices)
   if chunk:

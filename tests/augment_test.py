@@ -130,7 +130,8 @@ class TrainingTest(absltest.TestCase):
     chex.assert_trees_all_close(together, chunked, atol=1e-6)
 
   def test_a_new_draw_in_each_step(self):
-    """One image, one step an epoch: what is seen changes, and is the image's."""
+    """One image, one step an epoch: what is seen changes, and is the
+    image's."""
     seen = []
 
     def record(key, x):
@@ -144,7 +145,8 @@ class TrainingTest(absltest.TestCase):
     self.assertGreater(len({a.tobytes() for a in seen}), 8)
 
   def test_other_draws_stay_as_they_are(self):
-    """Orders and penalties draw what they drew before there was augmentation."""
+    """Orders and penalties draw what they drew before there was
+    augmentation."""
     chex.assert_trees_all_equal(
       jax.random.split(KEY, 3)[:2], jax.random.split(KEY)
     )

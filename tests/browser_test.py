@@ -1,4 +1,5 @@
-"""report.html in a real browser: nothing fetched, nothing wider than a phone."""
+"""report.html in a real browser: nothing fetched, nothing wider than a
+phone."""
 
 import contextlib
 import functools
@@ -32,7 +33,8 @@ frame.onload = () => {
   const count = tag => inner.querySelectorAll(tag).length;
   const pre = document.createElement("pre");
   pre.textContent = JSON.stringify({
-    width: root.clientWidth, scroll: root.scrollWidth, height: root.scrollHeight,
+    width: root.clientWidth, scroll: root.scrollWidth,
+    height: root.scrollHeight,
     tables: count("table"), pictures: count("figure svg"), images: count("img"),
     broken: [...inner.images].filter(i => !i.naturalWidth).length,
     flat: [...inner.querySelectorAll("figure svg")].filter(

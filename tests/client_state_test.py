@@ -89,7 +89,8 @@ class HostTest(parameterized.TestCase):
       self.assertIsInstance(leaf, np.memmap if mapped else np.ndarray)
 
   def test_the_device_holds_the_table_alone(self):
-    """Rows on the device are those of a chunk, however many clients there are."""
+    """Rows on the device are those of a chunk, however many clients there
+    are."""
     sizes = [4] * 60
     data = problems.make_data(sizes)
     fed = make('scaffold', sizes=sizes, client_state='host')

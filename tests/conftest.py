@@ -34,8 +34,8 @@ jax.config.update('jax_num_cpu_devices', 8)
 
 
 def pytest_configure(config):
-  """Many tests build the same program anew; it is compiled once, for all workers
-  and for the next time (`pytest --cache-clear` forgets)."""
+  """Many tests build the same program anew; it is compiled once, for all
+  workers and for the next time (`pytest --cache-clear` forgets)."""
   jax.config.update(
     'jax_compilation_cache_dir', str(config.cache.mkdir('compiled'))
   )
@@ -44,8 +44,8 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True, scope='module')
 def forget_compiled():
-  """Frees a module's programs: each holds memory maps, of which the system gives a
-  process only so many (65,530; past that the compiler crashes)."""
+  """Frees a module's programs: each holds memory maps, of which the system
+  gives a process only so many (65,530; past that the compiler crashes)."""
   yield
   jax.clear_caches()
   gc.collect()

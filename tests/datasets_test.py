@@ -168,7 +168,8 @@ def write_mnist(folder, zipped=False, prefixes=('train', 't10k'), seed=0):
 
 
 def write_cifar(folder, names, num_labels, num=6):
-  """Tiny files in CIFAR's binary form; images [M, 32, 32, 3], labels [M, ...]."""
+  """Tiny files in CIFAR's binary form; images [M, 32, 32, 3], labels [M,
+  ...]."""
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   rng, images_of, labels_of = np.random.RandomState(1), [], []
@@ -300,7 +301,8 @@ class OriginalFilesTest(parameterized.TestCase):
       (
         'svhn_cropped',
         f'is not prepared in {self.data_dir}; where TensorFlow '
-        'is installed, run "tfds build svhn_cropped --file_format=array_record"',
+        'is installed, run "tfds build svhn_cropped '
+        '--file_format=array_record"',
       ),
       ('cifar10:9.9.9', 'is not prepared in .*"tfds build cifar10:9.9.9 '),
       ('no such', 'must be one of mnist5k, mnist, fashion_mnist'),

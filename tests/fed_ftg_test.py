@@ -440,8 +440,8 @@ class PiecesTest(parameterized.TestCase):
     st.integers(0, 2**31 - 1),
   )
   def test_quota_labels(self, counts, seed):
-    """Counts are exact where products pass 2**32, and no class that nobody has is
-    drawn."""
+    """Counts are exact where products pass 2**32, and no class that nobody has
+    is drawn."""
     hypothesis.assume(sum(counts))
     num = 500
     labels = jax.jit(distillation.quota_labels, static_argnums=2)(
@@ -464,7 +464,8 @@ class PiecesTest(parameterized.TestCase):
     np.testing.assert_array_equal(np.bincount(labels), [4, 4, 4])
 
   def test_presets(self):
-    """The options by name are those of the functions; the code's are defaults."""
+    """The options by name are those of the functions; the code's are
+    defaults."""
     self.assertEqual(recipes.ftg_options('official'), recipes.FtgOptions())
     of = lambda name: recipes.ftg_options(name)._asdict()
     changed = lambda name: {
@@ -529,8 +530,8 @@ class PiecesTest(parameterized.TestCase):
 
 class DiagnosticsTest(parameterized.TestCase):
   def test_by_hand(self):
-    """Two images: one recognised as asked for, one halved between two classes by
-    an ensemble whose weights sum to a half."""
+    """Two images: one recognised as asked for, one halved between two classes
+    by an ensemble whose weights sum to a half."""
     target = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.25, 0.25]])
     uniform, exact = (
       jnp.zeros((2, 3)),
@@ -547,7 +548,8 @@ class DiagnosticsTest(parameterized.TestCase):
       np.testing.assert_allclose(measured[name], want, atol=1e-6, err_msg=name)
 
   def test_of_round(self):
-    """Means over iterations and, where there are any, the teachers that came."""
+    """Means over iterations and, where there are any, the teachers that
+    came."""
     by_name = {
       'cls': jnp.array([[[1.0, 9.0, 3.0]], [[3.0, 9.0, 5.0]]]),
       'gap': jnp.array([1.0, 2.0]),

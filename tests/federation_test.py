@@ -18,7 +18,8 @@ KEY = jax.random.key(7)
 
 
 def counter():
-  """A method whose client slot counts participations, whose server slot rounds."""
+  """A method whose client slot counts participations, whose server slot
+  rounds."""
   return base.Method(
     init=lambda key, variables: (jnp.zeros(()), jnp.zeros(2)),
     upload=lambda view, local, objective, key: (view.own + 1, ()),

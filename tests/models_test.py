@@ -500,7 +500,8 @@ class ConvolutionTest(parameterized.TestCase):
     self.check_winograd(*case)
 
   def check_winograd(self, size, image, valid):
-    """As the plain one: in value and gradient, all images at once and in blocks."""
+    """As the plain one: in value and gradient, all images at once and in
+    blocks."""
 
     def run(compute, x, kernel):
       def both(x, kernel):

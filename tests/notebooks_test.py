@@ -87,7 +87,8 @@ class NotebooksTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_without_the_code(self):
-    """Elsewhere, with no address given: what to do is said, nothing is fetched."""
+    """Elsewhere, with no address given: what to do is said, nothing is
+    fetched."""
     folder = self.create_tempdir().full_path
     notebook = read(NAMES[0])
     first = next(c for c in notebook.cells if c.cell_type == 'code')

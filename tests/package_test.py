@@ -1,4 +1,5 @@
-"""The wheel in an environment of its own: programs and README, from anywhere."""
+"""The wheel in an environment of its own: programs and README, from
+anywhere."""
 
 import json
 import os

@@ -169,7 +169,8 @@ class SchemesTest(parameterized.TestCase):
       np.testing.assert_array_equal(a, b)
 
   def test_dirichlet_class_follows_its_draws(self):
-    """By class, shares have mean 1 / N and variance (N - 1) / (N^2 (N a + 1))."""
+    """By class, shares have mean 1 / N and variance (N - 1) / (N^2 (N a +
+    1))."""
     labels, num = np.repeat(np.arange(200), 100), 5
     for alpha in (0.1, 0.5, 5.0):
       counts = skew.class_counts(

@@ -1,4 +1,5 @@
-"""Every preset says its command, time and score, and is a valid configuration."""
+"""Every preset says its command, time and score, and is a valid
+configuration."""
 
 import contextlib
 import pathlib

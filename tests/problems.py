@@ -57,7 +57,8 @@ class Normed(nn.Module):
 
 
 class DenseGenerator(nn.Module):
-  """A small net with a BatchNorm: compiles in a fraction of a convolutional one."""
+  """A small net with a BatchNorm: compiles in a fraction of a convolutional
+  one."""
 
   @nn.compact
   def __call__(self, z, labels, train=False):
@@ -92,8 +93,8 @@ def _generator(noise_dim=4):
 
 
 def quick(pair):
-  """A model or generator with weights of one draw: each draw of its own would take
-  a tenth of a second to compile."""
+  """A model or generator with weights of one draw: each draw of its own would
+  take a tenth of a second to compile."""
 
   @jax.jit
   def init(key):

@@ -54,8 +54,8 @@ def write_data(folder):
 
 
 def small(data):
-  """Flags of a run of seconds; with FedAvg, as programs of FedFTG take longest to
-  compile. In a file, which may hold flags of other methods."""
+  """Flags of a run of seconds; with FedAvg, as programs of FedFTG take longest
+  to compile. In a file, which may hold flags of other methods."""
   path = pathlib.Path(data).parent / '.small.flags'
   path.write_text(
     '\n'.join(

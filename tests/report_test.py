@@ -1,4 +1,5 @@
-"""What one looks at after a run: scores of clients and classes, tables, a page."""
+"""What one looks at after a run: scores of clients and classes, tables, a
+page."""
 
 import contextlib
 import csv

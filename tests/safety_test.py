@@ -1,4 +1,5 @@
-"""Two processes in one folder, and data that nobody can mean or that do harm."""
+"""Two processes in one folder, and data that nobody can mean or that do
+harm."""
 
 import io
 import json

@@ -115,7 +115,8 @@ class DevicesTest(parameterized.TestCase):
     self.check_same(((1, 0), (2, 1), (4, 0), (8, 0)), *method)
 
   def test_teachers_on_different_devices(self):
-    """Where they work at the same time, each device has its own share of them."""
+    """Where they work at the same time, each device has its own share of
+    them."""
     mesh = stacking.make_mesh(4)
     fed = make('fed_ftg', options=JOINT, mesh=mesh)
     state, data = stacking.put((fed.init(KEY), problems.DATA), mesh)

@@ -1,4 +1,5 @@
-"""Sweeps: what is trained, in which order it is shown, what a wrong flag says."""
+"""Sweeps: what is trained, in which order it is shown, what a wrong flag
+says."""
 
 import csv
 import itertools

@@ -1,4 +1,5 @@
-"""Checks of a configuration that the type and the bounds of a flag cannot make."""
+"""Checks of a configuration that the type and the bounds of a flag cannot
+make."""
 
 import os
 from typing import Any
@@ -70,7 +71,8 @@ def check(values: dict[str, Any]) -> None:
   require('ftg_temperature', values['ftg_temperature'] > 0, 'must be above 0')
   for name in FTG + 'memory', 'df_memory':
     require(name, values[name] < 1, 'must be below 1')
-  # Of methods at hand: their batches may be --batch_size, which is large for itself.
+  # Of methods at hand: their batches may be --batch_size, which is large for
+  # itself.
   parts = recipes.parse(values['method'])
   for name, batch, users in (
     (FTG + 'iterations', FTG + 'batch_size', {'fed_ftg'}),

@@ -88,12 +88,12 @@ def _define_data() -> None:
     'dataset',
     'mnist5k',
     'Data set: mnist5k (5,000 real MNIST images that come '
-    'with a Python package); mnist, fashion_mnist, kmnist, emnist/*, cifar10 or '
-    'cifar100, prepared here from their original files; another '
+    'with a Python package); mnist, fashion_mnist, kmnist, emnist/*, cifar10 '
+    'or cifar100, prepared here from their original files; another '
     'image-classification set of TensorFlow Datasets that is prepared already; '
     'folder:PATH, with images in train/CLASS/ and test/CLASS/; or npz:PATH, an '
-    '.npz with train_x, train_y, test_x, test_y (images NHWC, uint8 or float32) '
-    'and perhaps train_client_id.',
+    '.npz with train_x, train_y, test_x, test_y (images NHWC, uint8 or '
+    'float32) and perhaps train_client_id.',
   )
   flags.DEFINE_string(
     'public_data',
@@ -547,8 +547,8 @@ def _define_results() -> None:
     'personalise',
     False,
     'Where clients are evaluated, also after local '
-    'training by each of them; takes as long as --num_clients / --cohort rounds '
-    'of local training.',
+    'training by each of them; takes as long as --num_clients / --cohort '
+    'rounds of local training.',
   )
   flags.DEFINE_bool(
     'tensorboard',

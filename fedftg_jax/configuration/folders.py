@@ -53,7 +53,8 @@ def _fingerprint(path: pathlib.Path) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _of_files(folder, found):
-  """Kept while sizes and times stay: it is asked for often, files may be many."""
+  """Kept while sizes and times stay: it is asked for often, files may be
+  many."""
   digest = hashlib.sha256()
   for name, size, _ in found:
     digest.update(f'{name}\0{size}\0'.encode())
@@ -92,7 +93,8 @@ def workdir(asked: str | None, config: dict[str, Any], *words: str) -> UPath:
       'workdir',
       asked,
       f'cannot be reached ({type(error).__name__}: {error}); '
-      'must be a folder, or one in a store of fsspec whose package is installed',
+      'must be a folder, or one in a store of fsspec whose package is '
+      'installed',
     ) from error
   return folder
 

@@ -1,4 +1,5 @@
-"""The configuration from the flags: defaults and presets resolved, all checked."""
+"""The configuration from the flags: defaults and presets resolved, all
+checked."""
 
 from collections.abc import Iterable
 import difflib

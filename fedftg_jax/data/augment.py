@@ -51,5 +51,6 @@ def apply(x: jax.Array, draws: Draws) -> jax.Array:
 
 
 def flip_crop(key: jax.Array, x: jax.Array) -> jax.Array:
-  """Normalised images [B, H, W, channels], each augmented by draws of its own."""
+  """Normalised images [B, H, W, channels], each augmented by draws of its
+  own."""
   return apply(x, draw(key, len(x)))

@@ -243,8 +243,8 @@ def _checked(
       )
     if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
       raise ValueError(
-        f'{path}: {split}_y must be one integer for each of the {len(x)} images '
-        f'of {split}_x, got {list(y.shape)} of {y.dtype}'
+        f'{path}: {split}_y must be one integer for each of the {len(x)} '
+        f'images of {split}_x, got {list(y.shape)} of {y.dtype}'
       )
     if y.min() < 0:
       raise ValueError(f'{path}: {split}_y must be 0 or more, has {y.min()}')

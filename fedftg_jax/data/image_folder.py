@@ -22,8 +22,8 @@ def classes(path: str) -> list[str]:
     folder = root / split
     if not folder.is_dir():
       raise ValueError(
-        f'no such folder: {str(folder)!r}; folder:PATH names one with images in '
-        'train/CLASS/ and test/CLASS/'
+        f'no such folder: {str(folder)!r}; folder:PATH names one with images '
+        'in train/CLASS/ and test/CLASS/'
       )
     found[split] = sorted(p.name for p in _visible(folder) if p.is_dir())
     if not found[split]:

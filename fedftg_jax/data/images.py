@@ -23,7 +23,8 @@ def encode(image: np.ndarray) -> bytes:
 
 
 def decode(source: bytes | pathlib.Path) -> np.ndarray:
-  """The image in a file's bytes, or in a file: [H, W, 1] if grey, else [H, W, 3].
+  """The image in a file's bytes, or in a file: [H, W, 1] if grey, else [H, W,
+  3].
 
   Raises:
     ValueError: if it is none of a known format, is too large to be meant, or

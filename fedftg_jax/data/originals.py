@@ -139,7 +139,8 @@ def read_bytes(path: pathlib.Path) -> bytes:
 
 
 def _paths(folder, names):
-  """The path of each file, plain or gzipped; None for those that are missing."""
+  """The path of each file, plain or gzipped; None for those that are
+  missing."""
 
   def one(name):
     either = folder / name, folder / f'{name}.gz'

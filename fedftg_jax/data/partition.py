@@ -174,7 +174,8 @@ def shards(
   *,
   seed: int = 0,
 ) -> list[np.ndarray]:
-  """Examples sorted by label, cut in equal shards, some of them for each client.
+  """Examples sorted by label, cut in equal shards, some of them for each
+  client.
 
   McMahan et al., Communication-Efficient Learning of Deep Networks from
   Decentralized Data, AISTATS 2017, arXiv:1602.05629, section 3 ("pathological
@@ -272,8 +273,8 @@ def _num_owners(sizes, num_clients, per_client):
   most = np.minimum(sizes, num_clients)
   if num < len(sizes):
     raise ValueError(
-      f'num_clients x classes_per_client must be at least the number of classes '
-      f"({len(sizes)}), so that each class is somebody's, got {num}."
+      'num_clients x classes_per_client must be at least the number of '
+      f"classes ({len(sizes)}), so that each class is somebody's, got {num}."
     )
   if num > most.sum():
     raise ValueError(
@@ -293,7 +294,8 @@ def _num_owners(sizes, num_clients, per_client):
 
 
 def _dealt(owners, num_clients):
-  """[N, C] a way to give each class its number of clients, as cards are dealt."""
+  """[N, C] a way to give each class its number of clients, as cards are
+  dealt."""
   owned = np.zeros((num_clients, len(owners)), bool)
   cards = np.repeat(np.arange(len(owners)), owners)
   owned[np.arange(len(cards)) % num_clients, cards] = True

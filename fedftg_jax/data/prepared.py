@@ -112,7 +112,8 @@ def _find(name, data_dir):
 
 
 def _refuse_code(folder: pathlib.Path) -> None:
-  """Refuses features of other classes than TFDS's own, whose modules it imports.
+  """Refuses features of other classes than TFDS's own, whose modules it
+  imports.
 
   Raises:
     ValueError: with the file and the class.
@@ -176,13 +177,13 @@ def _explain(name, root):
     with_community_datasets=False
   ):
     raise ValueError(
-      f'must be one of {", ".join(BUILDERS)}, npz:PATH, folder:PATH, or another '
-      'image-classification set of TensorFlow Datasets'
+      f'must be one of {", ".join(BUILDERS)}, npz:PATH, folder:PATH, or '
+      'another image-classification set of TensorFlow Datasets'
     )
   raise ValueError(
-    f'is not prepared in {root}; where TensorFlow is installed, run "tfds build '
-    f'{name} --file_format=array_record", and name the folder it is in by '
-    '--data_dir'
+    f'is not prepared in {root}; where TensorFlow is installed, run "tfds '
+    f'build {name} --file_format=array_record", and name the folder it is in '
+    'by --data_dir'
   )
 
 

@@ -34,8 +34,8 @@ def effective_classes(counts: np.ndarray) -> np.ndarray:
 
 
 def gini(sizes: np.ndarray) -> float:
-  """Gini coefficient of the client sizes: 0 for equal ones, (N - 1) / N where one
-  client has everything."""
+  """Gini coefficient of the client sizes: 0 for equal ones, (N - 1) / N where
+  one client has everything."""
   num, ordered = len(sizes), np.sort(sizes)
   ranks = np.arange(1, num + 1)
   return float(

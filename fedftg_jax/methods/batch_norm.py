@@ -2,9 +2,9 @@
 
 aggregate  they are averaged with the model (the official codes of this field).
            Nothing to add: every aggregating method does it.
-local      each client keeps its own and begins with them. FedBN (Li et al., ICLR
-           2021, arXiv:2102.07623) keeps the layers' scale and bias at home as
-           well, SiloBN (Andreux et al., DART 2020) only the statistics, as
+local      each client keeps its own and begins with them. FedBN (Li et al.,
+           ICLR 2021, arXiv:2102.07623) keeps the layers' scale and bias at home
+           as well, SiloBN (Andreux et al., DART 2020) only the statistics, as
            here.
            Deviation: statistics still travel up with the model, since teachers
            on the server run with their own; a client in its first round begins

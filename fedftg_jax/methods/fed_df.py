@@ -62,7 +62,8 @@ class Options(NamedTuple):
 
 
 def check(options: Options) -> None:
-  """Checks the numbers; ValueError names a wrong one and what would be right."""
+  """Checks the numbers; ValueError names a wrong one and what would be
+  right."""
   distillation.check_least(
     generator_steps=(options.generator_steps, 0),
     student_steps=(options.student_steps, 0),
@@ -178,7 +179,8 @@ def fed_df_public(model: Model, options: Options = Options()) -> Method:
 
 
 def draw(key, counts, noise_dim, options):
-  """Noise [steps, B, noise] and labels [steps, B], the generator's steps first."""
+  """Noise [steps, B, noise] and labels [steps, B], the generator's steps
+  first."""
   num = options.generator_steps + options.student_steps
   key_noise, key_labels = jax.random.split(key)
   labels = distillation.quota_labels(

@@ -19,13 +19,13 @@ some terms differently; `Terms` holds the chosen forms, and `PRESETS` four
 choices:
 
   official  the released code, number by number;
-  paper     the published equations as far as they are known. The text could not be
-            checked, so this is a reading of it. The diversity term is the
+  paper     the published equations as far as they are known. The text could not
+            be checked, so this is a reading of it. The diversity term is the
             code's;
-  intended  the code with its defects mended: fidelity weighted per sample, student
-            loss not divided by C, aggregated BatchNorm statistics kept;
-  robust    ours: 'intended' without hard samples, teachers combined by their logits
-            (measured in docs/when_it_pays.md).
+  intended  the code with its defects mended: fidelity weighted per sample,
+            student loss not divided by C, aggregated BatchNorm statistics kept;
+  robust    ours: 'intended' without hard samples, teachers combined by their
+            logits (measured in docs/when_it_pays.md).
 
 What surrounds this step in a preset (weight decay, gradient bound, label draws,
 the teacher of `remembering`, biases of the generator) stands in
@@ -75,14 +75,16 @@ def over_classes(logits, target):  # code: C times smaller
 
 
 def class_weights(counts: jax.Array, arrived: jax.Array) -> jax.Array:
-  """alpha_k^y [K, C] of Eq. 9; 0 for an absent teacher and a class nobody has."""
+  """alpha_k^y [K, C] of Eq. 9; 0 for an absent teacher and a class nobody
+  has."""
   chex.assert_rank([counts, arrived], [2, 1])
   counts = counts * arrived[:, None]
   return counts / (jnp.sum(counts, axis=0) + 1e-6)
 
 
 def uniform_weights(counts: jax.Array, arrived: jax.Array) -> jax.Array:
-  """1 / K for each of the K that arrived (ablation of the class-level ensemble)."""
+  """1 / K for each of the K that arrived (ablation of the class-level
+  ensemble)."""
   return jnp.ones(counts.shape) * distillation.present(arrived)[:, None]
 
 

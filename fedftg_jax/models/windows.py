@@ -43,7 +43,8 @@ class Windows(NamedTuple):
 
 
 def taps(x, axis, size, stride):
-  """The first, second ... pixel of each window of `size` pixels along `axis`."""
+  """The first, second ... pixel of each window of `size` pixels along
+  `axis`."""
   num = (x.shape[axis] - size) // stride + 1
   if stride == 1:
     phases = [x]

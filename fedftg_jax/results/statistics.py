@@ -64,8 +64,8 @@ def rounds_to(rows: list[dict[str, Any]], target: float) -> int | None:
 
 
 def common_target(results: Results, share: float = 1.0) -> float:
-  """The highest multiple of 0.05 that every run of a share of the names reaches,
-  rounded up to whole names."""
+  """The highest multiple of 0.05 that every run of a share of the names
+  reaches, rounded up to whole names."""
   worst = sorted(
     (min(run['best_accuracy'] for run in runs) for runs in results.values()),  # type: ignore[index]
     reverse=True,
@@ -146,7 +146,8 @@ def curves(results: Results) -> dict[str, list[list[tuple]]]:
 def sweep_table(
   summary: Mapping[str, Any],
 ) -> tuple[list[str], list[list[str]]]:
-  """As `comparison_table`, of a sweep's summary.json: with a column for each flag."""
+  """As `comparison_table`, of a sweep's summary.json: with a column for each
+  flag."""
   swept, rows = summary['swept'], summary['configurations']
   header, cells = comparison_table(
     {row['name']: row for row in rows if not row['diverged']},

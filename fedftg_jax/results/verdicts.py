@@ -20,8 +20,8 @@ def of_sweep(summary, num_ended) -> str:
     text
     if num_ended == 1
     else (
-      f'{text} It was chosen on the test set, as the best of {num_ended}, which '
-      'flatters it; --validation_share keeps data apart to choose on.'
+      f'{text} It was chosen on the test set, as the best of {num_ended}, '
+      'which flatters it; --validation_share keeps data apart to choose on.'
     )
   )
 
@@ -38,8 +38,8 @@ def of_run(run) -> str:
     gain = 100 * (final['broadcast'] - final['average'])
     text += (
       f" The plain average of the clients' models has "
-      f'{tables.percent(final["average"])} %: what the server adds to it is worth '
-      f'{gain:+.2f} points.'.replace('-', '−')
+      f'{tables.percent(final["average"])} %: what the server adds to it is '
+      f'worth {gain:+.2f} points.'.replace('-', '−')
     )
   return text
 

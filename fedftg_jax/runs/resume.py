@@ -135,8 +135,8 @@ def newest(
         if error.differ == (_ROWS,):
           raise cli.RunError(
             f'{run[0] / "metrics.jsonl"}: its rows up to round {done} are not '
-            'those that the run wrote; put them back, or delete the checkpoints '
-            'beside it to begin anew'
+            'those that the run wrote; put them back, or delete the '
+            'checkpoints beside it to begin anew'
           ) from error
         _set_aside(run[0], done, str(error))
         break

@@ -1,4 +1,5 @@
-"""What is looked at between chunks of rounds: models, clients, generated images."""
+"""What is looked at between chunks of rounds: models, clients, generated
+images."""
 
 from collections.abc import Callable, Mapping
 import functools
@@ -124,7 +125,8 @@ def _all_finite(tree) -> bool:
 
 
 def test_parts(experiment: Experiment) -> list[np.ndarray]:
-  """Each client's rows of the test set: classes fall to clients as in training."""
+  """Each client's rows of the test set: classes fall to clients as in
+  training."""
   dataset, parts = experiment.problem.dataset, experiment.problem.parts
   return partition.like(dataset.test_y, dataset.train_y, parts)
 
@@ -190,8 +192,8 @@ def nearest_real(experiment: Experiment, state) -> dict[str, np.ndarray]:
 
 
 def _nearest(images, real, seen, without=None):
-  """Place in `real` and distance of what is nearest to each of `images`, but for
-  the rows `without`, one each."""
+  """Place in `real` and distance of what is nearest to each of `images`, but
+  for the rows `without`, one each."""
   flat = images.reshape(len(images), -1)
   squares = []
   for first in range(0, len(real), _BATCH):

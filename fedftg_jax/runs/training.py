@@ -150,7 +150,8 @@ def _all_held(folders) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _slots(config, folder) -> Iterator[list[pathlib.Path]]:
-  """Where `init` maps clients' slots from: a folder, gone afterwards, or none."""
+  """Where `init` maps clients' slots from: a folder, gone afterwards, or
+  none."""
   if config['client_state'] != 'disk':
     yield []
     return

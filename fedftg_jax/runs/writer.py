@@ -279,7 +279,8 @@ class RunWriter:
 
 
 def label_counts(experiment: Experiment) -> dict[str, np.ndarray]:
-  """How many examples of each class each client trains and is tested on, [N, C]."""
+  """How many examples of each class each client trains and is tested on, [N,
+  C]."""
   dataset = experiment.problem.dataset
   return {
     split: skew.class_counts(labels, parts, dataset.num_classes).astype(
@@ -293,8 +294,9 @@ def label_counts(experiment: Experiment) -> dict[str, np.ndarray]:
 
 
 def kept_rounds(rounds: list[int]) -> set[int]:
-  """Of the evaluated rounds those whose generated images are kept: the last, and
-  others spread over all. One that is kept has been since it was the last."""
+  """Of the evaluated rounds those whose generated images are kept: the last,
+  and others spread over all. One that is kept has been since it was the
+  last."""
   stride = 1
   while len(rounds) > stride * _KEPT_IMAGES:
     stride *= 2

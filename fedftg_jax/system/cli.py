@@ -55,7 +55,8 @@ class UsageError(Exception):
 
 
 class ArgumentError(UsageError):
-  """An argument that is no flag and is wrong: its value, what would be right."""
+  """An argument that is no flag and is wrong: its value, what would be
+  right."""
 
   def __init__(self, value: Any, right: str):
     Exception.__init__(self, f'{value}: {right}')
@@ -125,8 +126,8 @@ def _os_error(error: OSError) -> str:
 
 def _memory(error: Exception) -> str:
   return (
-    f'the memory does not suffice ({str(error)[:200]}); a smaller --batch_size, '
-    '--client_chunk or --seeds_at_once needs less'
+    f'the memory does not suffice ({str(error)[:200]}); a smaller '
+    '--batch_size, --client_chunk or --seeds_at_once needs less'
   )
 
 
@@ -186,7 +187,8 @@ def _name(arg: str) -> str:
 
 
 def _with_files(argv):
-  """The command line with the lines of flag files and presets in their place."""
+  """The command line with the lines of flag files and presets in their
+  place."""
   while any(
     _name(arg) in ('flagfile', 'preset')
     for arg in argv[1:]

@@ -63,7 +63,8 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
 
 
 def remove_parts(folder: PathLike) -> None:
-  """Removes files that a killed process had begun, of a folder of this machine."""
+  """Removes files that a killed process had begun, of a folder of this
+  machine."""
   if is_local(folder):
     for part in pathlib.Path(str(folder)).glob(_PART + '*'):
       part.unlink(missing_ok=True)
@@ -85,7 +86,8 @@ def write_jsonl(path: PathLike, rows: list[dict[str, Any]]):
 
 
 def write_csv(path: PathLike, rows: list[dict[str, Any]]):
-  """Writes flat rows under the columns of all of them; None is an empty cell."""
+  """Writes flat rows under the columns of all of them; None is an empty
+  cell."""
   columns = list(dict.fromkeys(name for row in rows for name in row))
   with replacing(path) as temporary:
     with open(temporary, 'w', newline='', encoding='utf-8') as file:

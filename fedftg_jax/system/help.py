@@ -1,4 +1,5 @@
-"""What --help prints: a program's docstring, and its flags by what they are about."""
+"""What --help prints: a program's docstring, and its flags by what they are
+about."""
 
 import sys
 import textwrap

@@ -68,8 +68,8 @@ def _lock(path, folder) -> int:
       raise cli.UsageError(
         'workdir',
         folder,
-        f'is in use by another process ({holder or "unknown"}); wait for it, or '
-        'choose another folder',
+        f'is in use by another process ({holder or "unknown"}); wait for it, '
+        'or choose another folder',
       ) from error
     if _is_there(path, descriptor):
       os.truncate(descriptor, 0)

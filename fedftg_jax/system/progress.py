@@ -58,7 +58,8 @@ def say(text: str) -> None:
 
 
 def show(header: list[str], rows: list[list[str]]) -> None:
-  """Prints a table, as wide as it needs to be where nobody's screen wraps it."""
+  """Prints a table, as wide as it needs to be where nobody's screen wraps
+  it."""
   console = rich_console.Console()
   if not console.is_terminal:
     console = rich_console.Console(width=200)

@@ -5,7 +5,6 @@ A convolution with a kernel per client turns into a grouped convolution under
 As slices and matrix products it stays (batched) matrix products.
 """
 
-import functools
 import math
 
 import jax
@@ -18,6 +17,7 @@ from fedftg_jax.models.windows import taps
 # Numbers: gathered images of one convolution up to _CACHE are made at once,
 # more in blocks of at most _BLOCK.
 _CACHE, _BLOCK = 2**22, 2**19
+_PLAIN = ('im2col', 'slices', 'lax')  # their gradients are left to JAX
 IMPLEMENTATIONS = ('winograd', 'blocked', 'matmul', 'im2col', 'slices', 'lax')
 # By backend; the CPU's is measured (BUILD.md), the GPU's in part
 # (docs/speed.md), the TPU's is not. What suits a layer's shape is chosen
@@ -54,7 +54,8 @@ def convolve(
       transformed tiles where that saves products, see `winograd`, and is else
       'blocked', as it is in bfloat16, too short for the transforms; 'im2col'
       gathers always and leaves the gradient to JAX (those of the first three
-      are written by hand and have no forward mode); 'slices' multiplies each
+      are written by hand: `jax.jvp` passes through a gradient of them, but not
+      through a call that no gradient is taken of); 'slices' multiplies each
       shifted image and adds; 'lax' is `jax.lax.conv_general_dilated`.
     stride: in both directions.
     valid: no padding; the result is smaller by the kernel less one pixel.
@@ -71,7 +72,7 @@ def convolve(
     else (((h - 1) // 2, h // 2), ((w - 1) // 2, w // 2))
   )
   if h == w == 1:
-    implementation = 'matmul'
+    implementation = 'im2col' if implementation in _PLAIN else 'matmul'
   if implementation == 'lax':
     return jax.lax.conv_general_dilated(
       x,
@@ -120,8 +121,8 @@ def convolve_enlarged(
   Args:
     x: [B, H, W, I] images.
     kernel: [3, 3, I, O].
-    implementation: see `convolve`; 'im2col' and 'slices' are 'matmul' here, and
-      'winograd' is 'blocked'.
+    implementation: see `convolve`; 'slices' is 'im2col' here, 'im2col' is
+      'matmul' with its gradient left to JAX, and 'winograd' is 'blocked'.
 
   Returns:
     [B, 2 H, 2 W, O] images.
@@ -142,7 +143,10 @@ def convolve_enlarged(
   windows = windows_.Windows(
     (2 * height, 2 * width), (4, 4), ((1, 1), (1, 1)), 2
   )
-  return _multiply_scatter(
+  multiply_scatter = (
+    _plain_multiply_scatter if implementation in _PLAIN else _multiply_scatter
+  )
+  return multiply_scatter(
     windows,
     implementation in ('blocked', 'winograd'),
     x,
@@ -152,11 +156,11 @@ def convolve_enlarged(
 
 # Two convolutions that are each other's transpose in the images, and share
 # their gradient in the kernel. The latter contracts the long axes of both
-# factors; with the wide factor second it is twice as fast on the CPU.
+# factors; with the wide factor second it is twice as fast on the CPU. Their
+# rules call the plain functions, which `jax.jvp` can pass through.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gather_multiply(windows, blocked, x, kernel):
+def _plain_gather_multiply(windows, blocked, x, kernel):
   """windows.gather(x) [..., n] times kernel [O, n]."""
   kernel = kernel.astype(x.dtype)
   return _over_blocks(
@@ -164,8 +168,7 @@ def _gather_multiply(windows, blocked, x, kernel):
   )[1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _multiply_scatter(windows, blocked, x, kernel):
+def _plain_multiply_scatter(windows, blocked, x, kernel):
   """windows.scatter(x times kernel) where kernel is [I, n]."""
   wide = kernel.shape[1] // math.prod(windows.size)
   kernel = kernel.astype(x.dtype)
@@ -196,24 +199,30 @@ def _over_blocks(function, windows, blocked, *images, wide=None):
   return windows_.over_blocks(function, size, *images)
 
 
+_gather_multiply = jax.custom_vjp(
+  _plain_gather_multiply, nondiff_argnums=(0, 1)
+)
 _gather_multiply.defvjp(
   lambda windows, blocked, x, kernel: (
-    _gather_multiply(windows, blocked, x, kernel),
+    _plain_gather_multiply(windows, blocked, x, kernel),
     (x, kernel),
   ),
   lambda windows, blocked, saved, cotangent: (
-    _multiply_scatter(windows, blocked, cotangent, saved[1]),
+    _plain_multiply_scatter(windows, blocked, cotangent, saved[1]),
     _correlate(windows, blocked, saved[0], cotangent, saved[1].dtype),
   ),
 )
 
+_multiply_scatter = jax.custom_vjp(
+  _plain_multiply_scatter, nondiff_argnums=(0, 1)
+)
 _multiply_scatter.defvjp(
   lambda windows, blocked, x, kernel: (
-    _multiply_scatter(windows, blocked, x, kernel),
+    _plain_multiply_scatter(windows, blocked, x, kernel),
     (x, kernel),
   ),
   lambda windows, blocked, saved, cotangent: (
-    _gather_multiply(windows, blocked, cotangent, saved[1]),
+    _plain_gather_multiply(windows, blocked, cotangent, saved[1]),
     _correlate(windows, blocked, cotangent, saved[0], saved[1].dtype),
   ),
 )

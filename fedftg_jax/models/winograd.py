@@ -102,8 +102,7 @@ def convolve(
   return y[:, : outputs[0], : outputs[1]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tiles(plan, x, kernel):
+def _plain_tiles(plan, x, kernel):
   """All tiles' outputs [B, tiles * m, tiles * m, O]."""
   kernel = _widen(plan, kernel)
 
@@ -128,8 +127,10 @@ def _tiles_backward(plan, saved, cotangent):
   return images, _widen_back(plan, kernel)
 
 
+# Its rules are plain operations, which `jax.jvp` can pass through.
+_tiles = jax.custom_vjp(_plain_tiles, nondiff_argnums=(0,))
 _tiles.defvjp(
-  lambda plan, x, kernel: (_tiles(plan, x, kernel), (x, kernel)),
+  lambda plan, x, kernel: (_plain_tiles(plan, x, kernel), (x, kernel)),
   _tiles_backward,
 )
 

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedftg_jax import trees
+
 PyTree = Any
 Array = jax.Array | np.ndarray  # also on the host
 NO_LIMIT = 2**31 - 1  # `Cohort.num_steps` of a client that is no straggler.
@@ -117,6 +119,9 @@ class Cohort(NamedTuple):
   client_id: Array  # [S] int32, ascending; N marks a padding slot
   arrived: Array  # [S] bool, False for dropouts and padding
   num_steps: Array  # [S] int32, at most so many local steps (stragglers)
+  # [S] bool, who has worked and keeps its new slots, arrived or not; None for
+  # those that arrived.
+  worked: Array | None = None
   # [S] int32, rows of `State.clients` that are theirs; None where that is
   # client_id, as whenever all clients' slots lie there.
   place: Array | None = None
@@ -126,8 +131,9 @@ class View(NamedTuple):
   """What one client sees in one round (no client axis)."""
 
   variables: Variables  # the model it begins from, see `Method.start`
-  received: Variables  # the model that the server broadcast
+  received: Variables  # the model that the server sent to it
   shared: PyTree  # what the server broadcasts of its slot
+  common: PyTree  # what all clients make of that alike, see `Method.common`
   own: PyTree  # the method's slot kept on this client
   data: Data  # its row of the index table, over the flat arrays
   client_id: jax.Array  # [] int32
@@ -165,6 +171,8 @@ class Local(NamedTuple):
   num_steps: jax.Array  # [] int32, steps actually taken
   step_size: jax.Array  # [] learning rate of this round
   metrics: Mapping[str, jax.Array]  # scalars
+  # Of a chain, new slots of the parts within; handed on as they are.
+  within: tuple = ()
 
 
 class Solver(Protocol):
@@ -243,18 +251,16 @@ class InitState(Protocol):
 
 
 class Round(Protocol):
-  """Runs one round; `key` is the base key of the training."""
+  """Runs one round; `key` is the base key of the training.
+
+  Info's metrics have, beside scalars, 'bits_down' and 'bits_up' [S] uint32:
+  what each client of the cohort got and sent, 0 for who was not selected or
+  did not arrive.
+  """
 
   def __call__(
     self, state: State, data: Data, cohort: Cohort, key: jax.Array, /
   ) -> tuple[State, Info]: ...
-
-
-class Traffic(Protocol):
-  """Counts the bits that one selected client gets, and that one which arrives
-  sends."""
-
-  def __call__(self, state: State, data: Data, /) -> tuple[int, int]: ...
 
 
 class Personalise(Protocol):
@@ -278,7 +284,6 @@ class Federation(NamedTuple):
 
   init: InitState
   round: Round
-  traffic: Traffic
   personalise: Personalise
   mesh: jax.sharding.Mesh | None = None  # of the devices; None for one device
   client_state: str = 'device'  # where `State.clients` lies, or 'host'
@@ -298,16 +303,60 @@ class Broadcast(Protocol):
   def __call__(self, shared: PyTree, /) -> PyTree: ...
 
 
-class Start(Protocol):
-  """Gives the model that the client in place `slot` of the cohort begins from.
+class Send(Protocol):
+  """Gives the model that the server sends to the client in place `slot` of the
+  cohort; `variables` is the server's, or what the parts before made of it, and
+  `shared` the whole server slot."""
 
-  `shared` is the whole server slot; `view.variables` what the parts before made
-  of the received model.
+  def __call__(
+    self,
+    variables: Variables,
+    shared: PyTree,
+    slot: jax.Array,
+    key: jax.Array,
+    /,
+  ) -> Variables: ...
+
+
+class Common(Protocol):
+  """Gives what every client would make alike of what it receives: computed
+  once a round, for all, and not billed. `shared` is what is broadcast."""
+
+  def __call__(
+    self,
+    variables: Variables,
+    shared: PyTree,
+    round_: jax.Array,
+    key: jax.Array,
+    /,
+  ) -> PyTree: ...
+
+
+class Start(Protocol):
+  """Gives the model that a client begins from; `view.variables` is the one that
+  it received, or what the parts before made of that."""
+
+  def __call__(self, view: View, key: jax.Array, /) -> Variables: ...
+
+
+class Inner(Protocol):
+  """Trains as the parts within do, and in the end the solver; the batches are
+  those that the client draws in this round, whoever asks."""
+
+  def __call__(self, objective: Objective, view: View, /) -> Local: ...
+
+
+class Train(Protocol):
+  """Trains one client, mostly by `inner`: (local, own), own the new slot.
+
+  What comes of `inner` is handed on with its `within`. To change the objective
+  or where training begins, call `inner` with another one, or with another
+  `view.variables`.
   """
 
   def __call__(
-    self, view: View, shared: PyTree, slot: jax.Array, key: jax.Array, /
-  ) -> Variables: ...
+    self, inner: Inner, objective: Objective, view: View, key: jax.Array, /
+  ) -> tuple[Local, PyTree]: ...
 
 
 class Penalty(Protocol):
@@ -338,6 +387,12 @@ class Upload(Protocol):
   def __call__(
     self, view: View, local: Local, objective: Objective, key: jax.Array, /
   ) -> tuple[PyTree, PyTree]: ...
+
+
+class MessageBits(Protocol):
+  """Counts the bits of one client's message, as an integer."""
+
+  def __call__(self, message: PyTree, /) -> jax.Array | int: ...
 
 
 class Reduce(Protocol):
@@ -377,10 +432,15 @@ class Method(NamedTuple):
   Attributes:
     init: the slots of the server and of a client.
     broadcast: what of the server's slot is sent to clients.
+    send: the model that is sent to a client.
+    common: what clients make of what they receive, once for all.
     start: the model that a client begins from.
     penalty: a term of the local objective.
     decay: a term of the weight decay.
+    train: local training, around that of the parts after it in a chain. The
+      slot that it gives is `view.own` in `upload`.
     upload: a client's new slot, and its message.
+    message_bits: what a message is billed for; its arrays, if not given.
     summed: what the server needs only the sum of over clients. It is added up
       as clients finish; nothing of the kind is kept per client.
     stacked: what the server needs of every client at the same time, such as
@@ -390,14 +450,23 @@ class Method(NamedTuple):
     aggregates: whether `update` makes the new model of the clients' models. A
       federation needs one part that does, such as `fed_avg`; True also where
       the model is meant to stay as it is.
+    sends_model: whether clients send their models.
+    always: whether `update` acts also in a round in which nobody arrives.
   """
 
   init: Init = lambda key, variables: ((), ())
   broadcast: Broadcast = lambda shared: ()
-  start: Start = lambda view, shared, slot, key: view.variables
+  send: Send = lambda variables, shared, slot, key: variables
+  common: Common = lambda variables, shared, round_, key: ()
+  start: Start = lambda view, key: view.variables
   penalty: Penalty = lambda variables, output, batch, view, key: 0.0
   decay: Decay = lambda view: 0.0
+  train: Train = lambda inner, objective, view, key: (
+    inner(objective, view),
+    view.own,
+  )
   upload: Upload = lambda view, local, objective, key: (view.own, ())
+  message_bits: MessageBits = trees.num_bits
   summed: Reduce = lambda sent: ()
   stacked: Reduce = lambda sent: ()
   update: Update = lambda variables, shared, received, key: (
@@ -407,6 +476,8 @@ class Method(NamedTuple):
   )
   synthesise: Synthesise | None = None
   aggregates: bool = False
+  sends_model: bool = True
+  always: bool = False
 
 
 def merged(
@@ -460,7 +531,8 @@ def chain(*parts: Method) -> Method:
 
   def views(view):
     return [
-      view._replace(shared=s, own=o) for s, o in zip(view.shared, view.own)
+      view._replace(shared=s, common=c, own=o)
+      for s, c, o in zip(view.shared, view.common, view.own)
     ]
 
   def init(key, variables):
@@ -470,10 +542,21 @@ def chain(*parts: Method) -> Method:
   def broadcast(shared):
     return tuple(p.broadcast(s) for p, s in zip(parts, shared))
 
-  def start(view, shared, slot, key):
+  def send(variables, shared, slot, key):
+    for p, s, k in zip(parts, shared, split(key)):
+      variables = p.send(variables, s, slot, k)
+    return variables
+
+  def common(variables, shared, round_, key):
+    return tuple(
+      p.common(variables, s, round_, k)
+      for p, s, k in zip(parts, shared, split(key))
+    )
+
+  def start(view, key):
     variables = view.variables
-    for p, v, s, k in zip(parts, views(view), shared, split(key)):
-      variables = p.start(v._replace(variables=variables), s, slot, k)
+    for p, v, k in zip(parts, views(view), split(key)):
+      variables = p.start(v._replace(variables=variables), k)
     return variables
 
   def penalty(variables, output, batch, view, key):
@@ -484,6 +567,35 @@ def chain(*parts: Method) -> Method:
 
   def decay(view):
     return sum(p.decay(v) for p, v in zip(parts, views(view)))
+
+  def train(inner, objective, view, key):
+    whole, each_key, each_view = view, split(key), views(view)
+
+    def seen_by(part, view):
+      return view._replace(shared=part.shared, common=part.common, own=part.own)
+
+    def nested(i):
+      """The training of the parts from `i` on. In what it gives, `within` has
+      their new slots and, last, what was `within` the whole chain."""
+
+      def run(objective, view):
+        if i == len(parts):
+          local = inner(objective, seen_by(whole, view))
+          return local._replace(within=(local.within,))
+        local, own = parts[i].train(
+          nested(i + 1), objective, seen_by(each_view[i], view), each_key[i]
+        )
+        rest = local.within or (*(v.own for v in each_view[i + 1 :]), ())
+        return local._replace(within=(own, *rest))
+
+      return run
+
+    local = nested(0)(objective, view)
+    *own, within = local.within
+    return local._replace(within=within), tuple(own)
+
+  def message_bits(message):
+    return sum(p.message_bits(m) for p, m in zip(parts, message))
 
   def upload(view, local, objective, key):
     pairs = [
@@ -519,13 +631,19 @@ def chain(*parts: Method) -> Method:
   return Method(
     init=init,
     broadcast=broadcast,
+    send=send,
+    common=common,
     start=start,
     penalty=penalty,
     decay=decay,
+    train=train,
     upload=upload,
+    message_bits=message_bits,
     summed=functools.partial(each, 'summed'),
     stacked=functools.partial(each, 'stacked'),
     update=update,
     synthesise=synthesise if able else None,
     aggregates=any(p.aggregates for p in parts),
+    sends_model=all(p.sends_model for p in parts),
+    always=any(p.always for p in parts),
   )

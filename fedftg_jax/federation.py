@@ -3,8 +3,9 @@
 Rules kept here once, for every method:
 - Clients of a round are stacked and trained in parallel. What the server sends
   is closed over, never copied along the client axis.
-- A client that was not selected, or did not arrive, keeps its slot and its
-  uplink state bitwise, and what it would have sent is zeroed. Padding slots
+- A client that was not selected, or did not work, keeps its slot and its
+  uplink state bitwise. Who works arrives, unless a schedule says otherwise;
+  what a client that did not arrive would have sent is zeroed. Padding slots
   carry client id N and are dropped. A client without examples never arrives.
 - A round in which nobody arrives leaves the model and the server slot as they
   were.
@@ -82,7 +83,7 @@ def federation(
       given a folder, to map them from files in it.
 
   Returns:
-    The pair of `init` and `round`, and `traffic` and `personalise`.
+    The pair of `init` and `round`, and `personalise`.
 
   Raises:
     ValueError: for a value out of range, or if no part aggregates.
@@ -137,26 +138,26 @@ def federation(
       clients=client_state_lib.allocate(state.clients, num_clients, folder)
     )
 
-  # Rounds, traffic and personal models trace it once for all.
+  # Rounds and personal models trace it once for all.
   run_client = jax.jit(
     functools.partial(_run_client, model, method, solver, uplink), inline=True
   )
 
   def client_round(shared, row):
     """One client (no client axis): what is summed over clients, and stacked."""
-    received, *_ = shared
-    slots, sent, local = run_client(shared, row)
-    moved = jax.tree.map(  # from what was received
+    broadcast, *_ = shared
+    slots, sent, local, bits, distortion = run_client(shared, row)
+    moved = jax.tree.map(  # from what is broadcast
       lambda start, delta, old: (
         delta if start is old else delta + (start - old)
       ),
       sent.start,
       sent.delta,
-      received,
+      broadcast,
     )
     return (
-      (optax.tree.scale(sent.weight, moved), method.summed(sent)),
-      (slots, local.num_steps, local.metrics, method.stacked(sent)),
+      (optax.tree.scale(sent.weight, moved), method.summed(sent), distortion),
+      (slots, local.num_steps, local.metrics, bits, method.stacked(sent)),
     )
 
   @jax.jit
@@ -166,11 +167,11 @@ def federation(
       cohort, stacking.num_rows(size, client_chunk, mesh), num_clients
     )
     rows = _rows(state, data, padded, num_clients, weighting)
-    (change, summed), (slots, num_steps, local_metrics, stacked) = (
-      stacking.over_clients(
-        client_round, _shared(state, data, key), rows, client_chunk, mesh
-      )
-    )
+    shared = _shared(method, state, data, key)
+    (
+      (change, summed, distortion),
+      (slots, num_steps, local_metrics, bits_up, stacked),
+    ) = stacking.over_clients(client_round, shared, rows, client_chunk, mesh)
     arrived = rows.arrived
     average = optax.tree.add(state.variables, change)
     stacked = jax.tree.map(lambda a: a[:size], stacked)
@@ -184,47 +185,37 @@ def federation(
       num_clients,
       data.public,
     )
-    variables, shared, info = method.update(
+    variables, server_slot, info = method.update(
       state.variables, state.shared, received, keys.server_key(key, state.round)
     )
     models = merged('model', {'average': average}, info.models)
     same = _same({'broadcast': variables, **models})
-    anybody = jnp.any(arrived)
-    variables, shared = trees.where(
-      anybody, (variables, shared), (state.variables, state.shared)
+    acts = jnp.any(arrived) | method.always
+    variables, server_slot = trees.where(
+      acts, (variables, server_slot), (state.variables, state.shared)
     )
-    # Past the end for those that did not arrive.
-    written = jnp.where(arrived, rows.place, num_clients)
-    metrics = _metrics(rows, num_steps, local_metrics, info, num_clients)
+    # Past the end for those that did not work.
+    written = jnp.where(rows.worked, rows.place, num_clients)
+    selected = rows.client_id < num_clients
+    bits_down = trees.num_bits((state.variables, shared[1]))
+    metrics = _metrics(rows, num_steps, local_metrics, info, acts) | {
+      'num_selected': jnp.sum(selected),
+      'num_arrived': jnp.sum(arrived),
+      'bits_down': jnp.where(selected, jnp.uint32(bits_down), 0)[:size],
+      'bits_up': bits_up[:size],
+      **_distortion(distortion),
+    }
     models |= {
-      name: trees.where(anybody, models[name], state.variables)
+      name: trees.where(acts, models[name], state.variables)
       for name in info.models
     }
     clients = trees.scatter(state.clients, written, slots)
     return stacking.everywhere(
       (
-        State(variables, shared, clients, state.round + 1),
+        State(variables, server_slot, clients, state.round + 1),
         Info(metrics, models, same),
       ),
       mesh,
-    )
-
-  def traffic(state, data):
-    """Bits that one selected client gets, and one that arrives sends."""
-    cohort = Cohort(*(jnp.zeros(1, t) for t in (jnp.int32, bool, jnp.int32)))
-
-    def sent(state, data):
-      rows = _rows(state, data, cohort, num_clients, weighting)
-      return run_client(
-        _shared(state, data, jax.random.key(0)),
-        jax.tree.map(lambda a: a[0], rows),
-      )[1]
-
-    model_bits = trees.num_bits(state.variables)
-    down = trees.num_bits(jax.eval_shape(method.broadcast, state.shared))
-    return (
-      model_bits + down,
-      model_bits + trees.num_bits(jax.eval_shape(sent, state, data).message),
     )
 
   def personalise(state, data, client_id, place, key):
@@ -237,12 +228,12 @@ def federation(
       place[None],
     )
     rows = _rows(state, data, cohort, num_clients, weighting)
-    _, sent, local = run_client(
-      _shared(state, data, key), jax.tree.map(lambda a: a[0], rows)
+    _, sent, local, *_ = run_client(
+      _shared(method, state, data, key), jax.tree.map(lambda a: a[0], rows)
     )
     return sent.start, local.variables
 
-  return Federation(init, round_, traffic, personalise, mesh, client_state)
+  return Federation(init, round_, personalise, mesh, client_state)
 
 
 def _same(models) -> Same:
@@ -261,6 +252,7 @@ class _Row(NamedTuple):
 
   client_id: jax.Array
   arrived: jax.Array
+  worked: jax.Array
   num_steps: jax.Array
   slots: PyTree  # (own, uplink) slots
   index: jax.Array  # type: ignore[assignment]
@@ -273,15 +265,17 @@ class _Row(NamedTuple):
 
 def _pad_cohort(cohort, num_rows, num_clients):
   """Slots that select nobody, up to `num_rows`."""
-  pad = 0, num_rows - len(cohort.client_id)
-  place = cohort.place
+
+  def pad(column, value):
+    rows = 0, num_rows - len(cohort.client_id)
+    return jnp.pad(column, rows, constant_values=value)
+
   return Cohort(
-    jnp.pad(cohort.client_id, pad, constant_values=num_clients),
-    jnp.pad(cohort.arrived, pad),
-    jnp.pad(cohort.num_steps, pad),
-    place
-    if place is None
-    else jnp.pad(place, pad, constant_values=num_clients),
+    pad(cohort.client_id, num_clients),
+    pad(cohort.arrived, False),
+    pad(cohort.num_steps, 0),
+    cohort.worked if cohort.worked is None else pad(cohort.worked, False),
+    cohort.place if cohort.place is None else pad(cohort.place, num_clients),
   )
 
 
@@ -296,11 +290,13 @@ def _rows(state, data, cohort, num_clients, weighting) -> _Row:
   )
   count = jnp.where(cohort.client_id < num_clients, count, 0)
   arrived = cohort.arrived & (count > 0)
+  worked = arrived if cohort.worked is None else cohort.worked & (count > 0)
   mass = arrived * (count if weighting == 'examples' else 1.0)
   weight = mass / jnp.maximum(jnp.sum(mass), 1)
   return _Row(
     cohort.client_id,
     arrived,
+    worked,
     cohort.num_steps,
     slots,
     index,
@@ -312,65 +308,102 @@ def _rows(state, data, cohort, num_clients, weighting) -> _Row:
   )
 
 
-def _shared(state, data, key):
-  """What all clients of a round see."""
-  return state.variables, state.shared, state.round, (data.x, data.y), key
+def _shared(method, state, data, key):
+  """What all clients of a round see, and the server's slot, to send from."""
+  seen = method.broadcast(state.shared)
+  common = method.common(
+    state.variables, seen, state.round, keys.common_key(key, state.round)
+  )
+  flat = data.x, data.y
+  return state.variables, seen, common, state.shared, state.round, flat, key
 
 
 def _run_client(model, method, solver, uplink, shared, row):
   """One client's round: begin, train, upload, encode (no client axis).
 
   Returns:
-    Its slots, what it sends, and what local training returned.
+    Its slots, what it sends, what local training returned, the bits that it
+    sends, and what the uplink's distortion is made of; () without an uplink.
   """
-  variables, server_slot, round_, flat, base_key = shared
+  broadcast, seen, common, server_slot, round_, flat, base_key = shared
   own, uplink_state = row.slots
   key = keys.client_keys(base_key, round_, row.client_id)
+  received = method.send(broadcast, server_slot, row.slot, key.start)
   view = View(
-    variables,
-    variables,
-    method.broadcast(server_slot),
+    received,
+    received,
+    seen,
+    common,
     own,
     Data(*flat, row.index, row.count),
     row.client_id,
     row.share,
     round_,
-    jnp.where(row.arrived, row.num_steps, 0),
+    jnp.where(row.worked, row.num_steps, 0),
   )
-  start = method.start(view, server_slot, row.slot, key.start)
+  start = method.start(view, key.start)
   view = view._replace(variables=start)
   objective = Objective(
     functools.partial(_local_loss, model, method, view), method.decay(view)
   )
-  local = solver(objective, view, key.solve)
-  own, message = method.upload(view, local, objective, key.upload)
+  local, own = method.train(
+    lambda objective, view: solver(objective, view, key.solve),
+    objective,
+    view,
+    key.train,
+  )
+  own, message = method.upload(
+    view._replace(own=own), local, objective, key.upload
+  )
   delta = jax.tree.map(jnp.subtract, local.variables, start)
   coded, uplink_state = uplink.update(
     delta.params, uplink_state, start.params, key=key.encode
   )
   sent = delta._replace(params=coded), message
   sent = trees.where(row.arrived, sent, jax.tree.map(jnp.zeros_like, sent))
+  bits = method.message_bits(message)
+  if method.sends_model:
+    bits += optax.tree.get(uplink_state, 'bits', trees.num_bits(coded))
+    bits += trees.num_bits(delta.stats)
   return (
     (own, uplink_state),
     Sent(start, *sent, row.weight, row.share * row.arrived),
     local,
+    jnp.where(row.arrived, jnp.asarray(bits, jnp.uint32), 0),
+    _squares(row.arrived, delta.params, coded),
   )
 
 
-def _metrics(rows, num_steps, local_metrics, info, num_clients):
+def _squares(arrived, delta, coded):
+  """Squared norms of what coding changes and of what is coded; () where the
+  uplink hands on what it gets."""
+  pairs = list(zip(jax.tree.leaves(coded), jax.tree.leaves(delta)))
+  if all(a is b for a, b in pairs):
+    return ()
+  return tuple(
+    jnp.where(arrived, sum(jnp.sum(jnp.square(v)) for v in values), 0)
+    for values in ([a - b for a, b in pairs], [b for _, b in pairs])
+  )
+
+
+def _distortion(squares) -> dict[str, jax.Array]:
+  """Of an uplink that codes: the error's share of what was sent, in squares."""
+  if not squares:
+    return {}
+  error, whole = squares
+  return {'uplink/distortion': error / jnp.where(whole > 0, whole, 1)}
+
+
+def _metrics(rows, num_steps, local_metrics, info, acts):
   """The round's scalars; NaN for a mean over nobody."""
   worked = rows.weight * (num_steps > 0)
   metrics = {
     name: jnp.sum(worked * value) / jnp.sum(worked)
     for name, value in local_metrics.items()
   }
-  metrics |= {
-    name: jnp.where(jnp.any(rows.arrived), value, jnp.nan)
-    for name, value in info.metrics.items()
-  }
   return metrics | {
-    'num_selected': jnp.sum(rows.client_id < num_clients),
-    'num_arrived': jnp.sum(rows.arrived),
+    name: jnp.where(acts, value, jnp.nan)
+    for name, value in info.metrics.items()
   }
 
 
@@ -386,7 +419,7 @@ def over_seeds(fed: Federation) -> Federation:
   """The same simulation for several seeds at once.
 
   Keys and every leaf of the state get a leading axis [R]; data and schedule are
-  shared. `traffic` and `personalise` stay those of one seed.
+  shared. `personalise` stays that of one seed.
 
   Raises:
     ValueError: where the clients' slots are on the host.
@@ -396,7 +429,6 @@ def over_seeds(fed: Federation) -> Federation:
   return Federation(
     compiling.jit(jax.vmap(fed.init), compiling.ONCE),
     jax.jit(jax.vmap(fed.round, in_axes=(0, None, None, 0))),
-    fed.traffic,
     fed.personalise,
     fed.mesh,
   )
@@ -426,7 +458,8 @@ def run(
       last round). The state is donated to the next chunk: copy what must last.
 
   Returns:
-    The last state, and the metrics of all rounds as NumPy arrays.
+    The last state, and the metrics of all rounds as NumPy arrays; 'bits_down'
+    and 'bits_up' are sums over the clients, as 64-bit integers.
 
   Raises:
     ValueError: for an invalid schedule, `every` below 1, or a state that was
@@ -453,9 +486,12 @@ def run(
     length = len(rows.client_id)
     rows = _pad_rounds(rows, every - length, num_clients)
     state, info = _run_chunk(fed, state, data, rows, key)
+    metrics = jax.device_get(info.metrics)
+    for name in ('bits_down', 'bits_up'):
+      metrics[name] = np.sum(metrics[name], axis=-1, dtype=np.int64)
     metrics = {
       name: np.moveaxis(value, 0, -1)[..., :length]
-      for name, value in jax.device_get(info.metrics).items()
+      for name, value in metrics.items()
     }
     history.append(metrics)
     if callback is not None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-_SERVER = 2**31 - 1  # no client has this id
+_SERVER, _COMMON = 2**31 - 1, 2**31 - 2  # no client has these ids
 
 
 class ClientKeys(NamedTuple):
@@ -21,11 +21,21 @@ class ClientKeys(NamedTuple):
   upload: jax.Array  # the method's message
   encode: jax.Array  # the uplink codec
 
+  @property
+  def train(self) -> jax.Array:
+    """What wraps local training."""
+    return jax.random.fold_in(self.solve, 2**31 - 1)
+
 
 def client_keys(base: jax.Array, round_: jax.Array, client_id: jax.Array):
   """The keys of client `client_id` in round `round_`."""
   key = jax.random.fold_in(jax.random.fold_in(base, round_), client_id)
   return ClientKeys(*jax.random.split(key, len(ClientKeys._fields)))
+
+
+def common_key(base: jax.Array, round_: jax.Array) -> jax.Array:
+  """The key of what all clients compute alike in round `round_`."""
+  return jax.random.fold_in(jax.random.fold_in(base, round_), _COMMON)
 
 
 def server_key(base: jax.Array, round_: jax.Array) -> jax.Array:

@@ -18,7 +18,14 @@ def part(number):
   return base.Method(
     init=lambda key, variables: (number, -number),
     broadcast=lambda shared: shared * 10,
-    start=lambda view, shared, slot, key: view.variables * 10 + shared,
+    send=lambda variables, shared, slot, key: variables * 10 + shared,
+    common=lambda variables, shared, round_, key: variables + shared,
+    start=lambda view, key: view.variables * 10 - view.own + view.common,
+    train=lambda inner, objective, view, key: (
+      inner(objective + number, view)._replace(step_size=view.variables),
+      view.own + view.shared,
+    ),
+    message_bits=lambda message: message + number,
     penalty=lambda variables, output, batch, view, key: view.shared + view.own,
     decay=lambda view: view.own * 2.0,
     upload=lambda view, local, objective, key: (view.own - 1, view.shared),
@@ -40,8 +47,12 @@ class ChainTest(absltest.TestCase):
     shared, own = method.init(KEY, 0)
     self.assertEqual((shared, own), ((1, 2), (-1, -2)))
     self.assertEqual(method.broadcast(shared), (10, 20))
-    view = base.View(7, 7, (10, 20), own, None, 0, 1.0, 0, 0)
-    self.assertEqual(method.start(view, shared, 0, KEY), 712)
+    self.assertEqual(method.send(7, shared, 0, KEY), 712)
+    common = method.common(7, (10, 20), 0, KEY)
+    self.assertEqual(common, (17, 27))
+    view = base.View(7, 7, (10, 20), common, own, None, 0, 1.0, 0, 0)
+    self.assertEqual(method.start(view, KEY), (70 + 1 + 17) * 10 + 2 + 27)
+    self.assertEqual(method.message_bits((5, 6)), 5 + 1 + 6 + 2)
     self.assertEqual(method.penalty(0, None, None, view, KEY), 10 - 1 + 20 - 2)
     self.assertEqual(method.decay(view), -6.0)
     self.assertEqual(method.upload(view, None, None, KEY), ((-2, -3), (10, 20)))
@@ -55,6 +66,34 @@ class ChainTest(absltest.TestCase):
     self.assertEqual((variables, shared), (134, (2, 3)))
     self.assertEqual(info.metrics, {'seen1': 5, 'seen2': 6})
     self.assertEqual(info.models, {'model1': 1, 'model2': 13})
+
+  def test_training_nests(self):
+    """The first part is outermost; each has its slot, in chains of chains, too;
+    what one that trains by itself does not reach stays."""
+    chained = base.chain(part(1), base.chain(part(2), part(3)), part(4))
+    ignores = base.Method(
+      train=lambda inner, objective, view, key: (
+        base.Local('mine', 0, 0, {}),
+        view.own + 1,
+      )
+    )
+    own, shared = (1, (2, 3), 4), (10, (20, 30), 40)
+    view = base.View(7, 7, shared, ((), ((), ()), ()), own, None, 0, 1.0, 0, 0)
+    seen = []
+
+    def solver(objective, view):
+      seen.append((objective, view))
+      return base.Local('trained', 0, 0, {})
+
+    local, own_then = chained.train(solver, 100, view, KEY)
+    self.assertEqual(seen, [(100 + 1 + 2 + 3 + 4, view)])
+    self.assertEqual(local, base.Local('trained', 0, 7, {}))
+    self.assertEqual(own_then, (11, (22, 33), 44))
+    method = base.chain(part(1), base.chain(part(2), ignores), part(4))
+    local, own_then = method.train(solver, 100, view, KEY)
+    self.assertEqual(local, base.Local('mine', 0, 7, {}))
+    self.assertEqual(own_then, (11, (22, 4), 4))
+    self.assertLen(seen, 1)
 
   def test_names_overwrite_nothing(self):
     method = base.chain(part(1), part(1))
@@ -76,7 +115,11 @@ class ChainTest(absltest.TestCase):
 
   def test_defaults_do_nothing(self):
     method = base.Method()
-    view = base.View(0, 0, (), 'own', None, 0, 1.0, 0, 0)
+    view = base.View(0, 0, (), (), 'own', None, 0, 1.0, 0, 0)
+    self.assertEqual(
+      method.train(lambda *a: a, 'objective', view, KEY),
+      (('objective', view), 'own'),
+    )
     self.assertEqual(method.upload(view, None, None, KEY), ('own', ()))
     self.assertEqual((method.summed(None), method.stacked(None)), ((), ()))
     self.assertEqual(

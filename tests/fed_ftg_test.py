@@ -626,11 +626,8 @@ class InARoundTest(parameterized.TestCase):
     )
     np.testing.assert_allclose(info.metrics['fed_ftg/moved'], moved, rtol=1e-4)
     self.assertGreater(moved, 1e-4)
-    self.assertEqual(
-      fed.traffic(state, problems.DATA)[1]
-      - fed.traffic(state, problems.DATA)[0],
-      32 * CLASSES,
-    )
+    bits = info.metrics
+    self.assertEqual(bits['bits_up'][0] - bits['bits_down'][0], 32 * CLASSES)
     nobody, info = fed.round(
       state, problems.DATA, problems.row([0, 1, 4, -1], [False] * 4), KEY
     )

@@ -1,5 +1,7 @@
 """The engine: one round against a plain loop, masks, resume, traces, errors."""
 
+from typing import NamedTuple
+
 from absl.testing import absltest, parameterized
 import chex
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedftg_jax import base, federation, keys, losses, trees
+from fedftg_jax import base, federation, keys, losses, solvers, trees
 from fedftg_jax.data import clients
 from fedftg_jax.methods import fed_avg
 from tests import problems
@@ -285,7 +287,7 @@ class RoundTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, "needs client_state='host'"):
         fed.init(KEY, 'folder')
 
-  def test_traffic(self):
+  def test_bits(self):
     fed = problems.make(
       method=base.chain(
         fed_avg.fed_avg(),
@@ -301,10 +303,94 @@ class RoundTest(parameterized.TestCase):
     )
     state = fed.init(KEY)
     model_bits = 32 * (64 * problems.NUM_CLASSES + problems.NUM_CLASSES)
-    self.assertEqual(
-      fed.traffic(state, problems.DATA),
-      (model_bits + 3 * 32, model_bits + 2 * 32),
+    rows = problems.schedule([[0, 1, 4], [2, -1, -1], [1, 2, 3]])
+    rows = rows._replace(arrived=rows.arrived & (rows.client_id != 1))
+    _, metrics = federation.run(fed, state, problems.DATA, rows, KEY, every=2)
+    down, up = model_bits + 3 * 32, model_bits + 2 * 32
+    self.assertEqual(metrics['bits_down'].tolist(), [3 * down, down, 3 * down])
+    self.assertEqual(metrics['bits_up'].tolist(), [2 * up, up, 2 * up])
+    self.assertEqual(metrics['bits_up'].dtype, np.int64)
+
+  def test_bits_of_a_codec(self):
+    """What its state says, and how far it is from what it was given."""
+
+    def update(updates, state, params=None, **_):
+      del params
+      coded = jax.tree.map(lambda a: 0.5 * a, updates)
+      return coded, state._replace(bits=state.bits + 3)
+
+    class Coded(NamedTuple):
+      bits: jax.Array
+
+    codec = optax.GradientTransformationExtraArgs(
+      lambda params: Coded(jnp.uint32(7)), update
     )
+    fed = problems.make(uplink=codec)
+    state = fed.init(KEY)
+    cohort = problems.row([0, 1, 2], arrived=[True, True, False])
+    for bits in (10, 13):
+      state, info = fed.round(state, problems.DATA, cohort, KEY)
+      self.assertEqual(info.metrics['bits_up'].tolist(), [bits, bits, 0, 0, 0])
+      np.testing.assert_allclose(
+        info.metrics['uplink/distortion'], 0.25, rtol=1e-6
+      )
+
+  def test_who_worked_and_did_not_arrive(self):
+    """It keeps what it learnt; nobody hears of it."""
+    fed = problems.make(method=base.chain(fed_avg.fed_avg(), counter()))
+    state = fed.init(KEY)
+    cohort = problems.row([0, 1, 2], arrived=[True, False, False])
+    without, _ = fed.round(state, problems.DATA, cohort, KEY)
+    worked = cohort._replace(worked=jnp.arange(5) < 2)
+    after, info = fed.round(state, problems.DATA, worked, KEY)
+    chex.assert_trees_all_equal(after.variables, without.variables)
+    (_, counts), _ = after.clients
+    np.testing.assert_array_equal(counts[:3, 0], [1, 1, 0])
+    self.assertEqual(info.metrics['num_arrived'], 1)
+    self.assertEqual(info.metrics['bits_up'].tolist()[1:], [0] * 4)
+
+  def test_the_server_may_act_though_nobody_arrived(self):
+    for always in (False, True):
+      part = counter()._replace(always=always)
+      fed = problems.make(method=base.chain(fed_avg.fed_avg(), part))
+      cohort = problems.row([0, 1, 2], arrived=[False] * 3)
+      state, _ = fed.round(fed.init(KEY), problems.DATA, cohort, KEY)
+      self.assertEqual(state.shared[1], float(always))
+
+  def test_what_is_sent_is_what_is_seen(self):
+    """Each client is sent its own model; the average is of what came back."""
+    seen = {}
+    method = base.chain(
+      fed_avg.fed_avg(),
+      base.Method(
+        send=lambda variables, shared, slot, key: jax.tree.map(
+          lambda a: a + slot, variables
+        ),
+        common=lambda variables, shared, round_, key: round_ + 1,
+        upload=lambda view, local, objective, key: (
+          view.own,
+          (view.received, view.common),
+        ),
+        stacked=lambda sent: sent.message,
+        update=lambda variables, shared, received, key: (
+          seen.update(stacked=received.stacked),
+          (variables, shared, base.Info()),
+        )[1],
+      ),
+    )
+    with jax.disable_jit():
+      fed = problems.make(method=method, solve=solvers.frozen)
+      state = fed.init(KEY)
+      after, _ = fed.round(
+        state, problems.DATA, problems.row([0, 1], [True] * 2), KEY
+      )
+    received, common = seen['stacked']
+    np.testing.assert_array_equal(common[:2], [1, 1])
+    for old, sent, new in zip(
+      *map(jax.tree.leaves, (state.variables, received, after.variables))
+    ):
+      np.testing.assert_allclose(sent[1], old + 1, atol=1e-6)
+      np.testing.assert_allclose(new, old + 12 / 19, atol=1e-6)
 
 
 class RunTest(parameterized.TestCase):

@@ -306,7 +306,7 @@ def flat(vector):
 
 def start_at(variables):
   """A part that puts the clients' start elsewhere than what they received."""
-  return base.Method(start=lambda view, shared, slot, key: variables)
+  return base.Method(start=lambda view, key: variables)
 
 
 class LocalTrainingTest(parameterized.TestCase):
@@ -406,7 +406,7 @@ class LocalTrainingTest(parameterized.TestCase):
       def loss(features, logits, seen=True):
         model = base.Model(None, lambda v, x: base.Output(None, v, ()))
         part = moon.moon(model, float(g['mu']), float(g['tau']))
-        view = base.View(*[None] * 9)._replace(
+        view = base.View(*[None] * 10)._replace(
           received=near, own=(far, jnp.bool_(seen))
         )
         batch = base.Batch(None, g['labels'], jnp.ones(len(logits), bool))

@@ -176,6 +176,9 @@ def build(row):
 def sequential_round(model, method, weighting, state, data, cohort, key):
   """A round as Python loops over clients and steps, with unpadded batches."""
   shared = method.broadcast(state.shared)
+  common = method.common(
+    state.variables, shared, state.round, keys.common_key(key, state.round)
+  )
   num_clients, total = len(data.count), int(data.count.sum())
   ids = [int(k) for k, here in zip(cohort.client_id, cohort.arrived) if here]
   mass = np.array(
@@ -201,10 +204,12 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
     rows = data.index[k][:count]
     client_keys = keys.client_keys(key, state.round, k)
     own = jax.tree.map(lambda a, k=k: a[k], state.clients[0])
+    sent = method.send(state.variables, state.shared, slot, client_keys.start)
     view = base.View(
-      state.variables,
-      state.variables,
+      sent,
+      sent,
       shared,
+      common,
       own,
       data._replace(index=rows, count=jnp.int32(count)),
       jnp.int32(k),
@@ -212,52 +217,56 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
       state.round,
       jnp.int32(base.NO_LIMIT),
     )
-    start = method.start(view, state.shared, slot, client_keys.start)
+    start = method.start(view, client_keys.start)
     view = view._replace(variables=start)
+    objective = base.Objective(
+      functools.partial(loss, view=view), method.decay(view)
+    )
 
-    local, steps = start, 0
-    key_order, key_loss = jax.random.split(client_keys.solve)
-    for epoch in range(2):
-      draws = jax.random.uniform(
-        jax.random.fold_in(key_order, epoch),
-        (data.index.shape[1],),
-        jnp.float32,
-      )
-      order = np.argsort(np.asarray(draws)[:count])
-      for first in range(0, count, problems.BATCH):
-        some = rows[order[first : first + problems.BATCH]]
-        grads, aux = gradient(
-          local,
-          base.Batch(data.x[some], data.y[some], jnp.ones(len(some), bool)),
-          jax.random.fold_in(key_loss, steps),
-          view._replace(data=None),
+    def train(asked, view, rows=rows, count=count, solve=client_keys.solve):
+      assert asked.loss is objective.loss  # `gradient` is its
+      local, steps = view.variables, 0
+      key_order, key_loss = jax.random.split(solve)
+      for epoch in range(2):
+        draws = jax.random.uniform(
+          jax.random.fold_in(key_order, epoch),
+          (data.index.shape[1],),
+          jnp.float32,
         )
-        scale = min(1.0, 10.0 / float(optax.tree.norm(grads)))
-        decay = 1e-3 + method.decay(view)
-        local = base.Variables(
-          jax.tree.map(
-            lambda p, g: (
-              p - 0.1 * 0.9 ** int(state.round) * (scale * g + decay * p)
+        order = np.argsort(np.asarray(draws)[:count])
+        for first in range(0, count, problems.BATCH):
+          some = rows[order[first : first + problems.BATCH]]
+          grads, aux = gradient(
+            local,
+            base.Batch(data.x[some], data.y[some], jnp.ones(len(some), bool)),
+            jax.random.fold_in(key_loss, steps),
+            view._replace(data=None),
+          )
+          scale = min(1.0, 10.0 / float(optax.tree.norm(grads)))
+          decay = 1e-3 + asked.decay
+          local = base.Variables(
+            jax.tree.map(
+              lambda p, g: (
+                p - 0.1 * 0.9 ** int(state.round) * (scale * g + decay * p)
+              ),
+              local.params,
+              grads,
             ),
-            local.params,
-            grads,
-          ),
-          aux.stats,
-        )
-        steps += 1
+            aux.stats,
+          )
+          steps += 1
+      rate = jnp.asarray(0.1 * 0.9 ** int(state.round))
+      return base.Local(local, jnp.int32(steps), rate, {})
+
+    local, own = method.train(train, objective, view, client_keys.train)
     own, message = method.upload(
-      view,
-      base.Local(
-        local, jnp.int32(steps), jnp.asarray(0.1 * 0.9 ** int(state.round)), {}
-      ),
-      base.Objective(functools.partial(loss, view=view), 0.0),
-      client_keys.upload,
+      view._replace(own=own), local, objective, client_keys.upload
     )
     clients = jax.tree.map(lambda a, b, k=k: a.at[k].set(b), clients, own)
     uploads.append(
       base.Sent(
         start,
-        optax.tree.sub(local, start),
+        optax.tree.sub(local.variables, start),
         message,
         jnp.asarray(mass[slot] / mass.sum()),
         view.share,
@@ -356,13 +365,18 @@ class ContractTest(Contract):
 
   @parameterized.named_parameters((name, row) for name, row in ROWS.items())
   def test_bits_down_and_up(self, row):
+    """Of who is selected, and of who arrives; the last has no examples."""
     _, _, fed = build(row)
-    state = jax.eval_shape(fed.init, KEY)
+    state = fed.init(KEY)
     size = trees.num_bits(state.variables)
-    data = problems.DATA._replace(public=PUBLIC)
-    self.assertEqual(
-      fed.traffic(state, data), (size + 32 * row.down, size + 32 * row.up)
+    data = problems.DATA._replace(
+      public=PUBLIC, count=problems.DATA.count.at[4].set(0)
     )
+    cohort = problems.row([0, 1, 4, -1], arrived=[True, False, True, False])
+    _, info = fed.round(state, data, cohort, KEY)
+    down, up = size + 32 * row.down, size + 32 * row.up
+    self.assertEqual(info.metrics['bits_down'].tolist(), [down] * 3 + [0] * 2)
+    self.assertEqual(info.metrics['bits_up'].tolist(), [up] + [0] * 4)
 
 
 @pytest.mark.slow
@@ -776,17 +790,17 @@ class BatchNormPolicyTest(absltest.TestCase):
     """A client that comes back begins where it stopped, not at the mean."""
     part = batch_norm.local_stats()
     _, own = part.init(KEY, base.Variables((), jnp.zeros(2)))
-    view = base.View(*[None] * 9)._replace(
+    view = base.View(*[None] * 10)._replace(
       variables=base.Variables((), jnp.full(2, 5.0)), own=own
     )
-    first = part.start(view, (), 0, KEY)
+    first = part.start(view, KEY)
     np.testing.assert_array_equal(
       first.stats, [5.0, 5.0]
     )  # nothing of its own yet
     local = base.Local(base.Variables((), jnp.full(2, 7.0)), 1, 1.0, {})
     own, message = part.upload(view, local, None, KEY)
     self.assertEqual(message, ())
-    second = part.start(view._replace(own=own), (), 0, KEY)
+    second = part.start(view._replace(own=own), KEY)
     np.testing.assert_array_equal(second.stats, [7.0, 7.0])
 
   def test_local_in_rounds(self):
@@ -814,13 +828,13 @@ class BatchNormPolicyTest(absltest.TestCase):
     part = batch_norm.reset_stats(self.NET, 4)
     variables = self.NET.init(KEY)
     rows = problems.DATA.index[1]
-    view = base.View(*[None] * 9)._replace(
+    view = base.View(*[None] * 10)._replace(
       variables=variables._replace(
         stats=jax.tree.map(lambda a: a + 3.0, variables.stats)
       ),  # must not matter
       data=problems.DATA._replace(index=rows, count=jnp.int32(12)),
     )
-    got = jax.jit(lambda view: part.start(view, (), 0, KEY))(view).stats
+    got = jax.jit(lambda view: part.start(view, KEY))(view).stats
     apply = jax.jit(self.NET.apply, static_argnames='train')
     moved = [
       apply(variables, problems.DATA.x[rows[i : i + 4]], train=True).stats
@@ -837,14 +851,14 @@ class BatchNormPolicyTest(absltest.TestCase):
     """A partial last batch, and a client without examples."""
     part = batch_norm.reset_stats(self.NET, 5)
     variables = self.NET.init(KEY)
-    view = base.View(*[None] * 9)._replace(
+    view = base.View(*[None] * 10)._replace(
       variables=variables,
       data=problems.DATA._replace(
         index=problems.DATA.index[0], count=jnp.int32(7)
       ),
     )
     short = view._replace(data=view.data._replace(index=view.data.index[:7]))
-    start = jax.jit(lambda view: part.start(view, (), 0, KEY))
+    start = jax.jit(lambda view: part.start(view, KEY))
     chex.assert_trees_all_close(start(view), start(short), atol=1e-5)
     nobody = view._replace(data=view.data._replace(count=jnp.int32(0)))
     chex.assert_trees_all_equal(start(nobody), variables)

@@ -27,6 +27,7 @@ def view(count=12, num_steps=base.NO_LIMIT, round_=0, cap=12):
     model,
     (),
     (),
+    (),
     data,
     jnp.int32(0),
     jnp.float32(1),

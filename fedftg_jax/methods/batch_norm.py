@@ -56,8 +56,8 @@ def local_stats() -> Method:
     del key
     return (), (variables.stats, jnp.zeros((), bool))
 
-  def start(view, shared, slot, key):
-    del shared, slot, key
+  def start(view, key):
+    del key
     own, seen = view.own
     stats = trees.where(seen, own, view.variables.stats)
     return view.variables._replace(stats=stats)
@@ -86,8 +86,8 @@ def reset_stats(
     The method; it keeps nothing.
   """
 
-  def start(view, shared, slot, key):
-    del shared, slot, key
+  def start(view, key):
+    del key
     old = view.variables.stats
 
     def of_batch(batch):

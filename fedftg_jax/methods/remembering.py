@@ -65,7 +65,9 @@ def remembering(part: Method, num_classes: int, decay: float) -> Method:
     init=init,
     update=update,
     broadcast=lambda shared: part.broadcast(shared.inner),
-    start=lambda view, shared, *args: part.start(view, shared.inner, *args),
+    send=lambda variables, shared, *args: part.send(
+      variables, shared.inner, *args
+    ),
     synthesise=part.synthesise
     and (lambda shared, *args: part.synthesise(shared.inner, *args)),  # type: ignore[misc]
   )

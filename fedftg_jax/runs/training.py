@@ -86,9 +86,8 @@ def train(
   ):
     state = fed.init(key_init, *place)
     first, state = _go_on(experiment, seeds, folders, state, several)
-    traffic = fed.traffic(of_seed(state, 0), data)
     runs = [
-      RunWriter(experiment, folder, seed, traffic, keeping.tensorboard, first)
+      RunWriter(experiment, folder, seed, keeping.tensorboard, first)
       for folder, seed in zip(folders, seeds)
     ]
     score = scoring.scorer(experiment, data, put)

@@ -28,16 +28,11 @@ class RunWriter:
     experiment: Experiment,
     folder: UPath,
     seed: int,
-    traffic: tuple[int, int],
     tensorboard: bool = False,
     done: int = 0,
   ):
-    """What is there of the first `done` rounds, and nothing else, is kept.
-
-    `traffic`: bits down and up for one client and round.
-    """
+    """What is there of the first `done` rounds, and nothing else, is kept."""
     self._experiment, self._folder, self._seed = experiment, folder, seed
-    self._bits_down, self._bits_up = traffic
     self._rows, self._timings, self._clients, self._images = [], [], {}, {}
     self._down = self._up = 0  # bytes so far
     config = {**experiment.config, 'seed': seed}
@@ -121,8 +116,9 @@ class RunWriter:
         f'{self.rounds + 1} and {done}; the rows up to round {self.rounds} and '
         f'the checkpoints are kept. A smaller {rates} may help'
       )
-    self._down += int(metrics.pop('num_selected').sum()) * self._bits_down // 8
-    self._up += int(metrics.pop('num_arrived').sum()) * self._bits_up // 8
+    self._down += int(metrics.pop('bits_down').sum()) // 8
+    self._up += int(metrics.pop('bits_up').sum()) // 8
+    del metrics['num_selected'], metrics['num_arrived']
     losses = {
       k: rows.number(np.nanmean(v) if np.isfinite(v).any() else np.nan)
       for k, v in metrics.items()
@@ -266,8 +262,7 @@ class RunWriter:
         'seed': self._seed,
         **rows.summarise(self._rows),
         **clients,
-        'bits_down_per_client': self._bits_down,
-        'bits_up_per_client': self._bits_up,
+        **_bits_per_client(experiment.problem, self._rows[-1]),
         **{
           f'{stage}_seconds': round(
             sum(row.get(f'{stage}_seconds', 0.0) for row in self._timings), 2
@@ -276,6 +271,23 @@ class RunWriter:
         },
       },
     )
+
+
+def _bits_per_client(problem, row) -> dict[str, float]:
+  """Means over the rounds and the clients that were sent to, or have sent."""
+  ids, arrived = (
+    a[: row['round']]
+    for a in (problem.schedule.client_id, problem.schedule.arrived)
+  )
+  sizes = np.array([*map(len, problem.parts), 0])
+  counts = {
+    'down': np.sum(ids < len(problem.parts)),
+    'up': np.sum(arrived & (sizes[ids] > 0)),
+  }
+  return {
+    f'bits_{way}_per_client': 8 * row[f'bytes_{way}'] / max(int(count), 1)
+    for way, count in counts.items()
+  }
 
 
 def label_counts(experiment: Experiment) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ C classes, M examples, T rounds.
 
 from collections.abc import Mapping
 import functools
+import inspect
 import os
 from typing import Any, NamedTuple, Protocol
 
@@ -138,7 +139,7 @@ class View(NamedTuple):
   data: Data  # its row of the index table, over the flat arrays
   client_id: jax.Array  # [] int32
   share: jax.Array  # [] s_k = N n_k / sum_j n_j
-  round: jax.Array  # [] int32
+  round: jax.Array  # [] int32, rounds done before: 0 in the first
   num_steps: jax.Array  # [] int32, at most so many local steps
 
 
@@ -146,7 +147,9 @@ class LossAux(NamedTuple):
   """What `Objective.loss` returns beside the loss."""
 
   stats: PyTree  # new BatchNorm statistics
-  cross_entropy: jax.Array  # [] mean over the batch, without penalties
+  # [] mean over the batch, without penalties: the loss on the data, which is
+  # `train_loss`, and which SCAFFOLD (option 1) and q-FedAvg ask for.
+  cross_entropy: jax.Array
 
 
 class Loss(Protocol):
@@ -222,7 +225,8 @@ class Same(tuple[tuple[str, str], ...]):
 class Info(NamedTuple):
   """What one may want to plot or trace; never read by the next round."""
 
-  metrics: Mapping[str, jax.Array] = {}  # scalars, stacked over rounds
+  # Scalars, stacked over rounds; NaN where nobody arrived.
+  metrics: Mapping[str, jax.Array] = {}
   models: Mapping[str, Variables] = {}  # models to evaluate, last round only
   # Which of `models` are 'broadcast', the server's new model, or another one
   # of them; filled in by the engine.
@@ -304,15 +308,17 @@ class Broadcast(Protocol):
 
 
 class Send(Protocol):
-  """Gives the model that the server sends to the client in place `slot` of the
-  cohort; `variables` is the server's, or what the parts before made of it, and
-  `shared` the whole server slot."""
+  """Gives the model that the server sends to a client.
+
+  `variables` is the server's, or what the parts before made of it; `shared` the
+  whole server slot; `position` [] int32 the client's place in the cohort.
+  """
 
   def __call__(
     self,
     variables: Variables,
     shared: PyTree,
-    slot: jax.Array,
+    position: jax.Array,
     key: jax.Array,
     /,
   ) -> Variables: ...
@@ -403,7 +409,8 @@ class Reduce(Protocol):
 
 class Update(Protocol):
   """Gives, once per round and on the server, (variables, shared, Info): the new
-  model and the new server slot."""
+  model and the new server slot. A model that it does not change it gives back
+  as the same object, by which it is known that two names are one model."""
 
   def __call__(
     self,
@@ -456,7 +463,7 @@ class Method(NamedTuple):
 
   init: Init = lambda key, variables: ((), ())
   broadcast: Broadcast = lambda shared: ()
-  send: Send = lambda variables, shared, slot, key: variables
+  send: Send = lambda variables, shared, position, key: variables
   common: Common = lambda variables, shared, round_, key: ()
   start: Start = lambda view, key: view.variables
   penalty: Penalty = lambda variables, output, batch, view, key: 0.0
@@ -499,6 +506,21 @@ def merged(
   return {**some, **others}
 
 
+def check_hooks(method: Method) -> None:
+  """Raises ValueError for a hook that does not take its arguments."""
+  for name, default in Method._field_defaults.items():
+    hook = getattr(method, name)
+    if hook is default or not callable(hook) or not callable(default):
+      continue
+    want = inspect.signature(default).parameters
+    try:
+      inspect.signature(hook).bind(*want)
+    except TypeError as error:
+      raise ValueError(
+        f"a method's {name} takes ({', '.join(want)}): {error}."
+      ) from error
+
+
 def chain(*parts: Method) -> Method:
   """Composes methods; the slots of a chain are the tuples of its parts' slots.
 
@@ -516,7 +538,8 @@ def chain(*parts: Method) -> Method:
     One method.
 
   Raises:
-    ValueError: without a part, or with two that aggregate.
+    ValueError: without a part, with two that aggregate, or for a hook that does
+      not take its arguments.
   """
   if not parts:
     raise ValueError('chain() needs at least one method, got none.')
@@ -525,6 +548,9 @@ def chain(*parts: Method) -> Method:
       'chain() got more than one part that aggregates; the last would undo '
       'what the others did.'
     )
+
+  for part in parts:
+    check_hooks(part)
 
   def split(key):
     return [jax.random.fold_in(key, i) for i in range(len(parts))]
@@ -542,9 +568,9 @@ def chain(*parts: Method) -> Method:
   def broadcast(shared):
     return tuple(p.broadcast(s) for p, s in zip(parts, shared))
 
-  def send(variables, shared, slot, key):
+  def send(variables, shared, position, key):
     for p, s, k in zip(parts, shared, split(key)):
-      variables = p.send(variables, s, slot, k)
+      variables = p.send(variables, s, position, k)
     return variables
 
   def common(variables, shared, round_, key):

@@ -45,10 +45,11 @@ def allocate(
       path = pathlib.Path(folder) / f'slot{i:03d}.npy'
       path.parent.mkdir(parents=True, exist_ok=True)
       rows = np.lib.format.open_memmap(path, 'w+', leaf.dtype, shape)
-      with open(
-        path, 'r+b'
-      ) as file:  # a full disk is an error now, not a crash
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+      try:  # a full disk is an error now, not a crash when it is written to
+        with path.open('r+b') as file:
+          os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+      except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     rows[:] = leaf
     return rows
 

@@ -42,6 +42,7 @@ from fedftg_jax.base import (
   Solver,
   State,
   View,
+  check_hooks,
   merged,
 )
 
@@ -88,6 +89,7 @@ def federation(
   Raises:
     ValueError: for a value out of range, or if no part aggregates.
   """
+  check_hooks(method)
   if not method.aggregates:
     raise ValueError(
       "no part of the method makes a new model of the clients' models: begin "
@@ -198,13 +200,17 @@ def federation(
     written = jnp.where(rows.worked, rows.place, num_clients)
     selected = rows.client_id < num_clients
     bits_down = trees.num_bits((state.variables, shared[1]))
-    metrics = _metrics(rows, num_steps, local_metrics, info, acts) | {
+    counts = {
       'num_selected': jnp.sum(selected),
       'num_arrived': jnp.sum(arrived),
       'bits_down': jnp.where(selected, jnp.uint32(bits_down), 0)[:size],
       'bits_up': bits_up[:size],
-      **_distortion(distortion),
     }
+    metrics = merged(
+      'metric',
+      _metrics(rows, num_steps, local_metrics, info, acts),
+      counts | _distortion(distortion),
+    )
     models |= {
       name: trees.where(acts, models[name], state.variables)
       for name in info.models
@@ -225,7 +231,7 @@ def federation(
       client_id[None],
       jnp.ones(1, bool),
       jnp.full(1, NO_LIMIT, jnp.int32),
-      place[None],
+      place=place[None],
     )
     rows = _rows(state, data, cohort, num_clients, weighting)
     _, sent, local, *_ = run_client(
@@ -259,7 +265,7 @@ class _Row(NamedTuple):
   count: jax.Array  # type: ignore[assignment]
   share: jax.Array  # s_k
   weight: jax.Array  # in the mean
-  slot: jax.Array  # 0, 1, 2 ... in the cohort
+  position: jax.Array  # 0, 1, 2 ... in the cohort
   place: jax.Array  # where its slots lie in `State.clients`
 
 
@@ -328,7 +334,7 @@ def _run_client(model, method, solver, uplink, shared, row):
   broadcast, seen, common, server_slot, round_, flat, base_key = shared
   own, uplink_state = row.slots
   key = keys.client_keys(base_key, round_, row.client_id)
-  received = method.send(broadcast, server_slot, row.slot, key.start)
+  received = method.send(broadcast, server_slot, row.position, key.start)
   view = View(
     received,
     received,
@@ -397,18 +403,20 @@ def _distortion(squares) -> dict[str, jax.Array]:
 def _metrics(rows, num_steps, local_metrics, info, acts):
   """The round's scalars; NaN for a mean over nobody."""
   worked = rows.weight * (num_steps > 0)
-  metrics = {
+  of_clients = {
     name: jnp.sum(worked * value) / jnp.sum(worked)
     for name, value in local_metrics.items()
   }
-  return metrics | {
+  of_server = {
     name: jnp.where(acts, value, jnp.nan)
     for name, value in info.metrics.items()
   }
+  return merged('metric', of_clients, of_server)
 
 
 def _local_loss(model, method, view, variables, batch, key):
-  """Cross-entropy over the valid examples, plus the method's penalty."""
+  """The clients' loss: cross-entropy over the valid examples, plus the
+  method's penalty."""
   output = model.apply(variables, batch.x, mask=batch.mask, train=True)
   cross_entropy = losses.cross_entropy(output.logits, batch.y, batch.mask)
   penalty = method.penalty(variables, output, batch, view, key)

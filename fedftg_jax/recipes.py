@@ -7,6 +7,7 @@ is added.
 """
 
 from collections.abc import Callable, Mapping
+import difflib
 from typing import Any, NamedTuple
 
 import optax
@@ -377,9 +378,13 @@ def parse(name: str) -> list[str]:
   parts = name.split('+')
   for part in parts:
     if part not in RECIPES:
+      like = part.lower().replace('_', '').replace('-', '')
+      names = {name.replace('_', ''): name for name in RECIPES}
+      close = difflib.get_close_matches(like, names, 1)
+      hint = f' (did you mean {names[close[0]]}?)' if close else ''
       raise ValueError(
-        f'no method {part!r}: must be one of {", ".join(sorted(RECIPES))}, or '
-        'several joined with +'
+        f'no method {part!r}{hint}: must be one of '
+        f'{", ".join(sorted(RECIPES))}, or several joined with +'
       )
     if parts.count(part) > 1:
       raise ValueError(f'{part} is named twice')
@@ -392,8 +397,13 @@ def parse(name: str) -> list[str]:
   return sorted(parts, key=lambda part: KINDS.index(RECIPES[part].kind))
 
 
-def build(name: str, settings: Settings) -> Method:
-  """The method called `name`, e.g. 'fed_avg', 'fed_ftg' or 'a+b'.
+def build(name: str, settings: Settings, *further: Method) -> Method:
+  """Chains the parts that `name` names, e.g. 'fed_avg', 'fed_ftg' or 'a+b'.
+
+  Args:
+    name: see `parse`.
+    settings: what the parts are made of.
+    *further: parts to come last. What the others draw does not depend on them.
 
   Raises:
     ValueError: for a wrong name or option.
@@ -402,7 +412,8 @@ def build(name: str, settings: Settings) -> Method:
     *(
       RECIPES[part].build(settings, **settings.options.get(part, {}))
       for part in parse(name)
-    )
+    ),
+    *further,
   )
 
 

@@ -131,6 +131,12 @@ class ChainTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, 'at least one'):
       base.chain()
 
+  def test_hooks_that_do_not_take_their_arguments(self):
+    part = base.Method(penalty=lambda variables, output, batch, view: 0.0)
+    want = r"a method's penalty takes \(variables, output, batch, view, key\): "
+    with self.assertRaisesRegex(ValueError, want):
+      base.chain(fed_avg.fed_avg(), part)
+
   def test_exactly_one_part_aggregates(self):
     with self.assertRaisesRegex(ValueError, 'more than one part that agg'):
       base.chain(fed_avg.fed_avg(), fed_nova.fed_nova())
@@ -155,7 +161,7 @@ class RecipesTest(parameterized.TestCase):
   @parameterized.parameters(
     (
       'fedavg',
-      "no method 'fedavg': must be one of fed_avg, fed_df, fed_df_pub",
+      r"no method 'fedavg' .did you mean fed_avg\?.: must be one of fed_avg, ",
     ),
     ('fed_avg+fed_avg', 'fed_avg is named twice'),
     ('', 'no method'),

@@ -99,7 +99,10 @@ class HostTest(parameterized.TestCase):
 
     def look(state, *_):
       seen.append([a.shape[0] for a in jax.tree.leaves(state.clients)])
-      return federation.State(*state), base.Info()
+      bits = np.zeros((2, 2), np.uint32)
+      return federation.State(*state), base.Info(
+        {'bits_down': bits, 'bits_up': bits}
+      )
 
     rows = problems.schedule([[0, 59], [7, 8]], 60)
     with absltest.mock.patch.object(

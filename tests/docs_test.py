@@ -5,6 +5,8 @@ import re
 
 from absl.testing import absltest, parameterized
 import jax
+import numpy as np
+import optax
 import pytest
 
 from fedftg_jax import base
@@ -26,10 +28,10 @@ class DocsTest(parameterized.TestCase):
     exec(code, scope)
     self.assertLen(scope['metrics']['train_loss'], 3)
 
-  def test_the_method_of_build_md(self):
-    (code,) = examples('BUILD.md')
+  def test_the_methods_of_build_md(self):
     scope = {}
-    exec(code, scope)
+    for code in examples('BUILD.md'):
+      exec(code, scope)
     key, cohort = jax.random.key(0), problems.row([0, 4])
 
     def after(*parts):
@@ -45,6 +47,14 @@ class DocsTest(parameterized.TestCase):
     for a, b in zip(plain, zero):
       self.assertLess(abs(a - b).max(), 1e-6)
     self.assertGreater(abs(plain[0] - strong[0]).max(), 1e-3)
+    method = base.chain(fed_avg.fed_avg(), scope['drift']())
+    fed = problems.make(method=method)
+    state = fed.init(key)
+    new, info = fed.round(state, problems.DATA, problems.row([0]), key)
+    moved = optax.tree.sub(new.variables.params, state.variables.params)
+    np.testing.assert_allclose(
+      info.metrics['drift'], optax.tree.norm(moved, squared=True), rtol=1e-5
+    )
 
   @parameterized.parameters(
     'README.md',

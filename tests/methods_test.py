@@ -160,14 +160,10 @@ def build(row):
     'q_fed_avg': dict(batch_size=4),
     **row.options,
   }
-  method = batch_norm.with_policy(
-    row.policy,
-    recipes.build(
-      row.method,
-      recipes.Settings(model, CLASSES, row.server, GENERATOR, options),
-    ),
-    model,
-    4,
+  method = recipes.build(
+    row.method,
+    recipes.Settings(model, CLASSES, row.server, GENERATOR, options),
+    *batch_norm.policy_parts(row.policy, model, 4),
   )
   fed = problems.make(model, method, weighting=recipes.weighting(row.method))
   return model, method, fed
@@ -475,7 +471,7 @@ class ErrorsTest(parameterized.TestCase):
 
   def test_policy(self):
     with self.assertRaisesRegex(ValueError, "got 'global'"):
-      batch_norm.with_policy('global', base.Method(), MODEL)
+      batch_norm.policy_parts('global', MODEL)
 
 
 @jax.jit
@@ -772,11 +768,10 @@ class BatchNormPolicyTest(absltest.TestCase):
   NET = problems.NORMED
 
   def rounds(self, policy, ids):
-    method = batch_norm.with_policy(
-      policy,
-      recipes.build('fed_avg', recipes.Settings(self.NET, CLASSES)),
-      self.NET,
-      4,
+    method = recipes.build(
+      'fed_avg',
+      recipes.Settings(self.NET, CLASSES),
+      *batch_norm.policy_parts(policy, self.NET, 4),
     )
     fed = problems.make(self.NET, method)
     states = [fed.init(KEY)]
@@ -806,8 +801,8 @@ class BatchNormPolicyTest(absltest.TestCase):
   def test_local_in_rounds(self):
     """Slots differ between clients and last while others train."""
     _, one, two = self.rounds('local', [[1, 4], [1, 3]])
-    (stats, seen), _ = one.clients[0]
-    (later, _), _ = two.clients[0]
+    *_, (stats, seen) = one.clients[0]
+    *_, (later, _) = two.clients[0]
     np.testing.assert_array_equal(seen, [False, True, False, False, True])
     for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(later)):
       self.assertFalse(np.array_equal(a[1], a[4]))
@@ -865,10 +860,10 @@ class BatchNormPolicyTest(absltest.TestCase):
 
   def test_evaluation_with_each_client_s_statistics(self):
     _, state = self.rounds('local', [[0, 1, 2, 3, 4]])
-    (stats, _), _ = jax.device_get(state.clients[0])
+    *_, (stats, _) = jax.device_get(state.clients[0])
     structure = jax.tree.structure(stats)
     fed = problems.make(
-      self.NET, batch_norm.with_policy('local', fed_avg.fed_avg(), self.NET)
+      self.NET, base.chain(fed_avg.fed_avg(), batch_norm.local_stats())
     )
     got = evaluation.evaluate_clients(
       self.NET, fed, state, problems.DATA, problems.DATA, KEY

@@ -83,7 +83,7 @@ FAULTS = (
   Fault(
     'engine_absent_slot_written',
     ENGINE,
-    'written = jnp.where(arrived, rows.place, num_clients)',
+    'written = jnp.where(rows.worked, rows.place, num_clients)',
     'written = rows.place',
     OF_ENGINE,
   ),
@@ -121,8 +121,8 @@ FAULTS = (
   Fault(
     'engine_nobody_arrives_yet_updates',
     ENGINE,
-    'anybody = jnp.any(arrived)',
-    'anybody = jnp.any(rows.client_id < num_clients)',
+    'acts = jnp.any(arrived) | method.always',
+    'acts = jnp.any(rows.client_id < num_clients) | method.always',
     OF_ENGINE,
   ),
   Fault(

@@ -97,6 +97,14 @@ class TrainTest(parameterized.TestCase):
     own = ['own_statistics'] if policy == 'local' else []
     self.assertCountEqual(row['accuracy'], ['all', *own])
 
+  def test_evaluating_all_changes_no_training(self):
+    """What the other parts draw does not depend on a part more."""
+    for name, *more in (('a',), ('b', '--evaluate_all')):
+      status, _, err = self.train(name, '--method=fed_ftg', *more)
+      self.assertEqual(status, 0, err)
+    a, b = ((self.folder / name / 'params.npz').read_bytes() for name in 'ab')
+    self.assertEqual(a, b)
+
   def test_public_data(self):
     self.check_public_data('train:20', 40)
 
@@ -202,6 +210,7 @@ class TrainTest(parameterized.TestCase):
     self.assertGreater(row['test_accuracy'], 0.8)
 
   def test_files(self):
+    forget()  # what another test has compiled
     self.args.append('--method=fed_ftg')
     status, out, err = self.train('a', draw=True)
     self.assertEqual(status, 0, err)
@@ -504,7 +513,11 @@ class ErrorsTest(parameterized.TestCase):
     ('--learning_rate=-1', '--learning_rate=-1: must be a non-negative number'),
     ('--lr_decay=2', r'--lr_decay=2: must be a number in the range \[0, 1\]'),
     ('--model=resnet', '--model=resnet: .*mlp.*lenet.*fedavg_cnn'),
-    ('--method=fedavg', "--method=fedavg: no method 'fedavg': must be one of"),
+    (
+      '--method=FedAvg',
+      "--method=FedAvg: no method 'FedAvg' .did you mean fed_avg",
+    ),
+    ('--lr=0.1', '--lr=0.1: no such flag; did you mean --learning_rate?'),
     (
       '--method=fed_avg+fed_avg',
       '--method=fed_avg.fed_avg: fed_avg is named twice',

@@ -290,7 +290,7 @@ class RunTest(parameterized.TestCase):
     page = Page(path.read_text())
     self.assertEqual(page.tags.count('svg'), 7)
     self.assertIn('What fine-tuning changes, class by class', page.words)
-    self.assertIn('Inside the methods', page.words)
+    self.assertIn('Inside the training', page.words)
     self.assertEqual(page.tags.count('img'), 2 + 2)  # rounds; nearest
     self.assertNotIn('script', page.tags)
     for link in page.links:

@@ -1,5 +1,7 @@
 """The client axis: chunks and devices give what one stack gives."""
 
+import re
+
 from absl.testing import absltest, parameterized
 import chex
 import jax
@@ -159,7 +161,8 @@ class DevicesTest(parameterized.TestCase):
     self.check_not_gathered('fed_avg')
 
   def check_not_gathered(self, name):
-    """Devices exchange sums, not clients: a model with a convolution each."""
+    """Devices exchange sums, not clients: a model with a convolution each. What
+    is known of each client afterwards is the number of bits that it sent."""
     mesh = stacking.make_mesh(4)
     fed = make(name, problems.make_model('batch'), mesh=mesh)
     state, data = stacking.put((fed.init(KEY), problems.DATA), mesh)
@@ -169,7 +172,9 @@ class DevicesTest(parameterized.TestCase):
       .as_text()
     )
     self.assertIn('all-reduce', text)
-    for exchange in ('all-gather', 'all-to-all', 'collective-permute'):
+    gathered = re.findall(r'= (\S+) all-gather\(', text)
+    self.assertEqual({kind.split('[')[0] for kind in gathered}, {'u32'})
+    for exchange in ('all-to-all', 'collective-permute'):
       self.assertNotIn(exchange, text)
 
   def test_one_trace(self):

@@ -225,15 +225,12 @@ def _method(config, dataset, model) -> base.Method:
     generator,
     options,
   )
-  method = batch_norm.with_policy(
-    config['batch_norm'],
-    recipes.build(config['method'], settings),
-    model,
-    config['batch_size'],
+  further = batch_norm.policy_parts(
+    config['batch_norm'], model, config['batch_size']
   )
   if config['evaluate_all']:
-    method = base.chain(method, evaluation.last_models())
-  return method
+    further += (evaluation.last_models(),)
+  return recipes.build(config['method'], settings, *further)
 
 
 def _options(part, config) -> dict[str, Any]:

@@ -185,9 +185,13 @@ def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
       raise cli.UsageError(
         'workdir',
         folder,
-        f'holds another configuration ({name}: '
-        f'{there.get(name)}, not {ours.get(name)}); choose another folder',
+        f'holds another configuration ({name}: {_shown(there, name)}, not '
+        f'{_shown(ours, name)}); choose another folder',
       )
+
+
+def _shown(config, name) -> str:
+  return str(config[name]) if name in config else 'not given'
 
 
 @contextlib.contextmanager

@@ -17,36 +17,37 @@ import jax
 import jax.numpy as jnp
 
 from fedftg_jax import trees
-from fedftg_jax.base import Method, Model, chain
+from fedftg_jax.base import Method, Model
 from fedftg_jax.data import clients
 from fedftg_jax.models import layers
 
 POLICIES = ('aggregate', 'local', 'reset')
 
 
-def with_policy(
-  policy: str, method: Method, model: Model, batch_size: int = 50
-) -> Method:
-  """`method` under a policy for statistics.
+def policy_parts(
+  policy: str, model: Model, batch_size: int = 50
+) -> tuple[Method, ...]:
+  """Gives the parts of a chain that a policy for statistics needs.
 
   Args:
     policy: one of `POLICIES`.
-    method: any.
     model: the classifier.
     batch_size: examples at once in 'reset'.
 
   Returns:
-    `method` itself, or its chain with `local_stats` or `reset_stats`, in front.
+    `local_stats` or `reset_stats`, to come last in a chain; nothing for
+    'aggregate'.
 
   Raises:
     ValueError: for an unknown policy.
   """
   if policy not in POLICIES:
     raise ValueError(f'policy must be one of {POLICIES}, got {policy!r}.')
-  if policy == 'aggregate':
-    return method
-  part = local_stats() if policy == 'local' else reset_stats(model, batch_size)
-  return chain(part, method)
+  return {
+    'aggregate': (),
+    'local': (local_stats(),),
+    'reset': (reset_stats(model, batch_size),),
+  }[policy]
 
 
 def local_stats() -> Method:

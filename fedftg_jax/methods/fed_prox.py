@@ -5,7 +5,8 @@ Heterogeneous Networks, MLSys 2020, arXiv:1812.06127, Eq. 2: the local objective
 gains mu / 2 ||theta - w||^2.
 
 Deviation on request: the official FedFTG repository's "FedProx" adds mu to the
-weight decay instead and so pulls towards zero (`to_zero`).
+weight decay instead and so pulls towards zero (`to_zero`); its server does so
+with the student's decay, too, which `configuration.assembly` adds.
 """
 
 import optax
@@ -14,7 +15,7 @@ from fedftg_jax.base import Method
 
 
 def fed_prox(mu: float = 1e-4, to_zero: bool = False) -> Method:
-  """The proximal term, inside the gradient clip.
+  """The proximal term; its gradient is clipped together with the loss's.
 
   Args:
     mu: its weight.

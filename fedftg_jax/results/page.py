@@ -378,12 +378,11 @@ def _class_changes(runs) -> list[tuple[str, markupsafe.Markup]]:
 
 
 def _own_metrics(runs) -> dict[str, Any]:
-  """What methods measure of themselves in each round, means over seeds."""
+  """What is measured in each round beside accuracy, means over seeds."""
   names = dict.fromkeys(
     key
     for of_name in runs.values()
-    for key in of_name[0].rows[-1]
-    if '/' in key
+    for key in rows_lib.measures(of_name[0].rows[-1])
   )
   series = {}
   for key in names:
@@ -398,7 +397,7 @@ def _own_metrics(runs) -> dict[str, Any]:
   return {
     'own': svg.inline(
       'own',
-      'What the methods measure of themselves, round by round.',
+      'What is measured beside accuracy, round by round.',
       plots.metrics,
       series,
     ),

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+# Numbers of every row that tables and curves show already.
+_SHOWN = ('round', 'test_accuracy', 'bytes_up', 'bytes_down')
 FINAL_ROUNDS = 10  # the final accuracy is the mean over so many last rounds
 
 
@@ -79,6 +81,17 @@ def flat(row: dict[str, Any], prefix: str = '') -> dict[str, Any]:
     elif not isinstance(value, (list, str)):
       columns[prefix + name] = value
   return columns
+
+
+def measures(row: dict[str, Any]) -> list[str]:
+  """The names of what a row measures beside what is shown of every run."""
+  return [
+    name
+    for name, value in row.items()
+    if isinstance(value, (int, float))
+    and name not in _SHOWN
+    and not name.startswith('validation_')
+  ]
 
 
 def megabytes(row: dict[str, Any]) -> float:

@@ -136,7 +136,7 @@ def _mean_of_all(experiment, state):
   count = experiment.problem.data.count
   if experiment.config['weighting'] == 'uniform':
     count = jnp.ones_like(count)
-  (_, last), _ = state.clients
+  (*_, last), _ = state.clients
   return evaluation.mean_of_last_models(last, count.astype(float))
 
 

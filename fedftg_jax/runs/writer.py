@@ -3,7 +3,7 @@
 import numpy as np
 from upath import UPath
 
-from fedftg_jax import evaluation
+from fedftg_jax import base, evaluation
 from fedftg_jax.configuration import folders
 from fedftg_jax.configuration.assembly import Experiment
 from fedftg_jax.data import partition, schedules, skew
@@ -119,33 +119,31 @@ class RunWriter:
     self._down += int(metrics.pop('bits_down').sum()) // 8
     self._up += int(metrics.pop('bits_up').sum()) // 8
     del metrics['num_selected'], metrics['num_arrived']
-    losses = {
+    measured = {
       k: rows.number(np.nanmean(v) if np.isfinite(v).any() else np.nan)
       for k, v in metrics.items()
     }
-    self._rows.append(
-      {
-        'round': done,
-        'train_loss': losses.pop('train_loss'),
-        'test_loss': rows.number(broadcast['loss']),
-        'test_accuracy': rows.number(broadcast['accuracy']),
-        'accuracy': {
-          k: rows.number(v['accuracy'])
-          for k, v in scores.models.items()
-          if k != 'broadcast'
-        },
-        'same_models': scores.same,
-        **{
-          f'validation_{k}': rows.number(scores.validation[k])
-          for k in ('loss', 'accuracy')
-          if scores.validation
-        },
-        'bytes_up': self._up,
-        'bytes_down': self._down,
-        **losses,
-        **_class_change(scores),
-      }
-    )
+    row = {
+      'round': done,
+      'train_loss': measured.pop('train_loss'),
+      'test_loss': rows.number(broadcast['loss']),
+      'test_accuracy': rows.number(broadcast['accuracy']),
+      'accuracy': {
+        k: rows.number(v['accuracy'])
+        for k, v in scores.models.items()
+        if k != 'broadcast'
+      },
+      'same_models': scores.same,
+      **{
+        f'validation_{k}': rows.number(scores.validation[k])
+        for k in ('loss', 'accuracy')
+        if scores.validation
+      },
+      'bytes_up': self._up,
+      'bytes_down': self._down,
+    }
+    row = base.merged('metric', row, measured)
+    self._rows.append({**row, **_class_change(scores)})
     self._add_classes(done, scores.models)
     if scores.clients:
       self._add_clients(done, scores.clients)

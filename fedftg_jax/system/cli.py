@@ -26,6 +26,15 @@ from fedftg_jax.system import help as help_
 PRESETS = pathlib.Path(__file__).parents[1] / 'presets'
 # A path of the user's in a flag; a shell leaves its ~ as it is.
 _HOME = re.compile(r'^(--?\w+=(?:npz:|file:|folder:)?)~(?=/|$)')
+# What papers and other codes call some flags.
+_ELSEWHERE = {
+  'alpha': 'dirichlet_alpha',
+  'epochs': 'local_epochs',
+  'lr': 'learning_rate',
+  'mu': 'prox_mu',
+  'participation': 'cohort',
+  'wd': 'weight_decay',
+}
 _HELP = ('--help', '-help', '--helpshort', '-helpshort', '-h', '-?')
 
 flags.DEFINE_string(
@@ -156,7 +165,10 @@ def parse(
       error.flagname,
     )
     guess = re.search(r'Did you mean: (.*?) ?\?', str(error))
-    hint = f'did you mean --{guess[1].split(",")[0].strip()}? ' if guess else ''
+    name = _ELSEWHERE.get(error.flagname) or (
+      guess and guess[1].split(',')[0].strip()
+    )
+    hint = f'did you mean --{name}? ' if name else ''
     _fail(f'--{given}: no such flag; {hint}--help lists all')
   except flags.CantOpenFlagFileError as error:
     _fail(

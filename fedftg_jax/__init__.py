@@ -31,7 +31,10 @@ with epy.lazy_api_imports(globals()):  # each when it is first used
   from fedftg_jax.methods.fed_df import fed_df, fed_df_public
   from fedftg_jax.methods.fed_dyn import fed_dyn
   from fedftg_jax.methods.fed_ftg import fed_ftg
+  from fedftg_jax.methods.fed_lsd import fed_lsd
+  from fedftg_jax.methods.fed_mr import fed_mr
   from fedftg_jax.methods.fed_nova import fed_nova
+  from fedftg_jax.methods.fed_ntd import fed_ntd
   from fedftg_jax.methods.fed_prox import fed_prox
   from fedftg_jax.methods.moon import moon
   from fedftg_jax.methods.q_fed_avg import q_fed_avg

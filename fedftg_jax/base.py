@@ -268,9 +268,9 @@ class Round(Protocol):
 
 
 class Personalise(Protocol):
-  """Gives the model that one client would begin the next round from, and what
-  its local training would make of that; `place` is its row of
-  `State.clients`."""
+  """Gives the model that one client would begin from if the server sent it what
+  it broadcasts, and what its local training would make of that in the next
+  round; `place` is its row of `State.clients`."""
 
   def __call__(
     self,
@@ -657,7 +657,10 @@ def chain(*parts: Method) -> Method:
   return Method(
     init=init,
     broadcast=broadcast,
-    send=send,
+    # The default stays itself, by which it is known that no part replaces it.
+    send=send
+    if any(p.send is not Method().send for p in parts)
+    else Method().send,
     common=common,
     start=start,
     penalty=penalty,

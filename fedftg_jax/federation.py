@@ -145,6 +145,13 @@ def federation(
     functools.partial(_run_client, model, method, solver, uplink), inline=True
   )
 
+  # One that begins from the model that is broadcast, as it is evaluated.
+  run_evaluated = run_client
+  if method.send is not Method().send:
+    run_evaluated = functools.partial(
+      _run_client, model, method._replace(send=Method().send), solver, uplink
+    )
+
   def client_round(shared, row):
     """One client (no client axis): what is summed over clients, and stacked."""
     broadcast, *_ = shared
@@ -225,8 +232,8 @@ def federation(
     )
 
   def personalise(state, data, client_id, place, key):
-    """One client (no client axis): the model that it would begin the next round
-    from, and the one that its local training would make of that."""
+    """One client (no client axis): what it makes of the model that is broadcast
+    before it trains, and what its local training makes of that."""
     cohort = Cohort(
       client_id[None],
       jnp.ones(1, bool),
@@ -234,7 +241,7 @@ def federation(
       place=place[None],
     )
     rows = _rows(state, data, cohort, num_clients, weighting)
-    _, sent, local, *_ = run_client(
+    _, sent, local, *_ = run_evaluated(
       _shared(method, state, data, key), jax.tree.map(lambda a: a[0], rows)
     )
     return sent.start, local.variables

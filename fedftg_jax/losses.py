@@ -32,6 +32,60 @@ def kl_divergence(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
   return jnp.sum(jnp.exp(log_target) * difference, axis=-1)
 
 
+def tempered_divergence(
+  logits: jax.Array, teacher_logits: jax.Array, temperature: float
+) -> jax.Array:
+  """T^2 KL(softmax(teacher / T) || softmax(own / T)) per example, [B].
+
+  Args:
+    logits: [B, C] of the student.
+    teacher_logits: [B, C].
+    temperature: T.
+  """
+  return temperature**2 * kl_divergence(
+    teacher_logits / temperature, logits / temperature
+  )
+
+
+def not_true_divergence(
+  logits: jax.Array,
+  teacher_logits: jax.Array,
+  labels: jax.Array,
+  temperature: float,
+) -> jax.Array:
+  """`tempered_divergence` of all classes but each example's own, [B].
+
+  FedNTD's loss (arXiv:2106.03097). The own class's logits count in nothing, so
+  that their gradient is exactly 0.
+
+  Args:
+    logits: [B, C] of the student.
+    teacher_logits: [B, C].
+    labels: [B] the classes left out.
+    temperature: T.
+  """
+  chex.assert_equal_shape([logits, teacher_logits])
+  chex.assert_rank([logits, labels], [2, 1])
+  if logits.shape[-1] == 1:  # no class is left
+    return jnp.zeros(len(logits), logits.dtype)
+  others = ~jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+  log_target, log_own = (
+    a / temperature
+    - jax.nn.logsumexp(a / temperature, axis=-1, keepdims=True, where=others)
+    for a in (teacher_logits, logits)
+  )
+  terms = jnp.exp(log_target) * (log_target - log_own)
+  return temperature**2 * jnp.sum(jnp.where(others, terms, 0), axis=-1)
+
+
+def check_distillation(weight: float, temperature: float) -> None:
+  """Raises ValueError for a negative weight or a temperature not above 0."""
+  if weight < 0:
+    raise ValueError(f'beta must be at least 0, got {weight}.')
+  if temperature <= 0:
+    raise ValueError(f'tau must be above 0, got {temperature}.')
+
+
 def contrast(
   features: jax.Array, near: jax.Array, far: jax.Array, temperature: float
 ) -> jax.Array:

@@ -18,7 +18,10 @@ from fedftg_jax.methods import fed_avg as fed_avg_lib
 from fedftg_jax.methods import fed_df as fed_df_lib
 from fedftg_jax.methods import fed_dyn as fed_dyn_lib
 from fedftg_jax.methods import fed_ftg as fed_ftg_lib
+from fedftg_jax.methods import fed_lsd as fed_lsd_lib
+from fedftg_jax.methods import fed_mr as fed_mr_lib
 from fedftg_jax.methods import fed_nova as fed_nova_lib
+from fedftg_jax.methods import fed_ntd as fed_ntd_lib
 from fedftg_jax.methods import fed_prox as fed_prox_lib
 from fedftg_jax.methods import moon as moon_lib
 from fedftg_jax.methods import q_fed_avg as q_fed_avg_lib
@@ -42,6 +45,7 @@ class Settings(NamedTuple):
       their defaults; for fed_ftg the fields of `FtgOptions` and 'preset', for
       fed_df those of `fed_df.Options` and 'memory', for both with the names of
       `PARTS` instead of functions.
+    cohort: clients in every round, for methods that keep as many models.
   """
 
   model: Model
@@ -49,6 +53,7 @@ class Settings(NamedTuple):
   server_optimizer: optax.GradientTransformation | None = None
   generator: Generator | None = None
   options: Mapping[str, Mapping[str, Any]] = {}
+  cohort: int = 0
 
 
 class Recipe(NamedTuple):
@@ -59,6 +64,12 @@ class Recipe(NamedTuple):
   help: str
   weighting: str = 'examples'  # how it wants clients to count in means
   generates: bool = False  # whether it needs a generator
+  # The function whose keyword arguments are its flags, each the prefix and the
+  # argument's name, with the argument's default and its text of the docstring.
+  function: Callable | None = None
+  prefix: str = ''
+  # Values of other flags that it needs: (flag, these, why).
+  needs: tuple[tuple[str, tuple, str], ...] = ()
 
 
 def _aggregator(make):
@@ -300,6 +311,12 @@ def _at_rate(make, rate):
   return (lambda round_: make(rate(round_))) if callable(rate) else make(rate)
 
 
+def _fed_mr(settings, **options):
+  if settings.server_optimizer is not None:
+    raise ValueError('fed_mr takes no server optimiser: no mean is trained.')
+  return fed_mr_lib.fed_mr(settings.cohort, **options)
+
+
 RECIPES = {
   'fed_avg': Recipe(
     'aggregates',
@@ -320,23 +337,56 @@ RECIPES = {
     'local',
     lambda s, **options: fed_prox_lib.fed_prox(**options),
     'local models are pulled to the received one',
+    function=fed_prox_lib.fed_prox,
+    prefix='prox_',
   ),
   'moon': Recipe(
     'local',
     lambda s, **options: moon_lib.moon(s.model, **options),
     "features are contrasted with the client's last model",
+    function=moon_lib.moon,
+    prefix='moon_',
   ),
   'fed_dyn': Recipe(
     'corrects',
     lambda s, **options: fed_dyn_lib.fed_dyn(**options),
     'dynamic regularisation',
     weighting='uniform',
+    function=fed_dyn_lib.fed_dyn,
+    prefix='dyn_',
   ),
   'scaffold': Recipe(
     'corrects',
     lambda s, **options: scaffold_lib.scaffold(**options),
     'control variates',
     weighting='uniform',
+  ),
+  'fed_ntd': Recipe(
+    'local',
+    lambda s, **options: fed_ntd_lib.fed_ntd(s.model, **options),
+    'keeps what the received model says of other classes',
+    function=fed_ntd_lib.fed_ntd,
+    prefix='ntd_',
+  ),
+  'fed_lsd': Recipe(
+    'local',
+    lambda s, **options: fed_lsd_lib.fed_lsd(s.model, **options),
+    'keeps what the received model says of all classes',
+    function=fed_lsd_lib.fed_lsd,
+    prefix='lsd_',
+  ),
+  'fed_mr': Recipe(
+    'aggregates',
+    _fed_mr,
+    'keeps a model for each client of a round, recombined by layers',
+    weighting='uniform',
+    function=fed_mr_lib.fed_mr,
+    prefix='mr_',
+    needs=(
+      ('schedule', ('exact',), 'its rounds have as many clients as models'),
+      ('server_optimizer', ('sgd',), 'no mean is trained further'),
+      ('server_learning_rate', (None, 1.0), 'no mean is trained further'),
+    ),
   ),
   'fed_df': Recipe(
     'refines',

@@ -29,6 +29,7 @@ from fedftg_jax.methods import (
   fed_avg,
   fed_dyn,
   fed_ftg,
+  fed_mr,
   fed_prox,
   moon,
   scaffold,
@@ -44,6 +45,9 @@ def golden(prefix):
     for k in _FILE.files
     if k.startswith(prefix + '/')
   }
+
+
+_KD = np.load(pathlib.Path(__file__).parent / 'golden' / 'kd.npz')
 
 
 def images(x):
@@ -307,6 +311,123 @@ def flat(vector):
 def start_at(variables):
   """A part that puts the clients' start elsewhere than what they received."""
   return base.Method(start=lambda view, key: variables)
+
+
+class NotTrueTest(parameterized.TestCase):
+  """FedNTD's official loss, and the one of all classes derived from it."""
+
+  @parameterized.parameters(
+    (1.0, 1.0, 4.8874500887), (3.0, 1.0, 5.9730347153), (2.0, 0.5, 4.3804273736)
+  )
+  def test_losses(self, tau, beta, want):
+    with enable_x64(True):
+      own, teacher, labels = (
+        jnp.asarray(_KD[f'ntd/{name}'])
+        for name in ('logits', 'global_logits', 'targets')
+      )
+      cross_entropy = losses.cross_entropy(own, labels)
+      not_true = losses.not_true_divergence(own, teacher, labels, tau)
+      total = cross_entropy + beta * jnp.mean(not_true)
+      np.testing.assert_allclose(total, want, atol=1e-9)
+      # By a constant in the true class nothing changes; of two classes none is
+      # left to compare.
+      shifted = own + 7 * jax.nn.one_hot(labels, 10)
+      np.testing.assert_allclose(
+        losses.not_true_divergence(shifted, teacher, labels, tau),
+        not_true,
+        atol=1e-12,
+      )
+      two = losses.not_true_divergence(
+        own[:, :2], teacher[:, :2], labels % 2, tau
+      )
+      np.testing.assert_allclose(two, 0, atol=1e-12)
+      # KL = KL of (own class, others) + (1 - q_y) KL of the others.
+      p, q = (
+        jax.nn.softmax(a / tau)[jnp.arange(6), labels] for a in (own, teacher)
+      )
+      of_two = q * jnp.log(q / p) + (1 - q) * jnp.log((1 - q) / (1 - p))
+      np.testing.assert_allclose(
+        losses.tempered_divergence(own, teacher, tau),
+        tau**2 * of_two + (1 - q) * not_true,
+        atol=1e-10,
+      )
+
+  def test_gradients(self):
+    with enable_x64(True):
+      own, teacher, labels = (
+        jnp.asarray(_KD[f'ntd/{name}'])
+        for name in ('logits', 'global_logits', 'targets')
+      )
+      got = jax.grad(
+        lambda own: jnp.mean(
+          losses.not_true_divergence(own, teacher, labels, 1.0)
+        )
+      )(own)
+      np.testing.assert_allclose(got, _KD['ntd/t1b1/ntd_only_grad'], atol=1e-10)
+      np.testing.assert_array_equal(got[jnp.arange(6), labels], 0)
+      got = jax.grad(
+        lambda own: jnp.mean(losses.tempered_divergence(own, teacher, 1.0))
+      )(own)
+      np.testing.assert_allclose(
+        got, _KD['ntd/t1b1/lsd_kl_grad_derived'], atol=1e-10
+      )
+
+
+class RecombinationTest(absltest.TestCase):
+  def test_official_permutations(self):
+    names = [
+      f'{layer}.{kind}'
+      for layer in ('conv', 'fc1', 'fc2')
+      for kind in ('weight', 'bias')
+    ]
+    models = {name: _KD[f'fedmr/in/{name}'] for name in names}
+    orders = dict(zip(names, _KD['fedmr/perm_official_per_key_seed7']))
+    got = fed_mr.recombine(models, orders)
+    chex.assert_trees_all_equal(
+      got, {name: _KD[f'fedmr/out/{name}'] for name in names}
+    )
+    spread = lambda models: sum(
+      np.sum((a - a.mean(0)) ** 2) for a in models.values()
+    )
+    for some in (models, got):
+      np.testing.assert_allclose(spread(some), 231.0934787, atol=1e-6)
+
+  def test_what_goes_by_one_permutation(self):
+    variables = jax.eval_shape(
+      models.build('resnet20', (8, 8, 1), 3).init, jax.random.key(0)
+    )
+    key = jax.random.key(1)
+    draw = lambda **kwargs: fed_mr.permutations(key, variables, 6, **kwargs)
+    different = lambda tree: len(
+      {tuple(a.tolist()) for a in jax.tree.leaves(tree)}
+    )
+    num = len(jax.tree.leaves(variables))
+    self.assertGreater(different(draw()), 0.8 * num)
+    self.assertEqual(different(draw(segment=1.0)), 1)
+    half = jax.tree.leaves(draw(segment=0.5))
+    self.assertEqual(different(half), 2)
+    np.testing.assert_array_equal(half[0], half[num // 2 - 1])
+    by_module = draw(unit='module')
+    block = (
+      by_module.params['block1_0']['conv1'],
+      by_module.stats['block1_0']['conv1'],
+    )
+    self.assertEqual(different(block), 1)
+    self.assertBetween(different(by_module), 18, 23)  # 22 layers with weights
+    lenet = jax.eval_shape(
+      models.build('lenet', (8, 8, 1), 3, norm='batch').init, jax.random.key(0)
+    )
+    self.assertEqual(different(fed_mr.permutations(key, lenet, 6, 'module')), 4)
+    # Each model comes to each place as often.
+    first = np.array(
+      [
+        fed_mr.permutations(jax.random.fold_in(key, i), (0.0,), 3)[0]
+        for i in range(300)
+      ]
+    )
+    for place in range(3):
+      counts = np.bincount(first[:, place], minlength=3)
+      self.assertLess(np.sum((counts - 100.0) ** 2 / 100), 13.8)  # p = .001
 
 
 class LocalTrainingTest(parameterized.TestCase):

@@ -31,6 +31,7 @@ from fedftg_jax.methods import (
   fed_avg,
   fed_df,
   fed_dyn,
+  fed_mr,
   fed_nova,
   moon,
   q_fed_avg,
@@ -117,12 +118,29 @@ ROWS = {
   ),
   'local': Row('fed_avg', policy='local'),
   'reset': Row('fed_avg', policy='reset'),
+  'fed_ntd': Row('fed_ntd', options={'fed_ntd': dict(tau=2.0)}),
+  'fed_lsd': Row('fed_lsd', options={'fed_lsd': dict(beta=0.3, mix='convex')}),
+  'fed_mr': Row('fed_mr'),
+  'fed_mr_by_modules': Row(
+    'fed_mr+fed_ntd+scaffold',
+    WORDS,
+    WORDS,
+    options={'fed_mr': dict(first_rounds=1, unit='module', segment=0.5)},
+  ),
+  'fed_mr+fed_ftg': Row('fed_mr+fed_ftg', up=CLASSES),
+  'fed_ntd+fed_ftg': Row('fed_ntd+fed_ftg', up=CLASSES),
+  'fed_lsd+fed_ftg': Row('fed_lsd+fed_ftg', up=CLASSES),
   'local+fed_ftg': Row('fed_ftg', up=CLASSES, policy='local'),
   'reset+scaffold': Row('scaffold', NET_WORDS, NET_WORDS, policy='reset'),
 }
 
 # Their parts are in other rows; they are checked together in `make test-all`.
 SLOW = (
+  'fed_lsd',
+  'fed_mr_by_modules',
+  'fed_mr+fed_ftg',
+  'fed_ntd+fed_ftg',
+  'fed_lsd+fed_ftg',
   'fed_adam+fed_ftg',
   'fed_dyn+fed_ftg',
   'moon+fed_ftg',
@@ -162,7 +180,9 @@ def build(row):
   }
   method = recipes.build(
     row.method,
-    recipes.Settings(model, CLASSES, row.server, GENERATOR, options),
+    recipes.Settings(
+      model, CLASSES, row.server, GENERATOR, options, len(Contract.IDS[0])
+    ),
     *batch_norm.policy_parts(row.policy, model, 4),
   )
   fed = problems.make(model, method, weighting=recipes.weighting(row.method))
@@ -176,7 +196,8 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
     state.variables, shared, state.round, keys.common_key(key, state.round)
   )
   num_clients, total = len(data.count), int(data.count.sum())
-  ids = [int(k) for k, here in zip(cohort.client_id, cohort.arrived) if here]
+  places = np.flatnonzero(cohort.arrived)
+  ids = [int(cohort.client_id[place]) for place in places]
   mass = np.array(
     [int(data.count[k]) if weighting == 'examples' else 1 for k in ids]
   )
@@ -195,12 +216,12 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
       has_aux=True,
     )(variables.params)
 
-  for slot, k in enumerate(ids):
+  for slot, (place, k) in enumerate(zip(places, ids)):
     count = int(data.count[k])
     rows = data.index[k][:count]
     client_keys = keys.client_keys(key, state.round, k)
     own = jax.tree.map(lambda a, k=k: a[k], state.clients[0])
-    sent = method.send(state.variables, state.shared, slot, client_keys.start)
+    sent = method.send(state.variables, state.shared, place, client_keys.start)
     view = base.View(
       sent,
       sent,
@@ -273,10 +294,15 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
     state.variables,
     add([optax.tree.scale(s.weight, s.model) for s in uploads]),
     add([method.summed(s) for s in uploads]),
-    jax.tree.map(
-      lambda *a: jnp.stack(a), *[method.stacked(s) for s in uploads]
+    jax.tree.map(  # nothing of who did not arrive
+      lambda *a: (
+        jnp.zeros((len(cohort.arrived), *a[0].shape), a[0].dtype)
+        .at[places]
+        .set(jnp.stack(a))
+      ),
+      *[method.stacked(s) for s in uploads],
     ),
-    jnp.ones(len(ids), bool),
+    jnp.asarray(cohort.arrived),
     state.round,
     num_clients,
     data.public,
@@ -368,11 +394,13 @@ class ContractTest(Contract):
     data = problems.DATA._replace(
       public=PUBLIC, count=problems.DATA.count.at[4].set(0)
     )
-    cohort = problems.row([0, 1, 4, -1], arrived=[True, False, True, False])
+    cohort = jax.tree.map(
+      lambda a: a[0], problems.schedule([[0, 1, 4, -1]])
+    )._replace(arrived=np.array([True, False, True, False]))
     _, info = fed.round(state, data, cohort, KEY)
     down, up = size + 32 * row.down, size + 32 * row.up
-    self.assertEqual(info.metrics['bits_down'].tolist(), [down] * 3 + [0] * 2)
-    self.assertEqual(info.metrics['bits_up'].tolist(), [up] + [0] * 4)
+    self.assertEqual(info.metrics['bits_down'].tolist(), [down] * 3 + [0])
+    self.assertEqual(info.metrics['bits_up'].tolist(), [up] + [0] * 3)
 
 
 @pytest.mark.slow
@@ -410,7 +438,10 @@ class NeutralTest(parameterized.TestCase):
   """Settings that switch a method off give FedAvg."""
 
   @parameterized.parameters(
-    ('fed_dyn', dict(alpha=0.0)), ('q_fed_avg', dict(q=0.0, batch_size=4))
+    ('fed_dyn', dict(alpha=0.0)),
+    ('q_fed_avg', dict(q=0.0, batch_size=4)),
+    ('fed_ntd', dict(beta=0.0)),
+    ('fed_lsd', dict(beta=0.0, mix='convex')),
   )
   def test_switched_off(self, name, options):
     self.check(name, options)
@@ -437,6 +468,99 @@ class NeutralTest(parameterized.TestCase):
     )
 
 
+class FedMrTest(absltest.TestCase):
+  """Recombination through the engine, in float64."""
+
+  def run_rounds(self, method, rows, arrived=None, **kwargs):
+    fed = problems.make(MODEL, method, **kwargs)
+    rows = problems.schedule(rows)
+    if arrived is not None:
+      rows = rows._replace(arrived=np.array(arrived))
+    return federation.run(fed, fed.init(KEY), problems.DATA, rows, KEY)
+
+  def test_first_rounds_for_ever_are_uniform_averaging(self):
+    rows = [[0, 1, 4], [1, 2, 3], [0, 2, 3]]
+    with enable_x64(True):
+      got, metrics = self.run_rounds(
+        base.chain(fed_mr.fed_mr(3, first_rounds=9)), rows
+      )
+      want, _ = self.run_rounds(
+        base.chain(fed_avg.fed_avg()), rows, weighting='uniform'
+      )
+    chex.assert_trees_all_close(got.variables, want.variables, atol=1e-12)
+    self.assertGreater(metrics['fed_mr/spread'].min(), 0)
+
+  def test_a_single_model_goes_from_client_to_client(self):
+    rows = [[0], [1], [2]]
+    with enable_x64(True):
+      got, metrics = self.run_rounds(base.chain(fed_mr.fed_mr(1)), rows)
+      want, _ = self.run_rounds(base.chain(fed_avg.fed_avg()), rows)
+    chex.assert_trees_all_close(got.variables, want.variables, atol=1e-12)
+    np.testing.assert_array_equal(metrics['fed_mr/spread'], 0)
+
+  def test_the_model_of_who_is_absent_stays_and_counts(self):
+    with enable_x64(True):
+      state, _ = self.run_rounds(
+        base.chain(fed_mr.fed_mr(3, segment=1.0)),
+        [[0, 1, 4]],
+        [[True, False, True]],
+      )
+      initial = problems.make(MODEL).init(KEY).variables
+    models, mean = jax.device_get(state.shared[0])
+    chex.assert_trees_all_equal(mean, jax.device_get(state.variables))
+    unchanged = [
+      all(
+        np.array_equal(a[i], b)
+        for a, b in zip(jax.tree.leaves(models), jax.tree.leaves(initial))
+      )
+      for i in range(3)
+    ]
+    self.assertEqual(sum(unchanged), 1)  # whole models were exchanged
+    chex.assert_trees_all_close(
+      jax.tree.map(lambda a: a.mean(0), models), mean, atol=1e-12
+    )
+
+  def test_what_refines_the_mean_moves_every_model(self):
+    shift = base.Method(
+      update=lambda v, shared, received, key: (
+        jax.tree.map(lambda a: a + 1.0, v),
+        shared,
+        base.Info(),
+      )
+    )
+    seen = base.Method(
+      upload=lambda view, local, objective, key: (view.received, ()),
+      init=lambda key, variables: ((), variables),
+    )
+    with enable_x64(True):
+      state, _ = self.run_rounds(
+        base.chain(fed_mr.fed_mr(2), shift, seen), [[0, 1], [0, 1]]
+      )
+      one, _ = self.run_rounds(
+        base.chain(fed_mr.fed_mr(2), shift, seen), [[0, 1]]
+      )
+    sent, models = jax.device_get((state.clients[0][2], one.shared[0].models))
+    chex.assert_trees_all_close(
+      jax.tree.map(lambda a: a[:2], sent),
+      jax.tree.map(lambda a: a + 1.0, models),
+      atol=1e-12,
+    )
+
+  def test_evaluation_is_of_the_mean(self):
+    """A client is not sent the mean, but is evaluated with it."""
+    method = base.chain(fed_mr.fed_mr(3))
+    fed = problems.make(MODEL, method)
+    state, _ = self.run_rounds(method, [[0, 1, 4]])
+    start, _ = fed.personalise(
+      state, problems.DATA, jnp.int32(0), jnp.int32(0), KEY
+    )
+    chex.assert_trees_all_equal(start, state.variables)
+
+  def test_a_cohort_of_another_width(self):
+    with self.assertRaisesRegex(ValueError, 'keeps 4 models; a round of 3'):
+      self.run_rounds(base.chain(fed_mr.fed_mr(4)), [[0, 1, 4]])
+
+
 class ErrorsTest(parameterized.TestCase):
   @parameterized.parameters(
     ('fed_prox', dict(mu=-1.0), 'mu must be at least 0, got -1'),
@@ -446,6 +570,11 @@ class ErrorsTest(parameterized.TestCase):
     ('moon', dict(mu=-1.0), 'mu must be at least 0'),
     ('moon', dict(tau=0.0), 'tau must be above 0, got 0'),
     ('q_fed_avg', dict(q=-0.5), 'q must be at least 0, got -0.5'),
+    ('fed_ntd', dict(beta=-1.0), 'beta must be at least 0, got -1'),
+    ('fed_ntd', dict(tau=0.0), 'tau must be above 0, got 0'),
+    ('fed_lsd', dict(mix='both'), "got 'both'"),
+    ('fed_lsd', dict(beta=2.0, mix='convex'), 'beta must be at most 1'),
+    ('fed_mr', {}, 'cohort must be at least 1'),
     ('fed_df', dict(batch_size=0), 'batch_size'),
     ('fed_df', dict(ensemble='vote'), "got 'vote'"),
   )

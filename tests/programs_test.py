@@ -257,6 +257,9 @@ class TrainTest(parameterized.TestCase):
         row,
       )
       self.assertEqual(list(row['accuracy']), ['average'])
+      self.assertAlmostEqual(  # classes have equally many test images
+        np.mean(row['class_accuracy']), row['test_accuracy'], places=5
+      )
       self.assertEqual(
         row['same_models'], {'aggregated': 'average', 'fine_tuned': 'broadcast'}
       )
@@ -517,6 +520,15 @@ class ErrorsTest(parameterized.TestCase):
       '--method=FedAvg',
       "--method=FedAvg: no method 'FedAvg' .did you mean fed_avg",
     ),
+    (
+      '--method=fed_mr --schedule=bernoulli',
+      '--schedule=bernoulli: must be exact with fed_mr: its rounds have as',
+    ),
+    (
+      '--method=fed_mr --server_optimizer=adam',
+      '--server_optimizer=adam: must be sgd with fed_mr',
+    ),
+    ('--ntd_tau=0', '--ntd_tau=0.0: must be above 0'),
     ('--lr=0.1', '--lr=0.1: no such flag; did you mean --learning_rate?'),
     (
       '--method=fed_avg+fed_avg',
@@ -890,6 +902,17 @@ class ReportTest(absltest.TestCase):
     ]
     self.assertEqual(statistics.rounds_to(rows, 0.6), 4)
     self.assertIsNone(statistics.rounds_to(rows, 0.8))
+    # By hand: the classes lose .5 and .1; the third has no test images.
+    by_class = [
+      [0.2, 0.9, None],
+      [0.7, 0.8, None],
+      [0.3, 0.5, None],
+      [0.2, 0.8, None],
+    ]
+    forgot = [
+      {**row, 'class_accuracy': values} for row, values in zip(rows, by_class)
+    ]
+    self.assertEqual(rows_lib.summarise(forgot)['forgetting'], 0.3)
     # The last ten rounds are 5 to 14.
     self.assertEqual(
       rows_lib.summarise(rows),

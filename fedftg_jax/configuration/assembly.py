@@ -224,13 +224,16 @@ def _method(config, dataset, model) -> base.Method:
     ),
     generator,
     options,
+    config['cohort'],
   )
   further = batch_norm.policy_parts(
     config['batch_norm'], model, config['batch_size']
   )
   if config['evaluate_all']:
     further += (evaluation.last_models(),)
-  return recipes.build(config['method'], settings, *further)
+  return _checked(
+    'method', config, recipes.build, config['method'], settings, *further
+  )
 
 
 def _options(part, config) -> dict[str, Any]:

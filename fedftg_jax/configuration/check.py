@@ -85,7 +85,14 @@ def check(values: dict[str, Any]) -> None:
       values[name] <= most or users.isdisjoint(parts),
       f'must be at most {most} with batches of {values[batch]}',
     )
-  require('moon_tau', values['moon_tau'] > 0, 'must be above 0')
+  for name in ('moon_tau', 'ntd_tau', 'lsd_tau'):
+    require(name, values[name] > 0, 'must be above 0')
+  for part in parts:
+    for flag, allowed, why in recipes.RECIPES[part].needs:
+      right = ' or '.join(str(value) for value in allowed if value is not None)
+      require(
+        flag, values[flag] in allowed, f'must be {right} with {part}: {why}'
+      )
   require(
     'scaffold_lr0',
     not values['scaffold_lr0'] or values['learning_rate'] > 0,

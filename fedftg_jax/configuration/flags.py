@@ -3,6 +3,8 @@
 from collections.abc import Callable
 import inspect
 import re
+import typing
+from typing import Any
 
 from absl import flags
 
@@ -46,14 +48,12 @@ FTG_OPTIONS = tuple(
 # The flags of a method, by what their names begin with; the rest of a name is
 # that of the argument, see `assembly`.
 PREFIXES = {
-  'fed_prox': 'prox_',
-  'fed_dyn': 'dyn_',
   'scaffold': 'scaffold_',
-  'moon': 'moon_',
   'q_fed_avg': 'fair_',
   'fed_df': 'df_',
   'fed_df_public': 'df_',
   'fed_ftg': FTG,
+  **{name: r.prefix for name, r in recipes.RECIPES.items() if r.prefix},
 }
 EVALUATE_CLIENTS = ('none', 'final', 'every')
 SECTIONS: dict[
@@ -379,18 +379,9 @@ def _define_training() -> None:
 
 def _define_methods() -> None:
   """The flags of single methods, but for FedFTG's."""
-  flags.DEFINE_float(
-    'prox_mu', 1e-4, 'FedProx: weight of the proximal term.', lower_bound=0
-  )
-  flags.DEFINE_bool(
-    'prox_to_zero',
-    False,
-    'FedProx: pull towards zero, as the '
-    'official FedFTG code does, and a student on the server too.',
-  )
-  flags.DEFINE_float(
-    'dyn_alpha', 0.01, 'FedDyn: weight of the regulariser.', lower_bound=0
-  )
+  for name, recipe in recipes.RECIPES.items():
+    if recipe.function:
+      _define_arguments(name, recipe.prefix, recipe.function)
   flags.DEFINE_integer(
     'scaffold_option',
     2,
@@ -412,10 +403,6 @@ def _define_methods() -> None:
     'compare with the mean before fine-tuning, as the official '
     "code's do.",
   )
-  flags.DEFINE_float(
-    'moon_mu', 0.5, 'MOON: weight of the contrast.', lower_bound=0
-  )
-  flags.DEFINE_float('moon_tau', 5.0, 'MOON: temperature.', lower_bound=0)
   flags.DEFINE_float(
     'fair_q',
     1.0,
@@ -476,6 +463,36 @@ def _define_methods() -> None:
   )
 
 
+def _described(documented: Any) -> dict[str, str]:
+  """The texts of a docstring's arguments or attributes, by name."""
+  found = re.findall(
+    r'^ {2}(\w+): (.*?)(?=^ {0,2}\S|\Z)',
+    inspect.cleandoc(documented.__doc__ or ''),
+    re.M | re.S,
+  )
+  return {name: ' '.join(text.split()) for name, text in found}
+
+
+def _define_arguments(method: str, prefix: str, function: Callable) -> None:
+  """Defines a flag for each argument that has a default."""
+  help_of = _described(function)
+  for name, argument in inspect.signature(function).parameters.items():
+    default = argument.default
+    if default is inspect.Parameter.empty:
+      continue
+    text = f'{method}: {help_of[name]}'
+    choices = typing.get_args(argument.annotation)
+    if choices:
+      flags.DEFINE_enum(prefix + name, default, list(choices), text)
+    elif isinstance(default, bool):
+      flags.DEFINE_bool(prefix + name, default, text)
+    else:
+      define = (
+        flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
+      )
+      define(prefix + name, default, text, lower_bound=0)
+
+
 def _define_ftg() -> None:
   """FedFTG's own flags: an option each, the preset's value where left out."""
   flags.DEFINE_enum(
@@ -500,18 +517,14 @@ def _define_ftg() -> None:
     '--prox_to_zero adds --prox_mu.',
     lower_bound=0,
   )
-  described = inspect.cleandoc(recipes.FtgOptions.__doc__ or '')
-  help_of = dict(
-    re.findall(r'^ {2}(\w+): (.*?)(?=^ {2}\w|\Z)', described, re.M | re.S)
-  )
+  help_of = _described(recipes.FtgOptions)
   for name in FTG_OPTIONS:
     default, allowed = (
       getattr(recipes.FtgOptions(), name),
       recipes.PARTS.get(name),
     )
-    text = ' '.join(help_of.get(name, '').split()).replace(
-      ' (here also a function of the round)', ''
-    ) + (f" Default: the preset's ({default} in the code's).")
+    text = help_of[name].replace(' (here also a function of the round)', '')
+    text += f" Default: the preset's ({default} in the code's)."
     if allowed:
       flags.DEFINE_enum(FTG + name, None, list(allowed), text)
     elif isinstance(default, bool):

@@ -18,9 +18,9 @@ def fed_prox(mu: float = 1e-4, to_zero: bool = False) -> Method:
   """The proximal term; its gradient is clipped together with the loss's.
 
   Args:
-    mu: its weight.
-    to_zero: as the official FedFTG code: mu is added to the weight decay,
-      outside the clip.
+    mu: weight of the proximal term.
+    to_zero: pull towards zero instead, as the official FedFTG code does: mu is
+      added to the weight decay, also to that of a student on the server.
 
   Returns:
     The method; it keeps no state.

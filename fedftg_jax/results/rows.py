@@ -31,9 +31,24 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
       for name in models(last)
     },
     **validation,
+    **_forgetting(rows),
     'bytes_up': last['bytes_up'],
     'bytes_down': last['bytes_down'],
   }
+
+
+def _forgetting(rows) -> dict[str, float | None]:
+  """How much of its best accuracy a class has lost in the end.
+
+  FedNTD's F (arXiv:2106.03097): mean over the classes of the largest
+  A_c(t) - A_c(T) over the evaluations t before the last, T. Accuracies of the
+  broadcast model; classes without test examples do not count. Nothing for a
+  single evaluation.
+  """
+  if len(rows) < 2 or 'class_accuracy' not in rows[-1]:
+    return {}
+  *before, last = np.array([row['class_accuracy'] for row in rows], float)
+  return {'forgetting': number(np.nanmean(np.max(before, axis=0) - last))}
 
 
 def models(row: dict[str, Any]) -> list[str]:

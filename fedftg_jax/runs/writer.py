@@ -134,6 +134,7 @@ class RunWriter:
         if k != 'broadcast'
       },
       'same_models': scores.same,
+      'class_accuracy': [*map(rows.number, broadcast['per_class'])],
       **{
         f'validation_{k}': rows.number(scores.validation[k])
         for k in ('loss', 'accuracy')

@@ -1,0 +1,62 @@
+"""FedLSD: local training keeps what the received model says of all classes.
+
+Lee, Jeong, Shin, Bae and Yun, the first version of arXiv:2106.03097 (FedNTD's
+paper), local self-distillation: cross-entropy CE is joined by
+
+  LSD = tau^2 * mean_b KL(softmax(g / tau) || softmax(s / tau)),
+
+s the logits of the model in training, g those of the received one (frozen, in
+eval mode). There is no official code. How the two are mixed, and tau, are
+recalled of the paper, unverified: CE + beta LSD ('additive') or
+(1 - beta) CE + beta LSD ('convex'). Nothing is sent beside the model, and
+nothing is kept.
+"""
+
+from typing import Literal
+
+import jax
+
+from fedftg_jax import losses
+from fedftg_jax.base import Method, Model
+
+MIXES = ('additive', 'convex')
+
+
+def fed_lsd(
+  model: Model,
+  beta: float = 1.0,
+  tau: float = 1.0,
+  mix: Literal['additive', 'convex'] = 'additive',
+) -> Method:
+  """Self-distillation from the received model.
+
+  Args:
+    model: the classifier.
+    beta: weight of the distillation; at most 1 where the mix is convex.
+    tau: temperature.
+    mix: 'additive' or 'convex', see above.
+
+  Returns:
+    The method.
+
+  Raises:
+    ValueError: for a weight or a temperature out of range, or another mix.
+  """
+  losses.check_distillation(beta, tau)
+  if mix not in MIXES:
+    raise ValueError(f'mix must be one of {MIXES}, got {mix!r}.')
+  if mix == 'convex' and beta > 1:
+    raise ValueError(f'beta must be at most 1 in a convex mix, got {beta}.')
+
+  def penalty(variables, output, batch, view, key):
+    del variables, key
+    received = jax.lax.stop_gradient(model.apply(view.received, batch.x).logits)
+    divergence = losses.tempered_divergence(output.logits, received, tau)
+    distillation = losses.masked_mean(divergence, batch.mask)
+    if mix == 'additive':
+      return beta * distillation
+    return beta * (
+      distillation - losses.cross_entropy(output.logits, batch.y, batch.mask)
+    )
+
+  return Method(penalty=penalty)

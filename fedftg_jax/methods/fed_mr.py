@@ -1,0 +1,162 @@
+"""FedMR: K models on the server, recombined layer by layer in every round.
+
+Layer-wise model recombination, KDD 2024, arXiv:2305.10730 (its first form is
+arXiv:2208.07677); not the method of that name for manifold reshaping. Each of K
+models is trained by one client of the round; then, for every layer l by itself,
+
+  w_i^l <- w_pi(i)^l   with a random permutation pi of the K models.
+
+Their plain, unweighted mean is what is broadcast: deployed and evaluated, but
+trained by nobody. Recombining leaves it as it is. Before round `first_rounds`
+all models become their mean instead: FedAvg with uniform weights.
+
+A client's model is the one of its place in the cohort; after uniform
+permutations that is a random one. The model of a client that does not arrive
+stays, and counts in the mean (the official code has no such clients). Parts
+that refine the mean move every model by as much as the mean.
+"""
+
+import math
+import re
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedftg_jax import trees
+from fedftg_jax.base import Info, Method, PyTree, Variables
+
+UNITS = ('leaf', 'module')
+# The norm of a convolution is of its module: they lie side by side or together.
+_WITHIN = re.compile(r'/(conv|linear|norm|batch|group)$')
+
+
+class Slot(NamedTuple):
+  """The server slot."""
+
+  models: Variables  # every leaf [K, ...]
+  mean: Variables  # of them, before other parts moved it
+
+
+def fed_mr(
+  cohort: int,
+  first_rounds: int = 0,
+  unit: Literal['leaf', 'module'] = 'leaf',
+  segment: float = 0.0,
+) -> Method:
+  """Model recombination; it aggregates.
+
+  Args:
+    cohort: K, as many as there are clients in every round.
+    first_rounds: rounds of plain averaging before recombination begins (0 in
+      the official code; its README has 50 or 100 for VGG).
+    unit: what is permuted as one: an array ('leaf', the official code) or all
+      arrays of a layer with its norm ('module', a reading of the paper).
+    segment: share of the units, in their order, that go by one permutation: 0
+      for one each, 1 for all, which exchanges whole models.
+
+  Returns:
+    The method. Its server slot is the K models. Info has 'fed_mr/spread', the
+    sum over the models of their squared distance from the mean, in parameters;
+    recombining leaves it as it is.
+
+  Raises:
+    ValueError: for a number out of range or another unit; in the first round,
+      if its cohort has another width.
+  """
+  if cohort < 1 or first_rounds < 0 or not 0 <= segment <= 1:
+    raise ValueError(
+      'cohort must be at least 1, first_rounds at least 0 and segment between '
+      f'0 and 1, got {cohort}, {first_rounds} and {segment}.'
+    )
+  if unit not in UNITS:
+    raise ValueError(f'unit must be one of {UNITS}, got {unit!r}.')
+
+  def init(key, variables):
+    del key
+    return Slot(trees.stack(variables, cohort), variables), ()
+
+  def send(variables, shared, position, key):
+    del key
+    one = jax.tree.map(lambda a: a[position], shared.models)
+    refined = optax.tree.sub(variables, shared.mean)
+    return optax.tree.add(one, refined)
+
+  def update(variables, shared, received, key):
+    del variables
+    if len(received.arrived) != cohort:
+      raise ValueError(
+        f'FedMR keeps {cohort} models; a round of {len(received.arrived)} '
+        'clients does not fit.'
+      )
+    models = jax.vmap(trees.where)(
+      received.arrived, received.stacked, shared.models
+    )
+    mean = jax.tree.map(lambda a: jnp.mean(a, axis=0), models)
+    distance = optax.tree.sub(models.params, mean.params)
+    spread = optax.tree.norm(distance, squared=True)
+    models = trees.where(
+      received.round < first_rounds,
+      trees.stack(mean, cohort),
+      recombine(models, permutations(key, models, cohort, unit, segment)),
+    )
+    return mean, Slot(models, mean), Info({'fed_mr/spread': spread})
+
+  return Method(
+    init=init,
+    send=send,
+    stacked=lambda sent: sent.model,
+    update=update,
+    aggregates=True,
+  )
+
+
+def recombine(models: PyTree, permutation: PyTree) -> PyTree:
+  """Recombines K models: of each leaf, model i gets that of permutation[i].
+
+  Args:
+    models: every leaf [K, ...].
+    permutation: a tree of the same structure, every leaf [K] int.
+
+  Returns:
+    As `models`.
+  """
+  return jax.tree.map(lambda a, order: a[order], models, permutation)
+
+
+def permutations(
+  key: jax.Array,
+  models: PyTree,
+  num_models: int,
+  unit: str = 'leaf',
+  segment: float = 0.0,
+) -> PyTree:
+  """Draws a permutation for each leaf; arguments as in `fed_mr`.
+
+  Returns:
+    A tree in the structure of `models`, every leaf [K] int32.
+  """
+  paths, structure = jax.tree.flatten_with_path(models)
+  names = [
+    jax.tree_util.keystr(place, simple=True, separator='/')
+    for place, _ in paths
+  ]
+  units = names if unit == 'leaf' else [_module(name) for name in names]
+  number = {name: i for i, name in enumerate(dict.fromkeys(units))}
+  length = max(1, math.ceil(segment * len(number)))
+  drawn = [
+    jax.random.permutation(jax.random.fold_in(key, i), num_models)
+    for i in range(-(-len(number) // length))
+  ]
+  return jax.tree.unflatten(
+    structure, [drawn[number[name] // length] for name in units]
+  )
+
+
+def _module(name: str) -> str:
+  """The layer of an array: block0/conv1 of params/block0/conv1/norm/scale."""
+  name = name.partition('/')[2].rpartition('/')[0]
+  while _WITHIN.search(name):
+    name = _WITHIN.sub('', name)
+  return re.sub(r'norm(\d*)$', r'conv\1', name)

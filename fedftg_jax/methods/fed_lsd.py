@@ -14,8 +14,6 @@ nothing is kept.
 
 from typing import Literal
 
-import jax
-
 from fedftg_jax import losses
 from fedftg_jax.base import Method, Model
 
@@ -50,7 +48,7 @@ def fed_lsd(
 
   def penalty(variables, output, batch, view, key):
     del variables, key
-    received = jax.lax.stop_gradient(model.apply(view.received, batch.x).logits)
+    received = model.apply(view.received, batch.x).logits  # frozen by itself
     divergence = losses.tempered_divergence(output.logits, received, tau)
     distillation = losses.masked_mean(divergence, batch.mask)
     if mix == 'additive':

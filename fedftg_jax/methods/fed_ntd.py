@@ -11,8 +11,6 @@ in eval mode), and -y all classes but the label's. Nothing is sent beside the
 model, and nothing is kept.
 """
 
-import jax
-
 from fedftg_jax import losses
 from fedftg_jax.base import Method, Model
 
@@ -35,7 +33,7 @@ def fed_ntd(model: Model, beta: float = 1.0, tau: float = 1.0) -> Method:
 
   def penalty(variables, output, batch, view, key):
     del variables, key
-    received = jax.lax.stop_gradient(model.apply(view.received, batch.x).logits)
+    received = model.apply(view.received, batch.x).logits  # frozen by itself
     divergence = losses.not_true_divergence(
       output.logits, received, batch.y, tau
     )

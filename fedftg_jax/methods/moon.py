@@ -14,7 +14,6 @@ model has a projection head (the paper; `models.build(projection_dim=...)`),
 else the pooled features (the official FedFTG code).
 """
 
-import jax
 import jax.numpy as jnp
 
 from fedftg_jax import losses
@@ -48,9 +47,10 @@ def moon(model: Model, mu: float = 0.5, tau: float = 5.0) -> Method:
   def penalty(variables, output, batch, view, key):
     del variables, key
     previous, seen = view.own
+    # Frozen by themselves: the gradient is that of the model in training. Not
+    # stopped, as `jax.jvp` of a round has to see them.
     near, far = (
-      jax.lax.stop_gradient(model.apply(v, batch.x).features)
-      for v in (view.received, previous)
+      model.apply(v, batch.x).features for v in (view.received, previous)
     )
     contrast = losses.contrast(output.features, near, far, tau)
     return mu * seen * losses.masked_mean(contrast, batch.mask)

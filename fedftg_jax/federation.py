@@ -564,13 +564,17 @@ def _scan_rounds(fed, state, data, rows, key):
 
 def _pad_rounds(rows: Cohort, num_rows: int, num_clients: int) -> Cohort:
   """Adds rows that select nobody."""
-  shape = num_rows, rows.client_id.shape[1]
-  blank = Cohort(
-    np.full(shape, num_clients, np.int32),
-    np.zeros(shape, bool),
-    np.zeros(shape, np.int32),
+
+  def pad(column, value):
+    shape = num_rows, column.shape[1]
+    return np.concatenate([column, np.full(shape, value, column.dtype)])
+
+  return Cohort(
+    pad(rows.client_id, num_clients),
+    pad(rows.arrived, False),
+    pad(rows.num_steps, 0),
+    rows.worked if rows.worked is None else pad(rows.worked, False),
   )
-  return jax.tree.map(lambda a, b: np.concatenate([a, b]), rows, blank)
 
 
 def check_schedule(schedule: Cohort, num_clients: int) -> Cohort:
@@ -592,6 +596,9 @@ def check_schedule(schedule: Cohort, num_clients: int) -> Cohort:
     raise ValueError(f'a schedule has shape [rounds, cohort], got {ids.shape}.')
   arrived = np.broadcast_to(np.asarray(schedule.arrived, bool), ids.shape)
   num_steps = np.broadcast_to(np.asarray(schedule.num_steps), ids.shape)
+  worked = schedule.worked
+  if worked is not None:  # who arrived has worked
+    worked = arrived | np.broadcast_to(np.asarray(worked, bool), ids.shape)
   outside = (ids < 0) | (ids > num_clients)
   if outside.any():
     t, s = np.argwhere(outside)[0]
@@ -620,4 +627,7 @@ def check_schedule(schedule: Cohort, num_clients: int) -> Cohort:
     ids.astype(np.int32),
     arrived & (ids < num_clients),
     np.minimum(num_steps, NO_LIMIT).astype(np.int32),
+    worked
+    if worked is None
+    else np.take_along_axis(worked, order, 1) & (ids < num_clients),
   )

@@ -53,6 +53,17 @@ class SchedulesTest(parameterized.TestCase):
     np.testing.assert_array_equal(again.arrived, fewer.arrived[:5])
     self.assertIs(schedules.with_dropouts(rows, 0.0, 1), rows)
 
+  def test_dropouts_that_have_worked(self):
+    rows = schedules.from_ids(np.array([[3, 0, -1], [1, 2, 4]] * 9), 5)
+    fewer = schedules.with_dropouts(rows, 0.5, 1, after_work=True)
+    self.assertGreater(np.sum(fewer.worked & ~fewer.arrived), 3)
+    np.testing.assert_array_equal(fewer.worked, rows.arrived)
+    path = self.create_tempfile('schedule.npz').full_path
+    schedules.save(path, fewer, 5)
+    again = schedules.load(path, 18, 5)
+    for one, other in zip(fewer[:4], again[:4]):
+      np.testing.assert_array_equal(one, other)
+
   def test_draws_do_not_depend_on_who_else_is_in(self):
     """Client 3 in round 1 meets the same fate in a smaller cohort."""
     large = schedules.from_ids(np.tile(np.arange(8), (50, 1)), 10)

@@ -349,6 +349,26 @@ class RoundTest(parameterized.TestCase):
     self.assertEqual(info.metrics['num_arrived'], 1)
     self.assertEqual(info.metrics['bits_up'].tolist()[1:], [0] * 4)
 
+  def test_who_worked_in_a_schedule(self):
+    """Through `run`, with a chunk that is padded, as in single rounds."""
+    fed = problems.make(method=base.chain(fed_avg.fed_avg(), counter()))
+    rows = problems.schedule([[4, 0, 1], [1, 2, -1], [0, 1, 2]])
+    arrived = rows.arrived & (rows.client_id != 1)
+    for worked, want in (
+      (None, [2, 0, 2, 0, 1]),
+      (rows.arrived, [2, 3, 2, 0, 1]),
+    ):
+      state, _ = federation.run(
+        fed,
+        fed.init(KEY),
+        problems.DATA,
+        rows._replace(arrived=arrived, worked=worked),
+        KEY,
+        every=2,
+      )
+      (_, counts), _ = state.clients
+      np.testing.assert_array_equal(counts[:, 0], want)
+
   def test_the_server_may_act_though_nobody_arrived(self):
     for always in (False, True):
       part = counter()._replace(always=always)

@@ -390,7 +390,9 @@ def _schedule(config, parts) -> base.Cohort:
     seed,
     available,
   )
-  schedule = schedules.with_dropouts(schedule, config['dropout_rate'], seed)
+  schedule = schedules.with_dropouts(
+    schedule, config['dropout_rate'], seed, config['dropout_after_work']
+  )
   batches = -(-np.array([len(part) for part in parts]) // config['batch_size'])
   steps = config['local_steps'] or config['local_epochs'] * batches
   return schedules.with_stragglers(

@@ -229,6 +229,12 @@ def _define_federation() -> None:
     lower_bound=0,
     upper_bound=1,
   )
+  flags.DEFINE_bool(
+    'dropout_after_work',
+    False,
+    'Clients that drop out have trained all the same, and keep what they '
+    'learnt for themselves (control variates, previous models).',
+  )
   flags.DEFINE_float(
     'straggler_rate',
     0.0,

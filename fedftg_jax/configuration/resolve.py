@@ -131,6 +131,8 @@ def _unused(values: dict[str, Any]) -> set[str]:
     unused.add('train_examples')
   if not values['validation_share']:
     unused.add('validation_share')
+  if not values['dropout_after_work']:
+    unused.add('dropout_after_work')
   if values['augment'] == 'none':
     unused.add('augment')
   if values['schedule'].startswith('file:'):
@@ -138,6 +140,7 @@ def _unused(values: dict[str, Any]) -> set[str]:
       'cohort',
       'schedule_seed',
       'dropout_rate',
+      'dropout_after_work',
       'straggler_rate',
       'min_availability',
     }

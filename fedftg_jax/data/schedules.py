@@ -86,14 +86,20 @@ def availability(
   return np.random.RandomState([seed, 2**31]).uniform(lowest, 1, num_clients)
 
 
-def with_dropouts(schedule: Cohort, rate: float, seed: int) -> Cohort:
+def with_dropouts(
+  schedule: Cohort, rate: float, seed: int, after_work: bool = False
+) -> Cohort:
   """The schedule where a selected client does not arrive, with probability
-  `rate`, independently for each client and round."""
+  `rate`, independently for each client and round; `after_work`: it has worked
+  nevertheless, and keeps what it learnt for itself."""
   _check_rate('rate', rate)
   if not rate:
     return schedule
   stays = _draws(schedule, seed, 1) >= rate
-  return schedule._replace(arrived=schedule.arrived & stays)
+  return schedule._replace(
+    arrived=schedule.arrived & stays,
+    worked=schedule.arrived if after_work else None,
+  )
 
 
 def with_stragglers(
@@ -178,13 +184,16 @@ def from_ids(ids: np.ndarray, num_clients: int) -> Cohort:
 def save(
   path: str | os.PathLike[str], schedule: Cohort, num_clients: int
 ) -> None:
-  """Writes a schedule as ids (-1 for padding), arrived and num_steps [T, S]."""
+  """Writes a schedule as ids (-1 for padding), arrived, num_steps and, where
+  it has that, worked [T, S]."""
   ids = schedule.client_id
+  worked = {} if schedule.worked is None else {'worked': schedule.worked}
   np.savez_compressed(
     path,
     ids=np.where(ids == num_clients, -1, ids),
     arrived=schedule.arrived,
     num_steps=schedule.num_steps,
+    **worked,  # type: ignore[arg-type]
   )
 
 
@@ -200,6 +209,7 @@ def load(path: str, num_rounds: int, num_clients: int) -> Cohort:
   for name, what, kind, dtype in (
     ('ids', 'client ids', 'integers', np.integer),
     ('arrived', 'arrived', 'bools', np.bool_),
+    ('worked', 'worked', 'bools', np.bool_),
     ('num_steps', 'num_steps', 'integers', np.integer),
   ):
     array = file.get(name)
@@ -220,11 +230,12 @@ def load(path: str, num_rounds: int, num_clients: int) -> Cohort:
   ids = ids[:num_rounds]
   order = np.argsort(np.where(ids < 0, num_clients, ids), axis=1, kind='stable')
   schedule = from_ids(ids, num_clients)
-  for name in ('arrived', 'num_steps'):
+  selected = schedule.arrived
+  for name in ('arrived', 'num_steps', 'worked'):
     if name in file:
       column = np.take_along_axis(file[name][:num_rounds], order, 1)
       schedule = schedule._replace(
-        **{name: (column & schedule.arrived if name == 'arrived' else column)}
+        **{name: column if name == 'num_steps' else column & selected}
       )
   return schedule
 

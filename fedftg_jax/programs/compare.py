@@ -46,6 +46,7 @@ _SHARED = (
   'public_data',
   'validation_share',
   'dropout_rate',
+  'dropout_after_work',
   'straggler_rate',
   'min_availability',
   'partition',

@@ -186,9 +186,8 @@ def _note(experiment, seed, done, results):
   arrays = list(parts)
   for t in range(done):  # without padding, whose width depends on later rounds
     selected = rows.client_id[t] < len(parts)
-    arrays += [
-      a[t][selected] for a in (rows.client_id, rows.arrived, rows.num_steps)
-    ]
+    columns = (rows.client_id, rows.arrived, rows.num_steps, rows.worked)
+    arrays += [a[t][selected] for a in columns if a is not None]
   for array in arrays:
     digest.update(np.array([len(array), *array], np.int64))
   identity = {**experiment.config, **experiment.contents, 'seed': seed}

@@ -524,9 +524,10 @@ def check_hooks(method: Method) -> None:
 def chain(*parts: Method) -> Method:
   """Composes methods; the slots of a chain are the tuples of its parts' slots.
 
-  Penalties and decays add up, what is sent and received is tupled, `start` and
-  `update` run in the written order. Server steps therefore belong in the order:
-  aggregate, correct the mean (FedDyn), refine (FedDF, FedFTG).
+  Penalties and decays add up, messages are tupled, `send`, `start` and `update`
+  run in the written order, and `train` nests, the first part outermost. Server
+  steps therefore belong in the order: aggregate, correct the mean (FedDyn),
+  refine (FedDF, FedFTG).
 
   Example:
     method = chain(fed_avg(), fed_ftg(model, generator, num_classes=10))
@@ -657,10 +658,7 @@ def chain(*parts: Method) -> Method:
   return Method(
     init=init,
     broadcast=broadcast,
-    # The default stays itself, by which it is known that no part replaces it.
-    send=send
-    if any(p.send is not Method().send for p in parts)
-    else Method().send,
+    send=send,
     common=common,
     start=start,
     penalty=penalty,

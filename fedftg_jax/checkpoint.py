@@ -279,13 +279,13 @@ def _write_digests(place: pathlib.Path) -> None:
 
 def _digests(place: pathlib.Path) -> dict[str, str]:
   """Of each file of a checkpoint, by its name in the folder."""
-  return {
-    path.relative_to(place).as_posix(): hashlib.blake2b(
-      path.read_bytes(), digest_size=16
-    ).hexdigest()
-    for path in sorted(place.rglob('*'))
-    if path.is_file() and not path.name.startswith(_DIGESTS)
-  }
+  digests = {}
+  for path in sorted(place.rglob('*')):
+    if path.is_file() and not path.name.startswith(_DIGESTS):
+      with path.open('rb') as file:
+        digest = hashlib.file_digest(file, 'blake2b').hexdigest()
+      digests[path.relative_to(place).as_posix()] = digest
+  return digests
 
 
 def _line(error: Exception) -> str:

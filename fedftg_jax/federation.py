@@ -145,17 +145,12 @@ def federation(
     functools.partial(_run_client, model, method, solver, uplink), inline=True
   )
 
-  # One that begins from the model that is broadcast, as it is evaluated.
-  run_evaluated = run_client
-  if method.send is not Method().send:
-    run_evaluated = functools.partial(
-      _run_client, model, method._replace(send=Method().send), solver, uplink
-    )
-
   def client_round(shared, row):
     """One client (no client axis): what is summed over clients, and stacked."""
-    broadcast, *_ = shared
-    slots, sent, local, bits, distortion = run_client(shared, row)
+    broadcast, server_slot, seen = shared
+    key = keys.client_keys(seen.key, seen.round, row.client_id)
+    received = method.send(broadcast, server_slot, row.position, key.send)
+    slots, sent, local, bits, distortion = run_client(received, seen, row, key)
     moved = jax.tree.map(  # from what is broadcast
       lambda start, delta, old: (
         delta if start is old else delta + (start - old)
@@ -176,7 +171,8 @@ def federation(
       cohort, stacking.num_rows(size, client_chunk, mesh), num_clients
     )
     rows = _rows(state, data, padded, num_clients, weighting)
-    shared = _shared(method, state, data, key)
+    seen = _seen(method, state, data, key)
+    shared = state.variables, state.shared, seen
     (
       (change, summed, distortion),
       (slots, num_steps, local_metrics, bits_up, stacked),
@@ -206,7 +202,7 @@ def federation(
     # Past the end for those that did not work.
     written = jnp.where(rows.worked, rows.place, num_clients)
     selected = rows.client_id < num_clients
-    bits_down = trees.num_bits((state.variables, shared[1]))
+    bits_down = trees.num_bits((state.variables, seen.shared))
     counts = {
       'num_selected': jnp.sum(selected),
       'num_arrived': jnp.sum(arrived),
@@ -241,8 +237,11 @@ def federation(
       place=place[None],
     )
     rows = _rows(state, data, cohort, num_clients, weighting)
-    _, sent, local, *_ = run_evaluated(
-      _shared(method, state, data, key), jax.tree.map(lambda a: a[0], rows)
+    _, sent, local, *_ = run_client(
+      state.variables,
+      _seen(method, state, data, key),
+      jax.tree.map(lambda a: a[0], rows),
+      keys.client_keys(key, state.round, client_id),
     )
     return sent.start, local.variables
 
@@ -258,6 +257,17 @@ def _same(models) -> Same:
       same.append((name, first[arrays]))
     first.setdefault(arrays, name)
   return Same(same)
+
+
+class _Seen(NamedTuple):
+  """What all clients of a round see beside the model that they are sent."""
+
+  shared: PyTree
+  common: PyTree
+  x: jax.Array
+  y: jax.Array
+  round: jax.Array
+  key: jax.Array  # of the training
 
 
 class _Row(NamedTuple):
@@ -303,7 +313,9 @@ def _rows(state, data, cohort, num_clients, weighting) -> _Row:
   )
   count = jnp.where(cohort.client_id < num_clients, count, 0)
   arrived = cohort.arrived & (count > 0)
-  worked = arrived if cohort.worked is None else cohort.worked & (count > 0)
+  worked = arrived  # at least
+  if cohort.worked is not None:
+    worked |= cohort.worked & (count > 0)
   mass = arrived * (count if weighting == 'examples' else 1.0)
   weight = mass / jnp.maximum(jnp.sum(mass), 1)
   return _Row(
@@ -321,37 +333,32 @@ def _rows(state, data, cohort, num_clients, weighting) -> _Row:
   )
 
 
-def _shared(method, state, data, key):
-  """What all clients of a round see, and the server's slot, to send from."""
-  seen = method.broadcast(state.shared)
+def _seen(method, state, data, key) -> _Seen:
+  shared = method.broadcast(state.shared)
   common = method.common(
-    state.variables, seen, state.round, keys.common_key(key, state.round)
+    state.variables, shared, state.round, keys.common_key(key, state.round)
   )
-  flat = data.x, data.y
-  return state.variables, seen, common, state.shared, state.round, flat, key
+  return _Seen(shared, common, data.x, data.y, state.round, key)
 
 
-def _run_client(model, method, solver, uplink, shared, row):
+def _run_client(model, method, solver, uplink, received, seen, row, key):
   """One client's round: begin, train, upload, encode (no client axis).
 
   Returns:
     Its slots, what it sends, what local training returned, the bits that it
     sends, and what the uplink's distortion is made of; () without an uplink.
   """
-  broadcast, seen, common, server_slot, round_, flat, base_key = shared
   own, uplink_state = row.slots
-  key = keys.client_keys(base_key, round_, row.client_id)
-  received = method.send(broadcast, server_slot, row.position, key.start)
   view = View(
     received,
     received,
-    seen,
-    common,
+    seen.shared,
+    seen.common,
     own,
-    Data(*flat, row.index, row.count),
+    Data(seen.x, seen.y, row.index, row.count),
     row.client_id,
     row.share,
-    round_,
+    seen.round,
     jnp.where(row.worked, row.num_steps, 0),
   )
   start = method.start(view, key.start)
@@ -597,8 +604,8 @@ def check_schedule(schedule: Cohort, num_clients: int) -> Cohort:
   arrived = np.broadcast_to(np.asarray(schedule.arrived, bool), ids.shape)
   num_steps = np.broadcast_to(np.asarray(schedule.num_steps), ids.shape)
   worked = schedule.worked
-  if worked is not None:  # who arrived has worked
-    worked = arrived | np.broadcast_to(np.asarray(worked, bool), ids.shape)
+  if worked is not None:
+    worked = np.broadcast_to(np.asarray(worked, bool), ids.shape)
   outside = (ids < 0) | (ids > num_clients)
   if outside.any():
     t, s = np.argwhere(outside)[0]

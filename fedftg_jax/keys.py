@@ -20,11 +20,10 @@ class ClientKeys(NamedTuple):
   solve: jax.Array  # batches and stochastic penalties
   upload: jax.Array  # the method's message
   encode: jax.Array  # the uplink codec
-
-  @property
-  def train(self) -> jax.Array:
-    """What wraps local training."""
-    return jax.random.fold_in(self.solve, 2**31 - 1)
+  # A split into more begins with the keys of a split into fewer: what is new
+  # here comes last.
+  send: jax.Array  # the model that it is sent
+  train: jax.Array  # what wraps local training
 
 
 def client_keys(base: jax.Array, round_: jax.Array, client_id: jax.Array):

@@ -221,7 +221,7 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
     rows = data.index[k][:count]
     client_keys = keys.client_keys(key, state.round, k)
     own = jax.tree.map(lambda a, k=k: a[k], state.clients[0])
-    sent = method.send(state.variables, state.shared, place, client_keys.start)
+    sent = method.send(state.variables, state.shared, place, client_keys.send)
     view = base.View(
       sent,
       sent,

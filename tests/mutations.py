@@ -104,8 +104,8 @@ FAULTS = (
   Fault(
     'engine_client_key_by_slot',
     ENGINE,
-    'keys.client_keys(base_key, round_, row.client_id)',
-    'keys.client_keys(base_key, round_, row.slot)',
+    'keys.client_keys(seen.key, seen.round, row.client_id)',
+    'keys.client_keys(seen.key, seen.round, row.position)',
     OF_ENGINE,
   ),
   Fault(

@@ -85,8 +85,8 @@ def check(values: dict[str, Any]) -> None:
       values[name] <= most or users.isdisjoint(parts),
       f'must be at most {most} with batches of {values[batch]}',
     )
-  for name in ('moon_tau', 'ntd_tau', 'lsd_tau'):
-    require(name, values[name] > 0, 'must be above 0')
+  for name, value in values.items():
+    require(name, not name.endswith('_tau') or value > 0, 'must be above 0')
   for part in parts:
     for flag, allowed, why in recipes.RECIPES[part].needs:
       right = ' or '.join(str(value) for value in allowed if value is not None)

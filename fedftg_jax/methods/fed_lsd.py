@@ -12,19 +12,16 @@ recalled of the paper, unverified: CE + beta LSD ('additive') or
 nothing is kept.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 from fedftg_jax import losses
 from fedftg_jax.base import Method, Model
 
-MIXES = ('additive', 'convex')
+Mix = Literal['additive', 'convex']
 
 
 def fed_lsd(
-  model: Model,
-  beta: float = 1.0,
-  tau: float = 1.0,
-  mix: Literal['additive', 'convex'] = 'additive',
+  model: Model, beta: float = 1.0, tau: float = 1.0, mix: Mix = 'additive'
 ) -> Method:
   """Self-distillation from the received model.
 
@@ -32,7 +29,7 @@ def fed_lsd(
     model: the classifier.
     beta: weight of the distillation; at most 1 where the mix is convex.
     tau: temperature.
-    mix: 'additive' or 'convex', see above.
+    mix: 'additive', CE + beta LSD, or 'convex', (1 - beta) CE + beta LSD.
 
   Returns:
     The method.
@@ -41,8 +38,8 @@ def fed_lsd(
     ValueError: for a weight or a temperature out of range, or another mix.
   """
   losses.check_distillation(beta, tau)
-  if mix not in MIXES:
-    raise ValueError(f'mix must be one of {MIXES}, got {mix!r}.')
+  if mix not in get_args(Mix):
+    raise ValueError(f'mix must be one of {get_args(Mix)}, got {mix!r}.')
   if mix == 'convex' and beta > 1:
     raise ValueError(f'beta must be at most 1 in a convex mix, got {beta}.')
 

@@ -18,7 +18,7 @@ that refine the mean move every model by as much as the mean.
 
 import math
 import re
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ import optax
 from fedftg_jax import trees
 from fedftg_jax.base import Info, Method, PyTree, Variables
 
-UNITS = ('leaf', 'module')
+Unit = Literal['leaf', 'module']
 # The norm of a convolution is of its module: they lie side by side or together.
 _WITHIN = re.compile(r'/(conv|linear|norm|batch|group)$')
 
@@ -40,10 +40,7 @@ class Slot(NamedTuple):
 
 
 def fed_mr(
-  cohort: int,
-  first_rounds: int = 0,
-  unit: Literal['leaf', 'module'] = 'leaf',
-  segment: float = 0.0,
+  cohort: int, first_rounds: int = 0, unit: Unit = 'leaf', segment: float = 0.0
 ) -> Method:
   """Model recombination; it aggregates.
 
@@ -70,8 +67,8 @@ def fed_mr(
       'cohort must be at least 1, first_rounds at least 0 and segment between '
       f'0 and 1, got {cohort}, {first_rounds} and {segment}.'
     )
-  if unit not in UNITS:
-    raise ValueError(f'unit must be one of {UNITS}, got {unit!r}.')
+  if unit not in get_args(Unit):
+    raise ValueError(f'unit must be one of {get_args(Unit)}, got {unit!r}.')
 
   def init(key, variables):
     del key
@@ -129,7 +126,7 @@ def permutations(
   key: jax.Array,
   models: PyTree,
   num_models: int,
-  unit: str = 'leaf',
+  unit: Unit = 'leaf',
   segment: float = 0.0,
 ) -> PyTree:
   """Draws a permutation for each leaf; arguments as in `fed_mr`.

@@ -103,7 +103,7 @@ def measures(row: dict[str, Any]) -> list[str]:
   return [
     name
     for name, value in row.items()
-    if isinstance(value, (int, float))
+    if isinstance(value, (int, float, type(None)))
     and name not in _SHOWN
     and not name.startswith('validation_')
   ]

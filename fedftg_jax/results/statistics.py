@@ -82,7 +82,7 @@ def comparison_table(
     'final accuracy',
     'plain average',
     'best',
-    f'rounds to {target:.2f}',
+    f'rounds to {100 * target:g} %',
     'MB up',
     's',
   ]

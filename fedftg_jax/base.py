@@ -11,6 +11,7 @@ C classes, M examples, T rounds.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 import inspect
 import os
@@ -86,6 +87,16 @@ class ApplyGenerator(Protocol):
     /,
     train: bool = False,
   ) -> tuple[jax.Array, PyTree]: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Personal:
+  """A client's model, of the common architecture or of another one; a pytree
+  of its variables."""
+
+  apply: ApplyModel = dataclasses.field(metadata={'static': True})
+  variables: Variables
 
 
 class Generator(NamedTuple):
@@ -268,9 +279,14 @@ class Round(Protocol):
 
 
 class Personalise(Protocol):
-  """Gives the model that one client would begin from if the server sent it what
-  it broadcasts, and what its local training would make of that in the next
-  round; `place` is its row of `State.clients`."""
+  """Gives one client's models by name, before its next local training and after
+  it, if the server sent it what it broadcasts.
+
+  Before: 'broadcast', which it would begin from, and the method's
+  `Method.personal`. After: 'personalised', what local training makes of that,
+  and 'personalised_NAME' of each of the method's. `place` is the client's row
+  of `State.clients`.
+  """
 
   def __call__(
     self,
@@ -280,7 +296,7 @@ class Personalise(Protocol):
     place: jax.Array,
     key: jax.Array,
     /,
-  ) -> tuple[Variables, Variables]: ...
+  ) -> tuple[dict[str, Personal], dict[str, Personal]]: ...
 
 
 class Federation(NamedTuple):
@@ -395,6 +411,13 @@ class Upload(Protocol):
   ) -> tuple[PyTree, PyTree]: ...
 
 
+class PersonalModels(Protocol):
+  """Gives the models that a client keeps to itself, by name, to be evaluated:
+  of `view.own`, its slot before local training or after it."""
+
+  def __call__(self, view: View, /) -> Mapping[str, Personal]: ...
+
+
 class MessageBits(Protocol):
   """Counts the bits of one client's message, as an integer."""
 
@@ -448,6 +471,7 @@ class Method(NamedTuple):
       slot that it gives is `view.own` in `upload`.
     upload: a client's new slot, and its message.
     message_bits: what a message is billed for; its arrays, if not given.
+    personal: models that a client keeps to itself.
     summed: what the server needs only the sum of over clients. It is added up
       as clients finish; nothing of the kind is kept per client.
     stacked: what the server needs of every client at the same time, such as
@@ -474,6 +498,7 @@ class Method(NamedTuple):
   )
   upload: Upload = lambda view, local, objective, key: (view.own, ())
   message_bits: MessageBits = trees.num_bits
+  personal: PersonalModels = lambda view: {}
   summed: Reduce = lambda sent: ()
   stacked: Reduce = lambda sent: ()
   update: Update = lambda variables, shared, received, key: (
@@ -624,6 +649,12 @@ def chain(*parts: Method) -> Method:
   def message_bits(message):
     return sum(p.message_bits(m) for p, m in zip(parts, message))
 
+  def personal(view):
+    models = {}
+    for p, v in zip(parts, views(view)):
+      models = merged('personal model', models, dict(p.personal(v)))
+    return models
+
   def upload(view, local, objective, key):
     pairs = [
       p.upload(v, local, objective, k)
@@ -666,6 +697,7 @@ def chain(*parts: Method) -> Method:
     train=train,
     upload=upload,
     message_bits=message_bits,
+    personal=personal,
     summed=functools.partial(each, 'summed'),
     stacked=functools.partial(each, 'stacked'),
     update=update,

@@ -40,10 +40,14 @@ def evaluate(
     {'loss', 'accuracy'}: scalars; {'per_class'}: [C], NaN for a class that has
     no examples.
   """
+  return _of_all(model.apply, variables, x, y, batch_size, batch_stats)
+
+
+def _of_all(apply, variables, x, y, batch_size, batch_stats=False):
   num = len(y)
   data = Data(x, y, jnp.arange(num), jnp.int32(num))
   means = clients.mean_over_examples(
-    functools.partial(_scores, model, variables, batch_stats),
+    functools.partial(_scores, apply, variables, batch_stats),
     data,
     min(batch_size, num),
   )
@@ -52,7 +56,6 @@ def evaluate(
 
 
 def evaluate_clients(
-  model: Model,
   fed: Federation,
   state: State,
   data: Data,
@@ -60,31 +63,34 @@ def evaluate_clients(
   key: jax.Array,
   *,
   personalise: bool = False,
+  by_class: bool = False,
   chunk: int = 1,
   batch_size: int = 500,
 ) -> dict[str, dict[str, jax.Array]]:
-  """The broadcast model on every client's test examples, before and after the
-  client's local training.
+  """Evaluates the broadcast model and personal models on every client's test
+  examples, before and after the client's local training.
 
   'broadcast' is the model as the client begins from it: with BatchNorm
   statistics of its own where the method gives it those. 'personalised' is what
   local training makes of it, with the draws of the next round: a client that is
-  selected in it trains the same model.
+  selected in it trains the same model. For personal models of the method, see
+  `base.Personalise`.
 
   Args:
-    model: the classifier.
     fed: the simulation, of one seed.
     state: after the last round, of one seed.
     data: what the clients train on.
     test: what each is tested on; its `index` and `count` have the same N rows.
     key: base key of the training.
     personalise: whether to train: costs one local training of every client.
+    by_class: whether to evaluate every client's models on all of `test`, too.
     chunk: how many clients are stacked at once, see `stacking.over_clients`.
     batch_size: examples at once; the last batch is padded and masked.
 
   Returns:
-    For 'broadcast' and, if asked for, 'personalised': {'loss', 'accuracy'},
-    [N], NaN for clients without test examples.
+    By model: {'loss', 'accuracy'}, [N], NaN for clients without test examples;
+    with `by_class` also {'per_class'}: [N, C], accuracy on each class of the
+    whole test set, NaN for a class that it does not have.
   """
   num = len(test.count)
   on_device = fed.client_state == 'device'
@@ -99,7 +105,6 @@ def evaluate_clients(
     )
     found.append(
       _evaluate_some(
-        model,
         fed,
         state._replace(clients=slots),
         data,
@@ -107,6 +112,7 @@ def evaluate_clients(
         key,
         ids,
         personalise=personalise,
+        by_class=by_class,
         chunk=chunk,
         batch_size=batch_size,
       )
@@ -117,11 +123,11 @@ def evaluate_clients(
 @functools.partial(
   compiling.jit,
   cpu_options=compiling.OFTEN,
-  static_argnums=(0, 1),
-  static_argnames=('personalise', 'chunk', 'batch_size'),
+  static_argnums=0,
+  static_argnames=('personalise', 'by_class', 'chunk', 'batch_size'),
 )
 def _evaluate_some(
-  model, fed, state, data, test, key, ids, *, personalise, chunk, batch_size
+  fed, state, data, test, key, ids, *, personalise, by_class, chunk, batch_size
 ):
   """Clients `ids`, in whose order `state.clients` is."""
   num = len(ids)
@@ -130,18 +136,17 @@ def _evaluate_some(
   def one(shared, row):
     state, data, flat, key = shared
     client_id, place, index, count = row
-    models = dict(
-      zip(
-        ('broadcast', 'personalised'),
-        fed.personalise(state, data, client_id, place, key),
-      )
-    )
-    if not personalise:
-      del models['personalised']
-    return (), {
-      name: _of_client(model, variables, Data(*flat, index, count), batch_size)
-      for name, variables in models.items()
-    }
+    models, trained = fed.personalise(state, data, client_id, place, key)
+    if personalise:
+      models = models | trained
+    own = Data(*flat, index, count)
+    scores = {}
+    for name, model in models.items():
+      scores[name] = _of_client(model, own, batch_size)
+      if by_class:
+        whole = _of_all(model.apply, model.variables, *flat, batch_size)
+        scores[name]['per_class'] = whole['per_class']
+    return (), scores
 
   rows = jax.tree.map(
     lambda a: jnp.pad(a, (pad, *[(0, 0)] * (a.ndim - 1))),
@@ -153,7 +158,9 @@ def _evaluate_some(
   return stacking.everywhere(jax.tree.map(lambda a: a[:num], scores), fed.mesh)
 
 
-def fairness(values: np.ndarray) -> dict[str, float]:
+def fairness(
+  values: np.ndarray, examples: np.ndarray | None = None
+) -> dict[str, float]:
   """How evenly accuracy falls to clients.
 
   Jain, Chiu and Hawe, A Quantitative Measure of Fairness, DEC-TR-301, 1984:
@@ -163,14 +170,26 @@ def fairness(values: np.ndarray) -> dict[str, float]:
 
   Args:
     values: [N], NaN for clients that do not count.
+    examples: [N] how many examples each value is of; None for no weighted
+      figures.
 
   Returns:
     'clients': how many count. If any do: 'mean', each client alike; 'worst' and
     'best', the means over the worst and best tenth of the clients, one at
     least; 'variance', about the mean over all of them; 'jain', 1 where all are
-    zero.
+    zero; 'weighted_mean' and 'weighted_variance', clients weighted by their
+    examples.
   """
-  values = np.sort(values[np.isfinite(values)]).astype(float)
+  finite = np.isfinite(values)
+  weighted = {}
+  if examples is not None and finite.any():
+    weight = examples[finite] / np.sum(examples[finite])
+    mean = np.sum(weight * values[finite])
+    weighted = {
+      'weighted_mean': float(mean),
+      'weighted_variance': float(np.sum(weight * (values[finite] - mean) ** 2)),
+    }
+  values = np.sort(values[finite]).astype(float)
   num = len(values)
   if not num:
     return {'clients': 0}
@@ -183,13 +202,50 @@ def fairness(values: np.ndarray) -> dict[str, float]:
     'best': float(values[-tail:].mean()),
     'variance': float(values.var()),
     'jain': float(np.sum(values) ** 2 / square) if square else 1.0,
+    **weighted,
   }
 
 
-def _of_client(model, variables, data, batch_size):
+def by_distribution(
+  per_class: np.ndarray, counts: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Accuracy in and out of each client's own distribution.
+
+  As in FedNTD (arXiv:2106.03097): the accuracy on each class, weighted by the
+  client's share p_c of that class in training, or by (1 - p_c) / (C - 1).
+  Classes without test examples do not count.
+
+  Args:
+    per_class: [N, C] accuracy of each client's model on each class, NaN for a
+      class without test examples.
+    counts: [N, C] examples of each class that each client trains on.
+
+  Returns:
+    {'in', 'out'}: [N], NaN for a client without examples.
+  """
+  counts = np.asarray(counts, float)
+  total = counts.sum(1, keepdims=True)
+  share = np.divide(
+    counts, total, out=np.full_like(counts, np.nan), where=total > 0
+  )
+  known = np.isfinite(per_class)
+  found = {}
+  for name, weight in (('in', share), ('out', 1 - share)):
+    weight = np.where(known, weight, 0)
+    mass = weight.sum(1)
+    found[name] = np.divide(
+      np.sum(weight * np.where(known, per_class, 0), axis=1),
+      mass,
+      out=np.full(len(mass), np.nan),
+      where=mass > 0,
+    )
+  return found
+
+
+def _of_client(model, data, batch_size):
   """One client's scores; NaN without examples."""
   means = clients.mean_over_examples(
-    functools.partial(_scores, model, variables, False),
+    functools.partial(_scores, model.apply, model.variables, False),
     data,
     min(batch_size, len(data.index)),
   )
@@ -199,12 +255,10 @@ def _of_client(model, variables, data, batch_size):
   }
 
 
-def _scores(model, variables, batch_stats, batch):
+def _scores(apply, variables, batch_stats, batch):
   """Means over the valid examples: loss, hits, and by class examples and
   hits."""
-  logits = model.apply(
-    variables, batch.x, mask=batch.mask, train=batch_stats
-  ).logits
+  logits = apply(variables, batch.x, mask=batch.mask, train=batch_stats).logits
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
   correct = jnp.argmax(logits, axis=-1) == batch.y
   classes = batch.mask[:, None] * jax.nn.one_hot(

@@ -35,6 +35,7 @@ from fedftg_jax.base import (
   Method,
   Model,
   Objective,
+  Personal,
   PyTree,
   Received,
   Same,
@@ -228,8 +229,7 @@ def federation(
     )
 
   def personalise(state, data, client_id, place, key):
-    """One client (no client axis): what it makes of the model that is broadcast
-    before it trains, and what its local training makes of that."""
+    """One client (no client axis)."""
     cohort = Cohort(
       client_id[None],
       jnp.ones(1, bool),
@@ -237,13 +237,30 @@ def federation(
       place=place[None],
     )
     rows = _rows(state, data, cohort, num_clients, weighting)
-    _, sent, local, *_ = run_client(
-      state.variables,
-      _seen(method, state, data, key),
-      jax.tree.map(lambda a: a[0], rows),
-      keys.client_keys(key, state.round, client_id),
+    row = jax.tree.map(lambda a: a[0], rows)
+    seen = _seen(method, state, data, key)
+    client_key = keys.client_keys(key, state.round, client_id)
+    (own, _), sent, local, *_ = run_client(
+      state.variables, seen, row, client_key
     )
-    return sent.start, local.variables
+    view = _view(state.variables, seen, row)
+    trained = method.personal(view._replace(variables=local.variables, own=own))
+    before, after = (
+      merged('personal model', {name: Personal(model.apply, variables)}, more)
+      for name, variables, more in (
+        (
+          'broadcast',
+          sent.start,
+          method.personal(view._replace(variables=sent.start)),
+        ),
+        (
+          'personalised',
+          local.variables,
+          {f'personalised_{name}': m for name, m in trained.items()},
+        ),
+      )
+    )
+    return before, after
 
   return Federation(init, round_, personalise, mesh, client_state)
 
@@ -341,6 +358,22 @@ def _seen(method, state, data, key) -> _Seen:
   return _Seen(shared, common, data.x, data.y, state.round, key)
 
 
+def _view(received, seen, row) -> View:
+  """What a client sees that was sent the model `received`."""
+  return View(
+    received,
+    received,
+    seen.shared,
+    seen.common,
+    row.slots[0],
+    Data(seen.x, seen.y, row.index, row.count),
+    row.client_id,
+    row.share,
+    seen.round,
+    jnp.where(row.worked, row.num_steps, 0),
+  )
+
+
 def _run_client(model, method, solver, uplink, received, seen, row, key):
   """One client's round: begin, train, upload, encode (no client axis).
 
@@ -348,19 +381,7 @@ def _run_client(model, method, solver, uplink, received, seen, row, key):
     Its slots, what it sends, what local training returned, the bits that it
     sends, and what the uplink's distortion is made of; () without an uplink.
   """
-  own, uplink_state = row.slots
-  view = View(
-    received,
-    received,
-    seen.shared,
-    seen.common,
-    own,
-    Data(seen.x, seen.y, row.index, row.count),
-    row.client_id,
-    row.share,
-    seen.round,
-    jnp.where(row.worked, row.num_steps, 0),
-  )
+  view, (_, uplink_state) = _view(received, seen, row), row.slots
   start = method.start(view, key.start)
   view = view._replace(variables=start)
   objective = Objective(

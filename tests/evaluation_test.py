@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedftg_jax import evaluation, federation, recipes, stacking
+from fedftg_jax import base, evaluation, federation, recipes, stacking
 from fedftg_jax.data import clients
+from fedftg_jax.methods import fed_avg
 from tests import problems
 
 KEY = jax.random.key(3)
@@ -45,15 +46,7 @@ def evaluated(method, chunk=1, num_devices=None):
     stacking.put(fed.init(KEY), mesh), data, problems.row([1, 3]), KEY
   )
   scores = evaluation.evaluate_clients(
-    NET,
-    fed,
-    state,
-    data,
-    test,
-    KEY,
-    personalise=True,
-    chunk=chunk,
-    batch_size=4,
+    fed, state, data, test, KEY, personalise=True, chunk=chunk, batch_size=4
   )
   return fed, state, scores
 
@@ -109,9 +102,10 @@ class ClientsTest(parameterized.TestCase):
     personalise = jax.jit(fed.personalise)
     for k in range(5):
       _, info = fed.round(state, problems.DATA, problems.row([k]), KEY)
-      _, trained = personalise(
+      _, after = personalise(
         state, problems.DATA, jnp.int32(k), jnp.int32(k), KEY
       )
+      trained = after['personalised'].variables
       chex.assert_trees_all_close(trained, info.models['average'], atol=1e-5)
       np.testing.assert_allclose(
         scores['personalised']['accuracy'][k],
@@ -142,9 +136,11 @@ class ClientsTest(parameterized.TestCase):
         params = jax.tree.map(
           lambda p, g: p - 0.1 * 0.9 * g, params, gradient(params)
         )
-      begin, trained = personalise(
+      before, after = personalise(
         state, problems.DATA, jnp.int32(k), jnp.int32(k), KEY
       )
+      begin = before['broadcast'].variables
+      trained = after['personalised'].variables
       chex.assert_trees_all_equal(begin, state.variables)
       chex.assert_trees_all_close(trained.params, params, atol=1e-5)
 
@@ -167,7 +163,7 @@ class ClientsTest(parameterized.TestCase):
       with mock.patch.object(evaluation, '_HOST_BLOCK', 2):
         got.append(
           evaluation.evaluate_clients(
-            NET, fed, state, problems.DATA, TEST, KEY, personalise=True
+            fed, state, problems.DATA, TEST, KEY, personalise=True
           )
         )
     chex.assert_trees_all_close(*got, atol=1e-6)
@@ -188,7 +184,7 @@ class ClientsTest(parameterized.TestCase):
   def test_nothing_is_trained_unless_asked_for(self):
     fed, state, scores = evaluated('fed_avg')
     got = evaluation.evaluate_clients(
-      NET, fed, state, problems.DATA, TEST, KEY, batch_size=4
+      fed, state, problems.DATA, TEST, KEY, batch_size=4
     )
     chex.assert_trees_all_equal(got, {'broadcast': scores['broadcast']})
 
@@ -197,12 +193,140 @@ class ClientsTest(parameterized.TestCase):
     data = clients.from_partition(problems.DATA.x, problems.DATA.y, parts)
     fed = problems.make(sizes=parts)
     state = fed.init(KEY)
+    before, after = fed.personalise(
+      state, data, jnp.int32(1), jnp.int32(1), KEY
+    )
     chex.assert_trees_all_equal(
-      *fed.personalise(state, data, jnp.int32(1), jnp.int32(1), KEY)
+      before['broadcast'].variables, after['personalised'].variables
+    )
+
+
+class PersonalTest(absltest.TestCase):
+  """A toy part: each client keeps the mean of the models that it trained, and
+  a constant answer, which is of another architecture."""
+
+  def part(self):
+    def upload(view, local, objective, key):
+      last, times = view.own
+      times += 1
+      mean = jax.tree.map(
+        lambda m, new: m + (new - m) / times, last, local.variables
+      )
+      return (mean, times), ()
+
+    def always_1(variables, x, mask=None, train=False):
+      del train, mask
+      logits = jax.nn.one_hot(jnp.ones(len(x), int), problems.NUM_CLASSES)
+      return base.Output(logits * variables.params, (), ())
+
+    def personal(view):
+      mean, times = view.own
+      return {
+        'mean': base.Personal(NET.apply, mean),
+        'always_1': base.Personal(
+          always_1, base.Variables(times.astype(float), ())
+        ),
+      }
+
+    return base.Method(
+      init=lambda key, variables: ((), (variables, jnp.int32(0))),
+      upload=upload,
+      personal=personal,
+    )
+
+  def test_by_name_before_and_after(self):
+    fed = problems.make(NET, base.chain(fed_avg.fed_avg(), self.part()))
+    state, _ = fed.round(
+      fed.init(KEY), problems.DATA, problems.row([1, 3]), KEY
+    )
+    got = evaluation.evaluate_clients(
+      fed,
+      state,
+      problems.DATA,
+      TEST,
+      KEY,
+      personalise=True,
+      by_class=True,
+      chunk=2,
+      batch_size=4,
+    )
+    self.assertEqual(
+      set(got),
+      {
+        'broadcast',
+        'mean',
+        'always_1',
+        'personalised',
+        'personalised_mean',
+        'personalised_always_1',
+      },
+    )
+    (_, (mean, times)), _ = state.clients
+    np.testing.assert_array_equal(times, [0, 1, 0, 1, 0])
+    classes = np.arange(problems.NUM_CLASSES)
+    for k in range(5):
+      of_k = jax.tree.map(lambda a: a[k], mean)
+      np.testing.assert_allclose(
+        got['mean']['accuracy'][k], accuracy(NET, of_k, TEST, k), rtol=1e-6
+      )
+      whole = evaluation.evaluate(NET, of_k, TEST.x, TEST.y)
+      np.testing.assert_array_equal(
+        got['mean']['per_class'][k], whole['per_class']
+      )
+      np.testing.assert_array_equal(
+        got['personalised_always_1']['per_class'][k], classes == 1
+      )
+      # Before the first participation all its logits are 0.
+      np.testing.assert_array_equal(
+        got['always_1']['per_class'][k], classes == min(times[k], 1)
+      )
+      _, after = fed.personalise(
+        state, problems.DATA, jnp.int32(k), jnp.int32(k), KEY
+      )
+      new = after['personalised'].variables
+      want = jax.tree.map(
+        lambda m, n, t=times[k]: m + (n - m) / (t + 1), of_k, new
+      )
+      chex.assert_trees_all_close(
+        after['personalised_mean'].variables, want, atol=1e-6
+      )
+
+  def test_two_of_one_name(self):
+    fed = problems.make(
+      NET, base.chain(fed_avg.fed_avg(), self.part(), self.part())
+    )
+    with self.assertRaisesRegex(ValueError, "personal model 'always_1'"):
+      jax.eval_shape(
+        fed.personalise,
+        fed.init(KEY),
+        problems.DATA,
+        jnp.int32(0),
+        jnp.int32(0),
+        KEY,
+      )
+
+  def test_in_and_out_of_distribution(self):
+    per_class = np.array([[0.5, 1.0, 0.0], [0.2, np.nan, 0.4], [1, 1, 1]])
+    counts = np.array([[2, 2, 0], [1, 2, 3], [0, 0, 0]])
+    got = evaluation.by_distribution(per_class, counts)
+    # Shares: (.5, .5, 0) and (1/6, -, 1/2).
+    second = (0.2 / 6 + 0.4 / 2) / (1 / 6 + 1 / 2)
+    np.testing.assert_allclose(got['in'], [0.75, second, np.nan])
+    second = (0.2 * 5 / 6 + 0.4 / 2) / (5 / 6 + 1 / 2)
+    np.testing.assert_allclose(
+      got['out'], [(0.5 * 0.5 + 0.5 * 1) / 2, second, np.nan]
     )
 
 
 class FairnessTest(absltest.TestCase):
+  def test_weighted_by_examples(self):
+    values, sizes = np.array([0.5, np.nan, 1.0]), np.array([1, 7, 3])
+    got = evaluation.fairness(values, sizes)
+    self.assertAlmostEqual(got['weighted_mean'], 0.875)
+    self.assertAlmostEqual(
+      got['weighted_variance'], 0.375**2 / 4 + 0.125**2 * 3 / 4
+    )
+
   def test_by_hand(self):
     got = evaluation.fairness(np.array([0.2, np.nan, 0.6, 0.4]))
     for name, want in (

@@ -551,10 +551,10 @@ class FedMrTest(absltest.TestCase):
     method = base.chain(fed_mr.fed_mr(3))
     fed = problems.make(MODEL, method)
     state, _ = self.run_rounds(method, [[0, 1, 4]])
-    start, _ = fed.personalise(
+    before, _ = fed.personalise(
       state, problems.DATA, jnp.int32(0), jnp.int32(0), KEY
     )
-    chex.assert_trees_all_equal(start, state.variables)
+    chex.assert_trees_all_equal(before['broadcast'].variables, state.variables)
 
   def test_a_cohort_of_another_width(self):
     with self.assertRaisesRegex(ValueError, 'keeps 4 models; a round of 3'):
@@ -694,9 +694,10 @@ class ByHandTest(absltest.TestCase):
       MODEL, base.chain(fed_avg.fed_avg(), moon.moon(MODEL, 1.0, 0.5))
     )
     start = fed.init(KEY)
-    _, trained = jax.jit(fed.personalise)(
+    _, personal = jax.jit(fed.personalise)(
       start, problems.DATA, jnp.int32(1), jnp.int32(1), KEY
     )
+    trained = personal['personalised'].variables
     after, _ = fed.round(start, problems.DATA, problems.row([1, 3]), KEY)
     (_, (last, seen)), _ = after.clients
     chex.assert_trees_all_close(
@@ -710,9 +711,10 @@ class ByHandTest(absltest.TestCase):
       MODEL, base.chain(fed_avg.fed_avg(), fed_dyn.fed_dyn(0.1))
     )
     one, _ = fed.round(fed.init(KEY), problems.DATA, problems.row([1, 3]), KEY)
-    _, trained = jax.jit(fed.personalise)(
+    _, personal = jax.jit(fed.personalise)(
       one, problems.DATA, jnp.int32(1), jnp.int32(1), KEY
     )
+    trained = personal['personalised'].variables
     two, _ = fed.round(one, problems.DATA, problems.row([0, 1]), KEY)
     (_, before), _ = one.clients
     (_, after), _ = two.clients
@@ -995,7 +997,7 @@ class BatchNormPolicyTest(absltest.TestCase):
       self.NET, base.chain(fed_avg.fed_avg(), batch_norm.local_stats())
     )
     got = evaluation.evaluate_clients(
-      self.NET, fed, state, problems.DATA, problems.DATA, KEY
+      fed, state, problems.DATA, problems.DATA, KEY
     )['broadcast']
     apply = jax.jit(self.NET.apply)
     for k, own in enumerate(zip(*jax.tree.leaves(stats))):

@@ -570,6 +570,12 @@ def _define_results() -> None:
     'rounds of local training.',
   )
   flags.DEFINE_bool(
+    'clients_by_class',
+    False,
+    "Where clients are evaluated, each client's models also on each class of "
+    'the whole test set: accuracy in and out of their distribution.',
+  )
+  flags.DEFINE_bool(
     'tensorboard',
     False,
     'Also write scalars and generated images for TensorBoard.',

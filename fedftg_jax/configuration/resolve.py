@@ -122,6 +122,8 @@ def _unused(values: dict[str, Any]) -> set[str]:
     unused.add('evaluate_all')
   if values['evaluate_clients'] == 'none':
     unused.add('personalise')
+  if values['evaluate_clients'] == 'none' or not values['clients_by_class']:
+    unused.add('clients_by_class')
   if values['norm'] != 'batch':
     unused |= {'batch_norm', 'torch_bn'}
   unused |= _unused_by_partition(values)

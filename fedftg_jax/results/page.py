@@ -134,9 +134,7 @@ def _of_comparison(folder, config) -> dict[str, Any]:
     'final': tables.final(entries, 'method', average=True),
     'configuration': _configuration(first),
     'differences': _differences(runs),
-    **_sections(
-      entries, _broadcast_clients(runs), runs, summary['target_accuracy']
-    ),
+    **_sections(entries, _same_clients(runs), runs, summary['target_accuracy']),
   }
 
 
@@ -158,7 +156,7 @@ def _of_sweep(folder, config) -> dict[str, Any]:
     for row in ended
   ]
   page = _sections(
-    entries, _broadcast_clients(runs), runs, summary['target_accuracy']
+    entries, _same_clients(runs), runs, summary['target_accuracy']
   )
   counts = [of_name[0].counts.get('train') for of_name in runs.values()]
   if any(not np.array_equal(counts[0], other) for other in counts):  # type: ignore[arg-type]
@@ -206,14 +204,21 @@ def _broadcast(runs) -> tables.Entries:
   }
 
 
-def _broadcast_clients(runs) -> dict[str, tables.Entries]:
+def _same_clients(runs) -> dict[str, tables.Entries]:
+  """By model of clients the methods that have it, in all their seeds."""
+  models = [
+    model
+    for of_name in runs.values()
+    for run in of_name
+    for model in run.clients.get('accuracy', {})
+  ]
   return {
     model: {
       name: [(run, model) for run in of_name]
       for name, of_name in runs.items()
       if all(model in run.clients.get('accuracy', {}) for run in of_name)
     }
-    for model in ('broadcast', 'personalised')
+    for model in dict.fromkeys(models)
   }
 
 

@@ -134,11 +134,23 @@ def _to_target(of_name, target) -> str:
 def fairness(clients: Entries) -> Table:
   """How evenly accuracy falls to clients, means over seeds."""
   rows = []
+  distributions = {
+    title: key
+    for title, key in (
+      ('own classes', 'in_distribution'),
+      ('other classes', 'out_distribution'),
+    )
+    if any(
+      key in run.clients['summary'][model]
+      for of_name in clients.values()
+      for run, model in of_name
+    )
+  }
   for name, of_name in clients.items():
     figures = [run.clients['summary'][model] for run, model in of_name]
 
     def mean(key, figures=figures):
-      return np.mean([f[key] for f in figures])
+      return np.mean([f.get(key, np.nan) for f in figures])
 
     rows.append(
       [
@@ -147,6 +159,7 @@ def fairness(clients: Entries) -> Table:
         f'{1e4 * mean("variance"):.1f}',
         f'{mean("jain"):.3f}',
         f'{mean("clients"):.4g}',
+        *(percent(mean(k)) for k in distributions.values()),
       ]
     )
   return Table(
@@ -158,6 +171,7 @@ def fairness(clients: Entries) -> Table:
       'variance',
       'Jain index',
       'clients',
+      *distributions,
     ],
     rows,
   )

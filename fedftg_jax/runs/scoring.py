@@ -68,7 +68,6 @@ def scorer(experiment: Experiment, data: Data, put: Callable) -> Callable:
   chunk = config['client_chunk'] or schedule.client_id.shape[1]
   of_clients = functools.partial(
     evaluation.evaluate_clients,
-    model,
     simulation.federation,
     chunk=chunk,
     batch_size=_BATCH,
@@ -97,12 +96,18 @@ def scorer(experiment: Experiment, data: Data, put: Callable) -> Callable:
     if asked or local:
       by_client = jax.device_get(
         of_clients(
-          state, data, test, key, personalise=asked and config['personalise']
+          state,
+          data,
+          test,
+          key,
+          personalise=asked and config['personalise'],
+          by_class=asked and config['clients_by_class'],
         )
       )
     if local:
       scores['own_statistics'] = {
-        name: np.nanmean(v) for name, v in by_client['broadcast'].items()
+        name: np.nanmean(by_client['broadcast'][name])
+        for name in ('loss', 'accuracy')
       }
     scores, by_client, kept_apart = jax.device_get(
       (scores, by_client if asked else {}, kept_apart)

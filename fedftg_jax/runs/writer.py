@@ -182,7 +182,10 @@ class RunWriter:
     summary = {
       name: {
         k: x if isinstance(x, int) else rows.number(x)
-        for k, x in evaluation.fairness(v['accuracy']).items()
+        for k, x in {
+          **evaluation.fairness(v['accuracy'], self._counts['test'].sum(1)),
+          **self._distributions(v),
+        }.items()
       }
       for name, v in scores.items()
     }
@@ -201,8 +204,31 @@ class RunWriter:
         }
         for score in ('accuracy', 'loss')
       },
+      **self._by_class(scores),
     }
     files.write_json(self._folder / 'clients.json', self._clients)
+
+  def _by_class(self, scores):
+    """Every client's accuracy on each class of the whole test set, if asked
+    for."""
+    if not self._experiment.config['clients_by_class']:
+      return {}
+    return {
+      'class_accuracy': {
+        name: [[*map(rows.number, client)] for client in v['per_class']]
+        for name, v in scores.items()
+      }
+    }
+
+  def _distributions(self, scores):
+    """Means over the clients of the accuracy in and out of their distribution,
+    if classes were asked for."""
+    if 'per_class' not in scores:
+      return {}
+    found = evaluation.by_distribution(
+      scores['per_class'], self._counts['train']
+    )
+    return {f'{name}_distribution': np.nanmean(v) for name, v in found.items()}
 
   def _add_images(self, done, images) -> None:
     """Keeps the images of some evaluations."""

@@ -3,6 +3,7 @@
 # make test      every test but further cases of the same kind
 # make test-all  all tests; needs chromium
 # make lint      style and types
+# make docs      the pages of docs/ and the API as a site, in build/site
 # make audit     known holes in what is installed; asks a service on the network
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ CHECK := $(addprefix tests/,base_test.py solvers_test.py golden_test.py \
 	$(addprefix methods_test.py::ContractTest::test_row_, \
 	fed_avg fed_nova fed_dyn scaffold moon fed_ftg_robust))
 
-.PHONY: demo check test test-all lint audit clean
+.PHONY: demo check test test-all lint docs audit clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +43,10 @@ lint: $(VENV)/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+docs: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --site-dir build/site
 
 audit: $(VENV)/dev
 	$(RUN) -m pip_audit

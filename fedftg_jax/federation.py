@@ -7,11 +7,10 @@ Rules kept here once, for every method:
   uplink state bitwise. Who works arrives, unless a schedule says otherwise;
   what a client that did not arrive would have sent is zeroed. Padding slots
   carry client id N and are dropped. A client without examples never arrives.
-- A round in which nobody arrives leaves the model and the server slot as they
-  were.
-- A row that selects nobody (only padding) is no round: it costs nothing and
-  changes nothing. Chunks are padded with such rows to equal length, so that a
-  whole run is traced once; users' schedules may not have any.
+- A round in which nobody arrives, or is selected, leaves the model and the
+  server slot as they were, unless the method acts in it (`Method.always`).
+- Chunks are padded to equal length, so that a whole run is traced once, with
+  rows that are no rounds (`num_steps` below 0): they cost and change nothing.
 """
 
 from collections.abc import Callable
@@ -569,7 +568,6 @@ def _run_chunk(fed, state, data, rows, key):
 )
 def _scan_rounds(fed, state, data, rows, key):
   """Scan of rounds; metrics [T, ...], models of the last round."""
-  num_clients = data.count.shape[0]
   # `fed.round` is jitted: this trace and the one in the scan are the same.
   blank = jax.tree.map(
     lambda a: jnp.zeros(a.shape, a.dtype),
@@ -583,15 +581,15 @@ def _scan_rounds(fed, state, data, rows, key):
       state, info = fed.round(carry[0], data, cohort, key)
       return (state, info.models), info.metrics
 
-    somebody = jnp.any(cohort.client_id < num_clients)
-    return jax.lax.cond(somebody, go, lambda: (carry, blank.metrics))
+    is_round = jnp.all(cohort.num_steps >= 0)
+    return jax.lax.cond(is_round, go, lambda: (carry, blank.metrics))
 
   (state, models), metrics = jax.lax.scan(one, (state, blank.models), rows)
   return state, Info(metrics, models, blank.same)
 
 
 def _pad_rounds(rows: Cohort, num_rows: int, num_clients: int) -> Cohort:
-  """Adds rows that select nobody."""
+  """Adds rows that are no rounds."""
 
   def pad(column, value):
     shape = num_rows, column.shape[1]
@@ -600,7 +598,7 @@ def _pad_rounds(rows: Cohort, num_rows: int, num_clients: int) -> Cohort:
   return Cohort(
     pad(rows.client_id, num_clients),
     pad(rows.arrived, False),
-    pad(rows.num_steps, 0),
+    pad(rows.num_steps, -1),
     rows.worked if rows.worked is None else pad(rows.worked, False),
   )
 
@@ -616,8 +614,8 @@ def check_schedule(schedule: Cohort, num_clients: int) -> Cohort:
     The same as NumPy arrays of the right types; padding never arrives.
 
   Raises:
-    ValueError: for a wrong shape, an id or a number of steps out of range, a
-      client that is twice in one round, or a round without any, with the round.
+    ValueError: for a wrong shape, an id or a number of steps out of range, or a
+      client that is twice in one round, with the round.
   """
   ids = np.asarray(schedule.client_id)
   if ids.ndim != 2:
@@ -637,11 +635,6 @@ def check_schedule(schedule: Cohort, num_clients: int) -> Cohort:
   order = np.argsort(ids, axis=1, kind='stable')
   if num_steps.min(initial=0) < 0:
     raise ValueError('num_steps must be at least 0 in a schedule.')
-  empty = (ids == num_clients).all(axis=1)
-  if empty.any():
-    raise ValueError(
-      f'round {np.argmax(empty)} of the schedule selects nobody.'
-    )
   ids, arrived, num_steps = (
     np.take_along_axis(a, order, 1) for a in (ids, arrived, num_steps)
   )

@@ -11,7 +11,9 @@ from fedftg_jax.data import clients, schedules
 
 
 class SchedulesTest(parameterized.TestCase):
-  @parameterized.parameters(schedules.exact, schedules.bernoulli)
+  @parameterized.parameters(
+    schedules.exact, schedules.bernoulli, schedules.poisson
+  )
   def test_a_longer_schedule_begins_with_the_shorter(self, make):
     short, long = make(5, 20, 4, 3), make(40, 20, 4, 3)
     for a, b in zip(short.client_id, long.client_id):
@@ -32,6 +34,18 @@ class SchedulesTest(parameterized.TestCase):
     self.assertEqual(sizes.min(), 1)
     self.assertGreater(sizes.max(), 2)
     np.testing.assert_array_equal(rows.client_id == 10, ~rows.arrived)
+
+  def test_poisson_draws_clients_and_rounds_independently(self):
+    rows = schedules.poisson(2000, 10, 1, 0)
+    taking_part = np.stack([(rows.client_id == k).any(1) for k in range(10)])
+    np.testing.assert_allclose(taking_part.mean(1), 0.1, atol=0.02)
+    sizes = rows.arrived.sum(1)
+    for size, want in enumerate((0.9**10, 10 * 0.1 * 0.9**9)):
+      self.assertAlmostEqual(np.mean(sizes == size), want, delta=0.03)
+    np.testing.assert_array_equal(rows.client_id == 10, ~rows.arrived)
+    rows = schedules.poisson(2000, 2, 1, 0, np.array([1.0, 0.2]))
+    rates = [(rows.client_id == k).any(1).mean() for k in range(2)]
+    np.testing.assert_allclose(rates, [0.5, 0.1], atol=0.03)
 
   def test_file(self):
     path = os.path.join(self.create_tempdir().full_path, 's.npy')

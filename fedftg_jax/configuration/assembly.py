@@ -375,7 +375,11 @@ def _schedule(config, parts) -> base.Cohort:
     return _checked(
       'schedule', config, federation.check_schedule, schedule, num_clients
     )
-  make = schedules.exact if kind == 'exact' else schedules.bernoulli
+  make = {
+    'exact': schedules.exact,
+    'bernoulli': schedules.bernoulli,
+    'poisson': schedules.poisson,
+  }[kind]
   seed = config['schedule_seed']
   available = schedules.availability(
     num_clients, config['min_availability'], seed

@@ -36,7 +36,7 @@ PARTITIONS: dict[str, tuple[Callable | None, dict[str, str]]] = {
   'natural': (None, {}),
   'file:PATH': (None, {}),
 }
-SCHEDULES = ('exact', 'bernoulli', 'file:PATH')
+SCHEDULES = ('exact', 'bernoulli', 'poisson', 'file:PATH')
 FTG = 'ftg_'
 # Of `recipes.FtgOptions`, what has a flag with the preset's value as its
 # default.
@@ -204,14 +204,15 @@ def _define_federation() -> None:
   flags.DEFINE_integer(
     'cohort',
     5,
-    'Clients per round (on average, with --schedule=bernoulli).',
+    'Clients per round (on average, with --schedule=bernoulli or poisson).',
     lower_bound=1,
   )
   flags.DEFINE_string(
     'schedule',
     'exact',
     'Participation: exact (always --cohort clients), '
-    'bernoulli (each client on its own, never none), or file:PATH (.npy of '
+    'bernoulli (each client on its own, never none), poisson (each client on '
+    'its own, perhaps none), or file:PATH (.npy of '
     'client ids [rounds, cohort], -1 for padding, or the schedule.npz that '
     'every run writes, with dropouts and stragglers).',
   )

@@ -67,7 +67,37 @@ def bernoulli(
         break
       empty += 1
     rows.append(chosen)
-  ids = np.full((num_rounds, max(map(len, rows), default=1)), num_clients)
+  return _of_unequal_rounds(rows, num_clients)
+
+
+def poisson(
+  num_rounds: int,
+  num_clients: int,
+  cohort: int,
+  seed: int,
+  available: np.ndarray | None = None,
+) -> Cohort:
+  """Every client takes part with probability cohort / num_clients.
+
+  Poisson sampling, as the accounting of differential privacy asks for: each
+  round and client independently, so that a round may have nobody in it.
+  Arguments as in `exact`, but that a round is never drawn again.
+  """
+  _check(num_clients, cohort)
+  rate = cohort / num_clients * (1 if available is None else available)
+  rows = [
+    np.flatnonzero(
+      np.random.RandomState([seed, t, 4]).uniform(size=num_clients) < rate
+    )
+    for t in range(num_rounds)
+  ]
+  return _of_unequal_rounds(rows, num_clients)
+
+
+def _of_unequal_rounds(rows, num_clients):
+  """The schedule of rounds given as lists of clients."""
+  width = max(1, max(map(len, rows), default=1))
+  ids = np.full((len(rows), width), num_clients)
   for row, chosen in zip(ids, rows):
     row[: len(chosen)] = chosen
   return from_ids(ids, num_clients)

@@ -10,7 +10,7 @@ Axes in shape comments: N clients, S clients of one round (the cohort), B batch,
 C classes, M examples, T rounds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import inspect
@@ -41,6 +41,11 @@ class Output(NamedTuple):
   logits: jax.Array  # [B, C]
   features: jax.Array  # [B, F], input of the last layer
   stats: PyTree  # new running statistics (as received in eval mode)
+  # Input and output of the last stage; () of a model without stages.
+  stages: tuple[jax.Array, jax.Array] | tuple[()] = ()
+  # In the structure of `Variables.stats`, of each BatchNorm's input in this
+  # batch {'mean', 'var'}, the variance biased, also in eval mode; () without.
+  moments: PyTree = ()
 
 
 class InitModel(Protocol):
@@ -68,11 +73,43 @@ class ApplyModel(Protocol):
   ) -> Output: ...
 
 
+class Head(NamedTuple):
+  """The last layer of a classifier, apart: where only it is needed of each
+  client, only its parameters are stacked."""
+
+  params: Callable[[Variables], PyTree]  # its share of a model's
+  apply: Callable[[PyTree, jax.Array], jax.Array]  # to features: logits
+
+
+class LastStage(Protocol):
+  """Runs the last stage of a network, slimmed, on the stage's own input.
+
+  Of `x` [B, h, w, channels], as `Output.stages` has it, and of the stage's
+  layers the first channels are taken, about `width` (0 to 1) of them, with the
+  leading slices of the parameters. BatchNorm normalises by the batch, and its
+  running statistics stay as they are. Gives the stage's output.
+  """
+
+  def __call__(
+    self,
+    variables: Variables,
+    x: jax.Array,
+    mask: jax.Array | None,
+    width: float,
+    /,
+  ) -> jax.Array: ...
+
+
 class Model(NamedTuple):
-  """A classifier as a pair of pure functions."""
+  """A classifier as a pair of pure functions, and what some methods need of it
+  beside them, see `models.need`; None where it has no such piece."""
 
   init: InitModel
   apply: ApplyModel
+  head: Head | None = None
+  last_stage: LastStage | None = None
+  # uint8 images to the space of float ones, which stay as they are.
+  normalise: Callable[[jax.Array], jax.Array] | None = None
 
 
 class ApplyGenerator(Protocol):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from fedftg_jax import models
-from fedftg_jax.models import convolution, layers, resnet, winograd
+from fedftg_jax.models import classifiers, convolution, layers, resnet, winograd
+from tests import problems
 
 KEY = jax.random.key(0)
 SMALL_RESNET = models.from_flax(
@@ -178,6 +179,222 @@ class ClassifiersTest(parameterized.TestCase):
     out = model.apply(variables, x)
     np.testing.assert_allclose(out.features, features, atol=1e-5)
     np.testing.assert_allclose(out.logits, value, atol=1e-5)
+
+
+class TwoHeads(nn.Module):
+  @nn.compact
+  def __call__(self, x, mask=None, train=False):
+    x = layers.Dense(2, name='head')(x.reshape(len(x), -1))
+    return nn.Dense(3, name='out')(classifiers.MLP(3, (), name='mlp')(x)[0]), x
+
+
+class NormOfFlax(nn.Module):
+  @nn.compact
+  def __call__(self, x, mask=None, train=False):
+    x = nn.BatchNorm(not train)(x.reshape(len(x), -1))
+    return nn.Dense(3, False, name='head')(x), x
+
+
+class PiecesTest(parameterized.TestCase):
+  """What some methods need of a model beside its forward pass."""
+
+  @parameterized.parameters(
+    ('mlp', 0, jnp.bfloat16), ('lenet', 0, None), ('lenet', 5, None)
+  )
+  def test_head(self, name, projection_dim, dtype):
+    model = models.build(
+      name,
+      (4, 4, 1),
+      3,
+      conv='slices',
+      projection_dim=projection_dim,
+      dtype=dtype,
+    )
+    variables = [_random_variables(model, seed) for seed in (0, 1)]
+    x = jax.random.normal(KEY, (5, 4, 4, 1))
+    outs = [model.apply(v, x) for v in variables]
+    heads = [model.head.params(v) for v in variables]
+    for out, head in zip(outs, heads):
+      chex.assert_trees_all_equal(
+        model.head.apply(head, out.features), out.logits
+      )
+    params, features, logits = (
+      jax.tree.map(lambda *a: jnp.stack(a), *trees)
+      for trees in (heads, [o.features for o in outs], [o.logits for o in outs])
+    )
+    np.testing.assert_allclose(
+      jax.vmap(model.head.apply)(params, features), logits, atol=1e-5
+    )
+
+  def test_heads_of_modules(self):
+    for module, has_head in (
+      (classifiers.MLP(3, (2,)), True),
+      (NormOfFlax(), True),
+      (TwoHeads(), False),
+      (problems.Linear(), False),
+    ):
+      model = models.from_flax(module, (2, 2, 1))
+      self.assertEqual(model.head is not None, has_head)
+      if has_head:
+        variables = _random_variables(model)
+        out = model.apply(variables, jnp.ones((2, 2, 2, 1)))
+        np.testing.assert_array_equal(
+          model.head.apply(model.head.params(variables), out.features),
+          out.logits,
+        )
+
+  @parameterized.parameters(*models.CLASSIFIERS)
+  def test_every_classifier_has_a_head(self, name):
+    module = models.CLASSIFIERS[name](3)
+    self.assertIsNotNone(models.from_flax(module, (4, 4, 1)).head)
+
+  def test_missing(self):
+    model = problems.LINEAR
+    for piece, message in (
+      ('head', "fed_gen needs a model that has a head: .* named 'head'"),
+      ('last_stage', 'fed_gen needs a model that has stages'),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        models.need(model, piece, 'fed_gen')
+    self.assertIs(
+      models.need(SMALL_RESNET, 'last_stage', ''), SMALL_RESNET.last_stage
+    )
+
+  def test_normalise(self):
+    normalise = models.need(problems.LINEAR, 'normalise', '')
+    pixels = jnp.array([[0, 102, 255]], jnp.uint8)
+    np.testing.assert_allclose(normalise(pixels), [[-4 / 3, 0, 2]], atol=1e-6)
+    floats = jnp.array([0.0, 3.0])
+    self.assertIs(normalise(floats), floats)
+
+  @parameterized.parameters(True, False)
+  def test_moments(self, train):
+    """As of NumPy, of the valid examples; running ones normalise as before."""
+    model = models.build('lenet', (8, 8, 1), 3, norm='batch', conv='slices')
+    variables = _random_variables(model)
+    x = jax.random.normal(KEY, (5, 8, 8, 1))
+    valid = np.array([True, True, False, True, True])
+    out = jax.jit(lambda *a: model.apply(*a, train=train))(
+      variables, x, jnp.asarray(valid)
+    )
+    chex.assert_trees_all_equal_shapes(out.moments, variables.stats)
+    kernel = variables.params['conv0']['kernel']
+    values = convolution.convolve(x, kernel, 'lax')[valid].reshape(-1, 32)
+    moments = out.moments['norm0']['batch']
+    np.testing.assert_allclose(moments['mean'], values.mean(0), atol=1e-5)
+    np.testing.assert_allclose(moments['var'], values.var(0), atol=1e-5)
+    if not train:
+      chex.assert_trees_all_equal(out.stats, variables.stats)
+    else:
+      for new, old, batch in zip(
+        *map(jax.tree.leaves, (out.stats, variables.stats, out.moments))
+      ):
+        scale = (new - 0.9 * old) / (0.1 * batch)  # n / (n - 1), of variances
+        self.assertBetween(scale.min(), 0.99, scale.max())
+        self.assertLess(scale.max(), 1.02)
+
+  def test_without_moments_and_stages(self):
+    x = jnp.zeros((2, 2, 2, 1))
+    for module in (problems.Linear(), NormOfFlax()):
+      model = models.from_flax(module, x.shape[1:])
+      for train in (True, False):
+        out = model.apply(_random_variables(model), x, train=train)
+        self.assertEqual((out.moments, out.stages), ((), ()))
+
+  @parameterized.parameters(True, False)
+  def test_what_is_not_used_is_free(self, train):
+    """Of the same instructions once compiled, in a gradient or without."""
+    module = resnet.ResNet(3, (4, 6), 1, True, True, layers.Variant('batch'))
+
+    def plain(variables, x):
+      tree = {'params': variables.params, 'batch_stats': variables.stats}
+      mutable = ['batch_stats'] if train else False
+      out = module.apply(tree, x, None, train, mutable=mutable)
+      return out[0][0] if train else out[0]
+
+    def ours(variables, x):
+      return SMALL_RESNET.apply(variables, x, train=train).logits
+
+    def instructions(apply):
+      compute = lambda v, x: jnp.sum(apply(v, x)[:, 0])
+      compute = jax.grad(compute) if train else compute
+      text = jax.jit(compute).lower(variables, x).compile().as_text()
+      return sorted(re.findall(r'= (\S+ [a-z-]+)\(', text))
+
+    variables = _random_variables(SMALL_RESNET)
+    x = jnp.zeros((2, 4, 4, 3))
+    found = instructions(ours)
+    self.assertGreater(len(found), 100)
+    self.assertEqual(found, instructions(plain))
+
+  def test_stages(self):
+    variables = _random_variables(SMALL_RESNET)
+    x = jax.random.normal(KEY, (3, 8, 8, 3))
+    mask = jnp.array([True, False, True])
+
+    @jax.jit
+    def run(variables):
+      out = SMALL_RESNET.apply(variables, x, mask, True)
+      last = SMALL_RESNET.last_stage(variables, out.stages[0], mask, 1.0)
+      return out, last
+
+    out, last = run(variables)
+    self.assertEqual([s.shape[1:] for s in out.stages], [(2, 2, 4), (1, 1, 6)])
+    np.testing.assert_array_equal(out.stages[1].mean((1, 2)), out.features)
+    np.testing.assert_allclose(last, out.stages[1], atol=1e-6)
+
+  def test_slim_stage(self):
+    """As the plain formula with the leading slices of the parameters."""
+    with enable_x64(True):
+      module = resnet.ResNet(
+        3, (8, 32), 1, False, False, layers.Variant('batch')
+      )
+      model = models.from_flax(module, (4, 4, 1))
+      variables = _random_variables(model)
+      x = jax.random.normal(KEY, (6, 8, 8, 8))
+      params = variables.params['block1_0']
+
+      def unit(x, name, stride):
+        x = jax.lax.conv_general_dilated(
+          x,
+          params[name]['conv']['kernel'][:, :, : x.shape[-1], :16],
+          (stride, stride),
+          ((1, 1), (1, 1)),
+          dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
+        x = (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5)
+        norm = params[name]['norm']['batch']
+        return x * norm['scale'][:16] + norm['bias'][:16]
+
+      branch = unit(jnp.maximum(unit(x, 'conv0', 2), 0), 'conv1', 1)
+      shortcut = jnp.pad(x[:, ::2, ::2], ((0, 0),) * 3 + ((0, 8),))
+      run = jax.jit(lambda v: model.last_stage(v, x, None, 0.5))
+      np.testing.assert_allclose(
+        run(variables), jnp.maximum(branch + shortcut, 0), rtol=1e-9
+      )
+      grads = jax.jit(jax.grad(lambda v: jnp.sum(run(v) ** 3)))(variables)
+      num_used = {
+        name: jnp.count_nonzero(
+          jnp.concatenate([a.ravel() for a in jax.tree.leaves(layer)])
+        )
+        for name, layer in grads.params.items()
+      }
+      of_block = 9 * (8 + 16) * 16 + 4 * 16  # kernels, and both norms
+      self.assertEqual(
+        num_used, {'stem': 0, 'block0_0': 0, 'block1_0': of_block, 'head': 0}
+      )
+
+  def test_width(self):
+    x = jnp.zeros((2, 2, 2, 4))
+    for width in (0, 1.5):
+      with self.assertRaisesRegex(ValueError, f'at most 1, got {width}'):
+        SMALL_RESNET.last_stage(None, x, None, width)
+    self.assertEqual([resnet.slim(n, 0.25) for n in (16, 8, 4)], [8, 8, 1])
+    self.assertEqual(resnet.slim(17, 1), 17)
+    # FedAlign's official code says so.
+    values = 1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64, 128, 256
+    want = 1, 9, 9, 8, 8, 8, 16, 16, 24, 24, 32, 48, 64, 128, 256
+    self.assertEqual(tuple(map(resnet.make_divisible, values)), want)
 
 
 class DeepClassifiersTest(parameterized.TestCase):

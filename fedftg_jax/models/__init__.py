@@ -1,6 +1,9 @@
 """Classifiers and the generator, as pairs of pure functions."""
 
 from collections.abc import Sequence
+import functools
+import re
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -88,9 +91,8 @@ def build(
       f'{image_shape[0]} x {image_shape[1]}.'
     )
   options = layers.Variant(norm, conv, projection_dim, torch_bn)
-  return from_flax(
-    CLASSIFIERS[name](num_classes, options), image_shape, mean, std, dtype
-  )
+  module = CLASSIFIERS[name](num_classes, options)
+  return _wrap(module, image_shape, mean, std, dtype)._replace(head=_HEAD)
 
 
 def _check(what, value, choices):
@@ -107,12 +109,50 @@ def from_flax(
 ) -> base.Model:
   """Wraps a linen module `(x, mask, train) -> (logits, features)`.
 
+  The model has a head if the module has exactly one linear layer whose name is
+  'head', as `layers.head` makes it; a last stage if the module has a method
+  `last_stage`, and stages if it sows their 'input' and 'output' into 'stages',
+  as `resnet.ResNet` does; and moments if all of its BatchNorms are
+  `layers.BatchNorm`.
+
   Images of type uint8 are raw pixels and are scaled to [0, 1] and normalised
   here, inside the step; floats are taken as they are.
 
   `dtype` is what layers compute in, such as bfloat16; None for the type of the
   weights. Weights, norms, the last layer and all losses keep theirs.
   """
+  model = _wrap(module, image_shape, mean, std, dtype)
+  heads = _heads(jax.eval_shape(model.init, jax.random.key(0)))
+  has_head = len(heads) == 1 and heads[0]['kernel'].ndim == 2
+  return model._replace(head=_HEAD) if has_head else model
+
+
+def need(model: base.Model, piece: str, method: str) -> Any:
+  """Returns a piece of a model that a method cannot do without.
+
+  Args:
+    model: the classifier.
+    piece: 'head', 'last_stage' or 'normalise'.
+    method: who needs it.
+
+  Raises:
+    ValueError: if the model has no such piece.
+  """
+  found = getattr(model, piece)
+  if found is None:
+    raise ValueError(f'{method} needs a model that has {_PIECES[piece]}.')
+  return found
+
+
+_PIECES = {
+  'head': "a head: one last linear layer, named 'head'",
+  'last_stage': 'stages, as residual networks do',
+  'normalise': 'a function `normalise` for raw pixels',
+}
+
+
+def _wrap(module, image_shape, mean, std, dtype):
+  """The model, without a head."""
 
   def init(key):
     tree = module.init(key, jnp.zeros((1, *image_shape)))
@@ -120,17 +160,54 @@ def from_flax(
 
   def apply(variables, x, mask=None, train=False):
     tree = {'params': variables.params, 'batch_stats': variables.stats}
-    x = normalise(x, mean, std)
+    x = to_floats(x)
     x = x if dtype is None else x.astype(dtype)
-    if not train:
-      logits, features = module.apply(tree, x, mask)
-      return base.Output(logits, features, variables.stats)
+    # What nobody uses of 'moments' and 'stages' is not computed, once compiled.
+    mutable = ['moments', 'stages'] + ['batch_stats'] * train
     (logits, features), new = module.apply(
-      tree, x, mask, True, mutable=['batch_stats']
+      tree, x, mask, train, mutable=mutable
     )
-    return base.Output(logits, features, new.get('batch_stats', {}))
+    stats = new.get('batch_stats', {}) if train else variables.stats
+    stages, moments = new.get('stages'), new.get('moments', ())
+    if jax.tree.structure(moments) != jax.tree.structure(stats):
+      moments = ()
+    return base.Output(
+      logits,
+      features,
+      stats,
+      (stages['input'], stages['output']) if stages else (),
+      moments,
+    )
 
-  return base.Model(init, apply)
+  to_floats = functools.partial(normalise, mean=mean, std=std)
+  last_stage = getattr(module, 'last_stage', None)
+  return base.Model(init, apply, None, last_stage, to_floats)
+
+
+def _heads(variables) -> list:
+  """Parameters of all layers that are called 'head'."""
+  places: dict = {}
+  for path, leaf in jax.tree.leaves_with_path(variables.params):
+    path = jax.tree_util.keystr(path, simple=True, separator='/')
+    place, _, name = path.rpartition('/')
+    places.setdefault(place, {})[name] = leaf
+  return [
+    layer
+    for place, layer in places.items()
+    if re.search(r'(^|/)head(/linear)?$', place)
+    and layer.keys() in ({'kernel', 'bias'}, {'kernel'})
+  ]
+
+
+def _linear(params, x):
+  """The layer that `_heads` finds, as it computes within its module."""
+  x = layers.at_least_float32(x)
+  features = params['kernel'].shape[-1]
+  layer = nn.Dense(features, 'bias' in params, x.dtype)
+  return layer.apply({'params': params}, x)
+
+
+_HEAD = base.Head(lambda variables: _heads(variables)[0], _linear)
 
 
 def normalise(

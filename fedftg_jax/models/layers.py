@@ -114,6 +114,9 @@ class Dense(nn.Module):
 class BatchNorm(nn.Module):
   """Batch normalisation over all axes but the last, for padded batches.
 
+  Mean and biased variance of a batch are sown into 'moments', also where the
+  running statistics normalise.
+
   Moments are those of the valid examples alone; a batch without a valid example
   leaves the running statistics as they were. In training padding becomes zero,
   before scale and bias.
@@ -137,8 +140,10 @@ class BatchNorm(nn.Module):
     x = at_least_float32(x)
     mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,))
     var = self.variable('batch_stats', 'var', jnp.ones, (channels,))
-    if train:
+    if train or self.is_mutable_collection('moments'):
       batch_mean, batch_var, count = _moments(x, mask)
+      sow(self, 'moments', mean=batch_mean, var=batch_var)
+    if train:
       if not self.is_initializing():
         scale = count / jnp.maximum(count - 1, 1) if self.unbiased else 1.0
         step = self.momentum * (count > 0)
@@ -156,6 +161,19 @@ class BatchNorm(nn.Module):
       x *= self.param('scale', nn.initializers.ones, (channels,))
       x += self.param('bias', nn.initializers.zeros, (channels,))
     return x.astype(dtype)
+
+
+def sow(module: nn.Module, collection: str, **values: jax.Array) -> None:
+  """Gives values beside a module's output, to who asks for `collection`."""
+  if not module.is_initializing():
+    for name, value in values.items():
+      module.sow(
+        collection,
+        name,
+        value,
+        reduce_fn=lambda _, new: new,
+        init_fn=lambda: None,
+      )
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

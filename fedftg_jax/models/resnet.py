@@ -9,12 +9,14 @@ zero, hence every block as its shortcut. Signals then keep their size through a
 deep net instead of growing with every block, and it trains.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import functools
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedftg_jax import base
 from fedftg_jax.models import layers
 
 
@@ -27,34 +29,37 @@ class BasicBlock(nn.Module):
     project: whether a shortcut that changes shape is a 1 x 1 convolution with a
       norm, or else `subsample` (options B and A of the paper).
     options: see `layers.Variant`.
+    width: share of the channels, see `slim`.
   """
 
   features: int
   stride: int
   project: bool
   options: layers.Variant
+  width: float = 1.0
 
   @nn.compact
   def __call__(self, x, mask=None, train=False):
+    features = slim(self.features, self.width)
     last_init = (
       nn.initializers.zeros
       if self.options.norm == 'none'
       else layers.kaiming_init
     )
     branch = layers.ConvNorm(
-      self.features, 3, self.options, self.stride, name='conv0'
+      features, 3, self.options, self.stride, name='conv0'
     )(x, mask, train)
     branch = layers.ConvNorm(
-      self.features, 3, self.options, kernel_init=last_init, name='conv1'
+      features, 3, self.options, kernel_init=last_init, name='conv1'
     )(nn.relu(branch), mask, train)
-    if self.stride == 1 and x.shape[-1] == self.features:
+    if self.stride == 1 and x.shape[-1] == features:
       shortcut = x
     elif self.project:
       shortcut = layers.ConvNorm(
-        self.features, 1, self.options, self.stride, name='shortcut'
+        features, 1, self.options, self.stride, name='shortcut'
       )(x, mask, train)
     else:
-      shortcut = subsample(x, self.features, self.stride)
+      shortcut = subsample(x, features, self.stride)
     return nn.relu(shortcut + branch)
 
 
@@ -62,6 +67,20 @@ def subsample(x: jax.Array, num_channels: int, stride: int) -> jax.Array:
   """Every `stride`-th pixel, with channels of zeros up to `num_channels`."""
   more = num_channels - x.shape[-1]
   return jnp.pad(x[:, ::stride, ::stride], ((0, 0),) * 3 + ((0, more),))
+
+
+def slim(num_channels: int, width: float) -> int:
+  """How many channels a layer keeps at a share `width` of them: a multiple of
+  8, as of FedAlign's official code, but never more than there are."""
+  if width == 1:
+    return num_channels
+  return min(num_channels, make_divisible(width * num_channels))
+
+
+def make_divisible(value: float, divisor: int = 8) -> int:
+  """The nearest multiple of `divisor`, but at least .9 of the value, and 1."""
+  nearest = max(1, int(value + divisor / 2) // divisor * divisor)
+  return nearest if nearest >= 0.9 * value else nearest + divisor
 
 
 class ResNet(nn.Module):
@@ -93,14 +112,63 @@ class ResNet(nn.Module):
     if self.imagenet_stem:
       x = layers.max_pool(x, 3, 2, 1)
     x = nn.relu(x)  # after the pooling: the same, on a quarter of the values
-    for i, width in enumerate(self.widths):
-      for j in range(self.num_blocks):
-        stride = 2 if i and not j else 1
-        x = BasicBlock(
-          width, stride, self.project, self.options, name=f'block{i}_{j}'
-        )(x, mask, train)
+    for i in range(len(self.widths)):
+      before, x = x, _stage(self, i, 1.0, x, mask, train)
+    layers.sow(self, 'stages', input=before, output=x)
     x = jnp.mean(x, (1, 2))
     return layers.head(x, self.num_classes, self.options.projection_dim)
+
+  @nn.nowrap
+  def last_stage(
+    self,
+    variables: base.Variables,
+    x: jax.Array,
+    mask: jax.Array | None,
+    width: float,
+  ) -> jax.Array:
+    """See `base.LastStage`; the module need not be bound.
+
+    Raises:
+      ValueError: for a width that is not above 0 and at most 1.
+    """
+    if not 0 < width <= 1:
+      raise ValueError(f'width must be above 0 and at most 1, got {width}.')
+    x = x[..., : slim(x.shape[-1], width)]
+    alone = _Alone(functools.partial(_stage, self, len(self.widths) - 1, width))
+    shapes = jax.eval_shape(alone.init, jax.random.key(0), x)['params']
+    params = jax.tree.map(
+      lambda small, full: full[tuple(map(slice, small.shape))],
+      shapes,
+      {name: variables.params[name] for name in shapes},
+    )
+    return alone.apply(
+      {'params': params}, x, mask, True, mutable=['batch_stats']
+    )[0]
+
+
+def _stage(net, index, width, x, mask=None, train=False):
+  """A stage at a share `width` of its channels; the parameters belong to the
+  calling module."""
+  for j in range(net.num_blocks):
+    x = BasicBlock(
+      net.widths[index],
+      2 if index and not j else 1,
+      net.project,
+      net.options,
+      width,
+      name=f'block{index}_{j}',
+    )(x, mask, train)
+  return x
+
+
+class _Alone(nn.Module):
+  """A part of a network by itself; its layers have the same names."""
+
+  run: Callable
+
+  @nn.compact
+  def __call__(self, x, mask=None, train=False):
+    return self.run(x, mask, train)
 
 
 def resnet18(num_classes: int, options=layers.Variant('batch')) -> nn.Module:

@@ -31,6 +31,7 @@ with epy.lazy_api_imports(globals()):  # each when it is first used
   from fedftg_jax.methods.fed_df import fed_df, fed_df_public
   from fedftg_jax.methods.fed_dyn import fed_dyn
   from fedftg_jax.methods.fed_ftg import fed_ftg
+  from fedftg_jax.methods.fed_gen import fed_gen
   from fedftg_jax.methods.fed_lsd import fed_lsd
   from fedftg_jax.methods.fed_mr import fed_mr
   from fedftg_jax.methods.fed_nova import fed_nova

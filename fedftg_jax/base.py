@@ -113,8 +113,9 @@ class Model(NamedTuple):
 
 
 class ApplyGenerator(Protocol):
-  """Makes images [B, H, W, channels] in the space of a model's float inputs,
-  and new running statistics, of noise `z` [B, noise] and `labels` [B]."""
+  """Makes images [B, H, W, channels] in the space of a model's float inputs, or
+  features [B, F] like those of its last layer's input, and new running
+  statistics, of noise `z` [B, noise] and `labels` [B]."""
 
   def __call__(
     self,
@@ -137,7 +138,8 @@ class Personal:
 
 
 class Generator(NamedTuple):
-  """A conditional image generator as a pair of pure functions."""
+  """A conditional generator of images or of features, as a pair of pure
+  functions."""
 
   init: InitModel
   apply: ApplyGenerator

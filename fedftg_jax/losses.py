@@ -86,6 +86,21 @@ def check_distillation(weight: float, temperature: float) -> None:
     raise ValueError(f'tau must be above 0, got {temperature}.')
 
 
+@jax.custom_vjp
+def held_fixed(target: jax.Array) -> jax.Array:
+  """Holds `target` fixed in a gradient, as `jax.lax.stop_gradient` does.
+
+  A `jax.jvp` through the gradient still sees what `target` depends on, so that
+  influence through a whole round is not lost.
+  """
+  return target
+
+
+held_fixed.defvjp(
+  lambda target: (target, ()), lambda _, cotangent: (jnp.zeros_like(cotangent),)
+)
+
+
 def contrast(
   features: jax.Array, near: jax.Array, far: jax.Array, temperature: float
 ) -> jax.Array:

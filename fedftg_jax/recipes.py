@@ -18,6 +18,7 @@ from fedftg_jax.methods import fed_avg as fed_avg_lib
 from fedftg_jax.methods import fed_df as fed_df_lib
 from fedftg_jax.methods import fed_dyn as fed_dyn_lib
 from fedftg_jax.methods import fed_ftg as fed_ftg_lib
+from fedftg_jax.methods import fed_gen as fed_gen_lib
 from fedftg_jax.methods import fed_lsd as fed_lsd_lib
 from fedftg_jax.methods import fed_mr as fed_mr_lib
 from fedftg_jax.methods import fed_nova as fed_nova_lib
@@ -28,8 +29,7 @@ from fedftg_jax.methods import q_fed_avg as q_fed_avg_lib
 from fedftg_jax.methods import remembering as remembering_lib
 from fedftg_jax.methods import scaffold as scaffold_lib
 
-# 'local' parts add to local training only; the server runs the others in this
-# order.
+# The server runs its steps in this order; 'local' parts leave the model alone.
 KINDS = ('local', 'aggregates', 'corrects', 'refines')
 
 
@@ -374,6 +374,13 @@ RECIPES = {
     'keeps what the received model says of all classes',
     function=fed_lsd_lib.fed_lsd,
     prefix='lsd_',
+  ),
+  'fed_gen': Recipe(
+    'local',
+    lambda s, **options: fed_gen_lib.fed_gen(s.model, s.num_classes, **options),
+    'a generator of features, learnt on the server, steers local training',
+    function=fed_gen_lib.fed_gen,
+    prefix='gen_',
   ),
   'fed_mr': Recipe(
     'aggregates',

@@ -100,8 +100,8 @@ class TrainingTest(absltest.TestCase):
     other, _ = self.after([0, 4], AUGMENTED)
     self.assertGreater(
       np.abs(
-        plain.params['Dense_0']['linear']['kernel']
-        - other.params['Dense_0']['linear']['kernel']
+        plain.params['head']['linear']['kernel']
+        - other.params['head']['linear']['kernel']
       ).max(),
       1e-3,
     )

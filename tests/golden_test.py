@@ -29,6 +29,7 @@ from fedftg_jax.methods import (
   fed_avg,
   fed_dyn,
   fed_ftg,
+  fed_gen,
   fed_mr,
   fed_prox,
   moon,
@@ -48,6 +49,7 @@ def golden(prefix):
 
 
 _KD = np.load(pathlib.Path(__file__).parent / 'golden' / 'kd.npz')
+_GEN = np.load(pathlib.Path(__file__).parent / 'golden' / 'fedgen.npz')
 
 
 def images(x):
@@ -370,6 +372,218 @@ class NotTrueTest(parameterized.TestCase):
       )(own)
       np.testing.assert_allclose(
         got, _KD['ntd/t1b1/lsd_kl_grad_derived'], atol=1e-10
+      )
+
+
+def feature_generator(prefix):
+  """FedGen's generator, (params, stats), of a state_dict under `prefix`."""
+  get = lambda name: jnp.asarray(_GEN[f'fedgen/{prefix}/{name}'], float)
+  stats = {}
+  if f'fedgen/{prefix}/fc_layers.1.running_mean' in _GEN.files:
+    stats = {
+      'norm0': {
+        'mean': get('fc_layers.1.running_mean'),
+        'var': get('fc_layers.1.running_var'),
+      }
+    }
+  params = {
+    'dense0': linear_layer(get, 'fc_layers.0'),
+    'norm0': {
+      'scale': get('fc_layers.1.weight'),
+      'bias': get('fc_layers.1.bias'),
+    },
+    'dense1': linear_layer(get, 'representation_layer'),
+  }
+  return base.Variables(params, stats)
+
+
+def fedgen_net(prefix):
+  """The official client's net of a state_dict under `prefix`."""
+  get = lambda name: jnp.asarray(_GEN[f'fedgen/{prefix}/{name}'], float)
+  params, stats = {}, {}
+  for i, conv, norm in ((0, 0, 1), (1, 4, 5)):
+    params[f'conv{i}'] = {
+      'kernel': jnp.transpose(get(f'layers.{conv}.weight'), (2, 3, 1, 0)),
+      'bias': get(f'layers.{conv}.bias'),
+    }
+    params[f'norm{i}'] = {
+      'batch': {
+        'scale': get(f'layers.{norm}.weight'),
+        'bias': get(f'layers.{norm}.bias'),
+      }
+    }
+    stats[f'norm{i}'] = {
+      'batch': {
+        'mean': get(f'layers.{norm}.running_mean'),
+        'var': get(f'layers.{norm}.running_var'),
+      }
+    }
+  # Ours are (2, 2, 16) with channels last, theirs (16, 2, 2).
+  first = linear_layer(get, 'layers.9')
+  kernel = first['linear']['kernel'].reshape(16, 2, 2, 32)
+  first['linear']['kernel'] = jnp.moveaxis(kernel, 0, 2).reshape(64, 32)
+  params |= {'dense0': first, 'head': linear_layer(get, 'layers.10')}
+  return base.Variables(params, stats)
+
+
+def linear_layer(get, name):
+  return {
+    'linear': {'kernel': get(f'{name}.weight').T, 'bias': get(f'{name}.bias')}
+  }
+
+
+class FedGenTest(parameterized.TestCase):
+  """The official server and client steps; the arrays of its float32 run, and,
+  derived, gradients in float64."""
+
+  HEAD = base.Head(
+    lambda variables: variables.params,
+    lambda params, x: x @ params['kernel'] + params['bias'],
+  )
+
+  def heads(self, *names):
+    return jax.tree.map(
+      lambda *a: jnp.stack(a),
+      *[
+        {
+          'kernel': jnp.asarray(_GEN[f'fedgen/gen/{name}_W'].T, float),
+          'bias': jnp.asarray(_GEN[f'fedgen/gen/{name}_b'], float),
+        }
+        for name in names
+      ],
+    )
+
+  @parameterized.parameters('official', 'intended')
+  def test_server_steps(self, weighting):
+    with enable_x64(True):
+      generator = models.feature_generator(32, 10, hidden=64, noise_dim=16)
+      terms = fed_gen.Terms(weighting)
+      made = feature_generator('gen/init')
+      slot = fed_gen.new_slot(made, terms)
+      heads = self.heads('user0', 'user1', 'user2')
+      counts = jnp.asarray(_GEN['fedgen/gen/label_counts'])
+      alpha = fed_gen.label_weights(counts)  # [K, C]
+      np.testing.assert_allclose(
+        alpha.T, _GEN['fedgen/gen/label_weights'], atol=1e-12
+      )
+      student = jax.tree.map(lambda a: a[0], self.heads('global'))
+      for i, (z, y) in enumerate(
+        zip(_GEN['fedgen/gen/eps'], _GEN['fedgen/gen/y'])
+      ):
+        before = slot
+        slot, values = fed_gen.generator_step(
+          generator,
+          self.HEAD,
+          terms,
+          slot,
+          heads,
+          alpha[:, y],
+          student,
+          jnp.asarray(z, float),
+          jnp.asarray(y),
+          3e-4,
+        )
+        if weighting == 'official' or not i:
+          np.testing.assert_allclose(
+            values['teacher'],
+            _GEN[f'fedgen/gen/teacher_loss_{weighting}'][i],
+            rtol=1e-6,
+          )
+          np.testing.assert_allclose(
+            values['diversity'], _GEN['fedgen/gen/diversity'][i], rtol=1e-6
+          )
+        if not i:  # The first moment is .1 of gradient and decay.
+          total = values['teacher'] + values['diversity']
+          np.testing.assert_allclose(
+            total, _GEN[f'fedgen/gen/derived_{weighting}_loss0'], rtol=1e-10
+          )
+          want = feature_generator(f'gen/derived_{weighting}_grad0').params
+          gradient = jax.tree.map(
+            lambda m, p: m / 0.1 - 1e-2 * p,
+            slot.moments[1].mu,
+            before.generator.params,
+          )
+          chex.assert_trees_all_close(gradient, want, atol=1e-9)
+      if weighting == 'official':
+        chex.assert_trees_all_close(
+          slot.generator, feature_generator('gen/after2'), rtol=1e-5, atol=1e-6
+        )
+
+  def test_student_term(self):
+    """The released code's KL takes the mean over batch and classes."""
+    get = lambda name: jnp.asarray(_GEN[f'fedgen/student/{name}'])
+    student = jax.tree.map(lambda a: a[0], self.heads('global'))
+    divergence = losses.kl_divergence(
+      get('teacher_logit'), self.HEAD.apply(student, get('z'))
+    )
+    np.testing.assert_allclose(
+      jnp.mean(divergence), get('kl_batchmean'), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+      fed_gen.student_gap(
+        get('teacher_logit'), self.HEAD.apply(student, get('z'))
+      ),
+      get('kl_elementwise_mean_as_in_code'),
+      rtol=1e-5,
+    )
+
+  def test_diversity(self):
+    with enable_x64(True):
+      noise, output = (
+        jnp.asarray(_GEN[f'fedgen/div/{name}']) for name in ('noise', 'output')
+      )
+      value, gradient = jax.value_and_grad(losses.diversity, 1)(noise, output)
+      np.testing.assert_allclose(value, _GEN['fedgen/div/l1_loss'], atol=1e-12)
+      np.testing.assert_allclose(
+        gradient, _GEN['fedgen/div/l1_grad'], atol=1e-12
+      )
+
+  def test_client_step(self):
+    """One step of SGD of the official client, its net with max pooling."""
+    with enable_x64(True):
+      get = lambda name: jnp.asarray(_GEN[f'fedgen/client/{name}'], float)
+      model = models.from_flax(
+        classifiers.FedGenCNN(10, layers.Variant('batch', 'im2col'), pool=True),
+        (28, 28, 1),
+      )
+      z, z_kl = get('eps')[::-1]
+      y, drawn = (
+        jnp.asarray(_GEN[f'fedgen/client/{name}'])
+        for name in ('y', 'sampled_y')
+      )
+      x = jnp.moveaxis(get('X'), 1, -1)
+      generator = models.feature_generator(32, 10, hidden=64, noise_dim=16)
+      made = feature_generator('client/gen')
+      generate = lambda z, labels: generator.apply(made, z, labels)[0]
+
+      def loss(params, stats):
+        output = model.apply(base.Variables(params, stats), x, train=True)
+        terms = fed_gen.client_terms(
+          model.head,
+          base.Variables(params, stats),
+          output.logits,
+          jnp.ones(8, bool),
+          (generate(z, drawn), generate(z_kl, y)),
+          drawn,
+        )
+        ce = losses.cross_entropy(output.logits, y)
+        total = ce + jnp.dot(get('alpha_beta_decayed'), jnp.stack(terms))
+        return total, (ce, terms, output.stats)
+
+      before = fedgen_net('client/init')
+      gradient, (ce, terms, stats) = jax.grad(loss, has_aux=True)(*before)
+      np.testing.assert_allclose(ce, get('predictive_loss'), rtol=1e-6)
+      np.testing.assert_allclose(
+        terms,
+        (get('teacher_nll_unscaled'), get('latent_kl_unscaled')),
+        rtol=1e-5,
+      )
+      params = jax.tree.map(lambda p, g: p - 0.01 * g, before.params, gradient)
+      chex.assert_trees_all_close(
+        base.Variables(params, stats),
+        fedgen_net('client/after'),
+        rtol=1e-5,
+        atol=1e-6,
       )
 
 

@@ -31,6 +31,7 @@ from fedftg_jax.methods import (
   fed_avg,
   fed_df,
   fed_dyn,
+  fed_gen,
   fed_mr,
   fed_nova,
   moon,
@@ -59,6 +60,13 @@ MODEL = problems.from_flax(classifiers.MLP(problems.NUM_CLASSES, (6,)))
 WORDS = 64 * 6 + 6 + 6 * 3 + 3  # of this model
 NET_WORDS = 64 * 6 + 6 + 2 * 6 + 6 * 3 + 3  # linear, BatchNorm, linear
 CLASSES = problems.NUM_CLASSES
+
+
+GEN = dict(
+  alpha=0.5, beta=0.7, steps=3, batch_size=6, hidden=5, noise_dim=2, lr=0.01
+)
+# Linear, BatchNorm with statistics, linear: of noise and label to features.
+GEN_WORDS = (2 + CLASSES) * 5 + 5 + 4 * 5 + 5 * 64 + 64
 
 
 class Row(NamedTuple):
@@ -120,6 +128,10 @@ ROWS = {
   'reset': Row('fed_avg', policy='reset'),
   'fed_ntd': Row('fed_ntd', options={'fed_ntd': dict(tau=2.0)}),
   'fed_lsd': Row('fed_lsd', options={'fed_lsd': dict(beta=0.3, mix='convex')}),
+  'fed_gen': Row('fed_gen', GEN_WORDS, CLASSES, {'fed_gen': GEN}),
+  'fed_gen+fed_ftg': Row(
+    'fed_gen+fed_ftg', GEN_WORDS, 2 * CLASSES, {'fed_gen': GEN}
+  ),
   'fed_mr': Row('fed_mr'),
   'fed_mr_by_modules': Row(
     'fed_mr+fed_ntd+scaffold',
@@ -141,6 +153,7 @@ SLOW = (
   'fed_mr+fed_ftg',
   'fed_ntd+fed_ftg',
   'fed_lsd+fed_ftg',
+  'fed_gen+fed_ftg',
   'fed_adam+fed_ftg',
   'fed_dyn+fed_ftg',
   'moon+fed_ftg',
@@ -411,7 +424,7 @@ class FurtherContractTest(Contract):
       self.check(row)
 
 
-def after(name, steps=None, **options):
+def after(name, local_steps=None, **options):
   """The model after three rounds of a method with these options."""
   settings = recipes.Settings(
     MODEL,
@@ -421,8 +434,8 @@ def after(name, steps=None, **options):
   )
   fed = problems.make(MODEL, recipes.build(name, settings))
   rows = problems.schedule([[0, 1, 4], [2, 3, -1], [0, 2, 3]])
-  if steps:
-    rows = rows._replace(num_steps=np.full((3, 3), steps, np.int32))
+  if local_steps:
+    rows = rows._replace(num_steps=np.full((3, 3), local_steps, np.int32))
   data = problems.DATA._replace(public=PUBLIC)
   return federation.run(fed, fed.init(KEY), data, rows, KEY, every=EVERY)[
     0
@@ -430,21 +443,26 @@ def after(name, steps=None, **options):
 
 
 @functools.cache
-def after_fed_avg(steps=None):
-  return after('fed_avg', steps)
+def after_fed_avg(local_steps=None):
+  return after('fed_avg', local_steps)
 
 
 class NeutralTest(parameterized.TestCase):
   """Settings that switch a method off give FedAvg."""
 
   @parameterized.parameters(
-    ('fed_dyn', dict(alpha=0.0)),
-    ('q_fed_avg', dict(q=0.0, batch_size=4)),
-    ('fed_ntd', dict(beta=0.0)),
-    ('fed_lsd', dict(beta=0.0, mix='convex')),
+    ('fed_dyn', dict(alpha=0.0)), ('q_fed_avg', dict(q=0.0, batch_size=4))
   )
   def test_switched_off(self, name, options):
     self.check(name, options)
+
+  @parameterized.parameters(
+    ('fed_ntd', dict(beta=0.0)),
+    ('fed_lsd', dict(beta=0.0, mix='convex')),
+    ('fed_gen', dict(GEN, alpha=0.0, beta=0.0)),
+  )
+  def test_switched_off_bit_by_bit(self, name, options):
+    chex.assert_trees_all_equal(after(name, **options), after_fed_avg())
 
   @parameterized.parameters(
     ('fed_prox', dict(mu=0.0)),
@@ -464,8 +482,100 @@ class NeutralTest(parameterized.TestCase):
 
   def test_fed_nova_with_equal_steps(self):
     chex.assert_trees_all_close(
-      after('fed_nova', steps=1), after_fed_avg(steps=1), atol=1e-6
+      after('fed_nova', local_steps=1), after_fed_avg(local_steps=1), atol=1e-6
     )
+
+
+class FedGenTest(absltest.TestCase):
+  def heads(self, num=3):
+    key = jax.random.key(5)
+    return {
+      'kernel': jax.random.normal(key, (num, 4, CLASSES)),
+      'bias': jnp.zeros((num, CLASSES)),
+    }
+
+  def teacher(self, weighting, weight, labels):
+    """The teachers' term of one step on features [6, 4]."""
+    generator = base.Generator(
+      None, lambda variables, z, labels, train: (variables.params * z, ()), 4
+    )
+    head = base.Head(None, lambda p, x: x @ p['kernel'] + p['bias'])
+    terms = fed_gen.Terms(weighting)
+    slot = fed_gen.new_slot(base.Variables(jnp.ones(4), ()), terms)
+    z = jax.random.normal(KEY, (6, 4))
+    _, values = fed_gen.generator_step(
+      generator, head, terms, slot, self.heads(), weight, (), z, labels, 0.1
+    )
+    each = [
+      losses.cross_entropy(z @ kernel, labels)
+      for kernel in self.heads()['kernel']
+    ]
+    return float(values['teacher']), each
+
+  def test_equal_counts_weigh_alike(self):
+    counts = jnp.full((3, CLASSES), 4)
+    labels = jnp.array([0, 1, 2, 0, 1, 2])
+    weight = fed_gen.label_weights(counts)[:, labels]
+    for weighting in ('official', 'intended'):
+      got, each = self.teacher(weighting, weight, labels)
+      self.assertAlmostEqual(got, np.mean(each), places=5)
+
+  def test_one_class_in_the_batch(self):
+    """Where all weights of a client are equal, the code is right."""
+    counts = jnp.array([[1, 7, 2], [5, 1, 1], [1, 2, 9]])
+    labels = jnp.full(6, 1)
+    weight = fed_gen.label_weights(counts)[:, labels]
+    np.testing.assert_allclose(weight[:, 0], np.array([7, 1, 2]) / 10)
+    official, each = self.teacher('official', weight, labels)
+    intended, _ = self.teacher('intended', weight, labels)
+    self.assertAlmostEqual(official, intended, places=5)
+    self.assertAlmostEqual(
+      official, np.dot([0.7, 0.1, 0.2], np.array(each)), places=5
+    )
+
+  def test_absent_clients_teach_nothing(self):
+    counts = jnp.array([[1, 7, 2], [5, 1, 1], [1, 2, 9]])
+    weight = fed_gen.label_weights(counts * jnp.array([[1], [0], [1]]))
+    np.testing.assert_allclose(weight[1], 0)
+    np.testing.assert_allclose(weight.sum(0), 1, rtol=1e-6)
+
+  def test_first_round_is_fed_avg_s_and_the_generator_learns(self):
+    method = recipes.build(
+      'fed_gen', recipes.Settings(MODEL, CLASSES, options={'fed_gen': GEN})
+    )
+    fed = problems.make(MODEL, method)
+    start = fed.init(KEY)
+    state, info = fed.round(start, problems.DATA, problems.row([1, 3]), KEY)
+    plain = problems.make(MODEL, base.chain(fed_avg.fed_avg()))
+    want, _ = plain.round(
+      plain.init(KEY), problems.DATA, problems.row([1, 3]), KEY
+    )
+    chex.assert_trees_all_equal(state.variables, want.variables)
+    slots = start.shared[0], state.shared[0]
+    before, after_ = (slot.generator.params['dense1'] for slot in slots)
+    self.assertGreater(optax.tree.norm(optax.tree.sub(after_, before)), 0.001)
+    self.assertEqual(optax.tree.get(slots[1].moments, 'count'), 3)
+    for name in ('fed_gen/teacher', 'fed_gen/diversity'):
+      self.assertTrue(np.isfinite(info.metrics[name]), name)
+    two, _ = fed.round(state, problems.DATA, problems.row([1, 3]), KEY)
+    want, _ = plain.round(want, problems.DATA, problems.row([1, 3]), KEY)
+    gap = optax.tree.norm(optax.tree.sub(two.variables, want.variables))
+    self.assertGreater(gap, 0.001)
+
+  def test_all_options(self):
+    for weighting in ('intended', 'ensemble'):
+      options = dict(GEN, weighting=weighting, lambda_student=0.5)
+      variables = after('fed_gen', **options)
+      chex.assert_tree_all_finite(variables)
+
+  def test_errors(self):
+    model = MODEL._replace(head=None)
+    with self.assertRaisesRegex(ValueError, 'fed_gen needs a model that has a'):
+      fed_gen.fed_gen(model, CLASSES)
+    with self.assertRaisesRegex(ValueError, 'weighting must be one of'):
+      fed_gen.fed_gen(MODEL, CLASSES, weighting='none')
+    with self.assertRaisesRegex(ValueError, 'alpha must be at least 0, got -1'):
+      fed_gen.fed_gen(MODEL, CLASSES, alpha=-1)
 
 
 class FedMrTest(absltest.TestCase):

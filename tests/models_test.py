@@ -231,7 +231,7 @@ class PiecesTest(parameterized.TestCase):
       (classifiers.MLP(3, (2,)), True),
       (NormOfFlax(), True),
       (TwoHeads(), False),
-      (problems.Linear(), False),
+      (problems.Net(), False),
     ):
       model = models.from_flax(module, (2, 2, 1))
       self.assertEqual(model.head is not None, has_head)

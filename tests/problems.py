@@ -43,7 +43,7 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x, mask=None, train=False):
     x = x.reshape(len(x), -1)
-    return layers.Dense(NUM_CLASSES)(x), x
+    return layers.Dense(NUM_CLASSES, name='head')(x), x
 
 
 class Normed(nn.Module):
@@ -53,7 +53,7 @@ class Normed(nn.Module):
   def __call__(self, x, mask=None, train=False):
     x = layers.Dense(6)(x.reshape(len(x), -1))
     x = nn.relu(layers.Norm('batch')(x, mask, train))
-    return layers.Dense(NUM_CLASSES)(x), x
+    return layers.Dense(NUM_CLASSES, name='head')(x), x
 
 
 class DenseGenerator(nn.Module):

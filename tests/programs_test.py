@@ -544,7 +544,7 @@ class ErrorsTest(parameterized.TestCase):
     ('--partition=dirichelt', '--partition=dirichelt: must be one of'),
     ('--partition=file:/no', '--partition=file:/no: no such file'),
     ('--schedule=file:/no', '--schedule=file:/no: no such file'),
-    ('--schedule=poisson', '--schedule=poisson: must be one of'),
+    ('--schedule=possion', '--schedule=possion: must be one of'),
     ('--ftg_preset=best', '--ftg_preset=best: .*official.*paper.*intended'),
     ('--ftg_md=l2', '--ftg_md=l2: .*l1.*kl'),
     ('--ftg_memory=1', '--ftg_memory=1.0: must be below 1'),

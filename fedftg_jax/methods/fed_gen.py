@@ -36,8 +36,15 @@ import jax.numpy as jnp
 import optax
 
 from fedftg_jax import distillation, losses, models
-from fedftg_jax.base import Generator, Head, Info, Method, Model, PyTree
-from fedftg_jax.base import Variables
+from fedftg_jax.base import (
+  Generator,
+  Head,
+  Info,
+  Method,
+  Model,
+  PyTree,
+  Variables,
+)
 from fedftg_jax.methods import fed_ftg
 
 Weighting = Literal['official', 'intended', 'ensemble']
@@ -293,9 +300,7 @@ def generator_step(
 
   params = slot.generator.params
   grads, (stats, values) = jax.grad(objective, has_aux=True)(params)
-  direction, moments = _adam(terms).update(
-    grads, slot.moments, params
-  )
+  direction, moments = _adam(terms).update(grads, slot.moments, params)
   params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
   return Slot(Variables(params, stats), moments), values
 
@@ -308,10 +313,9 @@ def _teacher(weighting, logits, weight, labels):
   cross_entropy = jax.vmap(
     optax.softmax_cross_entropy_with_integer_labels, (0, None)
   )(logits, labels)
-  weigh = {
-    'official': fed_ftg.mean_times_mean,
-    'intended': fed_ftg.per_sample,
-  }[weighting]
+  weigh = {'official': fed_ftg.mean_times_mean, 'intended': fed_ftg.per_sample}[
+    weighting
+  ]
   return jnp.sum(jax.vmap(weigh)(cross_entropy, weight))
 
 

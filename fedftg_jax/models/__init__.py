@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from fedftg_jax import base
 from fedftg_jax.models import classifiers, convolution, layers, resnet, vgg
-from fedftg_jax.models.generator import image_generator
+from fedftg_jax.models.generator import feature_generator, image_generator
 
 CLASSIFIERS = {
   'mlp': classifiers.mlp,

@@ -1,4 +1,5 @@
-"""The conditional image generator of FedFTG's official code ("CGeneratorA")."""
+"""Conditional generators: of images, as FedFTG's official code has it
+("CGeneratorA"), and of a classifier's features, as FedGen's."""
 
 from flax import linen as nn
 import jax
@@ -92,6 +93,11 @@ def image_generator(
     conv or convolution.default(),
   )
 
+  return _functions(module, noise_dim, dtype)
+
+
+def _functions(module, noise_dim, dtype=None) -> base.Generator:
+  """A module as a pair of functions."""
   wide = layers.at_least_float32
 
   def init(key):
@@ -103,9 +109,41 @@ def image_generator(
     z = z if dtype is None else z.astype(dtype)
     if not train:
       return wide(module.apply(tree, z, labels)), variables.stats
-    images, new = module.apply(
+    made, new = module.apply(
       tree, z, labels, train=True, mutable=['batch_stats']
     )
-    return wide(images), new['batch_stats']
+    return wide(made), new['batch_stats']
 
   return base.Generator(init, apply, noise_dim)
+
+
+class FeatureGenerator(nn.Module):
+  """Noise and label to features: linear, BatchNorm, ReLU, linear.
+
+  FedGen's (arXiv:2105.10056); the output has no activation.
+
+  Attributes:
+    num_features: F.
+    num_classes: C.
+    hidden: width between the two layers.
+  """
+
+  num_features: int
+  num_classes: int
+  hidden: int = 256
+
+  @nn.compact
+  def __call__(self, z, labels, train=False):
+    one_hot = jax.nn.one_hot(labels, self.num_classes, dtype=z.dtype)
+    x = jnp.concatenate([z, one_hot], axis=-1)
+    x = layers.Dense(self.hidden, name='dense0')(x)
+    x = nn.relu(layers.BatchNorm(name='norm0')(x, train=train))
+    return layers.Dense(self.num_features, name='dense1')(x)
+
+
+def feature_generator(
+  num_features: int, num_classes: int, *, hidden: int = 256, noise_dim: int = 32
+) -> base.Generator:
+  """Makes features [B, F] instead of images, see `FeatureGenerator`."""
+  module = FeatureGenerator(num_features, num_classes, hidden)
+  return _functions(module, noise_dim)

@@ -1,0 +1,73 @@
+"""Which methods go together with what, as the checks of the flags say.
+
+`python -m fedftg_jax.configuration.combinations` prints the table of
+docs/methods.md.
+"""
+
+from absl import flags as absl_flags
+
+from fedftg_jax import recipes
+from fedftg_jax.configuration import resolve
+from fedftg_jax.system import cli
+
+# Flags of each column, beside --method; '+' goes on with its name.
+COLUMNS: dict[str, dict[str, object]] = {
+  '`+fed_ftg`': {'method': '+fed_ftg'},
+  '`--batch_norm=aggregate`': {'model': 'resnet20', 'batch_norm': 'aggregate'},
+  '`local`': {'model': 'resnet20', 'batch_norm': 'local'},
+  '`reset`': {'model': 'resnet20', 'batch_norm': 'reset'},
+  '`--schedule=bernoulli`': {'schedule': 'bernoulli'},
+  '`--server_optimizer`': {'server_optimizer': 'adam'},
+  '`--client_state=host`': {'client_state': 'host'},
+  '`--num_devices=0`': {'num_devices': 0},
+}
+
+
+def verdicts() -> dict[str, list[str]]:
+  """By method, for each column '' if it goes together, or why it does not."""
+  found: dict[str, list[str]] = {}
+  for name in sorted(recipes.RECIPES):
+    found[name] = [
+      _verdict(name, dict(changes)) for changes in COLUMNS.values()
+    ]
+  return found
+
+
+def _verdict(name, changes):
+  further = changes.pop('method', '')
+  if further[1:] == name:
+    return 'is itself'
+  # What a method cannot do without.
+  given = {'public_data': 'train:100'} if name == 'fed_df_public' else {}
+  try:
+    resolve.config(method=name + further, **given, **changes)
+  except cli.UsageError as error:
+    return str(error)
+  return ''
+
+
+def table() -> str:
+  """The verdicts in Markdown, reasons in notes below."""
+  reasons: dict[str, int] = {}
+
+  def cell(reason):
+    if not reason:
+      return 'yes'
+    return f'no ({reasons.setdefault(reason, len(reasons) + 1)})'
+
+  lines = [
+    '| | ' + ' | '.join(COLUMNS) + ' |',
+    '| --- |' + ' --- |' * len(COLUMNS),
+    *(
+      f'| `{name}` | ' + ' | '.join(map(cell, of_name)) + ' |'
+      for name, of_name in verdicts().items()
+    ),
+    '',
+    *(f'{number}. {reason}' for reason, number in reasons.items()),
+  ]
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  absl_flags.FLAGS(['combinations'])
+  print(table())

@@ -8,7 +8,8 @@ is added.
 
 from collections.abc import Callable, Mapping
 import difflib
-from typing import Any, NamedTuple
+import inspect
+from typing import Any, Literal, NamedTuple
 
 import optax
 
@@ -41,11 +42,12 @@ class Settings(NamedTuple):
     num_classes: C.
     server_optimizer: of the aggregating part; None for the plain mean.
     generator: for methods that generate images.
-    options: by method, the keyword arguments of its function that differ from
-      their defaults; for fed_ftg the fields of `FtgOptions` and 'preset', for
-      fed_df those of `fed_df.Options` and 'memory', for both with the names of
-      `PARTS` instead of functions.
+    options: by method, those of its `options` that differ from their defaults,
+      with the names of `PARTS` instead of functions.
     cohort: clients in every round, for methods that keep as many models.
+    batch_size: of local training, for methods that go through clients' data.
+    learning_rate: of the first round.
+    weight_decay: of local training, for students on the server.
   """
 
   model: Model
@@ -54,28 +56,55 @@ class Settings(NamedTuple):
   generator: Generator | None = None
   options: Mapping[str, Mapping[str, Any]] = {}
   cohort: int = 0
+  batch_size: int = 50
+  learning_rate: float = 0.1
+  weight_decay: float = 1e-3
 
 
 class Recipe(NamedTuple):
   """How one name becomes a method."""
 
   kind: str  # one of KINDS
-  build: Callable  # (Settings, **options) -> Method
+  # Makes the Method. Its arguments that are fields of `Settings` come from
+  # there; the others, if they have a default, are options. Each option is a
+  # flag: the prefix and its name, with its default and text in the docstring.
+  function: Callable
   help: str
   weighting: str = 'examples'  # how it wants clients to count in means
   generates: bool = False  # whether it needs a generator
-  # The function whose keyword arguments are its flags, each the prefix and the
-  # argument's name, with the argument's default and its text of the docstring.
-  function: Callable | None = None
   prefix: str = ''
+  fields: Callable | None = None  # whose arguments are options, too
+  without: tuple[str, ...] = ()  # but for these
   # Values of other flags that it needs: (flag, these, why).
   needs: tuple[tuple[str, tuple, str], ...] = ()
 
+  @property
+  def given(self) -> list[str]:
+    """The arguments that come from the settings."""
+    arguments = inspect.signature(self.function).parameters
+    return [
+      name
+      for name, argument in arguments.items()
+      if name in Settings._fields and argument.kind != argument.VAR_KEYWORD
+    ]
 
-def _aggregator(make):
-  return lambda s, **options: make(
-    server_optimizer=s.server_optimizer, **options
-  )
+  @property
+  def options(self) -> dict[str, inspect.Parameter]:
+    """The options by name."""
+    arguments = dict(inspect.signature(self.function).parameters)
+    if self.fields:
+      arguments |= inspect.signature(self.fields).parameters
+    return {
+      name: argument
+      for name, argument in arguments.items()
+      if argument.default is not argument.empty
+      and name not in (*self.given, *self.without)
+    }
+
+  def build(self, settings: Settings, **options: Any) -> Method:
+    """The method; `options` go before the settings."""
+    given = {name: getattr(settings, name) for name in self.given}
+    return self.function(**given | options)
 
 
 # Options that are functions, by the names that flags give them.
@@ -238,9 +267,14 @@ def _check_choice(name, value, allowed):
     raise ValueError(f'{name} must be one of {tuple(allowed)}, got {value!r}.')
 
 
-def _fed_ftg(settings, preset='official', **changes):
-  """FedFTG, with the broadcast model as one more teacher if that is asked
-  for."""
+def _fed_ftg(model, generator, num_classes, preset='official', **changes):
+  """FedFTG by `FtgOptions`.
+
+  Args:
+    preset: official: the released code; paper: the equations as far as known;
+      intended: the code with its defects mended; robust: what was found to
+      help, see docs/when_it_pays.md.
+  """
   o = ftg_options(preset, **changes)
   part = {
     name: PARTS[name][getattr(o, name)] for name in PARTS if name in o._fields
@@ -257,9 +291,9 @@ def _fed_ftg(settings, preset='official', **changes):
   )
   return _remembering(
     fed_ftg_lib.fed_ftg(
-      settings.model,
-      settings.generator,
-      settings.num_classes,
+      model,
+      generator,
+      num_classes,
       iterations=o.iterations,
       batch_size=o.batch_size,
       generator_optimizer=_at_rate(optax.adam, o.generator_lr),
@@ -274,35 +308,45 @@ def _fed_ftg(settings, preset='official', **changes):
       joint=part['gen_step'],
       student_bn=part['student_bn'],
     ),
-    settings,
+    num_classes,
     o.memory,
   )
 
 
-def _fed_df(settings, memory=0.0, **options):
+def _fed_df(model, generator, num_classes, weight_decay, memory=0.0, **options):
+  """FedDF on generated images.
+
+  Args:
+    memory: on generated images: the broadcast model is one more teacher, as
+      with --ftg_memory.
+  """
   return _remembering(
     fed_df_lib.fed_df(
-      settings.model,
-      settings.generator,
-      settings.num_classes,
-      _df_options(options),
+      model, generator, num_classes, _df_options(weight_decay, **options)
     ),
-    settings,
+    num_classes,
     memory,
   )
 
 
-def _df_options(options):
-  kind = options.pop('ensemble', 'prob')
-  _check_choice('ensemble', kind, distillation.ENSEMBLES)
-  return fed_df_lib.Options(**options, ensemble=distillation.ENSEMBLES[kind])
+def _fed_df_public(model, weight_decay, **options):
+  return fed_df_lib.fed_df_public(model, _df_options(weight_decay, **options))
 
 
-def _remembering(part, settings, memory):
+def _df_options(weight_decay, ensemble='prob', **options):
+  _check_choice('ensemble', ensemble, distillation.ENSEMBLES)
+  return fed_df_lib.Options(
+    **options,
+    weight_decay=weight_decay,
+    ensemble=distillation.ENSEMBLES[ensemble],
+  )
+
+
+def _remembering(part, num_classes, memory):
   return (
     part
     if not memory
-    else remembering_lib.remembering(part, settings.num_classes, memory)
+    else remembering_lib.remembering(part, num_classes, memory)
   )
 
 
@@ -311,68 +355,84 @@ def _at_rate(make, rate):
   return (lambda round_: make(rate(round_))) if callable(rate) else make(rate)
 
 
-def _fed_mr(settings, **options):
-  if settings.server_optimizer is not None:
+def _fed_mr(server_optimizer, cohort, **options):
+  if server_optimizer is not None:
     raise ValueError('fed_mr takes no server optimiser: no mean is trained.')
-  return fed_mr_lib.fed_mr(settings.cohort, **options)
+  return fed_mr_lib.fed_mr(cohort, **options)
+
+
+def _scaffold(
+  batch_size,
+  learning_rate,
+  option: Literal[1, 2] = 2,
+  lr0: bool = False,
+  ref_untuned: bool = False,
+):
+  """SCAFFOLD.
+
+  Args:
+    option: 1, control variates from a gradient over all data, or 2, from the
+      mean step.
+    lr0: the first round's learning rate in the control variates, as the
+      official code has.
+    ref_untuned: control variates compare with the mean before fine-tuning, as
+      the official code's do.
+  """
+  rate = learning_rate if lr0 else None
+  return scaffold_lib.scaffold(option, rate, ref_untuned, batch_size)
 
 
 RECIPES = {
   'fed_avg': Recipe(
     'aggregates',
-    _aggregator(fed_avg_lib.fed_avg),
+    fed_avg_lib.fed_avg,
     'weighted mean, or FedOpt with --server_optimizer',
   ),
   'fed_nova': Recipe(
-    'aggregates',
-    _aggregator(fed_nova_lib.fed_nova),
-    'mean normalised by local steps',
+    'aggregates', fed_nova_lib.fed_nova, 'mean normalised by local steps'
   ),
   'q_fed_avg': Recipe(
     'aggregates',
-    _aggregator(q_fed_avg_lib.q_fed_avg),
+    q_fed_avg_lib.q_fed_avg,
     'fair mean, clients with a larger loss count more',
+    prefix='fair_',
   ),
   'fed_prox': Recipe(
     'local',
-    lambda s, **options: fed_prox_lib.fed_prox(**options),
+    fed_prox_lib.fed_prox,
     'local models are pulled to the received one',
-    function=fed_prox_lib.fed_prox,
     prefix='prox_',
   ),
   'moon': Recipe(
     'local',
-    lambda s, **options: moon_lib.moon(s.model, **options),
+    moon_lib.moon,
     "features are contrasted with the client's last model",
-    function=moon_lib.moon,
     prefix='moon_',
   ),
   'fed_dyn': Recipe(
     'corrects',
-    lambda s, **options: fed_dyn_lib.fed_dyn(**options),
+    fed_dyn_lib.fed_dyn,
     'dynamic regularisation',
     weighting='uniform',
-    function=fed_dyn_lib.fed_dyn,
     prefix='dyn_',
   ),
   'scaffold': Recipe(
     'corrects',
-    lambda s, **options: scaffold_lib.scaffold(**options),
+    _scaffold,
     'control variates',
     weighting='uniform',
+    prefix='scaffold_',
   ),
   'fed_ntd': Recipe(
     'local',
-    lambda s, **options: fed_ntd_lib.fed_ntd(s.model, **options),
+    fed_ntd_lib.fed_ntd,
     'keeps what the received model says of other classes',
-    function=fed_ntd_lib.fed_ntd,
     prefix='ntd_',
   ),
   'fed_lsd': Recipe(
     'local',
-    lambda s, **options: fed_lsd_lib.fed_lsd(s.model, **options),
+    fed_lsd_lib.fed_lsd,
     'keeps what the received model says of all classes',
-    function=fed_lsd_lib.fed_lsd,
     prefix='lsd_',
   ),
   'fed_gen': Recipe(
@@ -387,8 +447,8 @@ RECIPES = {
     _fed_mr,
     'keeps a model for each client of a round, recombined by layers',
     weighting='uniform',
-    function=fed_mr_lib.fed_mr,
     prefix='mr_',
+    fields=fed_mr_lib.fed_mr,
     needs=(
       ('schedule', ('exact',), 'its rounds have as many clients as models'),
       ('server_optimizer', ('sgd',), 'no mean is trained further'),
@@ -400,19 +460,24 @@ RECIPES = {
     _fed_df,
     'ensemble distillation on generated images',
     generates=True,
+    prefix='df_',
+    fields=fed_df_lib.Options,
   ),
   'fed_df_public': Recipe(
     'refines',
-    lambda s, **options: fed_df_lib.fed_df_public(
-      s.model, _df_options(options)
-    ),
+    _fed_df_public,
     'ensemble distillation on unlabelled --public_data',
+    prefix='df_',
+    fields=fed_df_lib.Options,
+    without=('generator_steps', 'generator_lr', 'lambda_dis'),
   ),
   'fed_ftg': Recipe(
     'refines',
     _fed_ftg,
     'data-free fine-tuning of the mean on the server',
     generates=True,
+    prefix='ftg_',
+    fields=FtgOptions,
   ),
 }
 

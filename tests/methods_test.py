@@ -98,10 +98,7 @@ PLAIN = {
     'scaffold', WORDS, WORDS, {'scaffold': dict(option=1, batch_size=4)}
   ),
   'scaffold_untuned': Row(
-    'scaffold',
-    2 * WORDS,
-    WORDS,
-    {'scaffold': dict(untuned_reference=True, learning_rate=0.1)},
+    'scaffold', 2 * WORDS, WORDS, {'scaffold': dict(ref_untuned=True, lr0=True)}
   ),
   'moon': Row('moon', options={'moon': dict(mu=1.0, tau=0.5)}),
 }
@@ -676,7 +673,7 @@ class ErrorsTest(parameterized.TestCase):
     ('fed_prox', dict(mu=-1.0), 'mu must be at least 0, got -1'),
     ('fed_dyn', dict(alpha=-1.0), 'alpha must be at least 0, got -1'),
     ('scaffold', dict(option=3), r'option must be one of \(1, 2\), got 3'),
-    ('scaffold', dict(learning_rate=0.0), 'learning_rate must be above 0'),
+    ('scaffold', dict(lr0=True, learning_rate=0.0), 'rate must be above 0'),
     ('moon', dict(mu=-1.0), 'mu must be at least 0'),
     ('moon', dict(tau=0.0), 'tau must be above 0, got 0'),
     ('q_fed_avg', dict(q=-0.5), 'q must be at least 0, got -0.5'),

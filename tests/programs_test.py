@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from fedftg_jax import federation
-from fedftg_jax.configuration import assembly, flags, resolve
+from fedftg_jax import federation, recipes
+from fedftg_jax.configuration import assembly, resolve
 from fedftg_jax.contestants import ours, workloads
 from fedftg_jax.programs import benchmark, compare, train
 from fedftg_jax.results import plots, statistics
@@ -632,9 +632,11 @@ class ErrorsTest(parameterized.TestCase):
 
   def test_as_a_process(self):
     """Status and line are what a shell sees; help is there."""
-    for name in flags.FTG_OPTIONS:  # what it is, and what if it is left out
+    for name in recipes.FtgOptions._fields:
+      # What it is, and what if it is left out.
       self.assertRegex(
-        absl_flags.FLAGS[f'ftg_{name}'].help, r'\w.*\. Default: '
+        absl_flags.FLAGS[f'ftg_{name}'].help,
+        r'\w.*\. (Default: |0 for --batch_size)',
       )
     command = [sys.executable, '-m', 'experiments.train']
     wrong = subprocess.run(

@@ -21,7 +21,7 @@ from fedftg_jax import (
 from fedftg_jax.configuration import flags, folders
 from fedftg_jax.configuration.resolve import Configuration
 from fedftg_jax.data import augment, clients, datasets, partition, schedules
-from fedftg_jax.methods import batch_norm, fed_df
+from fedftg_jax.methods import batch_norm
 from fedftg_jax.system import cli, devices
 
 
@@ -225,6 +225,9 @@ def _method(config, dataset, model) -> base.Method:
     generator,
     options,
     config['cohort'],
+    config['batch_size'],
+    config['learning_rate'],
+    config['weight_decay'] + _prox_decay(config),
   )
   further = batch_norm.policy_parts(
     config['batch_norm'], model, config['batch_size']
@@ -236,37 +239,23 @@ def _method(config, dataset, model) -> base.Method:
   )
 
 
+def _prox_decay(config) -> float:
+  """What the official FedProx adds to weight decays, also on the server."""
+  return config['prox_mu'] if config['prox_to_zero'] else 0.0
+
+
 def _options(part, config) -> dict[str, Any]:
-  """The arguments of a method's function, from its flags."""
-  prefix = flags.PREFIXES.get(part)
+  """The options of a method, from its flags."""
   values = {
-    k[len(prefix) :]: v
-    for k, v in config.items()
-    if prefix and k.startswith(prefix)
+    name: config[flag]
+    for flag, name in flags.of_method(part).items()
+    if flag in config
   }
-  if part == 'scaffold':
-    return {
-      'option': values['option'],
-      'batch_size': config['batch_size'],
-      'untuned_reference': values['ref_untuned'],
-      'learning_rate': config['learning_rate'] if values['lr0'] else None,
-    }
-  if part == 'q_fed_avg':
-    return {**values, 'batch_size': config['batch_size']}
-  known = {
-    'fed_ftg': recipes.FtgOptions._fields,
-    'fed_df': (*fed_df.Options._fields, 'memory'),
-    'fed_df_public': fed_df.Options._fields,
-  }.get(part)
-  if known is None:
-    return values
-  chosen = {k: v for k, v in values.items() if k in known}
-  for name in {'student_lr', 'generator_lr'} & chosen.keys():
-    chosen[name] = _decayed(chosen[name], config)
-  decay = chosen.pop('weight_decay', config['weight_decay'])
-  if config['prox_to_zero']:  # official: part of the decay, also here
-    decay += config['prox_mu']
-  return {**chosen, 'weight_decay': decay}
+  for name in {'student_lr', 'generator_lr'} & values.keys():
+    values[name] = _decayed(values[name], config)
+  if 'weight_decay' in values:
+    values['weight_decay'] += _prox_decay(config)
+  return values
 
 
 def share_out(

@@ -1,6 +1,7 @@
 """The flags that all programs have."""
 
 from collections.abc import Callable
+import functools
 import inspect
 import re
 import typing
@@ -8,9 +9,9 @@ from typing import Any
 
 from absl import flags
 
-from fedftg_jax import distillation, federation, models, recipes
+from fedftg_jax import federation, models, recipes
 from fedftg_jax.data import augment, partition
-from fedftg_jax.methods import batch_norm, fed_df, scaffold
+from fedftg_jax.methods import batch_norm
 from fedftg_jax.models import convolution, layers
 
 CLIENT_STATES = ('device', 'host', 'disk')
@@ -38,27 +39,26 @@ PARTITIONS: dict[str, tuple[Callable | None, dict[str, str]]] = {
 }
 SCHEDULES = ('exact', 'bernoulli', 'poisson', 'file:PATH')
 FTG = 'ftg_'
-# Of `recipes.FtgOptions`, what has a flag with the preset's value as its
-# default.
-FTG_OPTIONS = tuple(
-  name
-  for name in recipes.FtgOptions._fields
-  if name not in ('batch_size', 'weight_decay')
-)
-# The flags of a method, by what their names begin with; the rest of a name is
-# that of the argument, see `assembly`.
-PREFIXES = {
-  'scaffold': 'scaffold_',
-  'q_fed_avg': 'fair_',
-  'fed_df': 'df_',
-  'fed_df_public': 'df_',
-  'fed_ftg': FTG,
-  **{name: r.prefix for name, r in recipes.RECIPES.items() if r.prefix},
+# Options whose default is another flag's value: that of their own flag, and
+# which other one.
+_ELSEWHERE: dict[str, tuple[Any, str]] = {
+  'batch_size': (0, '0 for --batch_size.'),
+  'weight_decay': (
+    None,
+    'Default: 0 with --ftg_preset=robust, else --weight_decay (code). '
+    '--prox_to_zero adds --prox_mu.',
+  ),
 }
 EVALUATE_CLIENTS = ('none', 'final', 'every')
 SECTIONS: dict[
   str, list[str]
 ] = {}  # titles in --help, and the flags under them
+
+
+def of_method(method: str) -> dict[str, str]:
+  """The options of a method by the names of their flags."""
+  recipe = recipes.RECIPES[method]
+  return {recipe.prefix + name: name for name in recipe.options}
 
 
 def is_given(kind: str) -> bool:
@@ -74,7 +74,7 @@ def _define() -> None:
     ('Federation', _define_federation),
     ('Model and local training', _define_training),
     ('Single methods', _define_methods),
-    ('FedFTG', _define_ftg),
+    ('FedFTG', functools.partial(_define_options, 'fed_ftg')),
     ('Evaluation and results', _define_results),
   ):
     before = set(flags.FLAGS)
@@ -386,71 +386,9 @@ def _define_training() -> None:
 
 def _define_methods() -> None:
   """The flags of single methods, but for FedFTG's."""
-  for name, recipe in recipes.RECIPES.items():
-    if recipe.function:
-      _define_arguments(name, recipe.prefix, recipe.function)
-  flags.DEFINE_integer(
-    'scaffold_option',
-    2,
-    'SCAFFOLD: 1, control variates from '
-    'a gradient over all data, or 2, from the mean step.',
-    lower_bound=min(scaffold.OPTIONS),
-    upper_bound=max(scaffold.OPTIONS),
-  )
-  flags.DEFINE_bool(
-    'scaffold_lr0',
-    False,
-    "SCAFFOLD: the first round's learning "
-    'rate in the control variates, as the official code has.',
-  )
-  flags.DEFINE_bool(
-    'scaffold_ref_untuned',
-    False,
-    'SCAFFOLD: control variates '
-    'compare with the mean before fine-tuning, as the official '
-    "code's do.",
-  )
-  flags.DEFINE_float(
-    'fair_q',
-    1.0,
-    'q-FedAvg: how much a larger loss counts; 0 is FedAvg.',
-    lower_bound=0,
-  )
-  options = fed_df.Options()
-  for name, text in (
-    ('generator_steps', 'updates of the generator per round'),
-    ('student_steps', 'updates of the student per round'),
-  ):
-    flags.DEFINE_integer(
-      'df_' + name, getattr(options, name), f'FedDF: {text}.', lower_bound=0
-    )
-  flags.DEFINE_integer(
-    'df_batch_size',
-    0,
-    'FedDF: images per step; 0 for --batch_size.',
-    lower_bound=0,
-  )
-  for name, text in (
-    ('student_lr', "learning rate of the student's SGD"),
-    ('generator_lr', "learning rate of the generator's Adam"),
-    ('lambda_dis', 'weight of the diversity term'),
-  ):
-    flags.DEFINE_float(
-      'df_' + name, getattr(options, name), f'FedDF: {text}.', lower_bound=0
-    )
-  flags.DEFINE_enum(
-    'df_ensemble',
-    'prob',
-    list(distillation.ENSEMBLES),
-    'FedDF: teachers combine as probabilities or as logits.',
-  )
-  flags.DEFINE_float(
-    'df_memory',
-    0.0,
-    'FedDF on generated images: the broadcast '
-    'model is one more teacher, as with --ftg_memory.',
-    lower_bound=0,
-  )
+  for name in recipes.RECIPES:
+    if name != 'fed_ftg':
+      _define_options(name)
   flags.DEFINE_integer(
     'generator_width',
     16,
@@ -480,67 +418,49 @@ def _described(documented: Any) -> dict[str, str]:
   return {name: ' '.join(text.split()) for name, text in found}
 
 
-def _define_arguments(method: str, prefix: str, function: Callable) -> None:
-  """Defines a flag for each argument that has a default."""
-  help_of = _described(function)
-  for name, argument in inspect.signature(function).parameters.items():
-    default = argument.default
-    if default is inspect.Parameter.empty:
+def _define_options(method: str) -> None:
+  """Defines a flag for each option of a method that has none yet.
+
+  Where one option is a preset, the default of the others is the preset's.
+  """
+  recipe = recipes.RECIPES[method]
+  help_of = _described(recipe.function) | _described(recipe.fields)
+  for name, option in recipe.options.items():
+    flag = recipe.prefix + name
+    if flag in flags.FLAGS:
       continue
-    text = f'{method}: {help_of[name]}'
-    choices = typing.get_args(argument.annotation)
-    if choices:
-      flags.DEFINE_enum(prefix + name, default, list(choices), text)
-    elif isinstance(default, bool):
-      flags.DEFINE_bool(prefix + name, default, text)
-    else:
-      define = (
-        flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
-      )
-      define(prefix + name, default, text, lower_bound=0)
-
-
-def _define_ftg() -> None:
-  """FedFTG's own flags: an option each, the preset's value where left out."""
-  flags.DEFINE_enum(
-    FTG + 'preset',
-    'official',
-    list(recipes.FTG_PRESETS),
-    'official: the released code; paper: the equations as far as '
-    'known; intended: the code with its defects mended; robust: '
-    'what was found to help, see docs/when_it_pays.md.',
-  )
-  flags.DEFINE_integer(
-    FTG + 'batch_size',
-    0,
-    'Generated images per step; 0 for --batch_size.',
-    lower_bound=0,
-  )
-  flags.DEFINE_float(
-    FTG + 'weight_decay',
-    None,
-    "Of the student's SGD. Default: "
-    '0 with --ftg_preset=robust, else --weight_decay (code). '
-    '--prox_to_zero adds --prox_mu.',
-    lower_bound=0,
-  )
-  help_of = _described(recipes.FtgOptions)
-  for name in FTG_OPTIONS:
-    default, allowed = (
-      getattr(recipes.FtgOptions(), name),
-      recipes.PARTS.get(name),
+    parts = {'preset': recipes.FTG_PRESETS, **recipes.PARTS}.get(name, {})
+    default: Any = next(
+      (k for k, part in parts.items() if part is option.default), option.default
     )
+    choices = list(parts)
+    if typing.get_origin(option.annotation) is typing.Literal:
+      choices = list(typing.get_args(option.annotation))
     text = help_of[name].replace(' (here also a function of the round)', '')
-    text += f" Default: the preset's ({default} in the code's)."
-    if allowed:
-      flags.DEFINE_enum(FTG + name, None, list(allowed), text)
-    elif isinstance(default, bool):
-      flags.DEFINE_bool(FTG + name, None, text)
+    text = f'{method}: {text}'
+    if name in _ELSEWHERE:
+      default, which = _ELSEWHERE[name]
+      text += ' ' + which
+    elif 'preset' in recipe.options and name != 'preset':
+      text += f" Default: the preset's ({default} in the code's)."
+      default = None
+    if isinstance(option.default, bool):
+      flags.DEFINE_bool(flag, default, text)
+    elif choices and isinstance(choices[0], str):
+      flags.DEFINE_enum(flag, default, choices, text)
     else:
       define = (
-        flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
+        flags.DEFINE_integer
+        if isinstance(option.default, int)
+        else flags.DEFINE_float
       )
-      define(FTG + name, None, text, lower_bound=0)
+      define(
+        flag,
+        default,
+        text,
+        lower_bound=min(choices, default=0),
+        upper_bound=max(choices, default=None),
+      )
 
 
 def _define_results() -> None:

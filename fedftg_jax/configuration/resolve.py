@@ -52,15 +52,13 @@ def config(**changes: Any) -> Configuration:
     cli.UsageError: for a wrong value.
   """
   values: dict[str, Any] = {f.name: f.value for f in _ours()} | changes
-  preset = recipes.ftg_options(values[FTG + 'preset'])
-  for name in flags.FTG_OPTIONS:
-    if values[FTG + name] is None:
-      values[FTG + name] = getattr(preset, name)
   around = recipes.FTG_PRESETS[values[FTG + 'preset']]
-  if values[FTG + 'weight_decay'] is None:
-    values[FTG + 'weight_decay'] = around.get(
-      'weight_decay', values['weight_decay']
-    )
+  preset = recipes.ftg_options(values[FTG + 'preset'])._asdict()
+  if 'weight_decay' not in around:
+    preset['weight_decay'] = values['weight_decay']
+  for name, value in preset.items():
+    if values[FTG + name] is None:
+      values[FTG + name] = value
   if values['generator_bias'] is None:
     values['generator_bias'] = (
       'fed_ftg' not in values['method'].split('+') or around['generator_bias']
@@ -103,21 +101,10 @@ def _unused(values: dict[str, Any]) -> set[str]:
   """Flags that nothing depends on, given the others."""
   unused = set(PRESENTATION)
   parts = recipes.parse(values['method'])
-  used = tuple(flags.PREFIXES[part] for part in parts if part in flags.PREFIXES)
-  unused |= {
-    k
-    for k in values
-    if k.startswith(tuple(flags.PREFIXES.values())) and not k.startswith(used)
-  }
+  unused |= {flag for name in recipes.RECIPES for flag in flags.of_method(name)}
+  unused -= {flag for part in parts for flag in flags.of_method(part)}
   if not recipes.generates(values['method']):
     unused |= {'generator_width', 'noise_dim', 'generator_bias'}
-  if 'fed_df' not in parts:
-    unused |= {
-      'df_lambda_dis',
-      'df_generator_steps',
-      'df_generator_lr',
-      'df_memory',
-    }
   if not values['evaluate_all']:
     unused.add('evaluate_all')
   if values['evaluate_clients'] == 'none':

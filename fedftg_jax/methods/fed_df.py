@@ -43,12 +43,15 @@ class Options(NamedTuple):
     student_steps: updates of the student a round; with no update of either kind
       the mean stays as it is.
     batch_size: B, images at once.
-    student_lr: of the student's SGD; a float or a function of the round.
-    generator_lr: of the generator's Adam; likewise.
+    student_lr: learning rate of the student's SGD (here also a function of the
+      round).
+    generator_lr: learning rate of the generator's Adam (here also a function of
+      the round).
     weight_decay: of both.
     lambda_dis: weight of the diversity term.
-    ensemble: how teachers combine: `distillation.mean_of_probabilities` (code)
-      or `distillation.mean_of_logits` (paper).
+    ensemble: how teachers combine: as probabilities (code,
+      `distillation.mean_of_probabilities`) or as logits (paper,
+      `distillation.mean_of_logits`).
   """
 
   generator_steps: int = 50

@@ -191,6 +191,8 @@ class View(NamedTuple):
   share: jax.Array  # [] s_k = N n_k / sum_j n_j
   round: jax.Array  # [] int32, rounds done before: 0 in the first
   num_steps: jax.Array  # [] int32, at most so many local steps
+  # Of the solver's optimiser, where it goes on; None to begin afresh.
+  optimizer_state: PyTree = None
 
 
 class LossAux(NamedTuple):
@@ -226,6 +228,7 @@ class Local(NamedTuple):
   metrics: Mapping[str, jax.Array]  # scalars
   # Of a chain, new slots of the parts within; handed on as they are.
   within: tuple = ()
+  optimizer_state: PyTree = None  # of the solver's optimiser, in the end
 
 
 class Solver(Protocol):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedftg_jax.base import Local
+from fedftg_jax.base import Local, Method
 from fedftg_jax.data import clients
 
 
@@ -31,8 +31,8 @@ def local_sgd(
   Each epoch visits the client's examples in a new order; the last batch of an
   epoch may be partial and is kept. The gradient is clipped by its global norm,
   THEN weight decay is added (`weight_decay` and the objective's own), then
-  comes `optimizer`, whose state is fresh in every round, then the learning
-  rate.
+  comes `optimizer`, whose state is fresh in every round (but see
+  `kept_optimizer`), then the learning rate.
 
   Args:
     learning_rate: step size, or a function of the round (optax schedule).
@@ -123,10 +123,16 @@ def local_sgd(
       )
 
     zero = jnp.zeros((), jnp.result_type(float))
-    carry = view.variables, optimizer.init(view.variables.params), (zero, zero)
-    variables, _, (loss, seen) = jax.lax.fori_loop(0, num_steps, step, carry)
+    opt_state = view.optimizer_state
+    if opt_state is None:
+      opt_state = optimizer.init(view.variables.params)
+    variables, opt_state, (loss, seen) = jax.lax.fori_loop(
+      0, num_steps, step, (view.variables, opt_state, (zero, zero))
+    )
     metrics = {'train_loss': loss / jnp.maximum(seen, 1)}
-    return Local(variables, num_steps, step_size, metrics)
+    return Local(
+      variables, num_steps, step_size, metrics, optimizer_state=opt_state
+    )
 
   return solve
 
@@ -153,9 +159,34 @@ def _orders(key, data, num_epochs, batch_size):
   return lambda epoch: table[epoch]
 
 
+def kept_optimizer(optimizer: optax.GradientTransformation) -> Method:
+  """The clients' optimisers go on where they stopped: a part of a method.
+
+  A client keeps the state of its optimiser from round to round, however long it
+  is absent. It costs N states of memory, and nothing is sent.
+
+  Args:
+    optimizer: that of `local_sgd`.
+  """
+
+  def train(inner, objective, view, key):
+    del key
+    local = inner(objective, view._replace(optimizer_state=view.own))
+    return local, local.optimizer_state
+
+  return Method(
+    init=lambda key, variables: ((), optimizer.init(variables.params)),
+    train=train,
+  )
+
+
 def frozen(objective, view, key) -> Local:
   """No local training: the client returns the model that it received."""
   del objective, key
   return Local(
-    view.variables, jnp.int32(0), jnp.zeros(()), {'train_loss': jnp.zeros(())}
+    view.variables,
+    jnp.int32(0),
+    jnp.zeros(()),
+    {'train_loss': jnp.zeros(())},
+    optimizer_state=view.optimizer_state,
   )

@@ -101,7 +101,7 @@ class ResumeTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('fed_ftg', ['--ftg_preset=robust', '--tensorboard']),
-    ('moon', ['--client_state=disk']),
+    ('moon', ['--client_state=disk', '--momentum=0.5', '--keep_momentum']),
   )
   def test_all_that_a_run_holds_comes_back(self, method, changes):
     self.check_all(method, changes)

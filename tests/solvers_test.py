@@ -3,11 +3,13 @@
 from absl.testing import absltest, parameterized
 import chex
 import jax
+from jax import enable_x64
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedftg_jax import base, solvers
+from fedftg_jax import base, federation, solvers
+from fedftg_jax.methods import fed_avg
 from tests import problems
 
 KEY = jax.random.key(0)
@@ -120,6 +122,27 @@ class LocalSgdTest(parameterized.TestCase):
       local = solve(objective(1.0), view(), KEY)
       np.testing.assert_allclose(local.variables.params, 2.0 - 1.0 - 1.5)
 
+  def test_optimizer_state_is_given_and_returned(self):
+    """Two rounds of a step each are one round of two."""
+    one, two = (
+      solvers.local_sgd(
+        1.0, batch_size=12, epochs=n, optimizer=optax.trace(0.5)
+      )
+      for n in (1, 2)
+    )
+    first = one(objective(1.0), view(), KEY)
+    second = one(
+      objective(1.0),
+      view()._replace(
+        variables=first.variables, optimizer_state=first.optimizer_state
+      ),
+      KEY,
+    )
+    want = two(objective(1.0), view(), KEY)
+    np.testing.assert_allclose(second.variables.params, 2.0 - 1.0 - 1.5)
+    chex.assert_trees_all_equal(second.variables, want.variables)
+    chex.assert_trees_all_equal(second.optimizer_state, want.optimizer_state)
+
   @parameterized.parameters(
     (dict(), 'either epochs or steps'),
     (dict(epochs=1, steps=1), 'either epochs or steps'),
@@ -141,6 +164,104 @@ class LocalSgdTest(parameterized.TestCase):
     state = fed.init(KEY)
     new, _ = fed.round(state, problems.DATA, problems.row([0, 1]), KEY)
     chex.assert_trees_all_close(new.variables, state.variables, atol=1e-7)
+
+
+class MomentumTest(parameterized.TestCase):
+  """In rounds of the engine, against plain loops over clients and steps."""
+
+  RATE, DECAY, EPOCHS = 0.1, 1e-2, 2
+  # Client 0 is absent in between, 1 in the end, and 3 never arrives.
+  ROWS = (
+    ([0, 1, 3], [1, 1, 0]),
+    ([1, 2, 4], [1, 1, 1]),
+    ([0, 2, 3], [1, 1, 0]),
+  )
+
+  def engine(self, decay, nesterov, keep, **kwargs):
+    """The model and the slots after all rows."""
+    optimizer = optax.trace(decay, nesterov)
+    parts = (solvers.kept_optimizer(optimizer),) if keep else ()
+    fed = problems.make(
+      method=base.chain(fed_avg.fed_avg(), *parts),
+      solve=solvers.local_sgd(
+        self.RATE,
+        batch_size=max(problems.SIZES),  # all at once: the order is the same
+        epochs=self.EPOCHS,
+        weight_decay=self.DECAY,
+        optimizer=optimizer,
+      ),
+      **kwargs,
+    )
+    ids, arrived = (np.array(column) for column in zip(*self.ROWS))
+    rows = problems.schedule(ids)._replace(arrived=arrived.astype(bool))
+    state, _ = federation.run(fed, fed.init(KEY), problems.DATA, rows, KEY)
+    return state
+
+  def plainly(self, decay, nesterov, keep):
+    """The model, and the clients' velocities, one gradient at a time."""
+    model, data = problems.LINEAR, problems.DATA
+
+    @jax.jit
+    def gradient(params, x, y):
+      def loss(params):
+        logits = model.apply(base.Variables(params, {}), x).logits
+        of_each = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return of_each.mean() + self.DECAY / 2 * optax.tree.norm(
+          params, squared=True
+        )
+
+      return jax.grad(loss)(params)
+
+    init = problems.make().init(KEY).variables.params
+    zero = jax.tree.map(np.zeros_like, init)
+    params, kept = init, {}
+    for ids, arrived in self.ROWS:
+      trained = []
+      for k in (k for k, there in zip(ids, arrived) if there):
+        rows = data.index[k, : data.count[k]]
+        w, velocity = params, kept.get(k, zero) if keep else zero
+        for _ in range(self.EPOCHS):
+          g = gradient(w, data.x[rows], data.y[rows])
+          velocity = jax.tree.map(lambda v, g: decay * v + g, velocity, g)
+          step = velocity
+          if nesterov:
+            step = jax.tree.map(lambda v, g: decay * v + g, velocity, g)
+          w = jax.tree.map(lambda w, s: w - self.RATE * s, w, step)
+        kept[k] = velocity
+        trained.append((len(rows), w))
+      total = sum(n for n, _ in trained)
+      params = jax.tree.map(
+        lambda *leaves: (
+          sum(n * a for (n, _), a in zip(trained, leaves)) / total
+        ),
+        *(w for _, w in trained),
+      )
+    return params, jax.tree.map(
+      lambda *leaves: np.stack(leaves),
+      *(kept.get(k, zero) for k in range(len(problems.SIZES))),
+    )
+
+  @parameterized.product(nesterov=(False, True), keep=(False, True))
+  def test_equals_a_plain_loop(self, nesterov, keep):
+    with enable_x64(True):
+      state = self.engine(0.9, nesterov, keep)
+      got = state.variables.params
+      want, velocities = self.plainly(0.9, nesterov, keep)
+      chex.assert_trees_all_close(got, want, rtol=0, atol=1e-12)
+      other, _ = self.plainly(0.9, nesterov, not keep)
+      apart = optax.tree.norm(optax.tree.sub(got, other))
+      self.assertGreater(float(apart), 1e-3)
+      if keep:
+        (_, (kept,)), _ = state.clients  # the uplink's are ()
+        chex.assert_trees_all_close(kept, velocities, rtol=0, atol=1e-12)
+
+  def test_kept_on_the_host(self):
+    on_device, on_host = (
+      self.engine(0.9, False, True, client_state=place)
+      for place in ('device', 'host')
+    )
+    chex.assert_trees_all_equal(on_host.variables, on_device.variables)
+    chex.assert_trees_all_equal(on_host.clients, on_device.clients)
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from fedftg_jax import (
   base,
@@ -128,6 +129,7 @@ def _simulation(config, dataset, num_clients) -> Simulation:
     steps=steps,
     weight_decay=config['weight_decay'],
     clip_norm=config['clip_norm'] or None,
+    optimizer=_optimizer(config),
     **_augment(config, dataset),
   )
   return Simulation(
@@ -186,6 +188,13 @@ def _decayed(rate, config):
   return lambda round_: rate * config['lr_decay'] ** round_
 
 
+def _optimizer(config) -> optax.GradientTransformation:
+  """The clients', without its learning rate."""
+  if not config['momentum']:
+    return optax.identity()
+  return optax.trace(config['momentum'], config['nesterov'])
+
+
 def _augment(config, dataset) -> dict[str, Any]:
   """The solver's argument `augment`, if any."""
   if config['augment'] == 'none':
@@ -232,6 +241,8 @@ def _method(config, dataset, model) -> base.Method:
   further = batch_norm.policy_parts(
     config['batch_norm'], model, config['batch_size']
   )
+  if config['keep_momentum']:
+    further += (solvers.kept_optimizer(_optimizer(config)),)
   if config['evaluate_all']:
     further += (evaluation.last_models(),)
   return _checked(

@@ -59,6 +59,13 @@ def check(values: dict[str, Any]) -> None:
     'needs a --workdir on this machine',
   )
   require('rounds', values['rounds'] <= 10**7, 'must be at most 10000000')
+  require('momentum', values['momentum'] < 1, 'must be below 1')
+  for name in 'nesterov', 'keep_momentum':
+    require(
+      name,
+      not values[name] or values['momentum'] > 0,
+      'needs a --momentum above 0',
+    )
   require('dropout_rate', values['dropout_rate'] < 1, 'must be below 1')
   require('validation_share', values['validation_share'] < 1, 'must be below 1')
   require(

@@ -362,6 +362,16 @@ def _define_training() -> None:
   )
   flags.DEFINE_float('learning_rate', 0.1, 'Of local SGD.', lower_bound=0)
   flags.DEFINE_float(
+    'momentum', 0.0, 'Heavy ball of local SGD; 0 for none.', lower_bound=0
+  )
+  flags.DEFINE_bool('nesterov', False, "Nesterov's momentum in its place.")
+  flags.DEFINE_bool(
+    'keep_momentum',
+    False,
+    'Clients keep their momentum from round to round, instead of beginning '
+    'each without; needs memory for one model per client.',
+  )
+  flags.DEFINE_float(
     'lr_decay',
     0.998,
     'Factor of all learning rates per round.',

@@ -23,6 +23,18 @@ PRESENTATION = (
   'checkpoint_every',
   'keep_checkpoints',
 )
+# Flags that change nothing at 0 or no. They are left out then, so that a folder
+# from before there was such a flag still fits.
+_OPTIONAL = (
+  'num_classes',
+  'train_examples',
+  'validation_share',
+  'momentum',
+  'nesterov',
+  'keep_momentum',
+  'dropout_after_work',
+  'evaluate_all',
+)
 
 
 class Configuration(dict):
@@ -105,8 +117,6 @@ def _unused(values: dict[str, Any]) -> set[str]:
   unused -= {flag for part in parts for flag in flags.of_method(part)}
   if not recipes.generates(values['method']):
     unused |= {'generator_width', 'noise_dim', 'generator_bias'}
-  if not values['evaluate_all']:
-    unused.add('evaluate_all')
   if values['evaluate_clients'] == 'none':
     unused.add('personalise')
   if values['evaluate_clients'] == 'none' or not values['clients_by_class']:
@@ -114,14 +124,7 @@ def _unused(values: dict[str, Any]) -> set[str]:
   if values['norm'] != 'batch':
     unused |= {'batch_norm', 'torch_bn'}
   unused |= _unused_by_partition(values)
-  if not values['num_classes']:
-    unused.add('num_classes')
-  if not values['train_examples']:
-    unused.add('train_examples')
-  if not values['validation_share']:
-    unused.add('validation_share')
-  if not values['dropout_after_work']:
-    unused.add('dropout_after_work')
+  unused |= {name for name in _OPTIONAL if not values[name]}
   if values['augment'] == 'none':
     unused.add('augment')
   if values['schedule'].startswith('file:'):

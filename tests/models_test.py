@@ -21,7 +21,8 @@ KEY = jax.random.key(0)
 SMALL_RESNET = models.from_flax(
   resnet.ResNet(3, (4, 6), 1, True, True, layers.Variant('batch')), (4, 4, 3)
 )
-DEEP = ('resnet18', 'resnet18_cifar', 'resnet20', 'vgg11')
+DEEP = ('resnet18', 'resnet18_cifar', 'resnet20', 'resnet56', 'vgg11')
+NUM_FEATURES = {'resnet20': 64, 'resnet56': 256}  # of the others 512
 
 
 def _size(params):
@@ -46,6 +47,7 @@ def _random_variables(model, seed=0):
 class ClassifiersTest(parameterized.TestCase):
   @parameterized.parameters(
     # 28x28x1: conv weights + biases, then dense, by hand
+    ('softmax', (28, 28, 1), 784 * 10 + 10, 784),
     ('mlp', (28, 28, 1), 784 * 200 + 200 + 200 * 200 + 200 + 2010, 200),
     (
       'lenet',
@@ -59,6 +61,8 @@ class ClassifiersTest(parameterized.TestCase):
       75 * 64 + 64 + 1600 * 64 + 64 + 4096 * 384 + 384 + 384 * 192 + 192 + 1930,
       192,
     ),
+    ('fedgen_cnn', (28, 28, 1), 26_434, 32),  # as FedGen's code has it
+    ('convnet', (32, 32, 3), 320_010, 2048),  # as FedDM's
   )
   def test_sizes(self, name, image_shape, num_params, num_features):
     model = models.build(name, image_shape, 10)
@@ -67,9 +71,14 @@ class ClassifiersTest(parameterized.TestCase):
     out = jax.eval_shape(model.apply, variables, jnp.zeros((2, *image_shape)))
     self.assertEqual(out.logits.shape, (2, 10))
     self.assertEqual(out.features.shape, (2, num_features))
-    self.assertEqual(variables.stats, {})
+    self.assertEqual(bool(variables.stats), name == 'fedgen_cnn')
 
-  @parameterized.parameters('none', 'batch', 'group')
+  def test_fedgen_cnn_with_pooling(self):
+    model = models.from_flax(classifiers.FedGenCNN(10, pool=True), (28, 28, 1))
+    params = jax.eval_shape(model.init, KEY).params
+    self.assertEqual(params['dense0']['linear']['kernel'].shape, (64, 32))
+
+  @parameterized.parameters('none', 'batch', 'group', 'instance')
   def test_norms(self, norm):
     model = models.build('lenet', (8, 8, 1), 3, norm=norm)
     variables = _random_variables(model)
@@ -114,6 +123,7 @@ class ClassifiersTest(parameterized.TestCase):
       models.build(**{**arguments, **change})
 
   @parameterized.parameters(
+    ('softmax', {'head/linear'}),
     ('mlp', {'dense0/linear', 'dense1/linear', 'head/linear'}),
     ('lenet', {'conv0', 'conv1', 'mlp/dense0/linear', 'mlp/head/linear'}),
     (
@@ -243,10 +253,18 @@ class PiecesTest(parameterized.TestCase):
           out.logits,
         )
 
-  @parameterized.parameters(*models.CLASSIFIERS)
+  @parameterized.parameters(*sorted(set(models.CLASSIFIERS).difference(DEEP)))
   def test_every_classifier_has_a_head(self, name):
+    self.check_has_head(name)
+
+  @parameterized.parameters(*DEEP)
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  def test_every_deep_net_has_a_head(self, name):
+    self.check_has_head(name)
+
+  def check_has_head(self, name):
     module = models.CLASSIFIERS[name](3)
-    self.assertIsNotNone(models.from_flax(module, (4, 4, 1)).head)
+    self.assertIsNotNone(models.from_flax(module, (8, 8, 1)).head)
 
   def test_missing(self):
     model = problems.LINEAR
@@ -408,7 +426,7 @@ class DeepClassifiersTest(parameterized.TestCase):
     self.check_size(*case)
 
   @parameterized.parameters(
-    *itertools.product(DEEP, (10, 100), (None, 'batch', 'group'))
+    *itertools.product(DEEP, (10, 100), (None, 'batch', 'group', 'instance'))
   )
   @pytest.mark.slow  # below: the cases of `parameters` take it over
   def test_sizes(self, *case):
@@ -421,11 +439,29 @@ class DeepClassifiersTest(parameterized.TestCase):
       'resnet18': 11_181_642,
       'resnet18_cifar': 11_173_962,
       'resnet20': 269_722,
+      'resnet56': 591_322,  # 614,452 for 100 classes, as FedAlign's code has it
       'vgg11': 9_231_114,
     }[name]
-    head = (num_classes - 10) * (65 if name == 'resnet20' else 513)
+    head = (num_classes - 10) * (NUM_FEATURES.get(name, 512) + 1)
     self.assertEqual(_size(variables.params), of_ten + head)
-    self.assertEqual(bool(variables.stats), norm != 'group')
+    self.assertEqual(bool(variables.stats), norm in (None, 'batch'))
+
+  def test_resnet56(self):
+    """As FedAlign's code has it, which also counts the steps of each norm."""
+    model = models.build('resnet56', (32, 32, 3), 100)
+    x = jnp.zeros((2, 32, 32, 3))
+    variables = jax.eval_shape(model.init, KEY)
+    out = jax.eval_shape(lambda v: model.apply(v, x), variables)
+    self.assertEqual(_size(variables.params), 614_452)
+    num_norms = len(jax.tree.leaves(variables.stats)) // 2
+    self.assertEqual(_size(variables.stats) + num_norms, 9_050)
+    self.assertEqual(
+      [s.shape[1:] for s in out.stages], [(16, 16, 128), (8, 8, 256)]
+    )
+    slim = jax.eval_shape(
+      lambda v, x: model.last_stage(v, x, None, 0.25), variables, out.stages[0]
+    )
+    self.assertEqual(slim.shape[1:], (8, 8, 64))
 
   def test_shapes(self):
     self.check_shapes('vgg11', (28, 28, 1))
@@ -446,7 +482,7 @@ class DeepClassifiersTest(parameterized.TestCase):
       jnp.zeros((2, *image_shape)),
     )
     self.assertEqual(out.logits.shape, (2, 10))
-    self.assertEqual(out.features.shape, (2, 64 if name == 'resnet20' else 512))
+    self.assertEqual(out.features.shape, (2, NUM_FEATURES.get(name, 512)))
     chex.assert_trees_all_equal_shapes(out.stats, variables.stats)
 
   @pytest.mark.slow
@@ -645,6 +681,40 @@ class BasicBlockTest(parameterized.TestCase):
         self.assertGreater(params['conv1']['conv']['kernel'].std(), 0.05)
         np.testing.assert_array_equal(params['conv1']['norm'][norm]['scale'], 1)
         np.testing.assert_array_equal(params['conv1']['norm'][norm]['bias'], 0)
+
+  def test_bottleneck(self):
+    """As the plain formula, at half its channels as with half of them."""
+    with enable_x64(True):
+      options = layers.Variant('instance')
+      whole = resnet.Bottleneck(32, 2, True, options, 0.5)
+      block = resnet.Bottleneck(16, 2, True, options)
+      x = jax.random.normal(KEY, (3, 5, 6, 4))
+      shapes = jax.eval_shape(block.init, KEY, x)
+      chex.assert_trees_all_equal(shapes, jax.eval_shape(whole.init, KEY, x))
+      params = jax.tree.map(
+        lambda a: jnp.asarray(np.random.RandomState(a.size).rand(*a.shape)),
+        shapes,
+      )['params']
+
+      def unit(x, name, stride=1, pad=0):
+        x = jax.lax.conv_general_dilated(
+          x,
+          params[name]['conv']['kernel'],
+          (stride, stride),
+          ((pad, pad),) * 2,
+          dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
+        mean, var = (f(x, (1, 2), keepdims=True) for f in (jnp.mean, jnp.var))
+        norm = params[name]['norm']['instance']
+        return (x - mean) / jnp.sqrt(var + 1e-5) * norm['scale'] + norm['bias']
+
+      branch = jnp.maximum(unit(x, 'conv0'), 0)
+      branch = jnp.maximum(unit(branch, 'conv1', 2, 1), 0)
+      want = jnp.maximum(unit(branch, 'conv2') + unit(x, 'shortcut', 2), 0)
+      self.assertEqual(want.shape, (3, 3, 3, 64))
+      np.testing.assert_allclose(
+        jax.jit(block.apply)({'params': params}, x), want, rtol=1e-9
+      )
 
 
 class ConvolutionTest(parameterized.TestCase):
@@ -907,6 +977,14 @@ class PrecisionTest(parameterized.TestCase):
     self.assertBetween(difference, 1e-4, 0.1)
 
 
+class MeanPoolTest(parameterized.TestCase):
+  def test_equals_flax(self):
+    x = jax.random.normal(KEY, (2, 5, 4, 3))
+    np.testing.assert_allclose(
+      layers.mean_pool(x), nn.avg_pool(x, (2, 2), (2, 2)), atol=1e-6
+    )
+
+
 class MaxPoolTest(parameterized.TestCase):
   def test_gradient_of_equal_values_and_nan(self):
     """One of equal values has the whole gradient; NaN is not lost."""
@@ -963,6 +1041,21 @@ class MaxPoolTest(parameterized.TestCase):
     step = lambda x, _: (x - 0.1 * jax.vmap(one)(x), None)
     np.testing.assert_allclose(
       jax.lax.scan(step, x, length=1)[0], want, atol=1e-6
+    )
+
+
+class InstanceNormTest(parameterized.TestCase):
+  def test_is_group_norm_of_one_channel(self):
+    x = 3 + jax.random.normal(KEY, (4, 3, 3, 6))
+    norm = layers.Norm('instance')
+    params = jax.tree.map(
+      lambda a: jax.random.normal(KEY, a.shape), norm.init(KEY, x)['params']
+    )
+    other = nn.GroupNorm(None, 1, 1e-5)
+    np.testing.assert_allclose(
+      norm.apply({'params': params}, x),
+      other.apply({'params': params['instance']}, x),
+      atol=1e-4,
     )
 
 

@@ -110,8 +110,8 @@ def check(values: dict[str, Any]) -> None:
   require('server_learning_rate', rate is None or rate > 0, 'must be above 0')
   require(
     'norm',
-    values['norm'] == 'none' or values['model'] != 'mlp',
-    'must be none for --model=mlp, which has no convolutions',
+    values['norm'] == 'none' or values['model'] not in ('mlp', 'softmax'),
+    f'must be none for --model={values["model"]}, which has no convolutions',
   )
   require('dirichlet_alpha', values['dirichlet_alpha'] > 0, 'must be above 0')
   if not (

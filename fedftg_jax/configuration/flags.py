@@ -308,8 +308,8 @@ def _define_training() -> None:
     None,
     layers.NORMS,
     'Normalisation after the '
-    'convolutions; default: batch for resnet* and vgg11, else '
-    'none.',
+    'convolutions; default: batch for resnet*, vgg11 and fedgen_cnn, '
+    'instance for convnet, else none.',
   )
   flags.DEFINE_enum(
     'batch_norm',

@@ -15,28 +15,36 @@ from fedftg_jax.models import classifiers, convolution, layers, resnet, vgg
 from fedftg_jax.models.generator import feature_generator, image_generator
 
 CLASSIFIERS = {
+  'softmax': classifiers.softmax,
   'mlp': classifiers.mlp,
   'lenet': classifiers.lenet,
   'fedavg_cnn': classifiers.fedavg_cnn,
+  'fedgen_cnn': classifiers.fedgen_cnn,
+  'convnet': classifiers.convnet,
   'resnet18': resnet.resnet18,
   'resnet18_cifar': resnet.resnet18_cifar,
   'resnet20': resnet.resnet20,
+  'resnet56': resnet.resnet56,
   'vgg11': vgg.vgg11,
 }
 
 # The norm of each classifier where none is asked for.
 DEFAULT_NORMS = {
+  'softmax': 'none',
   'mlp': 'none',
   'lenet': 'none',
   'fedavg_cnn': 'none',
+  'fedgen_cnn': 'batch',
+  'convnet': 'instance',
   'resnet18': 'batch',
   'resnet18_cifar': 'batch',
   'resnet20': 'batch',
+  'resnet56': 'batch',
   'vgg11': 'batch',
 }
 
 # The others take images of any size.
-_MIN_SIZES = {'lenet': 4, 'fedavg_cnn': 4}
+_MIN_SIZES = {'lenet': 4, 'fedavg_cnn': 4, 'convnet': 8}
 
 
 def build(
@@ -60,8 +68,8 @@ def build(
     num_classes: C.
     mean: per channel, of pixels scaled to [0, 1]; applied to uint8 images.
     std: likewise.
-    norm: 'none', 'batch' or 'group' (2 groups), where the model has norms; None
-      for the model's own, see `DEFAULT_NORMS`.
+    norm: 'none', 'batch', 'group' (2 groups) or 'instance', where the model has
+      norms; None for the model's own, see `DEFAULT_NORMS`.
     conv: how convolutions are computed, see `convolution.convolve`; None for
       what suits the device, see `convolution.default`.
     projection_dim: width of MOON's projection head, 0 for a model without one,

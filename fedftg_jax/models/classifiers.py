@@ -3,6 +3,11 @@
 `fedavg_cnn` is the CIFAR network of FedDyn's code and TensorFlow's tutorial
 that FedAvg (McMahan et al., AISTATS 2017, arXiv:1602.05629) used, with SAME
 padding.
+
+`convnet` is that of FedDM (Xiong et al., CVPR 2023, arXiv:2207.09653), which
+has it from dataset distillation. `fedgen_cnn` is that of FedGen's official code
+(Zhu, Hong and Zhou, ICML 2021, arXiv:2105.10056), whose generator makes the
+input of the last layer: there is no ReLU in front of it.
 """
 
 from collections.abc import Sequence
@@ -56,6 +61,66 @@ class CNN(nn.Module):
     )(x)
 
 
+class ConvNet(nn.Module):
+  """Blocks of 3 x 3 convolution, norm, ReLU, 2 x 2 mean pooling; then a linear
+  layer. Convolutions have biases, whatever the norm."""
+
+  num_classes: int
+  widths: Sequence[int]
+  options: layers.Variant
+
+  @nn.compact
+  def __call__(self, x, mask=None, train=False):
+    options = self.options
+    for i, width in enumerate(self.widths):
+      x = layers.Conv(width, 3, True, options.conv, name=f'conv{i}')(x)
+      x = layers.Norm(options.norm, unbiased=options.torch_bn, name=f'norm{i}')(
+        x, mask, train
+      )
+      x = layers.mean_pool(nn.relu(x))
+    x = x.reshape(len(x), -1)
+    return layers.head(x, self.num_classes, options.projection_dim)
+
+
+class FedGenCNN(nn.Module):
+  """Blocks of 3 x 3 convolution of stride 2, norm, ReLU; then two linear
+  layers without anything between them. Convolutions have biases, whatever the
+  norm.
+
+  Attributes:
+    num_classes: C.
+    conv_widths: output channels of the convolutions.
+    num_features: outputs of the first linear layer.
+    options: see `layers.Variant`.
+    pool: whether each block ends with 2 x 2 max pooling.
+  """
+
+  num_classes: int
+  conv_widths: Sequence[int] = (6, 16)
+  num_features: int = 32
+  options: layers.Variant = layers.Variant('batch')
+  pool: bool = False
+
+  @nn.compact
+  def __call__(self, x, mask=None, train=False):
+    options = self.options
+    for i, width in enumerate(self.conv_widths):
+      x = layers.Conv(width, 3, True, options.conv, stride=2, name=f'conv{i}')(
+        x
+      )
+      x = layers.Norm(options.norm, unbiased=options.torch_bn, name=f'norm{i}')(
+        x, mask, train
+      )
+      x = nn.relu(layers.max_pool(x) if self.pool else x)
+    x = layers.Dense(self.num_features, name='dense0')(x.reshape(len(x), -1))
+    return layers.head(x, self.num_classes, options.projection_dim)
+
+
+def softmax(num_classes: int, options=layers.Variant()) -> nn.Module:
+  """One linear layer: softmax regression."""
+  return MLP(num_classes, (), options.projection_dim)
+
+
 def mlp(num_classes: int, options=layers.Variant()) -> nn.Module:
   """Two hidden layers of 200."""
   return MLP(num_classes, projection_dim=options.projection_dim)
@@ -69,3 +134,13 @@ def lenet(num_classes: int, options=layers.Variant()) -> nn.Module:
 def fedavg_cnn(num_classes: int, options=layers.Variant()) -> nn.Module:
   """conv5x5x64, pool, conv5x5x64, pool, fc384, fc192, fc."""
   return CNN(num_classes, (64, 64), (384, 192), options)
+
+
+def convnet(num_classes: int, options=layers.Variant('instance')) -> nn.Module:
+  """3 x (conv3x3x128, norm, ReLU, mean pooling), fc."""
+  return ConvNet(num_classes, (128, 128, 128), options)
+
+
+def fedgen_cnn(num_classes: int, options=layers.Variant('batch')) -> nn.Module:
+  """2 x (conv3x3 of stride 2, norm, ReLU) with 6 and 16 channels, fc32, fc."""
+  return FedGenCNN(num_classes, options=options)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fedftg_jax.models import convolution, windows
 
-NORMS = ('none', 'batch', 'group')
+NORMS = ('none', 'batch', 'group', 'instance')
 BATCH_NORM_MOMENTUM = 0.1  # PyTorch's: weight of the new moments
 
 # PyTorch's default initialisation, U(-1, 1) / sqrt(fan_in), which the official
@@ -199,7 +199,8 @@ def _along(mask, x):
 
 
 class Norm(nn.Module):
-  """The normalisation that a model was asked for: none, batch or group."""
+  """The normalisation that a model was asked for: none, batch, group, or
+  instance (each channel of an image by itself)."""
 
   kind: str = 'none'
   num_groups: int = 2
@@ -214,6 +215,14 @@ class Norm(nn.Module):
         self.num_groups,
         epsilon=1e-5,
         name='group',
+        param_dtype=jnp.result_type(float),
+      )
+      return norm(at_least_float32(x)).astype(x.dtype)
+    if self.kind == 'instance':
+      norm = nn.InstanceNorm(
+        epsilon=1e-5,
+        use_fast_variance=False,
+        name='instance',
         param_dtype=jnp.result_type(float),
       )
       return norm(at_least_float32(x)).astype(x.dtype)
@@ -294,6 +303,20 @@ def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
   otherwise: it can find none, and is then 0 / 0.
   """
   return jnp.where((a >= b) | (a != a), a, b)
+
+
+def mean_pool(x: jax.Array) -> jax.Array:
+  """Means over windows of 2 x 2; what is left over is dropped.
+
+  Args:
+    x: [B, H, W, channels].
+
+  Returns:
+    [B, H // 2, W // 2, channels].
+  """
+  for axis in (1, 2):
+    x = sum(windows.taps(x, axis, 2, 2)) / 2
+  return x
 
 
 def max_pool(

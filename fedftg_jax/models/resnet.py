@@ -24,8 +24,8 @@ class BasicBlock(nn.Module):
   """ReLU(shortcut + branch), the branch two 3 x 3 convolutions with norms.
 
   Attributes:
-    features: output channels.
-    stride: of the first convolution and of the shortcut.
+    features: channels of the 3 x 3 convolutions.
+    stride: of the first 3 x 3 convolution and of the shortcut.
     project: whether a shortcut that changes shape is a 1 x 1 convolution with a
       norm, or else `subsample` (options B and A of the paper).
     options: see `layers.Variant`.
@@ -41,26 +41,43 @@ class BasicBlock(nn.Module):
   @nn.compact
   def __call__(self, x, mask=None, train=False):
     features = slim(self.features, self.width)
-    last_init = (
-      nn.initializers.zeros
-      if self.options.norm == 'none'
-      else layers.kaiming_init
-    )
+    convs = (features, 3, self.stride), (features, 3, 1)
+    return _residual(self, convs, x, mask, train)
+
+
+class Bottleneck(BasicBlock):
+  """ReLU(shortcut + branch), the branch convolutions of 1 x 1, 3 x 3 and 1 x 1
+  pixels with norms, the last with four times as many channels; attributes as of
+  `BasicBlock`."""
+
+  @nn.compact
+  def __call__(self, x, mask=None, train=False):
+    inner, outer = (slim(n * self.features, self.width) for n in (1, 4))
+    convs = (inner, 1, 1), (inner, 3, self.stride), (outer, 1, 1)
+    return _residual(self, convs, x, mask, train)
+
+
+def _residual(block, convs, x, mask, train):
+  """ReLU(shortcut + branch), the branch of (features, size, stride) each; the
+  parameters belong to the calling module."""
+  options, (features, _, _) = block.options, convs[-1]
+  inits = [layers.kaiming_init] * len(convs)
+  if options.norm == 'none':
+    inits[-1] = nn.initializers.zeros
+  branch = x
+  for i, (num_out, size, stride) in enumerate(convs):
     branch = layers.ConvNorm(
-      features, 3, self.options, self.stride, name='conv0'
+      num_out, size, options, stride, kernel_init=inits[i], name=f'conv{i}'
+    )(nn.relu(branch) if i else branch, mask, train)
+  if block.stride == 1 and x.shape[-1] == features:
+    shortcut = x
+  elif block.project:
+    shortcut = layers.ConvNorm(
+      features, 1, options, block.stride, name='shortcut'
     )(x, mask, train)
-    branch = layers.ConvNorm(
-      features, 3, self.options, kernel_init=last_init, name='conv1'
-    )(nn.relu(branch), mask, train)
-    if self.stride == 1 and x.shape[-1] == features:
-      shortcut = x
-    elif self.project:
-      shortcut = layers.ConvNorm(
-        features, 1, self.options, self.stride, name='shortcut'
-      )(x, mask, train)
-    else:
-      shortcut = subsample(x, features, self.stride)
-    return nn.relu(shortcut + branch)
+  else:
+    shortcut = subsample(x, features, block.stride)
+  return nn.relu(shortcut + branch)
 
 
 def subsample(x: jax.Array, num_channels: int, stride: int) -> jax.Array:
@@ -84,16 +101,18 @@ def make_divisible(value: float, divisor: int = 8) -> int:
 
 
 class ResNet(nn.Module):
-  """A stem, stages of basic blocks, the mean over the image, a linear layer.
+  """A stem, stages of blocks, the mean over the image, a linear layer.
 
   Attributes:
     num_classes: C.
-    widths: channels of each stage; all but the first begin with a stride of 2.
+    widths: `features` of each stage's blocks; all stages but the first begin
+      with a stride of 2.
     num_blocks: of each stage.
     imagenet_stem: whether the stem quarters the image's height and width by a
       strided 7 x 7 convolution and max pooling; else it is a 3 x 3 convolution.
     project: see `BasicBlock`.
     options: see `layers.Variant`.
+    block: `BasicBlock` or `Bottleneck`.
   """
 
   num_classes: int
@@ -102,6 +121,7 @@ class ResNet(nn.Module):
   imagenet_stem: bool
   project: bool
   options: layers.Variant
+  block: type[BasicBlock] = BasicBlock
 
   @nn.compact
   def __call__(self, x, mask=None, train=False):
@@ -150,7 +170,7 @@ def _stage(net, index, width, x, mask=None, train=False):
   """A stage at a share `width` of its channels; the parameters belong to the
   calling module."""
   for j in range(net.num_blocks):
-    x = BasicBlock(
+    x = net.block(
       net.widths[index],
       2 if index and not j else 1,
       net.project,
@@ -186,3 +206,8 @@ def resnet18_cifar(
 def resnet20(num_classes: int, options=layers.Variant('batch')) -> nn.Module:
   """The paper's net for CIFAR, with shortcuts that have no parameters."""
   return ResNet(num_classes, (16, 32, 64), 3, False, False, options)
+
+
+def resnet56(num_classes: int, options=layers.Variant('batch')) -> nn.Module:
+  """FedAlign's (arXiv:2111.14213): bottlenecks, projected shortcuts."""
+  return ResNet(num_classes, (16, 32, 64), 6, False, True, options, Bottleneck)

@@ -437,9 +437,8 @@ RECIPES = {
   ),
   'fed_gen': Recipe(
     'local',
-    lambda s, **options: fed_gen_lib.fed_gen(s.model, s.num_classes, **options),
+    fed_gen_lib.fed_gen,
     'a generator of features, learnt on the server, steers local training',
-    function=fed_gen_lib.fed_gen,
     prefix='gen_',
   ),
   'fed_mr': Recipe(

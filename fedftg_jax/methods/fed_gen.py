@@ -68,7 +68,7 @@ def fed_gen(
   steps: int = 50,
   batch_size: int = 32,
   lr: float = 3e-4,
-  weight_decay: float = 1e-2,
+  l2: float = 1e-2,
   weighting: Weighting = 'official',
   lambda_dis: float = 1.0,
   lambda_student: float = 0.0,
@@ -84,9 +84,10 @@ def fed_gen(
     beta: b, weight of the distillation from generated features; 0 for none.
     decay: factor per round of a, b and the generator's learning rate.
     steps: updates of the generator in a round.
-    batch_size: generated features at once, on the server and on clients.
+    batch_size: generated features at once, on the server and on clients (32 in
+      the code, as its clients' batches).
     lr: learning rate of the generator's Adam.
-    weight_decay: of the generator, added to the gradient.
+    l2: factor of the generator's parameters that is added to their gradient.
     weighting: cross-entropies weighted as mean(CE) * mean(alpha_k^y)
       ('official', which is what the code does) or as mean(CE * alpha_k^y)
       ('intended'), or one cross-entropy of the mean logits sum_k n_k / n h_k,
@@ -122,7 +123,7 @@ def fed_gen(
   generator = models.feature_generator(
     num_features(head, shape), num_classes, hidden=hidden, noise_dim=noise_dim
   )
-  terms = Terms(weighting, lambda_dis, lambda_student, weight_decay)
+  terms = Terms(weighting, lambda_dis, lambda_student, l2)
 
   def init(key, variables):
     del variables
@@ -243,7 +244,7 @@ class Terms(NamedTuple):
   weighting: Weighting = 'official'
   lambda_dis: float = 1.0
   lambda_student: float = 0.0
-  weight_decay: float = 1e-2
+  l2: float = 1e-2
 
 
 def new_slot(generator: Variables, terms: Terms) -> Slot:
@@ -328,9 +329,7 @@ def student_gap(ensemble: jax.Array, student: jax.Array) -> jax.Array:
 
 def _adam(terms) -> optax.GradientTransformation:
   """Adam's direction, of the gradient with the L2 term in it."""
-  return optax.chain(
-    optax.add_decayed_weights(terms.weight_decay), optax.scale_by_adam()
-  )
+  return optax.chain(optax.add_decayed_weights(terms.l2), optax.scale_by_adam())
 
 
 def num_features(head: Head, variables: Variables) -> int:

@@ -35,6 +35,7 @@ from fedftg_jax.methods import (
   moon,
   scaffold,
 )
+from fedftg_jax.models import classifiers, layers
 
 _FILE = np.load(pathlib.Path(__file__).parent / 'golden' / 'fedftg.npz')
 
@@ -543,7 +544,9 @@ class FedGenTest(parameterized.TestCase):
     with enable_x64(True):
       get = lambda name: jnp.asarray(_GEN[f'fedgen/client/{name}'], float)
       model = models.from_flax(
-        classifiers.FedGenCNN(10, layers.Variant('batch', 'im2col'), pool=True),
+        classifiers.FedGenCNN(
+          10, options=layers.Variant('batch', 'im2col'), pool=True
+        ),
         (28, 28, 1),
       )
       z, z_kl = get('eps')[::-1]

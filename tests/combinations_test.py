@@ -1,0 +1,82 @@
+"""What goes together: the table of the docs, and that it is true."""
+
+import pathlib
+
+from absl.testing import absltest, flagsaver, parameterized
+import chex
+import jax
+import numpy as np
+import pytest
+
+from fedftg_jax import federation, recipes, stacking
+from fedftg_jax.configuration import combinations
+from fedftg_jax.data import schedules
+from fedftg_jax.methods import batch_norm
+from fedftg_jax.system import cli
+from tests import methods_test, problems
+
+DOCS = pathlib.Path(__file__).parents[1] / 'docs' / 'methods.md'
+
+
+FED_MR = ['`--schedule=bernoulli`', '`--server_optimizer`']
+
+
+class TableTest(absltest.TestCase):
+  def test_docs_have_it(self):
+    with flagsaver.flagsaver():
+      cli.parse(['combinations'])
+      table = combinations.table()
+    self.assertIn(table, DOCS.read_text())
+    for name, of_name in combinations.verdicts().items():
+      refused = [c for c, why in zip(combinations.COLUMNS, of_name) if why]
+      self.assertEqual(
+        refused,
+        {'fed_ftg': ['`+fed_ftg`'], 'fed_mr': FED_MR}.get(name, []),
+        name,
+      )
+
+
+class RunTest(parameterized.TestCase):
+  """Three rounds on a model with BatchNorm, in two settings that between them
+  have everything that the table has: they end finite, and as they should."""
+
+  @parameterized.parameters(*recipes.RECIPES)
+  @pytest.mark.slow
+  def test_runs(self, name):
+    model = problems.NORMED
+    rows = (
+      schedules.exact(3, 5, 3, 0)
+      if name == 'fed_mr'
+      else schedules.bernoulli(3, 5, 3, 0)
+    )
+    for policy, place, mesh in (
+      ('local', 'host', None),
+      ('reset', 'device', stacking.make_mesh(2)),
+    ):
+      settings = recipes.Settings(
+        model,
+        methods_test.CLASSES,
+        generator=problems.GENERATOR,
+        options={
+          'fed_ftg': methods_test.FTG,
+          'fed_df': methods_test.DF,
+          'fed_df_public': methods_test.DF,
+          'fed_gen': methods_test.GEN,
+          'q_fed_avg': dict(batch_size=4),
+        },
+        cohort=3,
+      )
+      method = recipes.build(
+        name, settings, *batch_norm.policy_parts(policy, model, 4)
+      )
+      fed = problems.make(model, method, mesh=mesh, client_state=place)
+      data = problems.DATA._replace(public=methods_test.PUBLIC)
+      state, metrics = federation.run(
+        fed, fed.init(jax.random.key(0)), data, rows, jax.random.key(1)
+      )
+      chex.assert_tree_all_finite(jax.tree.map(np.asarray, state.variables))
+      self.assertTrue((metrics['bits_up'] > 0).all())
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -193,6 +193,7 @@ class View(NamedTuple):
   num_steps: jax.Array  # [] int32, at most so many local steps
   # Of the solver's optimiser, where it goes on; None to begin afresh.
   optimizer_state: PyTree = None
+  peers: jax.Array | None = None  # [S] int32, the round's clients; -1: nobody
 
 
 class LossAux(NamedTuple):
@@ -267,6 +268,7 @@ class Received(NamedTuple):
   round: jax.Array  # [] int32
   num_clients: int  # N
   public: PyTree  # unlabelled images of the server, if any
+  client_id: jax.Array | None = None  # [S] int32; -1: nobody
 
 
 @jax.tree_util.register_static

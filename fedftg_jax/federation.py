@@ -171,7 +171,7 @@ def federation(
       cohort, stacking.num_rows(size, client_chunk, mesh), num_clients
     )
     rows = _rows(state, data, padded, num_clients, weighting)
-    seen = _seen(method, state, data, key)
+    seen = _seen(method, state, data, key, rows.client_id)
     shared = state.variables, state.shared, seen
     (
       (change, summed, distortion),
@@ -189,6 +189,7 @@ def federation(
       state.round,
       num_clients,
       data.public,
+      seen.peers[:size],
     )
     variables, server_slot, info = method.update(
       state.variables, state.shared, received, keys.server_key(key, state.round)
@@ -237,7 +238,7 @@ def federation(
     )
     rows = _rows(state, data, cohort, num_clients, weighting)
     row = jax.tree.map(lambda a: a[0], rows)
-    seen = _seen(method, state, data, key)
+    seen = _seen(method, state, data, key, rows.client_id)
     client_key = keys.client_keys(key, state.round, client_id)
     (own, _), sent, local, *_ = run_client(
       state.variables, seen, row, client_key
@@ -284,6 +285,7 @@ class _Seen(NamedTuple):
   y: jax.Array
   round: jax.Array
   key: jax.Array  # of the training
+  peers: jax.Array
 
 
 class _Row(NamedTuple):
@@ -349,12 +351,13 @@ def _rows(state, data, cohort, num_clients, weighting) -> _Row:
   )
 
 
-def _seen(method, state, data, key) -> _Seen:
+def _seen(method, state, data, key, client_id) -> _Seen:
   shared = method.broadcast(state.shared)
   common = method.common(
     state.variables, shared, state.round, keys.common_key(key, state.round)
   )
-  return _Seen(shared, common, data.x, data.y, state.round, key)
+  peers = jnp.where(client_id < len(data.count), client_id, -1)
+  return _Seen(shared, common, data.x, data.y, state.round, key, peers)
 
 
 def _view(received, seen, row) -> View:
@@ -370,6 +373,7 @@ def _view(received, seen, row) -> View:
     row.share,
     seen.round,
     jnp.where(row.worked, row.num_steps, 0),
+    peers=seen.peers,
   )
 
 

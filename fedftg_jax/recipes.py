@@ -26,6 +26,7 @@ from fedftg_jax.methods import fed_nova as fed_nova_lib
 from fedftg_jax.methods import fed_ntd as fed_ntd_lib
 from fedftg_jax.methods import fed_prox as fed_prox_lib
 from fedftg_jax.methods import moon as moon_lib
+from fedftg_jax.methods import private_fed_avg as private_fed_avg_lib
 from fedftg_jax.methods import q_fed_avg as q_fed_avg_lib
 from fedftg_jax.methods import remembering as remembering_lib
 from fedftg_jax.methods import scaffold as scaffold_lib
@@ -48,6 +49,8 @@ class Settings(NamedTuple):
     batch_size: of local training, for methods that go through clients' data.
     learning_rate: of the first round.
     weight_decay: of local training, for students on the server.
+    privacy: of the sum, the keyword arguments of `private_fed_avg`; none for a
+      plain one.
   """
 
   model: Model
@@ -59,6 +62,7 @@ class Settings(NamedTuple):
   batch_size: int = 50
   learning_rate: float = 0.1
   weight_decay: float = 1e-3
+  privacy: Mapping[str, Any] = {}
 
 
 class Recipe(NamedTuple):
@@ -77,6 +81,8 @@ class Recipe(NamedTuple):
   without: tuple[str, ...] = ()  # but for these
   # Values of other flags that it needs: (flag, these, why).
   needs: tuple[tuple[str, tuple, str], ...] = ()
+  # What it tells the server that a private sum does not protect.
+  reveals: str = ''
 
   @property
   def given(self) -> list[str]:
@@ -355,6 +361,14 @@ def _at_rate(make, rate):
   return (lambda round_: make(rate(round_))) if callable(rate) else make(rate)
 
 
+def _fed_avg(model, cohort, server_optimizer, privacy):
+  if not privacy:
+    return fed_avg_lib.fed_avg(server_optimizer)
+  return private_fed_avg_lib.private_fed_avg(
+    model, cohort, server_optimizer=server_optimizer, **privacy
+  )
+
+
 def _fed_mr(server_optimizer, cohort, **options):
   if server_optimizer is not None:
     raise ValueError('fed_mr takes no server optimiser: no mean is trained.')
@@ -384,18 +398,20 @@ def _scaffold(
 
 RECIPES = {
   'fed_avg': Recipe(
-    'aggregates',
-    fed_avg_lib.fed_avg,
-    'weighted mean, or FedOpt with --server_optimizer',
+    'aggregates', _fed_avg, 'weighted mean, or FedOpt with --server_optimizer'
   ),
   'fed_nova': Recipe(
-    'aggregates', fed_nova_lib.fed_nova, 'mean normalised by local steps'
+    'aggregates',
+    fed_nova_lib.fed_nova,
+    'mean normalised by local steps',
+    reveals='sends numbers of steps',
   ),
   'q_fed_avg': Recipe(
     'aggregates',
     q_fed_avg_lib.q_fed_avg,
     'fair mean, clients with a larger loss count more',
     prefix='fair_',
+    reveals='sends losses',
   ),
   'fed_prox': Recipe(
     'local',
@@ -415,6 +431,7 @@ RECIPES = {
     'dynamic regularisation',
     weighting='uniform',
     prefix='dyn_',
+    reveals='adds up dual variables',
   ),
   'scaffold': Recipe(
     'corrects',
@@ -422,6 +439,7 @@ RECIPES = {
     'control variates',
     weighting='uniform',
     prefix='scaffold_',
+    reveals='sends control variates',
   ),
   'fed_ntd': Recipe(
     'local',
@@ -440,6 +458,7 @@ RECIPES = {
     fed_gen_lib.fed_gen,
     'a generator of features, learnt on the server, steers local training',
     prefix='gen_',
+    reveals="reads every client's last layer",
   ),
   'fed_mr': Recipe(
     'aggregates',
@@ -453,6 +472,7 @@ RECIPES = {
       ('server_optimizer', ('sgd',), 'no mean is trained further'),
       ('server_learning_rate', (None, 1.0), 'no mean is trained further'),
     ),
+    reveals="keeps every client's model",
   ),
   'fed_df': Recipe(
     'refines',
@@ -461,6 +481,7 @@ RECIPES = {
     generates=True,
     prefix='df_',
     fields=fed_df_lib.Options,
+    reveals="reads every client's model",
   ),
   'fed_df_public': Recipe(
     'refines',
@@ -469,6 +490,7 @@ RECIPES = {
     prefix='df_',
     fields=fed_df_lib.Options,
     without=('generator_steps', 'generator_lr', 'lambda_dis'),
+    reveals="reads every client's model",
   ),
   'fed_ftg': Recipe(
     'refines',
@@ -477,6 +499,7 @@ RECIPES = {
     generates=True,
     prefix='ftg_',
     fields=FtgOptions,
+    reveals="reads every client's model and class counts",
   ),
 }
 
@@ -527,8 +550,11 @@ def build(name: str, settings: Settings, *further: Method) -> Method:
     *further: parts to come last. What the others draw does not depend on them.
 
   Raises:
-    ValueError: for a wrong name or option.
+    ValueError: for a wrong name or option, or a part that a private sum does not
+      protect.
   """
+  if settings.privacy:
+    check_private(name)
   return base.chain(
     *(
       RECIPES[part].build(settings, **settings.options.get(part, {}))
@@ -536,6 +562,13 @@ def build(name: str, settings: Settings, *further: Method) -> Method:
     ),
     *further,
   )
+
+
+def check_private(name: str) -> None:
+  """Raises ValueError if the method called `name` tells more than a sum."""
+  for part in parse(name):
+    if RECIPES[part].reveals:
+      raise ValueError(f'cannot protect {part}, which {RECIPES[part].reveals}')
 
 
 def weighting(name: str) -> str:

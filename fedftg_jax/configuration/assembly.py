@@ -237,6 +237,7 @@ def _method(config, dataset, model) -> base.Method:
     config['batch_size'],
     config['learning_rate'],
     config['weight_decay'] + _prox_decay(config),
+    _privacy(config),
   )
   further = batch_norm.policy_parts(
     config['batch_norm'], model, config['batch_size']
@@ -248,6 +249,18 @@ def _method(config, dataset, model) -> base.Method:
   return _checked(
     'method', config, recipes.build, config['method'], settings, *further
   )
+
+
+def _privacy(config) -> dict[str, Any]:
+  """The arguments of `private_fed_avg`, if anything is to be private."""
+  if not (config['dp_clip'] or config['secure_aggregation']):
+    return {}
+  return {
+    'clip': config['dp_clip'],
+    'noise': config['dp_noise'],
+    'quantile': config['dp_quantile'],
+    'secure': config['secure_aggregation'],
+  }
 
 
 def _prox_decay(config) -> float:

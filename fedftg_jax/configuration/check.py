@@ -1,6 +1,7 @@
 """Checks of a configuration that the type and the bounds of a flag cannot
 make."""
 
+import importlib.util
 import os
 from typing import Any
 
@@ -105,6 +106,7 @@ def check(values: dict[str, Any]) -> None:
     not values['scaffold_lr0'] or values['learning_rate'] > 0,
     'needs a --learning_rate above 0',
   )
+  _check_privacy(values, require)
   _check_public(values, require)
   rate = values['server_learning_rate']
   require('server_learning_rate', rate is None or rate > 0, 'must be above 0')
@@ -122,6 +124,40 @@ def check(values: dict[str, Any]) -> None:
       values['cohort'] <= values['num_clients'],
       f'must be at most --num_clients={values["num_clients"]}',
     )
+
+
+def _check_privacy(values, require):
+  noise, quantile = values['dp_noise'], values['dp_quantile']
+  require('dp_quantile', quantile < 1, 'must be below 1')
+  for name in ('dp_noise', 'dp_quantile'):
+    require(
+      name, not values[name] or values['dp_clip'], 'needs a --dp_clip above 0'
+    )
+  require(
+    'dp_noise',
+    not (noise and quantile) or noise < values['cohort'] / 10,
+    'must be below --cohort / 10 with --dp_quantile',
+  )
+  require(
+    'dp_noise',
+    not noise or importlib.util.find_spec('dp_accounting'),
+    "needs dp-accounting: pip install 'fedftg_jax[dp]'",
+  )
+  require('dp_delta', 0 < values['dp_delta'] < 1, 'must be between 0 and 1')
+  require(
+    'schedule',
+    not noise or values['schedule'] == 'poisson',
+    'must be poisson with --dp_noise: its accounting has every client take '
+    'part with one probability',
+  )
+  for name in ('dp_clip', 'secure_aggregation'):
+    if values[name]:
+      _check_by(name, values, lambda _: recipes.check_private(values['method']))
+      require(
+        'norm',
+        values['norm'] != 'batch',
+        f'must not be batch with --{name}: statistics are sent unprotected',
+      )
 
 
 def _check_public(values, require):

@@ -72,6 +72,7 @@ def _define() -> None:
     ('Data', _define_data),
     ('Partition', _define_partition),
     ('Federation', _define_federation),
+    ('Privacy', _define_privacy),
     ('Model and local training', _define_training),
     ('Single methods', _define_methods),
     ('FedFTG', functools.partial(_define_options, 'fed_ftg')),
@@ -297,6 +298,40 @@ def _define_federation() -> None:
   )
   flags.DEFINE_float(
     'server_learning_rate', None, f'Of the server optimiser; default: {rates}.'
+  )
+
+
+def _define_privacy() -> None:
+  """What the server may learn of a client; of fed_avg and local parts."""
+  flags.DEFINE_float(
+    'dp_clip',
+    0.0,
+    "Largest norm of a client's change of the model; 0 for no bound.",
+    lower_bound=0,
+  )
+  flags.DEFINE_float(
+    'dp_noise',
+    0.0,
+    'Deviation of the Gaussian noise on the sum of changes over --dp_clip; 0 '
+    'for none. Needs --schedule=poisson.',
+    lower_bound=0,
+  )
+  flags.DEFINE_float(
+    'dp_delta',
+    1e-5,
+    'Delta of the (epsilon, delta) differential privacy that metrics say.',
+  )
+  flags.DEFINE_float(
+    'dp_quantile',
+    0.0,
+    'Share of clients that --dp_clip is moved to leave as they are; 0 to keep '
+    'it as it is.',
+    lower_bound=0,
+  )
+  flags.DEFINE_bool(
+    'secure_aggregation',
+    False,
+    'The server sees sums only: changes are sent masked, in fixed point.',
   )
 
 

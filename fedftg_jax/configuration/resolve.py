@@ -34,6 +34,10 @@ _OPTIONAL = (
   'keep_momentum',
   'dropout_after_work',
   'evaluate_all',
+  'dp_clip',
+  'dp_noise',
+  'dp_quantile',
+  'secure_aggregation',
 )
 
 
@@ -125,6 +129,8 @@ def _unused(values: dict[str, Any]) -> set[str]:
     unused |= {'batch_norm', 'torch_bn'}
   unused |= _unused_by_partition(values)
   unused |= {name for name in _OPTIONAL if not values[name]}
+  if not values['dp_noise']:
+    unused.add('dp_delta')
   if values['augment'] == 'none':
     unused.add('augment')
   if values['schedule'].startswith('file:'):

@@ -3,7 +3,7 @@
 import numpy as np
 from upath import UPath
 
-from fedftg_jax import base, evaluation
+from fedftg_jax import base, evaluation, privacy
 from fedftg_jax.configuration import folders
 from fedftg_jax.configuration.assembly import Experiment
 from fedftg_jax.data import partition, schedules, skew
@@ -143,7 +143,7 @@ class RunWriter:
       'bytes_up': self._up,
       'bytes_down': self._down,
     }
-    row = base.merged('metric', row, measured)
+    row = base.merged('metric', row, measured | self._privacy(done))
     self._rows.append({**row, **_class_change(scores)})
     self._add_classes(done, scores.models)
     if scores.clients:
@@ -154,6 +154,15 @@ class RunWriter:
     files.write_jsonl(self._folder / 'metrics.jsonl', self._rows)
     if self._board:
       board.add(self._board, rows.flat(self._rows[-1]), scores.images)
+
+  def _privacy(self, done):
+    """Epsilon so far, where there is noise."""
+    config = self._experiment.config
+    if not config['dp_noise']:
+      return {}
+    rate = config['cohort'] / len(self._experiment.problem.parts)
+    found = privacy.epsilon(done, rate, config['dp_noise'], config['dp_delta'])
+    return {'dp/epsilon': rows.number(found)}
 
   def _add_classes(self, done, models) -> None:
     """Each variant's accuracy on each class, of the last evaluation."""

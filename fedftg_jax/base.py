@@ -203,6 +203,7 @@ class LossAux(NamedTuple):
   # [] mean over the batch, without penalties: the loss on the data, which is
   # `train_loss`, and which SCAFFOLD (option 1) and q-FedAvg ask for.
   cross_entropy: jax.Array
+  logits: PyTree = ()  # [B, C], for parts that add a loss of their own
 
 
 class Loss(Protocol):
@@ -213,11 +214,48 @@ class Loss(Protocol):
   ) -> tuple[jax.Array, LossAux]: ...
 
 
+class Direction(Protocol):
+  """Gives where a solver would descend on a batch, and the loss's `LossAux`:
+  the gradient in the parameters, clipped, then with weight decay."""
+
+  def __call__(
+    self, variables: Variables, batch: Batch, key: jax.Array, /
+  ) -> tuple[PyTree, LossAux]: ...
+
+
+class Step(Protocol):
+  """Takes one local step: (variables, memory, cross-entropy).
+
+  `batches` are those of this step, `step_size` is the learning rate of the
+  round. The cross-entropy is that on the first of the batches, before the step.
+  """
+
+  def __call__(
+    self,
+    direction: Direction,
+    variables: Variables,
+    memory: PyTree,
+    batches: tuple[Batch, ...],
+    step_size: jax.Array,
+    key: jax.Array,
+    /,
+  ) -> tuple[Variables, PyTree, jax.Array]: ...
+
+
+class Rule(NamedTuple):
+  """What a local step does, where it is not a solver's own descent."""
+
+  memory: PyTree  # what it keeps from step to step, before the first
+  step: Step
+  num_batches: int = 1  # batches that each step draws, one after the other
+
+
 class Objective(NamedTuple):
   """What one client minimises."""
 
   loss: Loss
   decay: jax.Array  # [] added to the optimiser's weight decay, outside the clip
+  rule: Rule | None = None  # how, if not as the solver does
 
 
 class Local(NamedTuple):
@@ -230,6 +268,8 @@ class Local(NamedTuple):
   # Of a chain, new slots of the parts within; handed on as they are.
   within: tuple = ()
   optimizer_state: PyTree = None  # of the solver's optimiser, in the end
+  # What the objective's rule keeps after the last step; () without a rule.
+  memory: PyTree = ()
 
 
 class Solver(Protocol):

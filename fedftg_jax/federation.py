@@ -458,7 +458,10 @@ def _local_loss(model, method, view, variables, batch, key):
   output = model.apply(variables, batch.x, mask=batch.mask, train=True)
   cross_entropy = losses.cross_entropy(output.logits, batch.y, batch.mask)
   penalty = method.penalty(variables, output, batch, view, key)
-  return cross_entropy + penalty, LossAux(output.stats, cross_entropy)
+  return (
+    cross_entropy + penalty,
+    LossAux(output.stats, cross_entropy, output.logits),
+  )
 
 
 def over_seeds(fed: Federation) -> Federation:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedftg_jax.base import Local, Method
+from fedftg_jax.base import Batch, Data, Local, Method, Rule
 from fedftg_jax.data import clients
 
 
@@ -32,7 +32,9 @@ def local_sgd(
   epoch may be partial and is kept. The gradient is clipped by its global norm,
   THEN weight decay is added (`weight_decay` and the objective's own), then
   comes `optimizer`, whose state is fresh in every round (but see
-  `kept_optimizer`), then the learning rate.
+  `kept_optimizer`), then the learning rate. Where the objective has a `rule`,
+  that takes the place of the optimiser and of the step; batches, clip and
+  weight decay are the same.
 
   Args:
     learning_rate: step size, or a function of the round (optax schedule).
@@ -76,65 +78,130 @@ def local_sgd(
 
   def solve(objective, view, key):
     count = view.data.count
-    batches = -(-count // batch_size)  # per epoch, this client
-    wanted = epochs * batches if steps is None else jnp.where(count, steps, 0)
+    per_epoch = -(-count // batch_size)
+    wanted = epochs * per_epoch if steps is None else jnp.where(count, steps, 0)
     num_steps = jnp.minimum(wanted, view.num_steps).astype(jnp.int32)
     # A split in three begins with the keys of a split in two: without
     # augmentation the draws are those that they were before there was any.
     key_order, key_loss, key_augment = jax.random.split(key, 3)
-    order_of = _orders(key_order, view.data, epochs, batch_size)
+    rule = objective.rule or _descent(optimizer, view)
+    num = rule.num_batches
+    batch = batches(
+      view.data,
+      key_order,
+      key_augment,
+      batch_size,
+      epochs and num * epochs,
+      augment,
+    )
     decay = weight_decay + objective.decay
     step_size = jnp.asarray(schedule(view.round))
     grad_fn = jax.value_and_grad(
-      lambda params, *args: objective.loss(
-        view.variables._replace(params=params, stats=args[0]), *args[1:]
+      lambda params, variables, *args: objective.loss(
+        variables._replace(params=params), *args
       ),
       has_aux=True,
     )
 
-    def step(i, carry):
-      (params, stats), opt_state, total = carry
-      epoch, batch_in_epoch = i // batches, i % batches
-      first = batch_in_epoch * batch_size
-      positions = jax.lax.dynamic_slice(
-        order_of(epoch), (first,), (batch_size,)
-      )
-      batch = clients.batch(
-        view.data, positions, first + jnp.arange(batch_size) < count
-      )
-      batch = batch._replace(
-        x=augment(jax.random.fold_in(key_augment, i), batch.x)
-      )
-      (_, aux), grads = grad_fn(
-        params, stats, batch, jax.random.fold_in(key_loss, i)
-      )
+    def direction(variables, batch, key):
+      params = variables.params
+      (_, aux), grads = grad_fn(params, variables, batch, key)
       grads, _ = clip.update(grads, clip.init(params))
-      grads = jax.tree.map(lambda g, p: g + decay * p, grads, params)
-      updates, opt_state = optimizer.update(grads, opt_state, params)
-      params = jax.tree.map(
-        lambda p, u: p - (step_size * u).astype(p.dtype), params, updates
+      return jax.tree.map(lambda g, p: g + decay * p, grads, params), aux
+
+    def step(i, carry):
+      variables, memory, total = carry
+      drawn = tuple(batch(num * i + j) for j in range(num))
+      variables, memory, cross_entropy = rule.step(
+        direction,
+        variables,
+        memory,
+        drawn,
+        step_size,
+        jax.random.fold_in(key_loss, i),
       )
-      seen = jnp.sum(batch.mask)
-      total = (total[0] + seen * aux.cross_entropy, total[1] + seen)
-      return (
-        view.variables._replace(params=params, stats=aux.stats),
-        opt_state,
-        total,
-      )
+      seen = jnp.sum(drawn[0].mask)
+      total = (total[0] + seen * cross_entropy, total[1] + seen)
+      return variables, memory, total
 
     zero = jnp.zeros((), jnp.result_type(float))
-    opt_state = view.optimizer_state
-    if opt_state is None:
-      opt_state = optimizer.init(view.variables.params)
-    variables, opt_state, (loss, seen) = jax.lax.fori_loop(
-      0, num_steps, step, (view.variables, opt_state, (zero, zero))
+    variables, memory, (loss, seen) = jax.lax.fori_loop(
+      0, num_steps, step, (view.variables, rule.memory, (zero, zero))
     )
-    metrics = {'train_loss': loss / jnp.maximum(seen, 1)}
-    return Local(
-      variables, num_steps, step_size, metrics, optimizer_state=opt_state
+    local = Local(
+      variables,
+      num_steps,
+      step_size,
+      {'train_loss': loss / jnp.maximum(seen, 1)},
+      optimizer_state=view.optimizer_state,
     )
+    if objective.rule is None:
+      return local._replace(optimizer_state=memory)
+    return local._replace(memory=memory)
 
   return solve
+
+
+def _descent(optimizer, view) -> Rule:
+  """A step of gradient descent; the memory is the optimiser's state."""
+  begin = view.optimizer_state
+  if begin is None:
+    begin = optimizer.init(view.variables.params)
+
+  def step(direction, variables, opt_state, drawn, step_size, key):
+    (batch,) = drawn
+    grads, aux = direction(variables, batch, key)
+    updates, opt_state = optimizer.update(grads, opt_state, variables.params)
+    params = jax.tree.map(
+      lambda p, u: p - (step_size * u).astype(p.dtype),
+      variables.params,
+      updates,
+    )
+    variables = variables._replace(params=params, stats=aux.stats)
+    return variables, opt_state, aux.cross_entropy
+
+  return Rule(begin, step)
+
+
+def batches(
+  data: Data,
+  key_order: jax.Array,
+  key_augment: jax.Array,
+  batch_size: int,
+  epochs: int | None = None,
+  augment: Callable = lambda key, x: x,
+) -> Callable[[jax.Array], Batch]:
+  """Gives a client's batches of one round, by their number.
+
+  Each epoch visits the client's examples in a new order; its last batch may be
+  partial.
+
+  Args:
+    data: one client's.
+    key_order: draws the orders.
+    key_augment: for `augment`.
+    batch_size: examples in a batch.
+    epochs: how many orders to draw beforehand; None to draw each where it is
+      used, since a small client may go through very many.
+    augment: see `local_sgd`.
+
+  Returns:
+    A function i -> batch i.
+  """
+  per_epoch = -(-data.count // batch_size)
+  order_of = _orders(key_order, data, epochs, batch_size)
+
+  def batch(i):
+    epoch, in_epoch = i // per_epoch, i % per_epoch
+    first = in_epoch * batch_size
+    positions = jax.lax.dynamic_slice(order_of(epoch), (first,), (batch_size,))
+    drawn = clients.batch(
+      data, positions, first + jnp.arange(batch_size) < data.count
+    )
+    x = augment(jax.random.fold_in(key_augment, i), drawn.x)
+    return drawn._replace(x=x)
+
+  return batch
 
 
 def _orders(key, data, num_epochs, batch_size):

@@ -142,8 +142,8 @@ FAULTS = (
   Fault(
     'engine_batch_norm_stale',
     ENGINE,
-    'LossAux(output.stats, cross_entropy)',
-    'LossAux(variables.stats, cross_entropy)',
+    'LossAux(output.stats, cross_entropy, output.logits)',
+    'LossAux(variables.stats, cross_entropy, output.logits)',
     OF_ENGINE,
   ),
   Fault(
@@ -166,15 +166,15 @@ FAULTS = (
   Fault(
     'solver_partial_batch_dropped',
     SOLVER,
-    'batches = -(-count // batch_size)',
-    'batches = jnp.maximum(count // batch_size, 1)',
+    'per_epoch = -(-count // batch_size)',
+    'per_epoch = jnp.maximum(count // batch_size, 1)',
     OF_SOLVER,
   ),
   Fault(
     'solver_padding_is_an_example',
     SOLVER,  # off by one
-    'first + jnp.arange(batch_size) < count',
-    'first + jnp.arange(batch_size) <= count',
+    'first + jnp.arange(batch_size) < data.count',
+    'first + jnp.arange(batch_size) <= data.count',
     OF_SOLVER,
   ),
   Fault(
@@ -190,10 +190,10 @@ FAULTS = (
     'solver_decay_is_clipped',
     SOLVER,
     '      grads, _ = clip.update(grads, clip.init(params))\n'
-    '      grads = jax.tree.map(lambda g, p: g + decay * p, grads, params)\n'
+    '      return jax.tree.map(lambda g, p: g + decay * p, grads, params), aux\n'
     '',
     '      grads = jax.tree.map(lambda g, p: g + decay * p, grads, params)\n'
-    '      grads, _ = clip.update(grads, clip.init(params))\n'
+    '      return clip.update(grads, clip.init(params))[0], aux\n'
     '',
     OF_SOLVER,
   ),
@@ -207,17 +207,15 @@ FAULTS = (
   Fault(
     'solver_same_augmentation_each_step',
     SOLVER,
-    '      batch = batch._replace(\n'
-    '        x=augment(jax.random.fold_in(key_augment, i), batch.x)\n'
-    '      )',
-    '      batch = batch._replace(x=augment(key_augment, batch.x))',
+    'augment(jax.random.fold_in(key_augment, i), drawn.x)',
+    'augment(key_augment, drawn.x)',
     ('augment_test.py', 'solvers_test.py'),
   ),
   Fault(
     'solver_loss_by_batches',
     SOLVER,  # a partial batch counts as a whole
-    'total[0] + seen * aux.cross_entropy, total[1] + seen',
-    'total[0] + aux.cross_entropy, total[1] + 1',
+    'total[0] + seen * cross_entropy, total[1] + seen',
+    'total[0] + cross_entropy, total[1] + 1',
     OF_SOLVER,
   ),
   # FedFTG.

@@ -143,6 +143,53 @@ class LocalSgdTest(parameterized.TestCase):
     chex.assert_trees_all_equal(second.variables, want.variables)
     chex.assert_trees_all_equal(second.optimizer_state, want.optimizer_state)
 
+  @parameterized.parameters(dict(epochs=2), dict(steps=6))
+  def test_rule(self, **length):
+    """It gets the batches that a descent would, each epoch in two steps of two
+    batches, and what it keeps comes back; clip, decay and rate are the
+    solver's."""
+    count, num = 11, 2
+
+    def step(direction, variables, memory, batches, step_size, key):
+      del key
+      place, rows, directions = memory
+      for batch in batches:
+        grads, aux = direction(variables, batch, KEY)
+        rows = rows.at[place].set(jnp.where(batch.mask, batch.x[:, 0], -1))
+        directions = directions.at[place].set(grads)
+        place += 1
+      params = variables.params + step_size
+      return (
+        variables._replace(params=params),
+        (place, rows, directions),
+        aux[1],
+      )
+
+    rule = base.Rule(
+      (jnp.int32(0), jnp.zeros((12, 4)), jnp.zeros(12)), step, num
+    )
+    solve = solvers.local_sgd(
+      0.5, batch_size=4, clip_norm=1.0, weight_decay=0.3, **length
+    )
+    asked = objective(10.0, decay=0.2)._replace(rule=rule)
+    local = solve(asked, view(count), KEY)
+    self.assertEqual(int(local.num_steps), 6)
+    np.testing.assert_allclose(local.variables.params, 2.0 + 6 * 0.5)
+    place, rows, directions = local.memory
+    self.assertEqual(int(place), 12)
+    np.testing.assert_allclose(
+      directions, np.repeat(1 + 0.5 * (2 + 0.5 * np.arange(6)), 2), rtol=1e-6
+    )
+    key_order, _, key_augment = jax.random.split(KEY, 3)
+    batch = solvers.batches(view(count).data, key_order, key_augment, 4)
+    for i, seen in enumerate(rows):
+      x, _, mask = batch(i)
+      np.testing.assert_array_equal(seen, np.where(mask, x[:, 0], -1))
+    for epoch in np.asarray(rows).reshape(4, 12):
+      np.testing.assert_array_equal(np.sort(epoch)[1:], np.arange(count))
+    plain = solve(objective(10.0), view(count), KEY)
+    self.assertEqual(plain.memory, ())
+
   @parameterized.parameters(
     (dict(), 'either epochs or steps'),
     (dict(epochs=1, steps=1), 'either epochs or steps'),

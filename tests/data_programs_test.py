@@ -111,6 +111,40 @@ class TrainTest(ProgramCase):
     self.assertNotIn('validation_accuracy', self.rows('c')[-1])
 
   @pytest.mark.slow
+  def test_clients_keep_tests_of_merged_data(self):
+    changes = (
+      '--merge_test',
+      '--client_test_share=0.25',
+      '--partition_seed=3',
+      '--evaluate_clients=every',
+      '--personalise',
+    )
+    self.run_program(train, 'a', *changes)
+    np.testing.assert_array_equal(
+      np.sort(np.concatenate(self.parts('a'))), np.arange(60 + 30)
+    )
+    with np.load(self.folder / 'a' / 'counts.npz') as counts:
+      sizes = {k: counts[k].sum(1) for k in ('train', 'test')}
+    held = np.array([*map(len, self.parts('a'))])
+    np.testing.assert_array_equal(sizes['test'], -(-held // 4))
+    np.testing.assert_array_equal(sizes['train'] + sizes['test'], held)
+    # The test set is that of the clients, whoever is asked.
+    clients = json.loads((self.folder / 'a' / 'clients.json').read_text())
+    of_all = np.average(clients['accuracy']['broadcast'], weights=sizes['test'])
+    last = self.rows('a')[-1]
+    self.assertAlmostEqual(last['test_accuracy'], of_all, places=5)
+    for name in ('broadcast', 'personalised'):
+      self.assertEqual(clients['test_examples'], sizes['test'].tolist())
+      self.assertIn('weighted_mean', last['clients'][name])
+    # The written partition has the tests in it, as the program's has.
+    self.run_program(partition, 'p', *changes)
+    for part, drawn in zip(self.parts('a'), self.parts('p')):
+      np.testing.assert_array_equal(part, drawn)
+    replay = f'--partition=file:{self.folder}/a/partition.npz'
+    self.run_program(train, 'b', *changes, replay)
+    self.assertEqual(self.rows('b'), self.rows('a'))
+    self.assertIn('partition_seed', self.config('b')['config'])
+
   def test_compare_shows_validation(self):
     self.run_program(
       compare,
@@ -343,6 +377,12 @@ class ErrorsTest(ProgramCase):
     ('--partition=quantity', '--partition=quantity: needs --size_sigma or'),
     ('--validation_share=1', '--validation_share=1.0: must be below 1'),
     ('--validation_share=-1', '--validation_share=-1: must be'),
+    ('--client_test_share=1', '--client_test_share=1.0: must be below 1'),
+    ('--merge_test', '--merge_test=True: needs a --client_test_share above 0'),
+    (
+      '--merge_test --client_test_share=.1 --partition=natural',
+      '--merge_test=True: must be false with --partition=natural',
+    ),
     ('--augment=mixup', '--augment=mixup: .*none.flip_crop'),
     ('--manual_dir=/dev/null', '--manual_dir=/dev/null: must be a folder'),
     ('--shards_per_client=0', '--shards_per_client=0: must be a positive'),
@@ -359,7 +399,9 @@ class ErrorsTest(ProgramCase):
       assembly, 'load', side_effect=AssertionError
     ):
       for program in (train, partition):
-        status, _, err = call(program, f'--data_dir={self.folder}', argument)
+        status, _, err = call(
+          program, f'--data_dir={self.folder}', *argument.split()
+        )
         self.assertEqual(status, 2)
         self.assertRegex(err, '^error: ' + message)
         self.assertEqual(err.count('\n'), 1)

@@ -661,5 +661,78 @@ class ValidationTest(parameterized.TestCase):
       datasets.with_validation(self.dataset(np.arange(9) % 3), share, 0)
 
 
+class ClientTestsTest(parameterized.TestCase):
+  """Tests that clients keep of their own examples."""
+
+  PARTS = [np.arange(10), np.array([39]), np.arange(38, 9, -1), np.arange(0)]
+
+  def dataset(self):
+    return datasets.Dataset(
+      np.arange(100, 140),
+      np.arange(40) % 3,
+      np.zeros(5, int),
+      np.zeros(5, int),
+      3,
+      (0.0,),
+      (1.0,),
+      train_clients=np.repeat([0, 1], 20),
+    )
+
+  def test_every_example_is_trained_or_tested_on_by_its_client(self):
+    whole = self.dataset()
+    data, train, test = datasets.with_client_tests(whole, self.PARTS, 0.25, 7)
+    for part, trained, tested in zip(self.PARTS, train, test):
+      x, y = (
+        np.concatenate([of_train[trained], of_test[tested]])
+        for of_train, of_test in (
+          (data.train_x, data.test_x),
+          (data.train_y, data.test_y),
+        )
+      )
+      np.testing.assert_array_equal(np.sort(x), np.sort(whole.train_x[part]))
+      np.testing.assert_array_equal(y, whole.train_y[x - 100])
+    # A quarter, rounded up: of 10, of 1 (which stays in training), of 29, of 0.
+    self.assertEqual([len(rows) for rows in test], [3, 0, 8, 0])
+    np.testing.assert_array_equal(
+      data.train_clients, (data.train_x - 100) // 20
+    )
+    self.assertLen(data.train_y, 40 - 11)
+
+  @parameterized.parameters((0.1, 3), (0.5, 15), (0.99, 29), (1e-6, 1))
+  def test_number(self, share, want):
+    parts = [np.arange(30), np.arange(30, 40)]
+    _, _, test = datasets.with_client_tests(self.dataset(), parts, share, 0)
+    self.assertLen(test[0], want)
+
+  def test_the_seed_draws(self):
+    kept = [
+      set(
+        datasets.with_client_tests(self.dataset(), self.PARTS, 0.25, s)[
+          0
+        ].test_x
+      )
+      for s in (0, 0, 1)
+    ]
+    self.assertEqual(kept[0], kept[1])
+    self.assertNotEqual(kept[0], kept[2])
+
+  def test_merged(self):
+    data = datasets.with_test_merged(self.dataset())
+    np.testing.assert_array_equal(
+      data.train_x, [*range(100, 140), 0, 0, 0, 0, 0]
+    )
+    self.assertLen(data.train_y, 45)
+    self.assertIsNone(data.train_clients)
+
+  @parameterized.parameters(
+    (1.0, [np.arange(40)], 'above 0 and below 1, got 1'),
+    (0.0, [np.arange(40)], 'above 0 and below 1, got 0'),
+    (0.5, [np.array([3])], 'no client has an example to spare'),
+  )
+  def test_errors(self, share, parts, message):
+    with self.assertRaisesRegex(ValueError, message):
+      datasets.with_client_tests(self.dataset(), parts, share, 0)
+
+
 if __name__ == '__main__':
   absltest.main()

@@ -63,6 +63,12 @@ class ClassifiersTest(parameterized.TestCase):
     ),
     ('fedgen_cnn', (28, 28, 1), 26_434, 32),  # as FedGen's code has it
     ('convnet', (32, 32, 3), 320_010, 2048),  # as FedDM's
+    (  # 28 - 4 = 24, pooled 12, - 4 = 8, pooled 4
+      'pfllib_cnn',
+      (28, 28, 1),
+      25 * 32 + 32 + 25 * 32 * 64 + 64 + 4 * 4 * 64 * 512 + 512 + 5130,
+      512,
+    ),
   )
   def test_sizes(self, name, image_shape, num_params, num_features):
     model = models.build(name, image_shape, 10)
@@ -159,10 +165,10 @@ class ClassifiersTest(parameterized.TestCase):
 
   def check_projection(self, name):
     plain, model = (
-      models.build(name, (8, 8, 3), 5, projection_dim=p) for p in (0, 7)
+      models.build(name, (16, 16, 3), 5, projection_dim=p) for p in (0, 7)
     )
     before, variables = (jax.eval_shape(m.init, KEY) for m in (plain, model))
-    x = jnp.zeros((2, 8, 8, 3))
+    x = jnp.zeros((2, 16, 16, 3))
     width = jax.eval_shape(plain.apply, before, x).features.shape[-1]
     out = jax.eval_shape(model.apply, variables, x)
     self.assertEqual(out.logits.shape, (2, 5))
@@ -264,7 +270,7 @@ class PiecesTest(parameterized.TestCase):
 
   def check_has_head(self, name):
     module = models.CLASSIFIERS[name](3)
-    self.assertIsNotNone(models.from_flax(module, (8, 8, 1)).head)
+    self.assertIsNotNone(models.from_flax(module, (16, 16, 1)).head)
 
   def test_missing(self):
     model = problems.LINEAR
@@ -489,7 +495,7 @@ class DeepClassifiersTest(parameterized.TestCase):
   def test_default_norms(self):
     self.assertEqual(set(models.DEFAULT_NORMS), set(models.CLASSIFIERS))
     for name, norm in models.DEFAULT_NORMS.items():
-      stats = jax.eval_shape(models.build(name, (8, 8, 3), 3).init, KEY).stats
+      stats = jax.eval_shape(models.build(name, (16, 16, 3), 3).init, KEY).stats
       self.assertEqual(bool(stats), norm == 'batch')
 
   def test_biases(self):

@@ -80,7 +80,7 @@ class PresetsTest(parameterized.TestCase):
       originals / 'cifar-100-binary', ['train.bin', 'test.bin'], 2, 300
     )
     for prefix in ('train', 't10k'):
-      write_idx(originals / 'fashion_mnist', prefix, 300)
+      write_idx(originals / 'fashion_mnist', prefix, 500)
 
   @contextlib.contextmanager
   def parsed(self, name):

@@ -53,6 +53,9 @@ class Problem(NamedTuple):
   parts: list[np.ndarray]  # row indices of each client
   data: base.Data
   schedule: base.Cohort  # leading axis [T]
+  tests: list[np.ndarray]  # rows of the test set by client
+  # The partition as it was drawn: `parts`, if clients keep no tests of it.
+  drawn: list[np.ndarray]
 
 
 class Experiment(NamedTuple):
@@ -95,12 +98,27 @@ def make_problem(
   manual_dir: str | None = None,
 ) -> Problem:
   """Shares out the data and draws who takes part; arguments as in `build`."""
-  dataset, public, parts = share_out(config, load(config, data_dir, manual_dir))
+  dataset, public, drawn = share_out(config, load(config, data_dir, manual_dir))
+  parts, share = drawn, config['client_test_share']
+  if share:
+    dataset, parts, tests = _checked(
+      'client_test_share',
+      config,
+      datasets.with_client_tests,
+      dataset,
+      drawn,
+      share,
+      config['partition_seed'],
+    )
+  else:  # classes fall to clients as in training
+    tests = partition.like(dataset.test_y, dataset.train_y, parts)
   return Problem(
     dataset,
     parts,
     clients.from_partition(dataset.train_x, dataset.train_y, parts, public),
     _schedule(config, parts),
+    tests,
+    drawn,
   )
 
 
@@ -285,7 +303,8 @@ def _options(part, config) -> dict[str, Any]:
 def share_out(
   config: Configuration, loaded: datasets.Dataset
 ) -> tuple[datasets.Dataset, np.ndarray | tuple[()], list[np.ndarray]]:
-  """What the clients have: after validation and public images are taken away.
+  """What the clients have: after validation and public images are taken away,
+  and before they keep examples as tests.
 
   Returns:
     The data set of the clients, the public images (or ()), and the rows of each
@@ -294,6 +313,8 @@ def share_out(
   Raises:
     cli.UsageError: where data and configuration do not fit.
   """
+  if config['merge_test']:
+    loaded = datasets.with_test_merged(loaded)
   loaded = _checked(
     'train_examples',
     config,

@@ -69,6 +69,20 @@ def check(values: dict[str, Any]) -> None:
     )
   require('dropout_rate', values['dropout_rate'] < 1, 'must be below 1')
   require('validation_share', values['validation_share'] < 1, 'must be below 1')
+  share = values['client_test_share']
+  require('client_test_share', share < 1, 'must be below 1')
+  merged = values['merge_test']
+  require(
+    'merge_test',
+    not merged or share,
+    'needs a --client_test_share above 0, as no test set would be left',
+  )
+  require(
+    'merge_test',
+    not merged or values['partition'] != 'natural',
+    'must be false with --partition=natural: nobody knows whose the test '
+    'examples are',
+  )
   require(
     'partition',
     values['partition'] != 'quantity'

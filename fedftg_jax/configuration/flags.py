@@ -137,6 +137,20 @@ def _define_data() -> None:
     'same of each class, and evaluated beside the test set.',
     lower_bound=0,
   )
+  flags.DEFINE_float(
+    'client_test_share',
+    0.0,
+    'Each client keeps this share of its examples as a test set of its own, '
+    'drawn at random; the test set is then that of all clients together, '
+    'instead of the published one. 0 for the published one.',
+    lower_bound=0,
+  )
+  flags.DEFINE_bool(
+    'merge_test',
+    False,
+    'The published test set is merged into the training set before anything '
+    'is kept apart or shared out; needs --client_test_share.',
+  )
   flags.DEFINE_enum(
     'augment',
     'none',
@@ -193,7 +207,7 @@ def _define_partition() -> None:
   flags.DEFINE_integer(
     'partition_seed',
     0,
-    'Seed of the partition, and of what is kept apart before.',
+    'Seed of the partition, and of what is kept apart for validation or tests.',
     lower_bound=0,
     upper_bound=2**31 - 1,
   )

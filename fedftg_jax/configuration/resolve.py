@@ -29,6 +29,8 @@ _OPTIONAL = (
   'num_classes',
   'train_examples',
   'validation_share',
+  'merge_test',
+  'client_test_share',
   'momentum',
   'nesterov',
   'keep_momentum',
@@ -153,7 +155,9 @@ def _unused_by_partition(values: dict[str, Any]) -> set[str]:
   if flags.is_given(kind):
     unused.add('num_clients')
     if not (
-      values['validation_share'] or values['public_data'].startswith('train:')
+      values['validation_share']
+      or values['client_test_share']
+      or values['public_data'].startswith('train:')
     ):
       unused.add('partition_seed')
   return unused

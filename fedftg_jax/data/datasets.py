@@ -151,6 +151,57 @@ def with_validation(dataset: Dataset, share: float, seed: int) -> Dataset:
   )
 
 
+def with_test_merged(dataset: Dataset) -> Dataset:
+  """The data set whose train split has the test split's examples behind its
+  own; whose these are is not known. `mean` and `std` stay as they are."""
+  return dataset._replace(
+    train_x=np.concatenate([dataset.train_x, dataset.test_x]),
+    train_y=np.concatenate([dataset.train_y, dataset.test_y]),
+    train_clients=None,
+  )
+
+
+def with_client_tests(
+  dataset: Dataset, parts: list[np.ndarray], share: float, seed: int
+) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
+  """Every client keeps a share of its examples, drawn at random, as a test set.
+
+  The number is rounded up, as in scikit-learn's `train_test_split`, but one
+  example at least stays to train on.
+
+  Args:
+    dataset: its test split is dropped.
+    parts: rows of the train split that each client holds.
+    share: in (0, 1).
+    seed: of the draw.
+
+  Returns:
+    The data set, whose test split is all clients' tests; each client's rows of
+    its train split; each client's rows of its test split.
+
+  Raises:
+    ValueError: for another share, or if no client has an example to spare.
+  """
+  if not 0 < share < 1:
+    raise ValueError(f'share must be above 0 and below 1, got {share}.')
+  rng = np.random.RandomState([seed, 4])
+  tested = np.zeros(len(dataset.train_y), bool)
+  for part in parts:
+    num = min(int(np.ceil(share * len(part) - 1e-9)), len(part) - 1)
+    tested[rng.permutation(part)[: max(num, 0)]] = True
+  if not tested.any():
+    raise ValueError('no client has an example to spare for a test.')
+  place = np.where(tested, np.cumsum(tested), np.cumsum(~tested)) - 1
+  apart = dataset.take(np.flatnonzero(~tested))._replace(
+    test_x=dataset.train_x[tested], test_y=dataset.train_y[tested]
+  )
+  train, test = (
+    [place[part[tested[part] == side]] for part in parts]
+    for side in (False, True)
+  )
+  return apart, train, test
+
+
 def with_examples(dataset: Dataset, num: int, seed: int) -> Dataset:
   """The data set with `num` training examples, of every class the same share up
   to rounding; 0 for all. Normalisation stays that of the whole.

@@ -21,6 +21,7 @@ CLASSIFIERS = {
   'fedavg_cnn': classifiers.fedavg_cnn,
   'fedgen_cnn': classifiers.fedgen_cnn,
   'convnet': classifiers.convnet,
+  'pfllib_cnn': classifiers.pfllib_cnn,
   'resnet18': resnet.resnet18,
   'resnet18_cifar': resnet.resnet18_cifar,
   'resnet20': resnet.resnet20,
@@ -36,6 +37,7 @@ DEFAULT_NORMS = {
   'fedavg_cnn': 'none',
   'fedgen_cnn': 'batch',
   'convnet': 'instance',
+  'pfllib_cnn': 'none',
   'resnet18': 'batch',
   'resnet18_cifar': 'batch',
   'resnet20': 'batch',
@@ -44,7 +46,7 @@ DEFAULT_NORMS = {
 }
 
 # The others take images of any size.
-_MIN_SIZES = {'lenet': 4, 'fedavg_cnn': 4, 'convnet': 8}
+_MIN_SIZES = {'lenet': 4, 'fedavg_cnn': 4, 'convnet': 8, 'pfllib_cnn': 16}
 
 
 def build(

@@ -44,13 +44,19 @@ class CNN(nn.Module):
   dense_widths: Sequence[int]
   options: layers.Variant
   size: int = 5
+  valid: bool = False  # whether convolutions have no padding
 
   @nn.compact
   def __call__(self, x, mask=None, train=False):
     options = self.options
     for i, width in enumerate(self.conv_widths):
       x = layers.Conv(
-        width, self.size, options.norm != 'batch', options.conv, name=f'conv{i}'
+        width,
+        self.size,
+        options.norm != 'batch',
+        options.conv,
+        valid=self.valid,
+        name=f'conv{i}',
       )(x)
       x = layers.Norm(options.norm, unbiased=options.torch_bn, name=f'norm{i}')(
         x, mask, train
@@ -144,3 +150,9 @@ def convnet(num_classes: int, options=layers.Variant('instance')) -> nn.Module:
 def fedgen_cnn(num_classes: int, options=layers.Variant('batch')) -> nn.Module:
   """2 x (conv3x3 of stride 2, norm, ReLU) with 6 and 16 channels, fc32, fc."""
   return FedGenCNN(num_classes, options=options)
+
+
+def pfllib_cnn(num_classes: int, options=layers.Variant()) -> nn.Module:
+  """conv5x5x32, pool, conv5x5x64, pool, fc512, fc, without padding: FedAvgCNN
+  of PFLlib (Zhang et al., arXiv:2312.04992)."""
+  return CNN(num_classes, (32, 64), (512,), options, valid=True)

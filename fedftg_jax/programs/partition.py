@@ -7,7 +7,7 @@ Takes the flags of `train`, of which those count that say who holds what. Prints
 the measures as a table and writes them into --workdir (default: a folder in
 runs/ named after the configuration): measures.json, heatmap.png (who has how
 many examples of which class), partition.npz (for --partition=file:PATH) and
-config.json.
+config.json. What clients keep as tests (--client_test_share) is in it.
 """
 
 from absl import flags as absl_flags
@@ -22,6 +22,8 @@ FLAGS = absl_flags.FLAGS
 # What a partition depends on.
 _USED = (
   'dataset',
+  'train_examples',
+  'merge_test',
   'validation_share',
   'public_data',
   'partition',

@@ -13,7 +13,7 @@ from fedftg_jax import evaluation
 from fedftg_jax import models as models_lib
 from fedftg_jax.base import Data
 from fedftg_jax.configuration.assembly import Experiment
-from fedftg_jax.data import clients, partition
+from fedftg_jax.data import clients
 from fedftg_jax.data import images as images_lib
 
 _BATCH = 500  # examples at once
@@ -56,7 +56,7 @@ def scorer(experiment: Experiment, data: Data, put: Callable) -> Callable:
   model = simulation.model
   test = put(
     clients.from_partition(
-      dataset.test_x, dataset.test_y, test_parts(experiment)
+      dataset.test_x, dataset.test_y, experiment.problem.tests
     )
   )
   validation = dataset.validation_x is not None and put(
@@ -127,13 +127,6 @@ def scorer(experiment: Experiment, data: Data, put: Callable) -> Callable:
 # On the host, where nothing has to be compiled first.
 def _all_finite(tree) -> bool:
   return all(np.isfinite(a).all() for a in jax.tree.leaves(tree))
-
-
-def test_parts(experiment: Experiment) -> list[np.ndarray]:
-  """Each client's rows of the test set: classes fall to clients as in
-  training."""
-  dataset, parts = experiment.problem.dataset, experiment.problem.parts
-  return partition.like(dataset.test_y, dataset.train_y, parts)
 
 
 def _mean_of_all(experiment, state):

@@ -54,7 +54,7 @@ class RunWriter:
       for name in stale:
         (folder / name).unlink(missing_ok=True)
     with files.replacing(folder / 'partition.npz') as temporary:
-      partition.save(temporary, experiment.problem.parts)
+      partition.save(temporary, experiment.problem.drawn)
     with files.replacing(folder / 'schedule.npz') as temporary:
       schedules.save(
         temporary, experiment.problem.schedule, len(experiment.problem.parts)
@@ -334,7 +334,7 @@ def label_counts(experiment: Experiment) -> dict[str, np.ndarray]:
     )
     for split, labels, parts in (
       ('train', dataset.train_y, experiment.problem.parts),
-      ('test', dataset.test_y, scoring.test_parts(experiment)),
+      ('test', dataset.test_y, experiment.problem.tests),
     )
   }
 

@@ -1,0 +1,158 @@
+"""Lattices to quantise with: nearest points, and dither on their cells.
+
+Conway and Sloane, Fast Quantizing and Decoding Algorithms for Lattice
+Quantizers and Codes, IEEE Transactions on Information Theory 28(2), 1982.
+Z and A2 (hexagonal) are in UVeQFed's paper, D4 and E8 are not.
+
+A lattice has n dimensions. Its points are written as integer codes along
+orthogonal axes, point = code * unit. Not all integers are points: code j is
+known modulo `modulus[j]` from the codes before it, see `residues`. A coder that
+uses this loses next to nothing against a joint table of all n codes.
+"""
+
+from collections.abc import Callable
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedftg_jax import base
+
+
+class Lattice(NamedTuple):
+  """A lattice, at its canonical scale."""
+
+  nearest: Callable[[jax.Array], jax.Array]  # [..., n] -> codes [..., n] int32
+  unit: tuple[float, ...]  # [n], a point is codes * unit
+  basis: tuple[tuple[float, ...], ...]  # n vectors
+  second_moment: float  # of the cell, per dimension and normalised: G
+  modulus: tuple[int, ...]  # [n], 1 where nothing is known
+  check: tuple[tuple[int, ...], ...]  # [n, n], below the diagonal
+  table: tuple[int, ...]  # [n], axes of one number are distributed alike
+
+  @property
+  def dim(self) -> int:
+    return len(self.unit)
+
+  @property
+  def volume(self) -> float:
+    """Of a cell."""
+    return float(abs(np.linalg.det(np.array(self.basis))))
+
+  @property
+  def variance(self) -> float:
+    """Per dimension, of what is uniform on a cell: G V^(2 / n)."""
+    return self.second_moment * self.volume ** (2 / self.dim)
+
+  def points(self, codes: jax.Array) -> jax.Array:
+    """The points of codes [..., n]."""
+    return codes * jnp.array(self.unit)
+
+  def residues(self, codes: base.Array) -> jax.Array:
+    """What is known of codes [..., n] from those before: code j is congruent to
+    sum_i check[j, i] code_i modulo `modulus[j]`."""
+    known = codes @ jnp.array(self.check, codes.dtype).T
+    return jnp.remainder(known, jnp.array(self.modulus, codes.dtype))
+
+  def dither(self, key: jax.Array, num: int) -> jax.Array:
+    """Draws [num, n] uniformly on the cell around 0.
+
+    A draw p from the parallelepiped of the basis, less the point next to it, is
+    uniform on the cell: p runs through every coset of the lattice once.
+    """
+    uniform = jax.random.uniform(key, (num, self.dim), jnp.result_type(float))
+    inside = uniform @ jnp.array(self.basis)
+    return inside - self.points(self.nearest(inside))
+
+
+def _round(x):
+  return jnp.round(x).astype(jnp.int32)
+
+
+def _nearest_hexagonal(x):
+  """The nearer of two rectangular lattices, whose union A2 is."""
+  scaled = x / jnp.array([0.5, math.sqrt(3) / 2])
+  even = 2 * _round(scaled / 2)
+  odd = 2 * _round((scaled - 1) / 2) + 1
+  return _nearer(scaled, even, odd, jnp.array([0.25, 0.75]))
+
+
+def _nearest_even_sum(x):
+  """D_n, integers with an even sum: where rounding gives an odd one, the
+  coordinate with the largest error is rounded the other way."""
+  rounded = jnp.round(x)
+  error = x - rounded
+  worst = jnp.argmax(jnp.abs(error), axis=-1, keepdims=True)
+  odd = jnp.sum(rounded, axis=-1, keepdims=True) % 2 == 1
+  other = rounded + jnp.where(error < 0, -1, 1)
+  turned = odd & (jnp.arange(x.shape[-1]) == worst)
+  return jnp.where(turned, other, rounded).astype(jnp.int32)
+
+
+def _nearest_e8(x):
+  """The nearer of D8 and D8 + 1/2."""
+  whole = 2 * _nearest_even_sum(x)
+  half = 2 * _nearest_even_sum(x - 0.5) + 1
+  return _nearer(2 * x, whole, half, jnp.ones(8))
+
+
+def _nearer(x, some, others, weight):
+  """Of two codes the one at the smaller distance from x, axes weighted."""
+  far, near = (
+    jnp.sum(weight * jnp.square(x - codes), axis=-1, keepdims=True)
+    for codes in (some, others)
+  )
+  return jnp.where(far <= near, some, others)
+
+
+def _last_row(*last):
+  """A check whose rows but the last are 0."""
+  n = len(last)
+  return (*(((0,) * n,) * (n - 1)), last)
+
+
+_HALF = (0.5,) * 8
+LATTICES = {
+  'z': Lattice(_round, (1.0,), ((1.0,),), 1 / 12, (1,), ((0,),), (0,)),
+  # Codes (a, b) with a + b even stand for (a / 2, b sqrt(3) / 2).
+  'a2': Lattice(
+    _nearest_hexagonal,
+    (0.5, math.sqrt(3) / 2),
+    ((1.0, 0.0), (0.5, math.sqrt(3) / 2)),
+    5 / (36 * math.sqrt(3)),
+    (1, 2),
+    _last_row(1, 0),
+    (0, 1),
+  ),
+  'd4': Lattice(
+    _nearest_even_sum,
+    (1.0,) * 4,
+    (
+      (-1.0, -1.0, 0.0, 0.0),
+      (1.0, -1.0, 0.0, 0.0),
+      (0.0, 1.0, -1.0, 0.0),
+      (0.0, 0.0, 1.0, -1.0),
+    ),
+    13 / (120 * math.sqrt(2)),
+    (1, 1, 1, 2),
+    _last_row(1, 1, 1, 0),
+    (0,) * 4,
+  ),
+  # Codes are all even or all odd, with a sum that is divisible by 4; each
+  # stands for half of itself.
+  'e8': Lattice(
+    _nearest_e8,
+    _HALF,
+    (
+      (2.0, *(0.0,) * 7),
+      *((*(0.0,) * i, -1.0, 1.0, *(0.0,) * (6 - i)) for i in range(6)),
+      _HALF,
+    ),
+    929 / 12960,
+    (1, *(2,) * 6, 4),
+    ((0,) * 8, *((1, *(0,) * 7),) * 6, (*(-1,) * 7, 0)),
+    (0,) * 8,
+  ),
+}

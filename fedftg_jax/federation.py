@@ -56,7 +56,7 @@ def federation(
   num_clients: int,
   *,
   weighting: str = 'examples',
-  uplink: optax.GradientTransformation = optax.identity(),
+  uplink: optax.GradientTransformation | None = None,
   client_chunk: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
   client_state: str = 'device',
@@ -71,8 +71,11 @@ def federation(
     num_clients: N.
     weighting: how clients count in means: by their number of 'examples', or
       'uniform' over those that arrived.
-    uplink: codes the parameters' change on its way up (state kept per client;
-      gets a `key` if it takes one).
+    uplink: codes the parameters' change on its way up, see `uplinks`; None to
+      send it as it is. Its state is kept per client; it gets a `key` if it
+      takes one. What its state says in a field `bits` is what a client is
+      billed for, and the scalars of a field `columns`, a dictionary, are
+      reported as 'uplink/NAME', means over the clients that arrived.
     client_chunk: how many clients are stacked at once; 0 for all, None for what
       suits the device, see `stacking.default_chunk`.
     mesh: devices that share the clients of a round, see `stacking.make_mesh`;
@@ -87,7 +90,8 @@ def federation(
     The pair of `init` and `round`, and `personalise`.
 
   Raises:
-    ValueError: for a value out of range, or if no part aggregates.
+    ValueError: for a value out of range, if no part aggregates, or for an
+      uplink where no model is sent.
   """
   check_hooks(method)
   if not method.aggregates:
@@ -113,7 +117,12 @@ def federation(
       f'client_state must be one of {client_state_lib.PLACES}, got '
       f'{client_state!r}.'
     )
-  uplink = optax.with_extra_args_support(uplink)
+  if uplink is not None and not method.sends_model:
+    raise ValueError(
+      'an uplink codes the models that clients send, but the method sends none '
+      '(sends_model=False): leave the uplink out.'
+    )
+  uplink = optax.with_extra_args_support(uplink or optax.identity())
 
   def init_one(key):
     """The state, with one client's slots."""
@@ -150,7 +159,7 @@ def federation(
     broadcast, server_slot, seen = shared
     key = keys.client_keys(seen.key, seen.round, row.client_id)
     received = method.send(broadcast, server_slot, row.position, key.send)
-    slots, sent, local, bits, distortion = run_client(received, seen, row, key)
+    slots, sent, local, bits, coding = run_client(received, seen, row, key)
     moved = jax.tree.map(  # from what is broadcast
       lambda start, delta, old: (
         delta if start is old else delta + (start - old)
@@ -160,7 +169,7 @@ def federation(
       broadcast,
     )
     return (
-      (optax.tree.scale(sent.weight, moved), method.summed(sent), distortion),
+      (optax.tree.scale(sent.weight, moved), method.summed(sent), coding),
       (slots, local.num_steps, local.metrics, bits, method.stacked(sent)),
     )
 
@@ -174,7 +183,7 @@ def federation(
     seen = _seen(method, state, data, key, rows.client_id)
     shared = state.variables, state.shared, seen
     (
-      (change, summed, distortion),
+      (change, summed, coding),
       (slots, num_steps, local_metrics, bits_up, stacked),
     ) = stacking.over_clients(client_round, shared, rows, client_chunk, mesh)
     arrived = rows.arrived
@@ -213,7 +222,7 @@ def federation(
     metrics = merged(
       'metric',
       _metrics(rows, num_steps, local_metrics, info, acts),
-      counts | _distortion(distortion),
+      counts | _of_uplink(coding),
     )
     models |= {
       name: trees.where(acts, models[name], state.variables)
@@ -382,7 +391,7 @@ def _run_client(model, method, solver, uplink, received, seen, row, key):
 
   Returns:
     Its slots, what it sends, what local training returned, the bits that it
-    sends, and what the uplink's distortion is made of; () without an uplink.
+    sends, and what is summed of the uplink, see `_coding`.
   """
   view, (_, uplink_state) = _view(received, seen, row), row.slots
   start = method.start(view, key.start)
@@ -414,28 +423,42 @@ def _run_client(model, method, solver, uplink, received, seen, row, key):
     Sent(start, *sent, row.weight, row.share * row.arrived),
     local,
     jnp.where(row.arrived, jnp.asarray(bits, jnp.uint32), 0),
-    _squares(row.arrived, delta.params, coded),
+    _coding(row.arrived, delta.params, coded, uplink_state),
   )
 
 
-def _squares(arrived, delta, coded):
-  """Squared norms of what coding changes and of what is coded; () where the
-  uplink hands on what it gets."""
+class _Coding(NamedTuple):
+  """What an uplink did, summed over the clients that arrived."""
+
+  error: jax.Array  # squared norm of what coding changed
+  whole: jax.Array  # squared norm of what was coded
+  columns: dict[str, jax.Array]  # of the uplink's state
+  num: jax.Array  # clients
+
+
+def _coding(arrived, delta, coded, uplink_state) -> _Coding | tuple[()]:
+  """One client's share; () where the uplink hands on what it gets."""
   pairs = list(zip(jax.tree.leaves(coded), jax.tree.leaves(delta)))
   if all(a is b for a, b in pairs):
     return ()
-  return tuple(
-    jnp.where(arrived, sum(jnp.sum(jnp.square(v)) for v in values), 0)
+  error, whole = (
+    optax.tree.norm(values, squared=True)
     for values in ([a - b for a, b in pairs], [b for _, b in pairs])
   )
+  columns = optax.tree.get(uplink_state, 'columns', {})
+  one = _Coding(error, whole, columns, jnp.float32(1))
+  return trees.where(arrived, one, jax.tree.map(jnp.zeros_like, one))
 
 
-def _distortion(squares) -> dict[str, jax.Array]:
-  """Of an uplink that codes: the error's share of what was sent, in squares."""
-  if not squares:
+def _of_uplink(coding: _Coding | tuple[()]) -> dict[str, jax.Array]:
+  """The metrics of an uplink; 'uplink/distortion' is the error's share of what
+  was coded, in squares."""
+  if not coding:
     return {}
-  error, whole = squares
-  return {'uplink/distortion': error / jnp.where(whole > 0, whole, 1)}
+  distortion = coding.error / jnp.where(coding.whole > 0, coding.whole, 1)
+  means = {name: value / coding.num for name, value in coding.columns.items()}
+  means['distortion'] = jnp.where(coding.num > 0, distortion, jnp.nan)
+  return {f'uplink/{name}': value for name, value in means.items()}
 
 
 def _metrics(rows, num_steps, local_metrics, info, acts):

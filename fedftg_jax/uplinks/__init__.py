@@ -1,0 +1,44 @@
+"""Codecs of what clients send, one file each, for `federation(uplink=...)`.
+
+An uplink is an optax transformation of the change of the parameters. Its state,
+kept per client, has `bits`, the length of the message, and `columns`, numbers
+that the engine reports. A client and the server know the same key, that of
+`keys.client_keys(...).encode`, so that what is drawn with it need not be sent.
+"""
+
+import optax
+
+from fedftg_jax.uplinks import qsgd, rotated, top_k, uveqfed
+from fedftg_jax.uplinks.lattices import LATTICES
+
+# What each does, in a line.
+HELP = {
+  'none': 'as it is, in float32',
+  'uveqfed': 'subtractive dithered lattice quantisation',
+  'qsgd': 'stochastic rounding',
+  'top_k': 'the largest entries, the rest kept for later',
+  'rotated': 'stochastic rounding to equal levels after a rotation',
+}
+
+
+def build(
+  name: str, rate: float, lattice: str
+) -> optax.GradientTransformationExtraArgs | None:
+  """An uplink by name; None for 'none'.
+
+  Args:
+    name: a key of `HELP`.
+    rate: bits per parameter.
+    lattice: for uveqfed, see there.
+
+  Raises:
+    ValueError: for an unknown name or a value out of range.
+  """
+  if name not in HELP:
+    raise ValueError(f'the uplink must be one of {tuple(HELP)}, got {name!r}.')
+  if name == 'none':
+    return None
+  if name == 'uveqfed':
+    return uveqfed.uveqfed(rate, lattice)
+  make = {'qsgd': qsgd.qsgd, 'top_k': top_k.top_k, 'rotated': rotated.rotated}
+  return make[name](rate)

@@ -18,6 +18,7 @@ from fedftg_jax import (
   models,
   recipes,
   solvers,
+  uplinks,
 )
 from fedftg_jax.configuration import flags, folders
 from fedftg_jax.configuration.resolve import Configuration
@@ -153,12 +154,18 @@ def _simulation(config, dataset, num_clients) -> Simulation:
   return Simulation(
     model,
     method,
-    federation.federation(
+    _checked(
+      'uplink',
+      config,
+      federation.federation,
       model,
       method,
       solver,
       num_clients,
       weighting=config['weighting'],
+      uplink=uplinks.build(
+        config['uplink'], config['uplink_rate'], config['uplink_lattice']
+      ),
       client_chunk=config['client_chunk'],
       mesh=devices.mesh(config['num_devices']),
       client_state='device' if config['client_state'] == 'device' else 'host',

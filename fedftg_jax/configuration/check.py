@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedftg_jax import recipes
+from fedftg_jax import recipes, uplinks
 from fedftg_jax.configuration.flags import FTG, PARTITIONS, SCHEDULES, is_given
 from fedftg_jax.data import datasets
 from fedftg_jax.system import cli, files
@@ -122,6 +122,7 @@ def check(values: dict[str, Any]) -> None:
   )
   _check_privacy(values, require)
   _check_public(values, require)
+  _check_uplink(values)
   rate = values['server_learning_rate']
   require('server_learning_rate', rate is None or rate > 0, 'must be above 0')
   require(
@@ -194,6 +195,17 @@ def _check_public(values, require):
       values['public_data'],
       'fed_df_public needs images: give train:NUM or npz:PATH',
     )
+
+
+def _check_uplink(values):
+  try:
+    uplinks.build(
+      values['uplink'], values['uplink_rate'], values['uplink_lattice']
+    )
+  except ValueError as error:  # the others are enumerations
+    raise cli.UsageError(
+      'uplink_rate', values['uplink_rate'], str(error)
+    ) from error
 
 
 def _check_by(flag, values, function, *args):

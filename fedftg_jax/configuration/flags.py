@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import flags
 
-from fedftg_jax import federation, models, recipes
+from fedftg_jax import federation, models, recipes, uplinks
 from fedftg_jax.data import augment, partition
 from fedftg_jax.methods import batch_norm
 from fedftg_jax.models import convolution, layers
@@ -73,6 +73,7 @@ def _define() -> None:
     ('Partition', _define_partition),
     ('Federation', _define_federation),
     ('Privacy', _define_privacy),
+    ('Uplink', _define_uplink),
     ('Model and local training', _define_training),
     ('Single methods', _define_methods),
     ('FedFTG', functools.partial(_define_options, 'fed_ftg')),
@@ -346,6 +347,26 @@ def _define_privacy() -> None:
     'secure_aggregation',
     False,
     'The server sees sums only: changes are sent masked, in fixed point.',
+  )
+
+
+def _define_uplink() -> None:
+  """What becomes of the models that clients send."""
+  known = '; '.join(f'{name}: {text}' for name, text in uplinks.HELP.items())
+  flags.DEFINE_enum(
+    'uplink',
+    'none',
+    list(uplinks.HELP),
+    f"How clients' changes of the model are coded. {known}.",
+  )
+  flags.DEFINE_float(
+    'uplink_rate', 2.0, 'Bits per parameter, of every --uplink but none.'
+  )
+  flags.DEFINE_enum(
+    'uplink_lattice',
+    'a2',
+    list(uplinks.LATTICES),
+    "uveqfed: the lattice; a2, the hexagonal one, is the paper's.",
   )
 
 

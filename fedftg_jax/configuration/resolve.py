@@ -133,6 +133,10 @@ def _unused(values: dict[str, Any]) -> set[str]:
   unused |= {name for name in _OPTIONAL if not values[name]}
   if not values['dp_noise']:
     unused.add('dp_delta')
+  if values['uplink'] == 'none':
+    unused |= {'uplink', 'uplink_rate'}
+  if values['uplink'] != 'uveqfed':
+    unused.add('uplink_lattice')
   if values['augment'] == 'none':
     unused.add('augment')
   if values['schedule'].startswith('file:'):

@@ -550,8 +550,8 @@ def build(name: str, settings: Settings, *further: Method) -> Method:
     *further: parts to come last. What the others draw does not depend on them.
 
   Raises:
-    ValueError: for a wrong name or option, or a part that a private sum does not
-      protect.
+    ValueError: for a wrong name or option, or a part that a private sum does
+      not protect.
   """
   if settings.privacy:
     check_private(name)

@@ -60,6 +60,7 @@ class DocsTest(parameterized.TestCase):
     'README.md',
     'BUILD.md',
     'docs/methods.md',
+    'docs/privacy.md',
     'docs/speed.md',
     'docs/tpu.md',
     'docs/when_it_pays.md',

@@ -18,6 +18,7 @@ COLUMNS: dict[str, dict[str, object]] = {
   '`reset`': {'model': 'resnet20', 'batch_norm': 'reset'},
   '`--schedule=bernoulli`': {'schedule': 'bernoulli'},
   '`--server_optimizer`': {'server_optimizer': 'adam'},
+  '`--uplink`': {'uplink': 'uveqfed'},
   '`--dp_clip`': {'dp_clip': 1.0},
   '`--secure_aggregation`': {'secure_aggregation': True},
   '`--client_state=host`': {'client_state': 'host'},

@@ -62,11 +62,14 @@ FED_DYN = 'fedftg_jax/methods/fed_dyn.py'
 MOON = 'fedftg_jax/methods/moon.py'
 PARTITION = 'fedftg_jax/data/partition.py'
 CHECKPOINT = 'fedftg_jax/checkpoint.py'
+PRIVATE = 'fedftg_jax/methods/private_fed_avg.py'
 
 OF_ENGINE = 'federation_test.py', 'methods_test.py'
 OF_SOLVER = ('solvers_test.py',)
 OF_FED_FTG = ('fed_ftg_test.py',)
 OF_METHODS = ('methods_test.py',)
+OF_LOSSES = 'golden_test.py', 'methods_test.py'
+OF_PRIVATE = ('privacy_test.py',)
 OF_PARTITION = ('partition_test.py',)
 OF_CHECKPOINT = 'checkpoint_test.py', 'resume_test.py'
 
@@ -158,8 +161,8 @@ FAULTS = (
   Fault(
     'engine_blank_row_is_a_round',
     ENGINE,
-    'somebody = jnp.any(cohort.client_id < num_clients)',
-    'somebody = jnp.any(cohort.client_id <= num_clients)',
+    'is_round = jnp.all(cohort.num_steps >= 0)',
+    'is_round = jnp.all(cohort.num_steps >= -1)',
     OF_ENGINE,
   ),
   # The solver.
@@ -403,6 +406,114 @@ FAULTS = (
     'model.apply(v, batch.x).features',
     'model.apply(v, batch.x, train=True).features',
     OF_METHODS,
+  ),
+  # FedNTD, FedMR, FedGen.
+  Fault(
+    'ntd_own_class_counts',
+    'fedftg_jax/losses.py',
+    'others = ~jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)',
+    'others = jnp.ones(logits.shape, bool)',
+    OF_LOSSES,
+  ),
+  Fault(
+    'ntd_teacher_is_the_start',
+    'fedftg_jax/methods/fed_ntd.py',
+    'received = model.apply(view.received, batch.x).logits',
+    'received = model.apply(variables, batch.x).logits',
+    OF_METHODS,
+  ),
+  Fault(
+    'mr_one_permutation_for_all',
+    'fedftg_jax/methods/fed_mr.py',
+    'jax.random.permutation(jax.random.fold_in(key, i), num_models)',
+    'jax.random.permutation(jax.random.fold_in(key, 0), num_models)',
+    OF_LOSSES,
+  ),
+  Fault(
+    'mr_mean_of_the_arrived',
+    'fedftg_jax/methods/fed_mr.py',
+    'mean = jax.tree.map(lambda a: jnp.mean(a, axis=0), models)',
+    'mean = received.average',
+    OF_METHODS,
+  ),
+  Fault(
+    'gen_target_moves',
+    'fedftg_jax/methods/fed_gen.py',
+    'losses.kl_divergence(losses.held_fixed(target), logits)',
+    'losses.kl_divergence(target, logits)',
+    OF_LOSSES,
+  ),
+  Fault(
+    'gen_from_the_first_round',
+    'fedftg_jax/methods/fed_gen.py',
+    'view.round > 0,',
+    'view.round >= 0,',
+    OF_METHODS,
+  ),
+  Fault(
+    'gen_absent_clients_teach',
+    'fedftg_jax/methods/fed_gen.py',
+    'counts = counts * received.arrived[:, None]',
+    'counts = jnp.maximum(counts, 1)',
+    OF_METHODS,
+  ),
+  Fault(
+    'gen_moments_begin_anew',
+    'fedftg_jax/methods/fed_gen.py',
+    'return Slot(Variables(params, stats), moments), values',
+    'return new_slot(Variables(params, stats), terms), values',
+    OF_METHODS,
+  ),
+  # Private sums.
+  Fault(
+    'private_noise_without_the_clip',
+    PRIVATE,
+    'deviation = raised * shared.clip',
+    'deviation = raised',
+    OF_PRIVATE,
+  ),
+  Fault(
+    'private_denominator_follows_who_came',
+    PRIVATE,
+    'denominator = cohort if noise else jnp.maximum(arrived, 1)',
+    'denominator = jnp.maximum(arrived, 1)',
+    OF_PRIVATE,
+  ),
+  Fault(
+    'private_no_noise_without_clients',
+    PRIVATE,
+    'always=bool(noise)',
+    'always=False',
+    OF_PRIVATE,
+  ),
+  Fault(
+    'private_short_changes_are_stretched',
+    PRIVATE,
+    'jnp.minimum(1, bound / jnp.maximum(norm, 1e-30))',
+    'bound / jnp.maximum(norm, 1e-30)',
+    OF_PRIVATE,
+  ),
+  Fault(
+    'private_masks_add_up',
+    PRIVATE,
+    'jnp.where(client_id < other, m, -m)',
+    'jnp.where(client_id != other, m, -m)',
+    OF_PRIVATE,
+  ),
+  Fault(
+    'private_lost_masks_stay',
+    PRIVATE,
+    'arrived & ~jnp.all(received.arrived),',
+    'arrived & jnp.all(received.arrived),',
+    OF_PRIVATE,
+  ),
+  # Personal models.
+  Fault(
+    'personal_slot_before_is_after',
+    ENGINE,
+    'method.personal(view._replace(variables=sent.start)),',
+    'method.personal(view._replace(variables=sent.start, own=own)),',
+    ('evaluation_test.py',),
   ),
   # Partitions.
   Fault(

@@ -27,6 +27,7 @@ with epy.lazy_api_imports(globals()):  # each when it is first used
   )
   from fedftg_jax.evaluation import evaluate
   from fedftg_jax.federation import over_seeds, run
+  from fedftg_jax.methods.fed_align import fed_align
   from fedftg_jax.methods.fed_avg import fed_avg
   from fedftg_jax.methods.fed_df import fed_df, fed_df_public
   from fedftg_jax.methods.fed_dyn import fed_dyn

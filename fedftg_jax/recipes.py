@@ -15,6 +15,7 @@ import optax
 
 from fedftg_jax import base, distillation
 from fedftg_jax.base import Generator, Method, Model
+from fedftg_jax.methods import fed_align as fed_align_lib
 from fedftg_jax.methods import fed_avg as fed_avg_lib
 from fedftg_jax.methods import fed_df as fed_df_lib
 from fedftg_jax.methods import fed_dyn as fed_dyn_lib
@@ -452,6 +453,19 @@ RECIPES = {
     fed_lsd_lib.fed_lsd,
     'keeps what the received model says of all classes',
     prefix='lsd_',
+  ),
+  'fed_align': Recipe(
+    'local',
+    fed_align_lib.fed_align,
+    'a slimmed last stage learns to stretch its input as the full one does',
+    prefix='align_',
+    needs=(
+      (
+        'model',
+        ('resnet20', 'resnet18_cifar', 'resnet18', 'resnet56'),
+        'it aligns the last stage of a residual network',
+      ),
+    ),
   ),
   'fed_gen': Recipe(
     'local',

@@ -26,6 +26,7 @@ from fedftg_jax import (
 )
 from fedftg_jax.data import clients, partition, schedules
 from fedftg_jax.methods import (
+  fed_align,
   fed_avg,
   fed_dyn,
   fed_ftg,
@@ -51,6 +52,7 @@ def golden(prefix):
 
 _KD = np.load(pathlib.Path(__file__).parent / 'golden' / 'kd.npz')
 _GEN = np.load(pathlib.Path(__file__).parent / 'golden' / 'fedgen.npz')
+_ZOO = np.load(pathlib.Path(__file__).parent / 'golden' / 'zoo.npz')
 
 
 def images(x):
@@ -588,6 +590,44 @@ class FedGenTest(parameterized.TestCase):
         rtol=1e-5,
         atol=1e-6,
       )
+
+
+class AlignmentTest(absltest.TestCase):
+  """FedAlign's official singular values and term, in float64."""
+
+  def test_term_and_gradient(self):
+    with enable_x64(True):
+      get = lambda name: _ZOO[f'fedalign/{name}']
+      slim, full = (
+        [images(get(f'{which}_feat_{end}')) for end in ('in', 'out')]
+        for which in 's t'.split()
+      )
+      sigma = lambda *ends: fed_align.spectral_norm(
+        fed_align.transmitting_matrix(*ends)
+      )
+      for which, ends in (('s', slim), ('t', full)):
+        np.testing.assert_allclose(
+          fed_align.transmitting_matrix(*ends), get(f'fsp_{which}'), atol=1e-14
+        )
+        found, exact = sigma(*ends), get(f'exact_sigma_max_{which}')
+        np.testing.assert_allclose(
+          found, get(f'top_{which}').ravel(), atol=1e-14
+        )
+        np.testing.assert_allclose(found, exact, rtol=1e-3)
+        self.assertTrue((found <= exact + 1e-15).all())
+      mu, cross_entropy = get('mu_ce')
+      target = sigma(*full)
+      gap = lambda end: jnp.mean((sigma(slim[0], end) - target) ** 2)
+      term = lambda end: fed_align.alignment(
+        sigma(slim[0], end), target, mu * cross_entropy
+      )
+      for function, value, gradient in (
+        (gap, 'mse', 'grad_s_feat_out_of_mse'),
+        (term, 'scaled_loss_value', 'grad_scaled'),
+      ):
+        found, slope = jax.value_and_grad(function)(slim[1])
+        np.testing.assert_allclose(found, get(value), rtol=1e-12)
+        np.testing.assert_allclose(slope, images(get(gradient)), atol=1e-12)
 
 
 class RecombinationTest(absltest.TestCase):

@@ -28,6 +28,7 @@ from fedftg_jax import (
 )
 from fedftg_jax.methods import (
   batch_norm,
+  fed_align,
   fed_avg,
   fed_df,
   fed_dyn,
@@ -78,6 +79,7 @@ class Row(NamedTuple):
   options: dict = {}
   server: optax.GradientTransformation | None = None
   policy: str = 'aggregate'  # others on a model with BatchNorm
+  model: base.Model | None = None
 
 
 PLAIN = {
@@ -125,6 +127,10 @@ ROWS = {
   'reset': Row('fed_avg', policy='reset'),
   'fed_ntd': Row('fed_ntd', options={'fed_ntd': dict(tau=2.0)}),
   'fed_lsd': Row('fed_lsd', options={'fed_lsd': dict(beta=0.3, mix='convex')}),
+  'fed_align': Row('fed_align', model=problems.STAGED),
+  'fed_align+fed_ftg': Row(
+    'fed_align+fed_ftg', up=CLASSES, model=problems.STAGED
+  ),
   'fed_gen': Row('fed_gen', GEN_WORDS, CLASSES, {'fed_gen': GEN}),
   'fed_gen+fed_ftg': Row(
     'fed_gen+fed_ftg', GEN_WORDS, 2 * CLASSES, {'fed_gen': GEN}
@@ -150,6 +156,7 @@ SLOW = (
   'fed_mr+fed_ftg',
   'fed_ntd+fed_ftg',
   'fed_lsd+fed_ftg',
+  'fed_align+fed_ftg',
   'fed_gen+fed_ftg',
   'fed_adam+fed_ftg',
   'fed_dyn+fed_ftg',
@@ -178,9 +185,7 @@ SLOW = (
 
 def build(row):
   """Model, method and federation of a row."""
-  model = MODEL
-  if row.policy != 'aggregate':
-    model = problems.NORMED
+  model = row.model or (MODEL if row.policy == 'aggregate' else problems.NORMED)
   options = {
     'fed_ftg': FTG,
     'fed_df': DF,
@@ -481,6 +486,99 @@ class NeutralTest(parameterized.TestCase):
     chex.assert_trees_all_close(
       after('fed_nova', local_steps=1), after_fed_avg(local_steps=1), atol=1e-6
     )
+
+
+class FedAlignTest(absltest.TestCase):
+  MODEL = problems.STAGED
+
+  def penalty(self, part, x):
+    """The term and its gradient on the images `x`, in training mode, and what
+    is to be its value."""
+    variables = self.MODEL.init(KEY)
+    y = jnp.arange(len(x)) % CLASSES
+    batch = base.Batch(x, y, jnp.arange(len(x)) < len(x) - 1)
+
+    def term(params):
+      now = variables._replace(params=params)
+      output = self.MODEL.apply(now, x, batch.mask, train=True)
+      value = part.penalty(now, output, batch, None, None)
+      return value, losses.cross_entropy(output.logits, y, batch.mask)
+
+    return jax.jit(jax.value_and_grad(term, has_aux=True))(variables.params)
+
+  def test_value_and_what_it_reaches(self):
+    """The slim stage has 1 of 4 channels of its input and all 6 of its output;
+    the last example is padding."""
+    x = jax.random.normal(KEY, (4, *problems.IMAGE_SHAPE))
+    part = fed_align.fed_align(self.MODEL, mu=0.3)
+    (value, cross_entropy), grads = self.penalty(part, x)
+    np.testing.assert_allclose(value, 0.3 * cross_entropy, rtol=1e-5)
+    used = jax.tree.map(jnp.count_nonzero, grads)
+    for name in ('stem', 'block0_0', 'head'):
+      self.assertEqual(set(map(int, jax.tree.leaves(used[name]))), {0}, name)
+    kernel = grads['block1_0']['conv0']['conv']['kernel']
+    self.assertEqual(jnp.count_nonzero(kernel[:, :, :1]), 9 * 6)
+    self.assertEqual(jnp.count_nonzero(kernel[:, :, 1:]), 0)
+    # Padding counts in nothing.
+    _, again = self.penalty(part, x.at[-1].set(7.0))
+    chex.assert_trees_all_close(grads, again, atol=1e-5)
+
+  def test_full_width_is_aligned(self):
+    x = jax.random.normal(KEY, (4, *problems.IMAGE_SHAPE))
+    part = fed_align.fed_align(self.MODEL, width=1.0)
+    (value, _), grads = self.penalty(part, x)
+    self.assertEqual(value, 0)
+    self.assertEqual(optax.tree.norm(grads), 0)
+
+  def test_nothing_to_align(self):
+    """A stage whose output is zero."""
+    zero = jnp.zeros((2, 3, 4))
+    norm = jax.value_and_grad(lambda m: jnp.sum(fed_align.spectral_norm(m)))
+    (value, slope), (_, tangent) = jax.jvp(norm, (zero,), (zero + 1,))
+    self.assertEqual(value, 0)
+    np.testing.assert_array_equal([slope, tangent], 0)
+    target = jnp.zeros(2)
+    self.assertEqual(fed_align.alignment(target, target, 1.0), 0)
+
+  def test_spectral_norm(self):
+    """Exact for matrices of rank one; else from below."""
+    a, b = (jax.random.uniform(jax.random.key(i), (3, 5)) for i in (0, 1))
+    one = jnp.einsum('bc,bd->bcd', a, b)
+    want = jnp.linalg.norm(a, axis=1) * jnp.linalg.norm(b, axis=1)
+    np.testing.assert_allclose(fed_align.spectral_norm(one, 2), want, rtol=1e-6)
+    several = jax.random.normal(KEY, (20, 4, 7))
+    exact = jnp.linalg.svd(several, compute_uv=False)[:, 0]
+    before = jnp.zeros(20)
+    for iterations in (1, 3, 10):
+      found = fed_align.spectral_norm(several, iterations)
+      self.assertTrue((found > before - 1e-6).all())
+      before = found
+    self.assertTrue((found < exact * (1 + 1e-6)).all())
+
+  def test_pooling_of_sizes_that_do_not_divide(self):
+    """Windows of PyTorch's adaptive pooling: 0-1, 1-3, 3-4 of five."""
+    x = jnp.arange(5.0).reshape(1, 5, 1, 1)
+    got = fed_align.transmitting_matrix(x, jnp.ones((1, 3, 1, 1)))
+    np.testing.assert_allclose(got, np.mean([0.5, 2, 3.5]), rtol=1e-6)
+
+  def test_switched_off(self):
+    model = problems.LINEAR._replace(last_stage=lambda *args: 1 / 0)
+    after_round = []
+    for parts in ((), (fed_align.fed_align(model, mu=0.0),)):
+      fed = problems.make(method=base.chain(fed_avg.fed_avg(), *parts))
+      row = problems.row([1, 3])
+      state, _ = fed.round(fed.init(KEY), problems.DATA, row, KEY)
+      after_round.append(state.variables)
+    chex.assert_trees_all_equal(*after_round)
+
+  def test_errors(self):
+    with self.assertRaisesRegex(ValueError, 'fed_align needs .* has stages'):
+      fed_align.fed_align(MODEL)
+    with self.assertRaisesRegex(ValueError, 'mu must be at least 0, got -1'):
+      fed_align.fed_align(self.MODEL, mu=-1)
+    for width in (0, 1.5):
+      with self.assertRaisesRegex(ValueError, f'at most 1, got {width}'):
+        fed_align.fed_align(self.MODEL, width=width)
 
 
 class FedGenTest(absltest.TestCase):

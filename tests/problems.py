@@ -10,7 +10,7 @@ import numpy as np
 from fedftg_jax import base, federation, models, solvers
 from fedftg_jax.data import clients, schedules
 from fedftg_jax.methods import fed_avg
-from fedftg_jax.models import layers
+from fedftg_jax.models import layers, resnet
 
 SIZES = (
   7,
@@ -125,6 +125,12 @@ def make_model(norm='none'):
 
 GENERATOR = quick(_generator())
 NORMED, LINEAR = from_flax(Normed()), from_flax(Linear())
+# Residual, of two stages.
+STAGED = from_flax(
+  resnet.ResNet(
+    NUM_CLASSES, (4, 6), 1, False, False, layers.Variant('batch', 'im2col')
+  )
+)
 
 
 def make_data(sizes=SIZES, seed=0):

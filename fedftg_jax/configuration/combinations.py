@@ -41,11 +41,14 @@ def _verdict(name, changes):
   if further[1:] == name:
     return 'is itself'
   # What a method cannot do without.
-  given = {'public_data': 'train:100'} if name == 'fed_df_public' else {}
+  needs = recipes.RECIPES[name].needs
+  given = {flag: allowed[0] for flag, allowed, _ in needs}
+  if name == 'fed_df_public':
+    given['public_data'] = 'train:100'
   try:
-    resolve.config(method=name + further, **given, **changes)
+    resolve.config(method=name + further, **{**given, **changes})
   except cli.UsageError as error:
-    return str(error)
+    return str(error).partition(': ')[2]
   return ''
 
 

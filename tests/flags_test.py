@@ -20,7 +20,6 @@ DEFAULTS = {
     'scaffold_ref_untuned': False,
   },
   'fed_ntd': {'ntd_beta': 1.0, 'ntd_tau': 1.0},
-<<<<<<< HEAD
   'fed_gen': {
     'gen_alpha': 10.0,
     'gen_beta': 10.0,
@@ -34,9 +33,7 @@ DEFAULTS = {
     'gen_hidden': 256,
     'gen_noise_dim': 32,
   },
-=======
   'fed_align': {'align_mu': 0.45, 'align_width': 0.25, 'align_iterations': 10},
->>>>>>> 7d2ead1 (FedAlign: a slimmed last stage is aligned with the full one; the released code's singular values, term and gradients)
   'fed_mr': {'mr_first_rounds': 0, 'mr_unit': 'leaf', 'mr_segment': 0.0},
   'fed_df': {
     'df_generator_steps': 50,

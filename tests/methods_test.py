@@ -67,7 +67,7 @@ GEN = dict(
   alpha=0.5, beta=0.7, steps=3, batch_size=6, hidden=5, noise_dim=2, lr=0.01
 )
 # Linear, BatchNorm with statistics, linear: of noise and label to features.
-GEN_WORDS = (2 + CLASSES) * 5 + 5 + 4 * 5 + 5 * 64 + 64
+GEN_WORDS = (2 + CLASSES) * 5 + 5 + 4 * 5 + 5 * 6 + 6
 
 
 class Row(NamedTuple):

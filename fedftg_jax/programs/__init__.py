@@ -9,6 +9,7 @@ NAMES = {
   'compare': 'compares methods over several seeds',
   'sweep': 'trains all combinations of flag values, and sorts them',
   'ablation': 'varies one factor at a time, with and without FedFTG',
+  'compression': 'compares codecs of what clients send, by bits per parameter',
   'partition': 'draws a partition and says how unequal it is',
   'report': 'makes report.html of a folder of results anew',
   'benchmark': 'times a round of ours and of other simulators',

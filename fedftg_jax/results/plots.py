@@ -1,7 +1,7 @@
 """Pictures: curves, bars, who holds what, a grid of generated images."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epy
 import jax
@@ -166,6 +166,59 @@ def scatters(
     axes.set_visible(False)
   for axes in grid[:, 0]:
     axes.set_ylabel(ylabel)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+class Panel(NamedTuple):
+  """One picture of several."""
+
+  title: str
+  ylabel: str
+  series: Mapping[str, Sequence[tuple[float, float]]]  # points (x, y) by name
+  levels: Mapping[str, float] = {}  # horizontal lines by name
+  log: bool = False  # whether the y axis is logarithmic
+
+
+def panels(path: Any, drawn: Sequence[Panel], xlabel: str) -> None:
+  """Draws panels side by side, with one legend.
+
+  Args:
+    path: where to write.
+    drawn: the panels; a name has the same style in all of them.
+    xlabel: what their points are by.
+  """
+  columns = min(3, len(drawn))
+  rows = -(-len(drawn) // columns)
+  figure, grid = plt.subplots(
+    rows,
+    columns,
+    figsize=(4 * columns + 1.5, 3.2 * rows),
+    squeeze=False,
+    layout='constrained',
+  )
+  names = dict.fromkeys(n for p in drawn for n in (*p.series, *p.levels))
+  styles = line_styles(names)
+  for axes, panel in zip(grid.flat, drawn):
+    for name, points in panel.series.items():
+      color, dashes = styles[name]
+      axes.plot(*np.array(points).T, dashes, color=color, marker='.')
+    for name, level in panel.levels.items():
+      axes.axhline(level, color=styles[name][0], linestyle=':')
+    axes.set(xlabel=xlabel, ylabel=panel.ylabel)
+    axes.set_title(panel.title, fontsize=10)
+    if panel.log:
+      axes.set_yscale('log')
+    axes.grid(alpha=0.3)
+  for axes in grid.flat[len(drawn) :]:
+    axes.set_visible(False)
+  samples: list[Any] = []
+  for name, (color, dashes) in styles.items():
+    sample = lines.Line2D([], [], color=color, label=name)
+    sample.set_linestyle(dashes)  # type: ignore[arg-type]
+    samples.append(sample)
+  place: Any = 'outside right center'
+  figure.legend(handles=samples, loc=place, fontsize=8, frameon=False)
   figure.savefig(path, dpi=110)
   plt.close(figure)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedftg_jax import losses
 from fedftg_jax.base import Generator, Model, Output, Received, Variables
 from fedftg_jax.data import clients
 
@@ -111,6 +112,11 @@ def teacher_logits(
 ) -> jax.Array:
   """[K, B, C] what each teacher says of the images `x`, in eval mode."""
   return jax.vmap(lambda teacher: model.apply(teacher, x).logits)(teachers)
+
+
+def frozen_logits(model: Model, teachers: Variables, x: jax.Array) -> jax.Array:
+  """As `teacher_logits`, where no gradient is taken, see `losses.frozen`."""
+  return losses.frozen(lambda t: teacher_logits(model, t, x), teachers)
 
 
 def mean_of_probabilities(logits: jax.Array, weight: jax.Array) -> jax.Array:

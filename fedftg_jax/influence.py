@@ -450,7 +450,8 @@ def _check_forward_mode(fed, info, *args) -> None:
     raise ValueError(
       'the round has no forward mode, since the derivative of a function in it '
       "is written for backward mode alone: build the model with conv='im2col', "
-      "or use carry='identity', or retrain."
+      'or call it by losses.frozen where no gradient is taken, or use '
+      "carry='identity', or retrain."
     ) from error
 
 

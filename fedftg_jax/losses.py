@@ -1,9 +1,13 @@
 """Losses: pure functions of arrays, per example or as masked means."""
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
 import optax
+
+from fedftg_jax.base import PyTree
 
 
 def masked_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -99,6 +103,16 @@ def held_fixed(target: jax.Array) -> jax.Array:
 held_fixed.defvjp(
   lambda target: (target, ()), lambda _, cotangent: (jnp.zeros_like(cotangent),)
 )
+
+
+def frozen(function: Callable, variables: PyTree) -> PyTree:
+  """Gives `function(variables)`, of which no gradient is taken.
+
+  JAX cannot take `jax.jvp` through a function that has a rule of its own for
+  gradients, as convolutions have, where no gradient uses that rule. Here one
+  does, whose outcome is dropped, and the rules are plain operations.
+  """
+  return jax.vjp(function, variables)[0]
 
 
 def contrast(

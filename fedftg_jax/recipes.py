@@ -191,6 +191,9 @@ class FtgOptions(NamedTuple):
     memory: the model that was broadcast is one more teacher, with the class
       counts of earlier rounds, discounted by this factor a round (see
       `remembering`); 0 for no such teacher (code).
+    eps_root: added under the root of the generator's Adam, whose derivative is
+      else 0 / 0 where a gradient is 0: for forward mode through a round; 0 in
+      the code.
   """
 
   iterations: int = 10
@@ -215,6 +218,7 @@ class FtgOptions(NamedTuple):
   labels: str = 'quota'
   label_sampling: str = 'customised'
   memory: float = 0.0
+  eps_root: float = 0.0
 
 
 # What surrounds the step of `fed_ftg.PRESETS`: options that differ from the
@@ -303,7 +307,9 @@ def _fed_ftg(model, generator, num_classes, preset='official', **changes):
       num_classes,
       iterations=o.iterations,
       batch_size=o.batch_size,
-      generator_optimizer=_at_rate(optax.adam, o.generator_lr),
+      generator_optimizer=_at_rate(
+        lambda rate: optax.adam(rate, eps_root=o.eps_root), o.generator_lr
+      ),
       student_optimizer=_at_rate(
         lambda rate: distillation.sgd(rate, o.weight_decay, o.student_clip),
         o.student_lr,
@@ -503,7 +509,7 @@ RECIPES = {
     'ensemble distillation on unlabelled --public_data',
     prefix='df_',
     fields=fed_df_lib.Options,
-    without=('generator_steps', 'generator_lr', 'lambda_dis'),
+    without=('generator_steps', 'generator_lr', 'lambda_dis', 'eps_root'),
     reveals="reads every client's model",
   ),
   'fed_ftg': Recipe(
@@ -521,7 +527,7 @@ RECIPES = {
 SERVER_OPTIMIZERS = {
   'sgd': (optax.sgd, 1.0),
   'momentum': (lambda rate: optax.sgd(rate, momentum=0.9), 1.0),
-  'adam': (lambda rate: optax.adam(rate, eps=1e-3), 0.01),
+  'adam': (lambda rate, **root: optax.adam(rate, eps=1e-3, **root), 0.01),
   'yogi': (optax.yogi, 0.01),
   'adagrad': (optax.adagrad, 0.1),
 }
@@ -597,12 +603,17 @@ def generates(name: str) -> bool:
 
 
 def server_optimizer(
-  name: str, learning_rate: float | None = None
+  name: str, learning_rate: float | None = None, eps_root: float = 0.0
 ) -> optax.GradientTransformation | None:
   """A server optimiser by name; None (the plain mean) for SGD of rate 1.
 
+  Args:
+    name: a key of `SERVER_OPTIMIZERS`.
+    learning_rate: None for that of the table.
+    eps_root: of Adam, see `FtgOptions.eps_root`; 0 for the others.
+
   Raises:
-    ValueError: for an unknown name.
+    ValueError: for an unknown name, or an `eps_root` that is not Adam's.
   """
   if name not in SERVER_OPTIMIZERS:
     raise ValueError(
@@ -611,4 +622,8 @@ def server_optimizer(
     )
   make, default = SERVER_OPTIMIZERS[name]
   rate = default if learning_rate is None else learning_rate
+  if eps_root:
+    if name != 'adam':
+      raise ValueError(f'eps_root is of adam, got {eps_root} with {name}.')
+    return make(rate, eps_root=eps_root)
   return None if (name, rate) == ('sgd', 1.0) else make(rate)

@@ -189,6 +189,8 @@ class RecipesTest(parameterized.TestCase):
     self.assertIsNone(recipes.server_optimizer('sgd'))
     with self.assertRaisesRegex(ValueError, "got 'lion'"):
       recipes.server_optimizer('lion', 1.0)
+    with self.assertRaisesRegex(ValueError, 'of adam, got 1e-12 with yogi'):
+      recipes.server_optimizer('yogi', eps_root=1e-12)
 
   def test_weighting(self):
     self.assertEqual(recipes.weighting('fed_ftg'), 'examples')

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedftg_jax import losses, models, recipes
 from fedftg_jax.models import convolution
 from tests import methods_test, problems
 
@@ -26,50 +27,143 @@ def relative_gap(tree, other):
   return gap / scale
 
 
+def round_along(fed):
+  """Makes a round and the derivative of the new model in the one before, one
+  program for both: (state, cohort, direction) -> (new state, tangent)."""
+  data = problems.make_data()._replace(public=methods_test.PUBLIC)
+
+  @jax.jit
+  def both(state, cohort, direction):
+    def after(variables):
+      begin = state._replace(variables=variables)
+      new, _ = fed.round(begin, data, cohort, KEY)
+      return new.variables, new
+
+    _, tangent, new = jax.jvp(
+      after, (state.variables,), (direction,), has_aux=True
+    )
+    return new, tangent
+
+  return both
+
+
+def lenet(norm='none'):
+  """With the convolutions of the CPU, whose gradients are written by hand."""
+  model = models.build(
+    'lenet', problems.IMAGE_SHAPE, problems.NUM_CLASSES, norm=norm
+  )
+  return problems.quick(model)
+
+
+def image_generator(conv):
+  return problems.quick(
+    models.image_generator(
+      problems.IMAGE_SHAPE,
+      problems.NUM_CLASSES,
+      noise_dim=4,
+      width=4,
+      bias_before_norm=False,
+      conv=conv,
+    )
+  )
+
+
+ROWS = methods_test.ROWS
+TRAIN, GENERATE = (
+  [name for name, row in ROWS.items() if recipes.generates(row.method) == is_]
+  for is_ in (False, True)
+)
+
+
 class RoundTest(parameterized.TestCase):
   """The new model's derivative in the one before, along a direction."""
 
-  def check(self, row):
+  def check(self, row, *parts, ids=methods_test.Contract.IDS[0]):
+    """Against central differences, in the second round; `parts` are a model and
+    a generator."""
     with enable_x64(True):
-      _, _, fed = methods_test.build(row)
-      data = problems.make_data()._replace(public=methods_test.PUBLIC)
-      cohort = jax.tree.map(
-        lambda a: a[0], problems.schedule([methods_test.Contract.IDS[0]])
-      )
-      state, _ = fed.round(fed.init(KEY), data, cohort, KEY)
-
-      @jax.jit
-      def after(variables):
-        begin = state._replace(variables=variables)
-        return fed.round(begin, data, cohort, KEY)[0].variables
-
-      model = state.variables
+      _, _, fed = methods_test.build(row, *parts)
+      along = round_along(fed)
+      cohort = jax.tree.map(lambda a: a[0], problems.schedule([ids]))
+      state = fed.init(KEY)
       direction = jax.tree.map(
-        lambda a: jax.random.normal(jax.random.key(3), a.shape), model
+        lambda a: jax.random.normal(jax.random.key(3), a.shape), state.variables
       )
-      _, tangent = jax.jvp(after, (model,), (direction,))
+      state, _ = along(state, cohort, direction)
+      _, tangent = along(state, cohort, direction)
       small = 1e-8  # few kinks (of |x|, of a clip) lie within
-      above, below = (after(step(model, direction, s)) for s in (small, -small))
+      above, below = (
+        along(
+          state._replace(variables=step(state.variables, direction, size)),
+          cohort,
+          direction,
+        )[0].variables
+        for size in (small, -small)
+      )
       differences = jax.tree.map(
         lambda a, b: (a - b) / (2 * small), above, below
       )
       self.assertLess(relative_gap(tangent, differences), 1e-6)
 
-  @parameterized.parameters('fed_prox', 'moon')
-  def test_round(self, name):
-    self.check(methods_test.ROWS[name])
+  def test_round(self):
+    self.check(ROWS['fed_prox'])
+
+  def test_convolutions(self):
+    """In training, and in networks that are frozen."""
+    self.check(ROWS['moon'], lenet())
+
+  @parameterized.parameters(*(name for name in TRAIN if name != 'moon'))
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  def test_convolutions_of_others(self, name):
+    row = ROWS[name]
+    norm = 'none' if row.policy == 'aggregate' else 'batch'
+    self.check(row, row.model or lenet(norm))
 
   @parameterized.parameters(
     *(
       name
-      for name in methods_test.ROWS
-      if name not in ('fed_prox', 'moon')
-      and (not name.endswith('+fed_ftg') or name == 'scaffold+fed_ftg')
+      for name in GENERATE
+      if not name.endswith('+fed_ftg') or name == 'scaffold+fed_ftg'
     )
   )
   @pytest.mark.slow  # below: the cases of `parameters` take it over
-  def test_round_of_others(self, name):
-    self.check(methods_test.ROWS[name])
+  def test_dense_generator(self, name):
+    self.check(ROWS[name])
+
+  @parameterized.parameters(
+    ('fed_avg+fed_ftg', None), ('fed_avg+fed_ftg', 'im2col'), ('fed_df', None)
+  )
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  def test_convolutions_of_a_generator(self, name, conv):
+    self.check(ROWS[name], problems.make_model(), image_generator(conv))
+
+  def test_no_gradient(self):
+    """The generator has none for classes that the cohort lacks, where Adam has
+    a derivative by its `eps_root`."""
+    options = {'fed_ftg': {**methods_test.FTG, 'eps_root': 1e-12}}
+    row = ROWS['fed_avg+fed_ftg']._replace(options=options)
+    self.check(row, ids=[2, -1, -1, -1])  # one example
+
+  @pytest.mark.slow
+  def test_no_gradient_in_fed_df(self):
+    options = {**methods_test.DF, 'eps_root': 1e-12, 'weight_decay': 0.0}
+    row = ROWS['fed_df']._replace(options={'fed_df': options})
+    self.check(row, ids=[2, -1, -1, -1])
+
+
+class ServerAdamTest(parameterized.TestCase):
+  @parameterized.parameters((0.0, False), (1e-12, True))
+  def test_no_change(self, eps_root, has_derivative):
+    """Where the mean change is 0, Adam has a derivative by its `eps_root`."""
+    adam = recipes.server_optimizer('adam', 0.1, eps_root)
+
+    def step(change):
+      return adam.update(change, adam.init(change))[0]
+
+    changes = jnp.array([0.0, 1.0])
+    _, tangent = jax.jvp(step, (changes,), (jnp.ones(2),))
+    self.assertEqual(jnp.isfinite(tangent[0]), has_derivative)
+    self.assertTrue(jnp.isfinite(tangent[1]))
 
 
 class ConvolutionTest(parameterized.TestCase):
@@ -98,6 +192,21 @@ class ConvolutionTest(parameterized.TestCase):
         slope(kernel + small * direction) - slope(kernel - small * direction)
       ) / (2 * small)
       self.assertLess(relative_gap(product, differences), 1e-6)
+
+  @parameterized.parameters('winograd', 'blocked', 'matmul')
+  def test_frozen(self, implementation):
+    """Those whose gradients are written by hand pass where none is taken, if
+    the network is said to be frozen; its values are the same."""
+    with enable_x64(True):
+      x = jax.random.normal(KEY, (2, 4, 4, 16))
+      kernel = jax.random.normal(KEY, (3, 3, 16, 24))
+      plain = lambda k: convolution.convolve(x, k, implementation)
+      along = lambda forward: jax.jit(lambda k: jax.jvp(forward, (k,), (k,)))
+      with self.assertRaisesRegex(TypeError, 'forward-mode'):
+        along(plain)(kernel)
+      out, tangent = along(lambda k: losses.frozen(plain, k))(kernel)
+      np.testing.assert_array_equal(out, jax.jit(plain)(kernel))
+      np.testing.assert_allclose(tangent, out, rtol=1e-9, atol=1e-9)
 
   @parameterized.parameters('im2col', 'slices', 'lax')
   def test_without_a_gradient(self, implementation):

@@ -183,9 +183,11 @@ SLOW = (
 )
 
 
-def build(row):
+def build(row, model=None, generator=GENERATOR):
   """Model, method and federation of a row."""
-  model = row.model or (MODEL if row.policy == 'aggregate' else problems.NORMED)
+  if model is None:
+    plain = MODEL if row.policy == 'aggregate' else problems.NORMED
+    model = row.model or plain
   options = {
     'fed_ftg': FTG,
     'fed_df': DF,
@@ -196,7 +198,7 @@ def build(row):
   method = recipes.build(
     row.method,
     recipes.Settings(
-      model, CLASSES, row.server, GENERATOR, options, len(Contract.IDS[0])
+      model, CLASSES, row.server, generator, options, len(Contract.IDS[0])
     ),
     *batch_norm.policy_parts(row.policy, model, 4),
   )

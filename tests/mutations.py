@@ -260,8 +260,8 @@ FAULTS = (
   Fault(
     'fed_ftg_stale_generator',
     FED_FTG,  # the student's images
-    'generator.apply(generating[0], z, labels)',
-    'generator.apply(carry[1], z, labels)',
+    'generator.apply(made, z, labels)[0], generating[0]',
+    'generator.apply(made, z, labels)[0], carry[1]',
     OF_FED_FTG,
   ),
   Fault(

@@ -558,6 +558,10 @@ class ErrorsTest(parameterized.TestCase):
     ('--norm=group --model=softmax', 'must be none for --model=softmax, which'),
     ('--server_learning_rate=0', '--server_learning_rate=0.0: must be above 0'),
     ('--flagfile=/no/file', '--flagfile: .*/no/file.*must name a file'),
+    (
+      '--server_eps_root=1e-9 --server_optimizer=yogi',
+      '--server_eps_root=1e-09: needs --server_optimizer=adam',
+    ),
     ('--server_optimizer=lion', '--server_optimizer=lion: .*adam'),
     ('--vary_partition=7', '--vary_partition=7: '),
     ('--round=3', '--round=3: no such flag; did you mean --rounds'),

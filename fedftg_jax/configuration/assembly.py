@@ -254,7 +254,9 @@ def _method(config, dataset, model) -> base.Method:
     model,
     dataset.num_classes,
     recipes.server_optimizer(
-      config['server_optimizer'], config['server_learning_rate']
+      config['server_optimizer'],
+      config['server_learning_rate'],
+      config['server_eps_root'],
     ),
     generator,
     options,

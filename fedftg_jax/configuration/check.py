@@ -126,6 +126,11 @@ def check(values: dict[str, Any]) -> None:
   rate = values['server_learning_rate']
   require('server_learning_rate', rate is None or rate > 0, 'must be above 0')
   require(
+    'server_eps_root',
+    not values['server_eps_root'] or values['server_optimizer'] == 'adam',
+    'needs --server_optimizer=adam',
+  )
+  require(
     'norm',
     values['norm'] == 'none' or values['model'] not in ('mlp', 'softmax'),
     f'must be none for --model={values["model"]}, which has no convolutions',

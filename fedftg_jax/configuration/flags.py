@@ -314,6 +314,13 @@ def _define_federation() -> None:
   flags.DEFINE_float(
     'server_learning_rate', None, f'Of the server optimiser; default: {rates}.'
   )
+  flags.DEFINE_float(
+    'server_eps_root',
+    0.0,
+    'adam: added under its root, whose derivative is else 0 / 0 where a mean '
+    'change is 0: for forward mode through a round.',
+    lower_bound=0,
+  )
 
 
 def _define_privacy() -> None:

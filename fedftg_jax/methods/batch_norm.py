@@ -16,7 +16,7 @@ reset      a client estimates them on its own data with the received parameters
 import jax
 import jax.numpy as jnp
 
-from fedftg_jax import trees
+from fedftg_jax import losses, trees
 from fedftg_jax.base import Method, Model
 from fedftg_jax.data import clients
 from fedftg_jax.models import layers
@@ -92,9 +92,10 @@ def reset_stats(
     old = view.variables.stats
 
     def of_batch(batch):
-      new = model.apply(
-        view.variables, batch.x, mask=batch.mask, train=True
-      ).stats
+      new = losses.frozen(
+        lambda v: model.apply(v, batch.x, mask=batch.mask, train=True).stats,
+        view.variables,
+      )
       return jax.tree.map(lambda a, b: a + (b - a) / momentum, old, new)
 
     stats = clients.mean_over_examples(of_batch, view.data, batch_size)

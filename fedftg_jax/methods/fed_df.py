@@ -49,6 +49,8 @@ class Options(NamedTuple):
       the round).
     weight_decay: of both.
     lambda_dis: weight of the diversity term.
+    eps_root: added under the root of the generator's Adam, for forward mode
+      through a round, as with --ftg_eps_root.
     ensemble: how teachers combine: as probabilities (code,
       `distillation.mean_of_probabilities`) or as logits (paper,
       `distillation.mean_of_logits`).
@@ -61,6 +63,7 @@ class Options(NamedTuple):
   generator_lr: float | Callable = 0.01
   weight_decay: float = 1e-3
   lambda_dis: float = 1.0
+  eps_root: float = 0.0
   ensemble: Callable = distillation.mean_of_probabilities
 
 
@@ -117,7 +120,10 @@ def fed_df(
     )
 
     def examples(i):
-      return generator.apply(shared, z[cut + i], labels[cut + i])[0]
+      draws = z[cut + i], labels[cut + i]
+      return losses.frozen(
+        lambda made: generator.apply(made, *draws)[0], shared
+      )
 
     student, loss = _distil(
       model, variables, teachers, received, examples, options
@@ -206,7 +212,8 @@ def train_generator(
   present = distillation.present(received.arrived)
   rate = distillation.rate_of(options.generator_lr, received)
   optimizer = optax.chain(
-    optax.add_decayed_weights(options.weight_decay), optax.adam(rate)
+    optax.add_decayed_weights(options.weight_decay),
+    optax.adam(rate, eps_root=options.eps_root),
   )
   passes = 1 + jnp.sum(received.arrived)
 
@@ -255,7 +262,7 @@ def _distil(model, student, teachers, received, images, options):
 
   def examples(i):
     x = images(i)
-    logits = distillation.teacher_logits(model, teachers, x)
+    logits = distillation.frozen_logits(model, teachers, x)
     return x, options.ensemble(logits, weight)
 
   def loss(logits, target):

@@ -268,8 +268,10 @@ def fine_tune(
       tuple(generating),
       length=generator_steps,
     )
-    images, _ = generator.apply(generating[0], z, labels)
-    logits = distillation.teacher_logits(model, teachers, images)
+    images = losses.frozen(
+      lambda made: generator.apply(made, z, labels)[0], generating[0]
+    )
+    logits = distillation.frozen_logits(model, teachers, images)
     together = lambda logits: terms.ensemble(logits, alpha[:, labels])
     target = together(logits / terms.temperature)
     tuned, loss = distillation.distil(
@@ -281,7 +283,10 @@ def fine_tune(
       student_steps,
       forward=student_bn,
     )
-    before, after = (model.apply(s, images).logits for s in (student, tuned))
+    before, after = (
+      losses.frozen(lambda v: model.apply(v, images).logits, variables)
+      for variables in (student, tuned)
+    )
     return (tuned, *generating), {
       **by_name,
       'student': loss,

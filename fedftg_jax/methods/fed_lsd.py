@@ -45,7 +45,9 @@ def fed_lsd(
 
   def penalty(variables, output, batch, view, key):
     del variables, key
-    received = model.apply(view.received, batch.x).logits  # frozen by itself
+    received = losses.frozen(
+      lambda v: model.apply(v, batch.x).logits, view.received
+    )
     divergence = losses.tempered_divergence(output.logits, received, tau)
     distillation = losses.masked_mean(divergence, batch.mask)
     if mix == 'additive':

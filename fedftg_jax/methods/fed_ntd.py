@@ -33,7 +33,9 @@ def fed_ntd(model: Model, beta: float = 1.0, tau: float = 1.0) -> Method:
 
   def penalty(variables, output, batch, view, key):
     del variables, key
-    received = model.apply(view.received, batch.x).logits  # frozen by itself
+    received = losses.frozen(
+      lambda v: model.apply(v, batch.x).logits, view.received
+    )
     divergence = losses.not_true_divergence(
       output.logits, received, batch.y, tau
     )

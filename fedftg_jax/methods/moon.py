@@ -45,12 +45,13 @@ def moon(model: Model, mu: float = 0.5, tau: float = 5.0) -> Method:
     return (), (variables, jnp.zeros((), bool))
 
   def penalty(variables, output, batch, view, key):
-    del variables, key
+    del key
     previous, seen = view.own
     # Frozen by themselves: the gradient is that of the model in training. Not
     # stopped, as `jax.jvp` of a round has to see them.
     near, far = (
-      model.apply(v, batch.x).features for v in (view.received, previous)
+      losses.frozen(lambda v: model.apply(v, batch.x).features, variables)
+      for variables in (view.received, previous)
     )
     contrast = losses.contrast(output.features, near, far, tau)
     return mu * seen * losses.masked_mean(contrast, batch.mask)

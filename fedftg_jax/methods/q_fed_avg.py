@@ -15,6 +15,7 @@ stand for p_k. q = 0 is FedAvg.
 import jax.numpy as jnp
 import optax
 
+from fedftg_jax import losses
 from fedftg_jax.base import Method
 from fedftg_jax.data import clients
 from fedftg_jax.methods import fed_avg
@@ -45,7 +46,9 @@ def q_fed_avg(
 
   def upload(view, local, objective, key):
     def cross_entropy(batch):
-      return objective.loss(view.received, batch, key)[1].cross_entropy
+      return losses.frozen(
+        lambda v: objective.loss(v, batch, key)[1].cross_entropy, view.received
+      )
 
     loss = jnp.maximum(
       _SMALLEST_LOSS,

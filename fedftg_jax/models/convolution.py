@@ -55,8 +55,9 @@ def convolve(
       'blocked', as it is in bfloat16, too short for the transforms; 'im2col'
       gathers always and leaves the gradient to JAX (those of the first three
       are written by hand: `jax.jvp` passes through a gradient of them, but not
-      through a call that no gradient is taken of); 'slices' multiplies each
-      shifted image and adds; 'lax' is `jax.lax.conv_general_dilated`.
+      through a call that no gradient is taken of, unless that is said by
+      `losses.frozen`); 'slices' multiplies each shifted image and adds; 'lax'
+      is `jax.lax.conv_general_dilated`.
     stride: in both directions.
     valid: no padding; the result is smaller by the kernel less one pixel.
 

@@ -7,13 +7,14 @@ import re
 from absl.testing import absltest, parameterized
 import chex
 from flax import linen as nn
+from flax import nnx
 import jax
 from jax import enable_x64
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedftg_jax import models
+from fedftg_jax import base, federation, models
 from fedftg_jax.models import classifiers, convolution, layers, resnet, winograd
 from tests import problems
 
@@ -419,6 +420,73 @@ class PiecesTest(parameterized.TestCase):
     values = 1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64, 128, 256
     want = 1, 9, 9, 8, 8, 8, 16, 16, 24, 24, 32, 48, 64, 128, 256
     self.assertEqual(tuple(map(resnet.make_divisible, values)), want)
+
+
+class LinenNet(nn.Module):
+  @nn.compact
+  def __call__(self, x, mask=None, train=False):
+    x = nn.Dense(6, name='dense')(x.reshape(len(x), -1))
+    norm = nn.BatchNorm(momentum=0.9, name='norm')
+    x = nn.relu(
+      norm(x, not train, mask=None if mask is None else mask[:, None])
+    )
+    return nn.Dense(problems.NUM_CLASSES, name='out')(x), x
+
+
+class NnxNet(nnx.Module):
+  """The same as `LinenNet`."""
+
+  def __init__(self, rngs):
+    self.dense = nnx.Linear(int(np.prod(problems.IMAGE_SHAPE)), 6, rngs=rngs)
+    self.norm = nnx.BatchNorm(6, momentum=0.9, rngs=rngs)
+    self.out = nnx.Linear(6, problems.NUM_CLASSES, rngs=rngs)
+
+  def __call__(self, x, mask=None, train=False):
+    x = self.dense(x.reshape(len(x), -1))
+    mask = None if mask is None else mask[:, None]
+    x = nnx.relu(self.norm(x, not train, mask=mask))
+    return self.out(x), x
+
+
+def from_nnx(make, mean, std):
+  """A module of `flax.nnx`, as a pair of pure functions."""
+  kinds = nnx.Param, nnx.BatchStat
+  graph = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), *kinds)[0]
+
+  def init(key):
+    _, *states = nnx.split(make(nnx.Rngs(key)), *kinds)
+    return base.Variables(*map(nnx.to_pure_dict, states))
+
+  def apply(variables, x, mask=None, train=False):
+    module = nnx.merge(graph, *variables)
+    logits, features = module(models.normalise(x, mean, std), mask, train)
+    stats = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+    return base.Output(logits, features, stats)
+
+  return base.Model(init, apply)
+
+
+class NnxTest(parameterized.TestCase):
+  def test_trains_as_linen(self):
+    ends = []
+    for model in (
+      models.from_flax(LinenNet(), problems.IMAGE_SHAPE, (0.4,), (0.3,)),
+      from_nnx(NnxNet, (0.4,), (0.3,)),
+    ):
+      model = problems.quick(model)
+      fed = problems.make(model)
+      state, _ = federation.run(
+        fed,
+        fed.init(KEY),
+        problems.DATA,
+        problems.schedule([[0, 1], [2, 4]]),
+        KEY,
+      )
+      ends.append(state.variables)
+    chex.assert_trees_all_close(*ends, rtol=1e-6)
+    begin = model.init(KEY)
+    for end, start in zip(*map(jax.tree.leaves, (ends[1], begin))):
+      self.assertGreater(abs(end - start).max(), 0)
 
 
 class DeepClassifiersTest(parameterized.TestCase):

@@ -22,6 +22,7 @@ from fedftg_jax import (
   federation,
   losses,
   models,
+  second_order,
   solvers,
 )
 from fedftg_jax.data import clients, partition, schedules
@@ -628,6 +629,54 @@ class AlignmentTest(absltest.TestCase):
         found, slope = jax.value_and_grad(function)(slim[1])
         np.testing.assert_allclose(found, get(value), rtol=1e-12)
         np.testing.assert_allclose(slope, images(get(gradient)), atol=1e-12)
+
+
+class CurvatureTest(absltest.TestCase):
+  """Softmax regression, whose Hessian is known, in float64."""
+
+  def test_hessian(self):
+    with enable_x64(True):
+      get = lambda name: _ZOO[f'hess/{name}']
+      variables = linear(get('W'), get('b'))
+      data = base.Data(
+        jnp.asarray(get('x')),
+        jnp.asarray(get('y')),
+        jnp.arange(12),
+        jnp.int32(12),
+      )
+      product = second_order.hessian_product(linear_model(), variables, data, 5)
+      units = jnp.eye(15)
+      columns = jax.vmap(product)(
+        {'W': units[:, :12].reshape(15, 3, 4), 'b': units[:, 12:]}
+      )
+      matrix = jnp.concatenate(
+        [columns['W'].reshape(15, 12), columns['b']], axis=1
+      )
+      np.testing.assert_allclose(matrix, get('exact_H'), atol=1e-13)
+      key, params = jax.random.key(0), variables.params
+      top = second_order.top_eigenvalue(
+        product, params, key, iterations=500, tolerance=1e-15
+      )
+      eigenvalues = get('exact_eigs')
+      np.testing.assert_allclose(top.value, eigenvalues[-1], rtol=1e-12)
+      rough = second_order.top_eigenvalue(product, params, key)
+      np.testing.assert_allclose(rough.value, eigenvalues[-1], rtol=1e-2)
+      self.assertLess(rough.iterations, 50)
+      found = second_order.traces(product, params, key, 400)
+      exact = dict(zip('Wb', get('exact_trace_per_tensor')))
+      for name, want in exact.items():
+        np.testing.assert_allclose(found.per_tensor[name], want, rtol=0.1)
+      self.assertLess(abs(found.total - get('exact_trace')), 4 * found.error)
+      self.assertBetween(found.error, 0, 0.1)
+
+  def test_across_clients(self):
+    with enable_x64(True):
+      vectors = _ZOO['hess/client_diag']
+      found = second_order.across_clients(jnp.asarray(vectors))
+      for name in ('H_N', 'H_D'):
+        np.testing.assert_allclose(
+          found[name], _ZOO[f'hess/{name}'], rtol=1e-12
+        )
 
 
 class RecombinationTest(absltest.TestCase):

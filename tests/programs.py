@@ -96,8 +96,8 @@ def call(program, *argv, draw=False):
         absltest.mock.patch.object(figure.Figure, 'savefig', _save_nothing)
       )
     try:
-      cli.parse(['program', *argv], program)
-      cli.guarded(program.main)
+      rest = cli.parse(['program', *argv], program)
+      cli.guarded(functools.partial(program.main, *rest[1:]))
       status = 0
     except SystemExit as stop:
       status = stop.code

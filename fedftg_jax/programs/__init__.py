@@ -11,6 +11,7 @@ NAMES = {
   'ablation': 'varies one factor at a time, with and without FedFTG',
   'compression': 'compares codecs of what clients send, by bits per parameter',
   'partition': 'draws a partition and says how unequal it is',
+  'hessian': 'measures the curvature of a run, and how unlike clients are',
   'report': 'makes report.html of a folder of results anew',
   'benchmark': 'times a round of ours and of other simulators',
 }

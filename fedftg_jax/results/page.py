@@ -259,6 +259,12 @@ def _sections(entries, clients, runs, target=None) -> dict[str, Any]:
       for name, of_name in runs.items()
       if of_name[0].images
     ],
+    'curvature': tables.curvature(runs),
+    'tensors': [
+      (name, tables.curvature_by_tensor(run.hessian))
+      for name, (run, *_) in runs.items()
+      if run.hessian
+    ],
     'times': tables.times(runs),
     'versions': first.versions,
   }

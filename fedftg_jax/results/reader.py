@@ -20,6 +20,7 @@ class Recorded(NamedTuple):
   counts: dict[str, np.ndarray]
   images: dict[int, np.ndarray]  # by round
   nearest: dict[str, np.ndarray]  # see `scoring.nearest_real`
+  hessian: dict[str, Any] = {}  # see the program of that name
 
 
 def read(folder: UPath, rounds: int | None = None) -> Recorded:
@@ -62,6 +63,7 @@ def read(folder: UPath, rounds: int | None = None) -> Recorded:
     _arrays(folder / 'counts.npz'),
     {t: a for t, a in images.items() if t <= rows[-1]['round']},
     nearest_real,
+    last('hessian.json'),
   )
 
 

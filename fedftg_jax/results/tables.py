@@ -1,7 +1,7 @@
 """The tables of a report."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,7 @@ _TARGETS = (
   0.99,
 )  # accuracies that count rounds
 _SHOWN_TARGETS = 4
+_SHOWN_TENSORS = 12
 
 
 def final(entries: Entries, kind: str, average: bool = False) -> Table:
@@ -174,6 +175,36 @@ def fairness(clients: Entries) -> Table:
       *distributions,
     ],
     rows,
+  )
+
+
+def curvature(runs: Mapping[str, Sequence[Recorded]]) -> Table | None:
+  """What `fedftg hessian` found, means over the seeds that it was asked of;
+  None if of none."""
+  measures = 'top_eigenvalue', 'trace', 'H_N', 'H_D'
+  rows = []
+  for name, of_name in runs.items():
+    found = [
+      {**run.hessian.get('clients', {}), **run.hessian}
+      for run in of_name
+      if run.hessian
+    ]
+    if found:
+      values = [[one.get(measure) for one in found] for measure in measures]
+      means = np.array(values, float).mean(axis=1)  # of None: NaN
+      cells = [f'{v:.4g}' if np.isfinite(v) else '–' for v in means]
+      rows.append([name, *cells, str(len(found))])
+  header = ['', 'largest eigenvalue', *measures[1:], 'seeds']
+  return Table(header, rows) if rows else None
+
+
+def curvature_by_tensor(hessian: Mapping[str, Any]) -> Table:
+  """The largest of the traces that `hessian` has for each tensor."""
+  traces = {k: v for k, v in hessian['per_tensor'].items() if v is not None}
+  largest = sorted(traces, key=lambda name: -abs(traces[name]))
+  return Table(
+    ['tensor', 'trace'],
+    [[name, f'{traces[name]:.4g}'] for name in largest[:_SHOWN_TENSORS]],
   )
 
 

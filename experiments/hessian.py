@@ -1,0 +1,7 @@
+"""Measures the curvature of a run's loss, and how unlike it is across
+clients."""
+
+from fedftg_jax.programs import command
+
+if __name__ == '__main__':
+  command.launch('hessian')

@@ -1,0 +1,217 @@
+"""Measures the curvature of a run's loss at its last model, and how unlike it
+is across clients.
+
+  fedftg hessian runs/demo/fed_avg/seed0
+
+Takes the folder of a run of any method (a comparison has one for each method
+and seed), finished or not. Writes hessian.json there, and the folder's
+report.html anew, which then has a section of it: the largest eigenvalue of the
+Hessian of the mean cross-entropy on some of the training examples, its trace
+and that of each tensor's block, and, over clients that train from this model,
+H_N and H_D of FedAlign (docs/methods.md).
+"""
+
+import functools
+
+from absl import flags as absl_flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+from upath import UPath
+
+from fedftg_jax import second_order
+from fedftg_jax.base import Data, Variables
+from fedftg_jax.configuration import assembly, folders
+from fedftg_jax.configuration.resolve import Configuration
+from fedftg_jax.results import page, rows
+from fedftg_jax.runs import resume
+from fedftg_jax.system import cli, devices, files, progress
+
+ARGUMENT = 'FOLDER'
+FLAGS = absl_flags.FLAGS
+
+absl_flags.DEFINE_integer(
+  'examples',
+  500,
+  'So many training examples, spread over all; 0 for all.',
+  lower_bound=0,
+)
+absl_flags.DEFINE_integer(
+  'iterations', 50, 'Products of the power iteration, at most.', lower_bound=1
+)
+absl_flags.DEFINE_integer(
+  'probes', 20, 'Random vectors that a trace is estimated with.', lower_bound=1
+)
+absl_flags.DEFINE_integer(
+  'clients',
+  5,
+  'So many clients, spread over all, that train from the model; 0 for none.',
+  lower_bound=0,
+)
+
+
+def main(folder: str) -> None:
+  try:
+    place = UPath(folder)
+  except (ValueError, ImportError) as error:  # a store that is not known here
+    raise cli.ArgumentError(folder, str(error)) from error
+  config = _config(place)
+  experiment = assembly.build(config, FLAGS.data_dir, FLAGS.manual_dir)
+  with assembly.matmul_precision(config):
+    found = _measure(place, experiment)
+  files.write_json(place / 'hessian.json', found)
+  across = found.get('clients', {})
+  progress.show(
+    ['measure', config['method']],
+    [
+      ['largest eigenvalue', str(found['top_eigenvalue'])],
+      ['trace', f'{found["trace"]} ± {found["trace_error"]}'],
+      *([name, str(across[name])] for name in ('H_N', 'H_D') if across),
+    ],
+  )
+  print(f'written: {place / "hessian.json"}, {page.write(place)}')
+
+
+def _config(place) -> Configuration:
+  """The configuration of the run in a folder."""
+  if not (place / 'config.json').exists():
+    raise cli.ArgumentError(place, 'must be the folder of a run')
+  try:
+    saved = files.read_json(place / 'config.json')
+    config = Configuration(saved['config'])
+    contents = saved['contents']
+  except (ValueError, LookupError, TypeError) as error:
+    why = f'has a damaged config.json ({error})'
+    raise cli.ArgumentError(place, why) from error
+  if 'program' in config:
+    raise cli.ArgumentError(
+      place, 'holds several runs; must be the folder of one, METHOD/seedK in it'
+    )
+  try:
+    there = folders.contents(config)
+  except OSError as error:
+    why = f'names a file that is gone: {error}'
+    raise cli.ArgumentError(place, why) from error
+  if there != contents:
+    raise cli.ArgumentError(
+      place, f'is of other files: {", ".join(contents)} changed since'
+    )
+  return config
+
+
+def _measure(place, experiment) -> dict:
+  """What hessian.json holds."""
+  config, problem = experiment.config, experiment.problem
+  key_init, key_run = jax.random.split(jax.random.key(config['seed']))
+  start = experiment.simulation.federation.init(key_init)
+  state, done, slots = _state(place, experiment, start)
+  progress.say(f'the model of round {done}')
+  put = functools.partial(devices.put, num_devices=config['num_devices'])
+  data, key_run = put((problem.data, key_run))
+  some = _spread(np.concatenate(problem.parts), FLAGS.examples)
+  sample = put(Data(data.x, data.y, jnp.asarray(some), jnp.int32(len(some))))
+  product = functools.partial(
+    second_order.hessian_product, experiment.simulation.model
+  )
+
+  @jax.jit
+  def top(variables, sample):
+    found = second_order.top_eigenvalue(
+      product(variables, sample),
+      variables.params,
+      jax.random.key(0),
+      iterations=FLAGS.iterations,
+    )
+    return found._replace(vector=())
+
+  @jax.jit
+  def traces(variables, sample):
+    return second_order.traces(
+      product(variables, sample),
+      variables.params,
+      jax.random.key(1),
+      FLAGS.probes,
+    )
+
+  variables = put(state.variables)
+  largest, whole = jax.device_get(
+    (top(variables, sample), traces(variables, sample))
+  )
+  found = {
+    'round': done,
+    'examples': len(some),
+    'top_eigenvalue': rows.number(largest.value),
+    'iterations': int(largest.iterations),
+    'trace': rows.number(whole.total),
+    'trace_error': rows.number(whole.error),
+    'probes': FLAGS.probes,
+    'per_tensor': {
+      jax.tree_util.keystr(path, simple=True, separator='/'): rows.number(value)
+      for path, value in jax.tree.leaves_with_path(whole.per_tensor)
+    },
+  }
+  if FLAGS.clients:
+    of_variables = lambda variables: traces(variables, sample).per_tensor
+    found['clients'] = {
+      'slots': slots,
+      **_across_clients(experiment, state, data, key_run, put, of_variables),
+    }
+  return found
+
+
+def _across_clients(experiment, state, data, key, put, traces) -> dict:
+  """How unlike curvature is at what clients make of the model, each by its own
+  local training."""
+  fed, parts = experiment.simulation.federation, experiment.problem.parts
+  ids = _spread(np.flatnonzero([*map(len, parts)]), FLAGS.clients)
+  slots = jax.tree.map(lambda a: np.asarray(a[ids]), state.clients)
+  state = put(state._replace(clients=slots))
+  personalise = jax.jit(lambda *args: fed.personalise(*args)[1])
+  vectors = []
+  for i, client in enumerate(ids):
+    models = personalise(state, data, jnp.int32(client), jnp.int32(i), key)
+    of_client = traces(models['personalised'].variables)
+    vectors.append(jnp.stack(jax.tree.leaves(of_client)))
+    progress.say(f'client {client}, {i + 1} of {len(ids)}')
+  stacked = jnp.stack(vectors)  # [K, J]
+  return {
+    'ids': ids.tolist(),
+    'trace': [*map(rows.number, jnp.sum(stacked, axis=1))],
+    **{
+      name: rows.number(value)
+      for name, value in second_order.across_clients(stacked).items()
+    },
+  }
+
+
+def _spread(values: np.ndarray, num: int) -> np.ndarray:
+  """`num` of the values, evenly spread; 0 or too many: all."""
+  if not 0 < num < len(values):
+    return values
+  return values[np.linspace(0, len(values) - 1, num).round().astype(int)]
+
+
+def _state(place, experiment, start):
+  """The last state that the folder has, the rounds done, and whether what
+  clients keep is of then ('kept') or as in the beginning ('initial')."""
+  seed = experiment.config['seed']
+  done, (state,) = resume.newest([place], experiment, [seed], [start])
+  finished = folders.rounds_finished(place)
+  if finished <= done:
+    if not done:
+      raise cli.ArgumentError(
+        place, 'has no model yet: neither a checkpoint nor params.npz'
+      )
+    return state, done, 'kept'
+  arrays = files.read_arrays(place / 'params.npz')
+  variables = jax.tree.map_with_path(
+    lambda path, leaf: arrays[
+      jax.tree_util.keystr(path, simple=True, separator='/')
+    ],
+    start.variables._asdict(),
+  )
+  return (
+    start._replace(variables=Variables(**variables), round=jnp.int32(finished)),
+    finished,
+    'initial',
+  )

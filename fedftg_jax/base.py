@@ -127,14 +127,29 @@ class ApplyGenerator(Protocol):
   ) -> tuple[jax.Array, PyTree]: ...
 
 
+class Unpack(Protocol):
+  """Gives the variables of a model from those of all in one form."""
+
+  def __call__(self, variables: Variables, /) -> Variables: ...
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Personal:
   """A client's model, of the common architecture or of another one; a pytree
-  of its variables."""
+  of its variables.
+
+  Where clients' architectures differ, `variables` are packed alike for all:
+  `kinds` has each architecture's name and the function that unpacks them, and
+  `kind` is the number of this client's.
+  """
 
   apply: ApplyModel = dataclasses.field(metadata={'static': True})
   variables: Variables
+  kinds: tuple[tuple[str, Unpack], ...] = dataclasses.field(
+    default=(), metadata={'static': True}
+  )
+  kind: jax.Array | None = None  # [] int32
 
 
 class Generator(NamedTuple):

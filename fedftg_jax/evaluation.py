@@ -70,6 +70,9 @@ def evaluate_clients(
   """Evaluates the broadcast model and personal models on every client's test
   examples, before and after the client's local training.
 
+  Models whose architecture differs between clients are there once for all
+  clients and once for each architecture, as 'custom' and 'custom_lenet'.
+
   'broadcast' is the model as the client begins from it: with BatchNorm
   statistics of its own where the method gives it those. 'personalised' is what
   local training makes of it, with the draws of the next round: a client that is
@@ -88,9 +91,10 @@ def evaluate_clients(
     batch_size: examples at once; the last batch is padded and masked.
 
   Returns:
-    By model: {'loss', 'accuracy'}, [N], NaN for clients without test examples;
-    with `by_class` also {'per_class'}: [N, C], accuracy on each class of the
-    whole test set, NaN for a class that it does not have.
+    By model: {'loss', 'accuracy'}, [N], NaN for clients without test examples
+    and for those of another architecture; with `by_class` also {'per_class'}:
+    [N, C], accuracy on each class of the whole test set, NaN for a class that
+    it does not have.
   """
   num = len(test.count)
   on_device = fed.client_state == 'device'
@@ -146,6 +150,10 @@ def _evaluate_some(
       if by_class:
         whole = _of_all(model.apply, model.variables, *flat, batch_size)
         scores[name]['per_class'] = whole['per_class']
+      for i, (kind, _) in enumerate(model.kinds):
+        scores[f'{name}_{kind}'] = jax.tree.map(
+          lambda a: jnp.where(model.kind == i, a, jnp.nan), scores[name]
+        )
     return (), scores
 
   rows = jax.tree.map(

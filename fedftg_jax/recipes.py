@@ -6,7 +6,7 @@ correct the mean, others refine the model. Without an aggregating part `fed_avg`
 is added.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import difflib
 import inspect
 from typing import Any, Literal, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import optax
 
 from fedftg_jax import base, distillation
+from fedftg_jax import models as models_lib
 from fedftg_jax.base import Generator, Method, Model
 from fedftg_jax.methods import fed_align as fed_align_lib
 from fedftg_jax.methods import fed_avg as fed_avg_lib
@@ -26,7 +27,9 @@ from fedftg_jax.methods import fed_mr as fed_mr_lib
 from fedftg_jax.methods import fed_nova as fed_nova_lib
 from fedftg_jax.methods import fed_ntd as fed_ntd_lib
 from fedftg_jax.methods import fed_prox as fed_prox_lib
+from fedftg_jax.methods import kd_lwof as kd_lwof_lib
 from fedftg_jax.methods import moon as moon_lib
+from fedftg_jax.methods import p_fed_bred as p_fed_bred_lib
 from fedftg_jax.methods import private_fed_avg as private_fed_avg_lib
 from fedftg_jax.methods import q_fed_avg as q_fed_avg_lib
 from fedftg_jax.methods import remembering as remembering_lib
@@ -52,6 +55,8 @@ class Settings(NamedTuple):
     weight_decay: of local training, for students on the server.
     privacy: of the sum, the keyword arguments of `private_fed_avg`; none for a
       plain one.
+    build_model: makes a classifier by its name, for methods with several.
+    num_clients: N, for those, too.
   """
 
   model: Model
@@ -64,6 +69,8 @@ class Settings(NamedTuple):
   learning_rate: float = 0.1
   weight_decay: float = 1e-3
   privacy: Mapping[str, Any] = {}
+  build_model: Callable[[str], Model] | None = None
+  num_clients: int | None = None
 
 
 class Recipe(NamedTuple):
@@ -84,6 +91,7 @@ class Recipe(NamedTuple):
   needs: tuple[tuple[str, tuple, str], ...] = ()
   # What it tells the server that a private sum does not protect.
   reveals: str = ''
+  trains: bool = False  # whether it changes how local training goes
 
   @property
   def given(self) -> list[str]:
@@ -403,6 +411,45 @@ def _scaffold(
   return scaffold_lib.scaffold(option, rate, ref_untuned, batch_size)
 
 
+def _kd_lwof(
+  model, build_model, num_clients, models='mlp,lenet,fedavg_cnn', **options
+):
+  """KD + LwoF by the names of architectures.
+
+  Args:
+    models: the clients' architectures, joined with commas; client k has that of
+      number k modulo their number.
+  """
+  names = models.split(',')
+  check_architectures(names, num_clients)
+  return kd_lwof_lib.kd_lwof(
+    model, {name: build_model(name) for name in names}, **options
+  )
+
+
+def check_architectures(
+  names: Sequence[str], num_clients: int | None = None
+) -> None:
+  """Raises ValueError for an architecture that does not exist, is named twice,
+  or would have none of `num_clients` clients (None for unknown)."""
+  for name in names:
+    if name not in models_lib.CLASSIFIERS:
+      raise ValueError(
+        f'no model {name!r}: must be of {", ".join(models_lib.CLASSIFIERS)}, '
+        'joined with commas'
+      )
+    if names.count(name) > 1:
+      raise ValueError(f'{name} is named twice')
+  if num_clients is not None and len(names) > num_clients:
+    raise ValueError(
+      f'{len(names)} architectures for {num_clients} clients: no client would '
+      f'have {names[num_clients]}'
+    )
+
+
+# Of methods whose local steps follow a rule of their own.
+_OWN_STEPS = (('momentum', (0.0,), 'its local steps have none'),)
+
 RECIPES = {
   'fed_avg': Recipe(
     'aggregates', _fed_avg, 'weighted mean, or FedOpt with --server_optimizer'
@@ -494,6 +541,34 @@ RECIPES = {
     ),
     reveals="keeps every client's model",
   ),
+  'p_fed_me': Recipe(
+    'local',
+    p_fed_bred_lib.p_fed_me,
+    'personal models near the common one',
+    prefix='me_',
+    needs=_OWN_STEPS,
+    trains=True,
+  ),
+  'p_fed_bred': Recipe(
+    'local',
+    p_fed_bred_lib.p_fed_bred,
+    'personal models near what a prior makes of the common one',
+    prefix='me_',
+    needs=_OWN_STEPS,
+    trains=True,
+  ),
+  'kd_lwof': Recipe(
+    'local',
+    _kd_lwof,
+    'clients have models of several architectures, distilled with the common '
+    'one',
+    prefix='lwof_',
+    fields=kd_lwof_lib.kd_lwof,
+    needs=(
+      ('keep_momentum', (False,), 'one momentum does not fit two models'),
+    ),
+    trains=True,
+  ),
   'fed_df': Recipe(
     'refines',
     _fed_df,
@@ -537,7 +612,8 @@ def parse(name: str) -> list[str]:
   """The parts of 'a+b' in the order in which the server runs them.
 
   Raises:
-    ValueError: for an unknown or repeated part, or two that aggregate.
+    ValueError: for an unknown or repeated part, or two that aggregate or that
+      train in their own way.
   """
   parts = name.split('+')
   for part in parts:
@@ -556,6 +632,11 @@ def parse(name: str) -> list[str]:
   if kinds.count('aggregates') > 1:
     both = [p for p, k in zip(parts, kinds) if k == 'aggregates']
     raise ValueError(f'only one part can aggregate, got {" and ".join(both)}')
+  both = [part for part in parts if RECIPES[part].trains]
+  if len(both) > 1:
+    raise ValueError(
+      f'only one part can train in its own way, got {" and ".join(both)}'
+    )
   if 'aggregates' not in kinds:
     parts.append('fed_avg')
   return sorted(parts, key=lambda part: KINDS.index(RECIPES[part].kind))

@@ -63,8 +63,10 @@ class RunTest(parameterized.TestCase):
           'fed_df_public': methods_test.DF,
           'fed_gen': methods_test.GEN,
           'q_fed_avg': dict(batch_size=4),
+          'kd_lwof': methods_test.LWOF,
         },
         cohort=3,
+        build_model=methods_test.ARCHITECTURES.__getitem__,
       )
       method = recipes.build(
         name, settings, *batch_norm.policy_parts(policy, model, 4)

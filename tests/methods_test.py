@@ -55,9 +55,13 @@ DF = dict(
   student_lr=1.0,
   generator_lr=1e-4,
 )
+ME = dict(lam=5.0, lr_p=0.1, prox_steps=2)
+LWOF = dict(models='softmax,resnet20')
 PUBLIC = problems.make_data((9,), seed=4).x
 # Its features depend on its parameters, as MOON's contrast needs.
 MODEL = problems.from_flax(classifiers.MLP(problems.NUM_CLASSES, (6,)))
+# Of these names, so that options name them.
+ARCHITECTURES = {'softmax': problems.LINEAR, 'resnet20': problems.NORMED}
 WORDS = 64 * 6 + 6 + 6 * 3 + 3  # of this model
 NET_WORDS = 64 * 6 + 6 + 2 * 6 + 6 * 3 + 3  # linear, BatchNorm, linear
 CLASSES = problems.NUM_CLASSES
@@ -145,12 +149,35 @@ ROWS = {
   'fed_mr+fed_ftg': Row('fed_mr+fed_ftg', up=CLASSES),
   'fed_ntd+fed_ftg': Row('fed_ntd+fed_ftg', up=CLASSES),
   'fed_lsd+fed_ftg': Row('fed_lsd+fed_ftg', up=CLASSES),
+  'p_fed_me': Row('p_fed_me', options={'p_fed_me': ME}),
+  'p_fed_bred_lg': Row('p_fed_bred', options={'p_fed_bred': ME}),
+  'p_fed_bred_meg': Row(
+    'p_fed_bred+fed_prox',
+    options={'p_fed_bred': {**ME, 'kind': 'meg', 'family': 'diagonal'}},
+    server=optax.sgd(2.0),
+  ),
+  'p_fed_bred_mh': Row(
+    'p_fed_bred', options={'p_fed_bred': {**ME, 'kind': 'mh'}}, policy='local'
+  ),
+  'p_fed_bred+fed_ftg': Row(
+    'p_fed_bred+fed_ftg', up=CLASSES, options={'p_fed_bred': ME}
+  ),
+  'kd_lwof': Row('kd_lwof'),
+  'kd_lwof+fed_ftg': Row(
+    'kd_lwof+fed_ftg',
+    up=CLASSES,
+    options={'kd_lwof': {**LWOF, 'phases': 'b_a', 'terms': 'kd_only'}},
+  ),
   'local+fed_ftg': Row('fed_ftg', up=CLASSES, policy='local'),
   'reset+scaffold': Row('scaffold', NET_WORDS, NET_WORDS, policy='reset'),
 }
 
 # Their parts are in other rows; they are checked together in `make test-all`.
 SLOW = (
+  'p_fed_bred_lg',
+  'kd_lwof+fed_ftg',
+  'p_fed_bred_meg',
+  'p_fed_bred+fed_ftg',
   'fed_lsd',
   'fed_mr_by_modules',
   'fed_mr+fed_ftg',
@@ -193,17 +220,39 @@ def build(row, model=None, generator=GENERATOR):
     'fed_df': DF,
     'fed_df_public': DF,
     'q_fed_avg': dict(batch_size=4),
+    'kd_lwof': LWOF,
     **row.options,
   }
   method = recipes.build(
     row.method,
     recipes.Settings(
-      model, CLASSES, row.server, generator, options, len(Contract.IDS[0])
+      model,
+      CLASSES,
+      row.server,
+      generator,
+      options,
+      len(Contract.IDS[0]),
+      build_model=ARCHITECTURES.__getitem__,
     ),
     *batch_norm.policy_parts(row.policy, model, 4),
   )
   fed = problems.make(model, method, weighting=recipes.weighting(row.method))
   return model, method, fed
+
+
+def plain_batches(data, rows, key, epochs):
+  """A client's batches, unpadded."""
+  batches = []
+  for epoch in range(epochs):
+    key_epoch = jax.random.fold_in(key, epoch)
+    draws = jax.random.uniform(key_epoch, data.index.shape[1:], jnp.float32)
+    order = np.argsort(np.asarray(draws)[: len(rows)])
+    for first in range(0, len(rows), problems.BATCH):
+      some = rows[order[first : first + problems.BATCH]]
+      batches.append(
+        base.Batch(data.x[some], data.y[some], jnp.ones(len(some), bool))
+      )
+  return batches
 
 
 def sequential_round(model, method, weighting, state, data, cohort, key):
@@ -224,7 +273,7 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
     output = model.apply(variables, batch.x, mask=batch.mask, train=True)
     ce = losses.cross_entropy(output.logits, batch.y, batch.mask)
     penalty = method.penalty(variables, output, batch, view, key)
-    return ce + penalty, base.LossAux(output.stats, ce)
+    return ce + penalty, base.LossAux(output.stats, ce, output.logits)
 
   @jax.jit  # data are no part of a penalty; the view comes without them
   def gradient(variables, batch, key, view):
@@ -232,6 +281,11 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
       lambda p: loss(variables._replace(params=p), batch, key, view),
       has_aux=True,
     )(variables.params)
+
+  def descend(direction, variables, memory, batches, rate, key):
+    grads, aux = direction(variables, *batches, key)
+    params = jax.tree.map(lambda p, g: p - rate * g, variables.params, grads)
+    return base.Variables(params, aux.stats), memory, aux.cross_entropy
 
   for slot, (place, k) in enumerate(zip(places, ids)):
     count = int(data.count[k])
@@ -257,40 +311,41 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
       functools.partial(loss, view=view), method.decay(view)
     )
 
-    def train(asked, view, rows=rows, count=count, solve=client_keys.solve):
-      assert asked.loss is objective.loss  # `gradient` is its
-      local, steps = view.variables, 0
-      key_order, key_loss = jax.random.split(solve)
-      for epoch in range(2):
-        draws = jax.random.uniform(
-          jax.random.fold_in(key_order, epoch),
-          (data.index.shape[1],),
-          jnp.float32,
+    key_order, key_loss = jax.random.split(client_keys.solve)
+    batches = plain_batches(data, rows, key_order, epochs=4)
+
+    def train(asked, view, batches=batches, key_loss=key_loss):
+      rule = asked.rule or base.Rule((), descend)
+
+      @jax.jit
+      def gradient_of_another(variables, batch, key):
+        return jax.grad(
+          lambda p: asked.loss(variables._replace(params=p), batch, key),
+          has_aux=True,
+        )(variables.params)
+
+      def direction(variables, batch, key):
+        if asked.loss is objective.loss:
+          seen_by = view._replace(data=None)
+          grads, aux = gradient(variables, batch, key, seen_by)
+        else:
+          grads, aux = gradient_of_another(variables, batch, key)
+        scale = jnp.minimum(1.0, 10.0 / optax.tree.norm(grads))
+        decay = 1e-3 + asked.decay
+        grads = jax.tree.map(
+          lambda p, g: scale * g + decay * p, variables.params, grads
         )
-        order = np.argsort(np.asarray(draws)[:count])
-        for first in range(0, count, problems.BATCH):
-          some = rows[order[first : first + problems.BATCH]]
-          grads, aux = gradient(
-            local,
-            base.Batch(data.x[some], data.y[some], jnp.ones(len(some), bool)),
-            jax.random.fold_in(key_loss, steps),
-            view._replace(data=None),
-          )
-          scale = min(1.0, 10.0 / float(optax.tree.norm(grads)))
-          decay = 1e-3 + asked.decay
-          local = base.Variables(
-            jax.tree.map(
-              lambda p, g: (
-                p - 0.1 * 0.9 ** int(state.round) * (scale * g + decay * p)
-              ),
-              local.params,
-              grads,
-            ),
-            aux.stats,
-          )
-          steps += 1
+        return grads, aux
+
+      local, memory = view.variables, rule.memory
       rate = jnp.asarray(0.1 * 0.9 ** int(state.round))
-      return base.Local(local, jnp.int32(steps), rate, {})
+      num, steps = rule.num_batches, len(batches) // 2
+      for i in range(steps):
+        some = tuple(batches[num * i : num * (i + 1)])
+        local, memory, _ = rule.step(
+          direction, local, memory, some, rate, jax.random.fold_in(key_loss, i)
+        )
+      return base.Local(local, jnp.int32(steps), rate, {}, memory=memory)
 
     local, own = method.train(train, objective, view, client_keys.train)
     own, message = method.upload(
@@ -435,6 +490,7 @@ def after(name, local_steps=None, **options):
     CLASSES,
     generator=GENERATOR,
     options={name: options} if options else {},
+    build_model=ARCHITECTURES.__getitem__,
   )
   fed = problems.make(MODEL, recipes.build(name, settings))
   rows = problems.schedule([[0, 1, 4], [2, 3, -1], [0, 2, 3]])
@@ -455,7 +511,9 @@ class NeutralTest(parameterized.TestCase):
   """Settings that switch a method off give FedAvg."""
 
   @parameterized.parameters(
-    ('fed_dyn', dict(alpha=0.0)), ('q_fed_avg', dict(q=0.0, batch_size=4))
+    ('fed_dyn', dict(alpha=0.0)),
+    ('q_fed_avg', dict(q=0.0, batch_size=4)),
+    ('p_fed_me', dict(lam=16.0, lr_p=1 / 16, prox_steps=1, warm=False)),
   )
   def test_switched_off(self, name, options):
     self.check(name, options)

@@ -124,22 +124,25 @@ def make_problem(
 
 
 def _simulation(config, dataset, num_clients) -> Simulation:
-  model = _checked(
-    'model',
-    config,
+  build = functools.partial(
     models.build,
-    config['model'],
-    dataset.image_shape,
-    dataset.num_classes,
+    image_shape=dataset.image_shape,
+    num_classes=dataset.num_classes,
     mean=dataset.mean,
     std=dataset.std,
-    norm=config['norm'],
     conv=config['conv'],
-    projection_dim=config['projection_dim'],
     torch_bn=config['torch_bn'],
     dtype=_dtype(config),
   )
-  method = _method(config, dataset, model)
+  model = _checked(
+    'model',
+    config,
+    build,
+    config['model'],
+    norm=config['norm'],
+    projection_dim=config['projection_dim'],
+  )
+  method = _method(config, dataset, model, build, num_clients)
   steps = config['local_steps'] or None
   solver = solvers.local_sgd(
     _decayed(config['learning_rate'], config),
@@ -231,7 +234,7 @@ def _augment(config, dataset) -> dict[str, Any]:
   }
 
 
-def _method(config, dataset, model) -> base.Method:
+def _method(config, dataset, model, build_model, num_clients) -> base.Method:
   """The method under the policy for BatchNorm statistics."""
   options = {
     part: _options(part, config) for part in recipes.parse(config['method'])
@@ -265,6 +268,8 @@ def _method(config, dataset, model) -> base.Method:
     config['learning_rate'],
     config['weight_decay'] + _prox_decay(config),
     _privacy(config),
+    build_model,
+    num_clients,
   )
   further = batch_norm.policy_parts(
     config['batch_norm'], model, config['batch_size']

@@ -115,6 +115,7 @@ def check(values: dict[str, Any]) -> None:
       require(
         flag, values[flag] in allowed, f'must be {right} with {part}: {why}'
       )
+  _check_personal(values, parts, require)
   require(
     'scaffold_lr0',
     not values['scaffold_lr0'] or values['learning_rate'] > 0,
@@ -178,6 +179,30 @@ def _check_privacy(values, require):
         values['norm'] != 'batch',
         f'must not be batch with --{name}: statistics are sent unprotected',
       )
+
+
+def _check_personal(values, parts, require):
+  """Of methods at hand with models of the clients' own."""
+  if not {'p_fed_me', 'p_fed_bred'}.isdisjoint(parts):
+    for name in 'me_lam', 'me_lr_p', 'me_prox_steps':
+      require(name, values[name] > 0, 'must be above 0')
+    require(
+      'me_lr_p',
+      values['me_lr_p'] * values['me_lam'] <= 2,
+      f'must be at most 2 / --me_lam={values["me_lam"]}, or the steps of the '
+      'personal models diverge',
+    )
+  if 'kd_lwof' in parts:
+    for name in 'lwof_alpha', 'lwof_gamma':
+      require(name, values[name] <= 1, 'must be at most 1')
+    num_clients = values['num_clients']
+    _check_by(
+      'lwof_models',
+      values,
+      lambda names: recipes.check_architectures(
+        names.split(','), None if is_given(values['partition']) else num_clients
+      ),
+    )
 
 
 def _check_public(values, require):

@@ -535,6 +535,8 @@ def _define_options(method: str) -> None:
       flags.DEFINE_bool(flag, default, text)
     elif choices and isinstance(choices[0], str):
       flags.DEFINE_enum(flag, default, choices, text)
+    elif isinstance(option.default, str):
+      flags.DEFINE_string(flag, default, text)
     else:
       define = (
         flags.DEFINE_integer

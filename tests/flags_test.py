@@ -44,6 +44,7 @@ DEFAULTS = {
     'df_lambda_dis': 1.0,
     'df_ensemble': 'prob',
     'df_memory': 0.0,
+    'df_eps_root': 0.0,
   },
   'fed_df_public': {
     'df_student_steps': 20,

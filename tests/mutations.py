@@ -418,8 +418,8 @@ FAULTS = (
   Fault(
     'ntd_teacher_is_the_start',
     'fedftg_jax/methods/fed_ntd.py',
-    'received = model.apply(view.received, batch.x).logits',
-    'received = model.apply(variables, batch.x).logits',
+    'lambda v: model.apply(v, batch.x).logits, view.received',
+    'lambda v: model.apply(v, batch.x).logits, variables',
     OF_METHODS,
   ),
   Fault(

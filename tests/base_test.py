@@ -161,7 +161,7 @@ class RecipesTest(parameterized.TestCase):
   @parameterized.parameters(
     (
       'fedavg',
-      r"no method 'fedavg' .did you mean fed_avg\?.: must be one of fed_avg, ",
+      r"no method 'fedavg' .did you mean fed_avg\?.: must be one of fed_align, ",
     ),
     ('fed_avg+fed_avg', 'fed_avg is named twice'),
     ('', 'no method'),

@@ -536,6 +536,7 @@ RECIPES = {
     fields=fed_mr_lib.fed_mr,
     needs=(
       ('schedule', ('exact',), 'its rounds have as many clients as models'),
+      ('train_all', (False,), 'its rounds have as many clients as models'),
       ('server_optimizer', ('sgd',), 'no mean is trained further'),
       ('server_learning_rate', (None, 1.0), 'no mean is trained further'),
     ),

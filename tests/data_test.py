@@ -78,6 +78,28 @@ class SchedulesTest(parameterized.TestCase):
     for one, other in zip(fewer[:4], again[:4]):
       np.testing.assert_array_equal(one, other)
 
+  def test_all_at_work(self):
+    """Everybody but who drops out before its work; who arrives, and how far a
+    straggler comes, is as it was."""
+    rows = schedules.from_ids(np.array([[3, 0, -1], [1, 2, 4]]), 5)
+    rows = rows._replace(
+      arrived=rows.arrived & [[True, True, False], [True, False, False]],
+      worked=rows.arrived & [[True, True, False], [True, False, True]],
+      num_steps=np.array([[7, 2, 9], [5, 6, 8]], np.int32),
+    )
+    whole = schedules.with_all_at_work(rows, 5)
+    np.testing.assert_array_equal(whole.client_id, [range(5)] * 2)
+    np.testing.assert_array_equal(
+      whole.arrived, [[1, 0, 0, 1, 0], [0, 1, 0, 0, 0]]
+    )
+    np.testing.assert_array_equal(
+      whole.worked, [[1, 1, 1, 1, 1], [1, 1, 0, 1, 1]]
+    )
+    free = NO_LIMIT
+    np.testing.assert_array_equal(
+      whole.num_steps, [[7, free, free, 2, free], [free, 5, 6, free, 8]]
+    )
+
   def test_draws_do_not_depend_on_who_else_is_in(self):
     """Client 3 in round 1 meets the same fate in a smaller cohort."""
     large = schedules.from_ids(np.tile(np.arange(8), (50, 1)), 10)

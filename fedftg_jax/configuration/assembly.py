@@ -406,6 +406,14 @@ def _public(config, dataset):
 
 
 def _schedule(config, parts) -> base.Cohort:
+  schedule = _selected(config, parts)
+  if config['train_all']:
+    return schedules.with_all_at_work(schedule, len(parts))
+  return schedule
+
+
+def _selected(config, parts) -> base.Cohort:
+  """The schedule of those that are selected."""
   kind, num_rounds, num_clients = (
     config['schedule'],
     config['rounds'],

@@ -252,6 +252,13 @@ def _define_federation() -> None:
     'Clients that drop out have trained all the same, and keep what they '
     'learnt for themselves (control variates, previous models).',
   )
+  flags.DEFINE_bool(
+    'train_all',
+    False,
+    'All clients train in every round and keep what they learn for themselves, '
+    "as in pFedMe's code; only the selected ones send it. Takes --num_clients "
+    '/ --cohort times as long.',
+  )
   flags.DEFINE_float(
     'straggler_rate',
     0.0,

@@ -22,6 +22,7 @@ PRESENTATION = (
   'tensorboard',
   'checkpoint_every',
   'keep_checkpoints',
+  'save_personal',
 )
 # Flags that change nothing at 0 or no. They are left out then, so that a folder
 # from before there was such a flag still fits.
@@ -35,6 +36,7 @@ _OPTIONAL = (
   'nesterov',
   'keep_momentum',
   'dropout_after_work',
+  'train_all',
   'evaluate_all',
   'server_eps_root',
   'ftg_eps_root',

@@ -132,6 +132,37 @@ def with_dropouts(
   )
 
 
+def with_all_at_work(schedule: Cohort, num_clients: int) -> Cohort:
+  """The schedule where all clients train in every round and keep what they
+  learn for themselves; only those that arrive in `schedule` arrive.
+
+  A selected client that drops out before its work does not work here, either.
+
+  Args:
+    schedule: leading axis [T].
+    num_clients: N.
+
+  Returns:
+    The schedule, as wide as there are clients.
+  """
+  length = len(schedule.client_id)
+  rows = np.arange(length)[:, None]
+
+  def spread(values, others):
+    """[T, N] of [T, S]; `others` for who is not selected."""
+    found = np.full((length, num_clients + 1), others)  # one more for padding
+    found[rows, schedule.client_id] = values
+    return found[:, :num_clients]
+
+  worked = schedule.arrived if schedule.worked is None else schedule.worked
+  return Cohort(
+    np.tile(np.arange(num_clients, dtype=np.int32), (length, 1)),
+    spread(schedule.arrived, False),
+    spread(schedule.num_steps, np.int32(NO_LIMIT)),
+    spread(worked, True),
+  )
+
+
 def with_stragglers(
   schedule: Cohort, full_steps: np.ndarray, rate: float, seed: int
 ) -> Cohort:

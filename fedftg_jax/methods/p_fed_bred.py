@@ -32,11 +32,11 @@ reports the accuracy of w_k as the personal one.
 Follows the official codes (CharlieDinh/pFedMe, BDeMo/pFedBreD_public), with
 these deviations. The Jacobian of mu_k in w_k counts as 1, as in the codes. Only
 the clients of a round train; in the codes all do, and only the selected ones
-are averaged: `schedules.train_all`. Gradients of f_k are the solver's, with its
-clip and weight decay (CharlieDinh/pFedMe: no clip, decay .001 in the prox
-alone; BDeMo: neither). BatchNorm's running statistics go through every forward
-pass, and w_k and theta_k share the last ones. A mean that is not spherical is
-ours: the released code has the spherical prior alone.
+are averaged (`--train_all`, `schedules.with_all_at_work`). Gradients of f_k are
+the solver's, with its clip and weight decay (CharlieDinh/pFedMe: no clip, decay
+.001 in the prox alone; BDeMo: neither). BatchNorm's running statistics go
+through every forward pass, and w_k and theta_k share the last ones. A prior
+that is not spherical is ours: the released code has no other.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,6 @@
 """Accuracy and loss: of models on whole data sets, and client by client."""
 
+from collections.abc import Iterator
 import functools
 
 import jax
@@ -8,7 +9,15 @@ import numpy as np
 import optax
 
 from fedftg_jax import compiling, stacking, trees
-from fedftg_jax.base import Data, Federation, Method, Model, State, Variables
+from fedftg_jax.base import (
+  Data,
+  Federation,
+  Method,
+  Model,
+  Personal,
+  State,
+  Variables,
+)
 from fedftg_jax.data import clients
 
 _HOST_BLOCK = 64  # clients whose slots are brought to the device at once
@@ -97,31 +106,82 @@ def evaluate_clients(
     it does not have.
   """
   num = len(test.count)
-  on_device = fed.client_state == 'device'
-  size = num if on_device else min(num, _HOST_BLOCK)
-  found = []
-  for first in range(0, num, size):
-    ids = np.minimum(np.arange(first, first + size), num - 1)
-    slots = (
-      state.clients
-      if on_device
-      else jax.tree.map(lambda a: np.asarray(a[ids]), state.clients)
+  size = num if fed.client_state == 'device' else _HOST_BLOCK
+  found = [
+    _evaluate_some(
+      fed,
+      part,
+      data,
+      test,
+      key,
+      ids,
+      personalise=personalise,
+      by_class=by_class,
+      chunk=chunk,
+      batch_size=batch_size,
     )
-    found.append(
-      _evaluate_some(
-        fed,
-        state._replace(clients=slots),
-        data,
-        test,
-        key,
-        ids,
-        personalise=personalise,
-        by_class=by_class,
-        chunk=chunk,
-        batch_size=batch_size,
-      )
-    )
+    for ids, part in _blocks(fed, state, num, size)
+  ]
   return jax.tree.map(lambda *a: jnp.concatenate(a)[:num], *found)
+
+
+def _blocks(fed, state, num, size):
+  """Clients' numbers, `size` at a time, each with the state that has their
+  slots in that order; the last block is filled up with its last client."""
+  for first in range(0, num, size):
+    ids = np.minimum(np.arange(first, first + min(size, num)), num - 1)
+    slots = state.clients
+    if fed.client_state != 'device':
+      slots = jax.tree.map(lambda a: np.asarray(a[ids]), slots)
+    yield ids, state._replace(clients=slots)
+
+
+def personal_models(
+  fed: Federation, state: State, data: Data, key: jax.Array, chunk: int = 1
+) -> Iterator[tuple[int, dict[str, Personal]]]:
+  """Gives every client's personal models, as they are before its next local
+  training; nothing where the method has none.
+
+  Args:
+    fed: the simulation, of one seed.
+    state: after the last round, of one seed.
+    data: what the clients train on.
+    key: base key of the training.
+    chunk: how many clients are stacked at once, see `stacking.over_clients`.
+
+  Yields:
+    A client's number and its models by name, without 'broadcast', on the host.
+    Some clients' at a time are taken from the device.
+  """
+  num = len(data.count)
+  for ids, part in _blocks(fed, state, num, _HOST_BLOCK):
+    found = jax.device_get(_personal_of_some(fed, part, data, key, ids, chunk))
+    if not found:
+      return
+    for place in range(min(len(ids), num - ids[0])):
+      yield (int(ids[place]), jax.tree.map(lambda a: a[place], found))
+
+
+@functools.partial(
+  compiling.jit, cpu_options=compiling.ONCE, static_argnums=(0, 5)
+)
+def _personal_of_some(fed, state, data, key, ids, chunk):
+  """Clients `ids`, as in `_evaluate_some`."""
+  num = len(ids)
+  pad = 0, stacking.num_rows(num, chunk, fed.mesh) - num
+  places = jnp.arange(num) if fed.client_state != 'device' else ids
+
+  def one(shared, row):
+    state, data, key = shared
+    models, _ = fed.personalise(state, data, *row, key)
+    del models['broadcast']
+    return (), models
+
+  rows = jax.tree.map(lambda a: jnp.pad(a, pad), (ids, places))
+  _, models = stacking.over_clients(
+    one, (state, data, key), rows, chunk, fed.mesh
+  )
+  return stacking.everywhere(jax.tree.map(lambda a: a[:num], models), fed.mesh)
 
 
 @functools.partial(

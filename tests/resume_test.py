@@ -20,7 +20,7 @@ import pytest
 from upath import UPath
 
 from fedftg_jax.programs import compare, train
-from fedftg_jax.runs import resume, scoring, writer
+from fedftg_jax.runs import personal, resume, scoring, writer
 from fedftg_jax.system import files
 from tests import programs
 
@@ -108,6 +108,15 @@ class ResumeTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('fed_ftg', []),
+    ('p_fed_bred', ['--me_kind=mh', '--client_state=disk', '--train_all']),
+    (
+      'kd_lwof',
+      [
+        '--lwof_models=softmax,mlp',
+        '--dropout_rate=0.3',
+        '--dropout_after_work',
+      ],
+    ),
     (
       'fed_avg',
       [
@@ -138,6 +147,8 @@ class ResumeTest(parameterized.TestCase):
     self.assertEqual(status, 0, err)
     self.assertIn('going on after round 2', out)
     self.assert_same('whole', 'cut')
+    if method in ('p_fed_bred', 'kd_lwof'):
+      self.assert_same('whole', 'cut', (personal.NAME,))
     if method == 'fed_ftg':
       self.assert_same('whole', 'cut', ('nearest.npz',))
       with (

@@ -593,6 +593,12 @@ def _define_results() -> None:
     'the whole test set: accuracy in and out of their distribution.',
   )
   flags.DEFINE_bool(
+    'save_personal',
+    True,
+    "At the end, write the clients' personal models, of methods that have any, "
+    'to personal.npz.',
+  )
+  flags.DEFINE_bool(
     'tensorboard',
     False,
     'Also write scalars and generated images for TensorBoard.',

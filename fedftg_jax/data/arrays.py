@@ -8,13 +8,14 @@ import numpy as np
 
 
 def read(
-  path: str | IO[bytes], single: str | None = None
+  path: str | IO[bytes], single: str | None = None, prefix: str = ''
 ) -> dict[str, np.ndarray]:
   """All arrays of an .npz by name.
 
   Args:
     path: the file, or one that is open.
     single: if given, a .npy file is read too, as the one array of this name.
+    prefix: only arrays whose names begin with it are read.
 
   Raises:
     ValueError: if the file cannot be read, is of another kind, or holds
@@ -30,7 +31,9 @@ def read(
         return {single: file}
       raise ValueError('it is a single array')
     with file:
-      return {name: file[name] for name in file.files}
+      return {
+        name: file[name] for name in file.files if name.startswith(prefix)
+      }
   except (
     OSError,
     EOFError,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from upath import UPath
 
-from fedftg_jax import federation
+from fedftg_jax import evaluation, federation
 from fedftg_jax.configuration import assembly
 from fedftg_jax.configuration.assembly import Experiment
 from fedftg_jax.runs import resume, scoring
@@ -31,6 +31,7 @@ class Keeping(NamedTuple):
   tensorboard: bool = False
   checkpoint_every: int = 10
   keep_checkpoints: int = 2
+  save_personal: bool = True
 
 
 def asked_for() -> Keeping:
@@ -131,7 +132,15 @@ def train(
         callback=after_chunk,
       )
     for r, run in enumerate(runs):
-      run.finish(of_seed(state, r))
+      one, key = of_seed((state, key_run), r)
+      models = evaluation.personal_models(
+        simulation.federation,
+        one,
+        data,
+        key,
+        chunk=config['client_chunk'] or schedule.client_id.shape[1],
+      )
+      run.finish(one, models if keeping.save_personal else ())
     if devices.any_of(asked.is_set()):
       raise cli.Terminated(
         f'all {config["rounds"]} rounds of this run are done'

@@ -8,7 +8,7 @@ from fedftg_jax.configuration import folders
 from fedftg_jax.configuration.assembly import Experiment
 from fedftg_jax.data import partition, schedules, skew
 from fedftg_jax.results import plots, rows
-from fedftg_jax.runs import scoring
+from fedftg_jax.runs import personal, scoring
 from fedftg_jax.runs import tensorboard as board
 from fedftg_jax.system import cli, clock, devices, files
 
@@ -48,7 +48,7 @@ class RunWriter:
             f'({type(error).__name__}: {error}); put it right, or delete it to '
             'go on without what it says'
           ) from error
-      stale = ['summary.json', 'report.html', 'nearest.npz']
+      stale = ['summary.json', 'report.html', 'nearest.npz', personal.NAME]
       if not done:
         stale += ['clients.json', 'generated.npz']
       for name in stale:
@@ -255,10 +255,12 @@ class RunWriter:
     if self._board:
       board.add(self._board, timing)
 
-  def finish(self, state) -> None:
-    """Writes the model, the pictures and, last, the summary."""
+  def finish(self, state, personal_models=()) -> None:
+    """Writes the model, the pictures and, last, the summary; `personal_models`
+    as in `personal.save`."""
     experiment, folder = self._experiment, self._folder
     files.write_tree(folder / 'params.npz', state.variables._asdict())
+    personal.save(folder, personal_models, experiment.config['model'])
     if experiment.simulation.method.synthesise is not None:
       with files.replacing(folder / 'generated.png') as temporary:
         plots.generated(

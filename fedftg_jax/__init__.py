@@ -38,6 +38,7 @@ with epy.lazy_api_imports(globals()):  # each when it is first used
   from fedftg_jax.methods.fed_nova import fed_nova
   from fedftg_jax.methods.fed_ntd import fed_ntd
   from fedftg_jax.methods.fed_prox import fed_prox
+  from fedftg_jax.methods.fed_zda import fed_zdac, fed_zdas
   from fedftg_jax.methods.moon import moon
   from fedftg_jax.methods.q_fed_avg import q_fed_avg
   from fedftg_jax.methods.remembering import remembering

@@ -324,6 +324,8 @@ class Received(NamedTuple):
   num_clients: int  # N
   public: PyTree  # unlabelled images of the server, if any
   client_id: jax.Array | None = None  # [S] int32; -1: nobody
+  # What the clients made alike, see `Method.common`; the server can, too.
+  common: PyTree = ()
 
 
 @jax.tree_util.register_static
@@ -769,12 +771,17 @@ def chain(*parts: Method) -> Method:
 
   def update(variables, shared, received, key):
     new_shared, metrics, models = [], {}, {}
-    for p, own, summed, stacked, k in zip(
-      parts, shared, received.summed, received.stacked, split(key)
+    for p, own, summed, stacked, c, k in zip(
+      parts,
+      shared,
+      received.summed,
+      received.stacked,
+      received.common,
+      split(key),
+      strict=True,
     ):
-      variables, own, info = p.update(
-        variables, own, received._replace(summed=summed, stacked=stacked), k
-      )
+      seen = received._replace(summed=summed, stacked=stacked, common=c)
+      variables, own, info = p.update(variables, own, seen, k)
       new_shared.append(own)
       metrics = merged('metric', metrics, info.metrics)
       models = merged('model', models, info.models)

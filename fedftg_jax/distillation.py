@@ -49,6 +49,48 @@ def draw_images(generator: Generator) -> Callable:
   return synthesise
 
 
+KEPT = 8  # images of each class that a server keeps, for pictures
+
+
+def no_images(num_classes: int, image_shape: tuple[int, ...]) -> jax.Array:
+  """[C, KEPT, ...] what a server keeps before there are any."""
+  return jnp.zeros((num_classes, KEPT, *image_shape))
+
+
+def keep_images(
+  kept: jax.Array, images: jax.Array, labels: jax.Array, valid: jax.Array
+) -> jax.Array:
+  """Keeps the first images of each class, over and over if they are few.
+
+  Args:
+    kept: [C, KEPT, ...] those before, which stay for a class without new ones.
+    images: [B, ...].
+    labels: [B].
+    valid: [B] False for those that do not count.
+
+  Returns:
+    As `kept`.
+  """
+
+  def of_class(old, label):
+    of_it = valid & (labels == label)
+    num = jnp.sum(of_it)
+    order = jnp.argsort(~of_it)
+    rows = order[jnp.arange(KEPT) % jnp.clip(num, 1, len(labels))]
+    return jnp.where(num > 0, images[rows], old)
+
+  return jax.vmap(of_class)(kept, jnp.arange(len(kept)))
+
+
+def draw_kept(
+  shared: jax.Array, labels: jax.Array, key: jax.Array
+) -> jax.Array:
+  """The hook `Method.synthesise` of a server slot as `keep_images` makes it:
+  one after the other of a class's."""
+  del key
+  return shared[labels, jnp.arange(len(labels)) % KEPT]
+
+
 def present(arrived: jax.Array) -> jax.Array:
   """[K] one over the number of those that arrived, 0 for the others."""
   return arrived / jnp.maximum(jnp.sum(arrived), 1)

@@ -199,6 +199,7 @@ def federation(
       num_clients,
       data.public,
       seen.peers[:size],
+      seen.common,
     )
     variables, server_slot, info = method.update(
       state.variables, state.shared, received, keys.server_key(key, state.round)

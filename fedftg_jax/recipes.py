@@ -27,6 +27,7 @@ from fedftg_jax.methods import fed_mr as fed_mr_lib
 from fedftg_jax.methods import fed_nova as fed_nova_lib
 from fedftg_jax.methods import fed_ntd as fed_ntd_lib
 from fedftg_jax.methods import fed_prox as fed_prox_lib
+from fedftg_jax.methods import fed_zda as fed_zda_lib
 from fedftg_jax.methods import kd_lwof as kd_lwof_lib
 from fedftg_jax.methods import moon as moon_lib
 from fedftg_jax.methods import p_fed_bred as p_fed_bred_lib
@@ -57,6 +58,7 @@ class Settings(NamedTuple):
       plain one.
     build_model: makes a classifier by its name, for methods with several.
     num_clients: N, for those, too.
+    image_shape: (height, width, channels), for methods that make images.
   """
 
   model: Model
@@ -71,6 +73,7 @@ class Settings(NamedTuple):
   privacy: Mapping[str, Any] = {}
   build_model: Callable[[str], Model] | None = None
   num_clients: int | None = None
+  image_shape: tuple[int, ...] = ()
 
 
 class Recipe(NamedTuple):
@@ -447,6 +450,13 @@ def check_architectures(
     )
 
 
+# Of methods that make images which match BatchNorm's statistics.
+_STATISTICS = (
+  'batch_norm',
+  ('aggregate', 'reset'),
+  'its images match the statistics of the model that is sent',
+)
+
 # Of methods whose local steps follow a rule of their own.
 _OWN_STEPS = (('momentum', (0.0,), 'its local steps have none'),)
 
@@ -519,6 +529,21 @@ RECIPES = {
         'it aligns the last stage of a residual network',
       ),
     ),
+  ),
+  'fed_zdac': Recipe(
+    'local',
+    fed_zda_lib.fed_zdac,
+    'images made of the model alone are added to what clients lack',
+    prefix='zda_',
+    needs=(_STATISTICS,),
+  ),
+  'fed_zdas': Recipe(
+    'refines',
+    fed_zda_lib.fed_zdas,
+    "the mean is trained further on images made of the clients' models alone",
+    prefix='zda_',
+    needs=(_STATISTICS,),
+    reveals="reads every client's model",
   ),
   'fed_gen': Recipe(
     'local',

@@ -35,7 +35,8 @@ def part(number):
       variables * 10 + received.summed,
       shared + 1,
       base.Info(
-        {f'seen{number}': received.stacked}, {f'model{number}': variables}
+        {f'seen{number}': received.stacked + received.common},
+        {f'model{number}': variables},
       ),
     ),
   )
@@ -60,11 +61,11 @@ class ChainTest(absltest.TestCase):
     self.assertEqual(method.summed(sent), (5, 10))
     self.assertEqual(method.stacked(sent), (7, 14))
     received = base.Received(*[None] * 8)._replace(
-      summed=(3, 4), stacked=(5, 6)
+      summed=(3, 4), stacked=(5, 6), common=(70, 80)
     )
     variables, shared, info = method.update(1, shared, received, KEY)
     self.assertEqual((variables, shared), (134, (2, 3)))
-    self.assertEqual(info.metrics, {'seen1': 5, 'seen2': 6})
+    self.assertEqual(info.metrics, {'seen1': 75, 'seen2': 86})
     self.assertEqual(info.models, {'model1': 1, 'model2': 13})
 
   def test_training_nests(self):
@@ -98,7 +99,7 @@ class ChainTest(absltest.TestCase):
   def test_names_overwrite_nothing(self):
     method = base.chain(part(1), part(1))
     received = base.Received(*[None] * 8)._replace(
-      summed=(3, 4), stacked=(5, 6)
+      summed=(3, 4), stacked=(5, 6), common=(7, 8)
     )
     with self.assertRaisesRegex(
       ValueError, "two parts give the metric 'seen1'"
@@ -161,7 +162,7 @@ class RecipesTest(parameterized.TestCase):
   @parameterized.parameters(
     (
       'fedavg',
-      r"no method 'fedavg' .did you mean fed_avg\?.: must be one of fed_align, ",
+      r"no method 'fedavg' .did you mean fed_avg\?.: must be one of fed_align",
     ),
     ('fed_avg+fed_avg', 'fed_avg is named twice'),
     ('', 'no method'),

@@ -31,6 +31,8 @@ class TableTest(absltest.TestCase):
     for name, of_name in combinations.verdicts().items():
       refused = {c for c, why in zip(combinations.COLUMNS, of_name) if why}
       want = {'fed_ftg': {'`+fed_ftg`'}, 'fed_mr': FED_MR}.get(name, set())
+      if name.startswith('fed_zda'):
+        want = want | {'`local`'} | PRIVATE
       if recipes.RECIPES[name].reveals or name == 'fed_align':
         want = want | PRIVATE  # fed_align: its models have BatchNorm
       self.assertEqual(refused, want, name)
@@ -64,9 +66,12 @@ class RunTest(parameterized.TestCase):
           'fed_gen': methods_test.GEN,
           'q_fed_avg': dict(batch_size=4),
           'kd_lwof': methods_test.LWOF,
+          'fed_zdac': methods_test.ZDAC,
+          'fed_zdas': methods_test.ZDAS,
         },
         cohort=3,
         build_model=methods_test.ARCHITECTURES.__getitem__,
+        image_shape=problems.IMAGE_SHAPE,
       )
       method = recipes.build(
         name, settings, *batch_norm.policy_parts(policy, model, 4)

@@ -34,6 +34,7 @@ from fedftg_jax.methods import (
   fed_gen,
   fed_mr,
   fed_prox,
+  fed_zda,
   moon,
   scaffold,
 )
@@ -677,6 +678,30 @@ class CurvatureTest(absltest.TestCase):
         np.testing.assert_allclose(
           found[name], _ZOO[f'hess/{name}'], rtol=1e-12
         )
+
+
+class StatisticsGapTest(absltest.TestCase):
+  """What Fed-ZDA matches, as derived from its formulas, in float64."""
+
+  def test_values_and_gradient(self):
+    with enable_x64(True):
+      get = lambda name: jnp.asarray(_ZOO[f'zda/{name}'])
+      stats = {'mean': get('run_mean'), 'var': get('run_var')}
+
+      def gap(x, name):
+        axes = 0, 2, 3
+        moments = {'mean': x.mean(axes), 'var': x.var(axes)}
+        return fed_zda.statistics_gap(moments, stats, fed_zda.GAPS[name])
+
+      x = get('feat')
+      for name, want in (
+        ('l2', 'bns_l2_mean_std'),
+        ('kl', 'bns_kl_batch_to_running'),
+      ):
+        np.testing.assert_allclose(gap(x, name), get(want), rtol=1e-12)
+      np.testing.assert_allclose(
+        jax.grad(gap)(x, 'kl'), get('bns_kl_grad'), atol=1e-12
+      )
 
 
 class RecombinationTest(absltest.TestCase):

@@ -35,6 +35,7 @@ from fedftg_jax.methods import (
   fed_gen,
   fed_mr,
   fed_nova,
+  fed_zda,
   moon,
   q_fed_avg,
   scaffold,
@@ -72,6 +73,12 @@ GEN = dict(
 )
 # Linear, BatchNorm with statistics, linear: of noise and label to features.
 GEN_WORDS = (2 + CLASSES) * 5 + 5 + 4 * 5 + 5 * 6 + 6
+
+
+ZDAC = dict(per_class=2, steps=3, lr=0.01, syn_batch_size=4)
+ZDAS = dict(
+  images=4, steps=3, lr=0.01, tune_steps=2, tune_batch_size=5, tune_lr=0.1
+)
 
 
 class Row(NamedTuple):
@@ -135,6 +142,27 @@ ROWS = {
   'fed_align+fed_ftg': Row(
     'fed_align+fed_ftg', up=CLASSES, model=problems.STAGED
   ),
+  'fed_zdac': Row(
+    'fed_zdac', model=problems.NORMED, options={'fed_zdac': ZDAC}
+  ),
+  'fed_zdac_own_pools': Row(
+    'fed_zdac+scaffold',
+    NET_WORDS,
+    NET_WORDS,
+    model=problems.NORMED,
+    options={
+      'fed_zdac': dict(ZDAC, shared_pool=False, target='max', bn_term='kl')
+    },
+  ),
+  'fed_zdas': Row(
+    'fed_zdas', up=CLASSES, model=problems.NORMED, options={'fed_zdas': ZDAS}
+  ),
+  'fed_zdac+fed_zdas+fed_ftg': Row(
+    'fed_zdac+fed_zdas+fed_ftg',
+    up=2 * CLASSES,
+    model=problems.NORMED,
+    options={'fed_zdac': ZDAC, 'fed_zdas': dict(ZDAS, source='clients')},
+  ),
   'fed_gen': Row('fed_gen', GEN_WORDS, CLASSES, {'fed_gen': GEN}),
   'fed_gen+fed_ftg': Row(
     'fed_gen+fed_ftg', GEN_WORDS, 2 * CLASSES, {'fed_gen': GEN}
@@ -184,6 +212,8 @@ SLOW = (
   'fed_ntd+fed_ftg',
   'fed_lsd+fed_ftg',
   'fed_align+fed_ftg',
+  'fed_zdac_own_pools',
+  'fed_zdac+fed_zdas+fed_ftg',
   'fed_gen+fed_ftg',
   'fed_adam+fed_ftg',
   'fed_dyn+fed_ftg',
@@ -233,6 +263,7 @@ def build(row, model=None, generator=GENERATOR):
       options,
       len(Contract.IDS[0]),
       build_model=ARCHITECTURES.__getitem__,
+      image_shape=problems.IMAGE_SHAPE,
     ),
     *batch_norm.policy_parts(row.policy, model, 4),
   )
@@ -378,6 +409,7 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
     state.round,
     num_clients,
     data.public,
+    common,
   )
   variables, shared, _ = jax.jit(method.update)(
     state.variables, state.shared, received, keys.server_key(key, state.round)
@@ -491,6 +523,7 @@ def after(name, local_steps=None, **options):
     generator=GENERATOR,
     options={name: options} if options else {},
     build_model=ARCHITECTURES.__getitem__,
+    image_shape=problems.IMAGE_SHAPE,
   )
   fed = problems.make(MODEL, recipes.build(name, settings))
   rows = problems.schedule([[0, 1, 4], [2, 3, -1], [0, 2, 3]])
@@ -522,6 +555,10 @@ class NeutralTest(parameterized.TestCase):
     ('fed_ntd', dict(beta=0.0)),
     ('fed_lsd', dict(beta=0.0, mix='convex')),
     ('fed_gen', dict(GEN, alpha=0.0, beta=0.0)),
+    ('fed_zdac', dict(ZDAC, per_class=0, bn_term='none')),
+    ('fed_zdac', dict(ZDAC, ratio=0.0, bn_term='none')),
+    ('fed_zdas', dict(ZDAS, tune_steps=0, bn_term='none')),
+    ('fed_zdas', dict(ZDAS, tune_lr=0.0, bn_term='none')),
   )
   def test_switched_off_bit_by_bit(self, name, options):
     chex.assert_trees_all_equal(after(name, **options), after_fed_avg())
@@ -731,6 +768,220 @@ class FedGenTest(absltest.TestCase):
       fed_gen.fed_gen(MODEL, CLASSES, weighting='none')
     with self.assertRaisesRegex(ValueError, 'alpha must be at least 0, got -1'):
       fed_gen.fed_gen(MODEL, CLASSES, alpha=-1)
+
+
+class FedZdaTest(parameterized.TestCase):
+  NET = problems.NORMED
+
+  def test_label_plan(self):
+    counts = jnp.array([0, 4, 12, 0])
+    plan = lambda target, ratio=9.0: fed_zda.label_plan(
+      counts, target, 3, ratio
+    ).tolist()
+    self.assertEqual(plan('missing'), [3, 0, 0, 3])
+    self.assertEqual(plan('mean'), [4, 0, 0, 4])
+    self.assertEqual(plan('max'), [12, 8, 0, 12])  # a uniform prior
+    self.assertEqual(plan('max', 0.5), [3, 2, 0, 3])  # 8 of 32 for 16 examples
+    self.assertEqual(plan('missing', 0.0), [0, 0, 0, 0])
+    balanced = fed_zda.label_plan(jnp.full(3, 5), 'max', 3, 1.0)
+    self.assertEqual(balanced.tolist(), [0, 0, 0])
+
+  @parameterized.parameters(*fed_zda.GAPS)
+  def test_gap_is_zero_where_moments_are_equal(self, name):
+    stats = {'a': {'batch': {'mean': jnp.ones(2), 'var': jnp.array([1.0, 4])}}}
+    gap = lambda moments: float(
+      fed_zda.statistics_gap(moments, stats, fed_zda.GAPS[name])
+    )
+    self.assertEqual(gap(stats), 0)
+    for leaf in ('mean', 'var'):
+      moved = {**stats['a']['batch'], leaf: jnp.array([1.5, 1.0])}
+      self.assertGreater(gap({'a': {'batch': moved}}), 0.1)
+
+  @parameterized.parameters('l2', 'kl', 'none')
+  def test_images(self, bn_term):
+    """They are recognised, and have the statistics, better than noise."""
+    variables = self.NET.init(KEY)
+    variables = variables._replace(
+      stats=jax.tree.map(lambda a: a + 0.5, variables.stats)
+    )
+    labels = jnp.arange(8) % CLASSES
+    made = functools.partial(
+      fed_zda.zero_shot_images,
+      self.NET,
+      variables,
+      labels,
+      KEY,
+      problems.IMAGE_SHAPE,
+      bn_term=bn_term,
+    )
+    noise, _ = made(steps=0)
+    np.testing.assert_array_equal(
+      noise, jax.random.normal(KEY, (8, *problems.IMAGE_SHAPE))
+    )
+    x, terms = jax.jit(made)(steps=100)
+    cross_entropy, gap = {}, {}
+    for name, images in (('noise', noise), ('made', x)):
+      output = self.NET.apply(variables, images)
+      cross_entropy[name] = losses.cross_entropy(output.logits, labels)
+      gap[name] = fed_zda.statistics_gap(
+        output.moments, variables.stats, fed_zda.kl_gap
+      )
+    self.assertLess(cross_entropy['made'], 0.5 * cross_entropy['noise'])
+    if bn_term != 'none':
+      self.assertLess(gap['made'], 0.5 * gap['noise'])
+    np.testing.assert_allclose(
+      terms['cross_entropy'], cross_entropy['made'], rtol=0.2
+    )
+    self.assertEqual('gap' in terms, bn_term != 'none')
+
+  def test_images_that_nobody_needs_count_in_nothing(self):
+    variables, mask = self.NET.init(KEY), jnp.arange(6) < 4
+    labels = jnp.arange(6) % CLASSES
+    made = [
+      fed_zda.zero_shot_images(
+        self.NET,
+        variables,
+        jnp.where(mask, labels, other),
+        KEY,
+        problems.IMAGE_SHAPE,
+        mask=mask,
+        steps=3,
+      )[0]
+      for other in (0, 1)
+    ]
+    np.testing.assert_array_equal(*made)
+
+  def test_a_client_s_loss(self):
+    """(n real + r pool) / (n + r), r of two classes that client 2 lacks."""
+    part = fed_zda.fed_zdac(
+      self.NET, CLASSES, problems.IMAGE_SHAPE, **dict(ZDAC, ratio=9.0)
+    )
+    variables = self.NET.init(KEY)
+    pool = part.common(variables, (), jnp.int32(1), KEY)
+    index, count = problems.DATA.index[2], problems.DATA.count[2]
+    view = base.View(*[None] * 10)._replace(
+      common=pool,
+      data=problems.DATA._replace(index=index, count=count),
+      round=jnp.int32(1),
+    )
+    objective = base.Objective(
+      lambda variables, batch, key: (5.0, base.LossAux((), jnp.float32(3.0))), 0
+    )
+    seen = []
+    part.train(
+      lambda objective, view: seen.append(objective), objective, view, KEY
+    )
+    value, aux = seen[0].loss(variables, None, KEY)
+    self.assertEqual(aux.cross_entropy, 3)
+    (own,) = {int(problems.DATA.y[index[0]])}
+    images, _ = pool
+    key_y, key_x = jax.random.split(jax.random.fold_in(KEY, fed_zda._OF_IMAGES))
+    added = jnp.array([0 if c == own else 2 for c in range(CLASSES)])
+    y = distillation.iid_labels(key_y, added, 4)
+    self.assertNotIn(own, y.tolist())
+    x = images[2 * y + jax.random.randint(key_x, (4,), 0, 2)]
+    logits = self.NET.apply(variables, x, train=True).logits
+    of_pool = losses.cross_entropy(logits, y)
+    np.testing.assert_allclose(value, 5 + 4 / 5 * (of_pool - 3), rtol=1e-5)
+    # Before the first round nothing is added.
+    part.train(
+      lambda objective, view: seen.append(objective),
+      objective,
+      view._replace(round=jnp.int32(0)),
+      KEY,
+    )
+    self.assertEqual(seen[1].loss(variables, None, KEY)[0], 5)
+
+  def test_server_tunes_on_what_arrived(self):
+    """The images of who is absent are neither used nor kept."""
+    part = fed_zda.fed_zdas(
+      self.NET,
+      CLASSES,
+      problems.IMAGE_SHAPE,
+      **dict(ZDAS, tune_steps=30, first_round=1),
+    )
+    models = jax.vmap(self.NET.init)(jax.random.split(KEY, 2))
+    student = self.NET.init(jax.random.key(9))
+    kept, _ = part.init(KEY, student)
+
+    @jax.jit
+    def update(models, counts, round_):
+      received = base.Received(
+        *[None] * 3,
+        (models, counts),
+        jnp.array([True, False]),
+        round_,
+        *[None] * 3,
+      )
+      return part.update(student, kept, received, KEY)
+
+    counts = jnp.array([[3, 0, 5], [0, 0, 0]])
+    tuned, images, info = update(models, counts, 1)
+    other = jax.tree.map(lambda a: a.at[1].add(1.0), models)
+    chex.assert_trees_all_equal(update(other, counts, 1)[:2], (tuned, images))
+    chex.assert_trees_all_equal(tuned.stats, student.stats)
+    self.assertEqual(
+      [bool(jnp.any(of_class)) for of_class in images], [True, False, True]
+    )
+    before, after_ = (
+      losses.cross_entropy(
+        self.NET.apply(model, images[:, 0]).logits[::2], jnp.array([0, 2])
+      )
+      for model in (student, tuned)
+    )
+    self.assertLess(after_, before)
+    self.assertTrue(np.isfinite([*info.metrics.values()]).all())
+    same, _, info = update(models, counts, 0)
+    chex.assert_trees_all_equal(same, student)
+    self.assertTrue(np.isnan([*info.metrics.values()]).all())
+
+  def test_first_round_never_comes(self):
+    got = after('fed_zdac', **dict(ZDAC, bn_term='none', first_round=9))
+    chex.assert_trees_all_close(got, after_fed_avg(), atol=1e-6)
+
+  def test_source_mean(self):
+    options = dict(ZDAS, bn_term='none', source='mean')
+    got = after('fed_zdas', **options)
+    gap = optax.tree.norm(optax.tree.sub(got, after_fed_avg()))
+    self.assertGreater(gap, 1e-4)
+    chex.assert_tree_all_finite(got)
+
+  def test_errors(self):
+    for make in (fed_zda.fed_zdac, fed_zda.fed_zdas):
+      make = functools.partial(make, MODEL, CLASSES, problems.IMAGE_SHAPE)
+      with self.assertRaisesRegex(
+        ValueError, "needs a model with BatchNorm.*or bn_term='none'"
+      ):
+        make()
+      make(bn_term='none')
+      for wrong, message in (
+        (dict(bn_term='l1'), 'bn_term must be one of'),
+        (dict(lam=-1), 'lam must be at least 0, got -1'),
+        (dict(steps=-1), 'steps must be at least 0'),
+      ):
+        with self.assertRaisesRegex(ValueError, message):
+          make(**wrong)
+    make = functools.partial(
+      fed_zda.fed_zdac, self.NET, CLASSES, problems.IMAGE_SHAPE
+    )
+    with self.assertRaisesRegex(ValueError, 'target must be one of'):
+      make(target='all')
+
+
+class KeptImagesTest(absltest.TestCase):
+  def test_by_class(self):
+    kept = distillation.no_images(3, (1,))
+    images, labels = jnp.arange(1.0, 7)[:, None], jnp.array([0, 2, 0, 2, 2, 0])
+    valid = jnp.array([True, True, True, True, False, True])
+    kept = distillation.keep_images(kept, images, labels, valid)
+    self.assertEqual(
+      kept[..., 0].tolist(),
+      [[1, 3, 6, 1, 3, 6, 1, 3], [0] * 8, [2, 4, 2, 4, 2, 4, 2, 4]],
+    )
+    kept = distillation.keep_images(kept, images + 10, labels, labels == 2)
+    self.assertEqual(kept[0, :3, 0].tolist(), [1, 3, 6])
+    drawn = distillation.draw_kept(kept, jnp.array([0, 0, 2, 2]), KEY)
+    self.assertEqual(drawn[:, 0].tolist(), [1, 3, 15, 12])
 
 
 class FedMrTest(absltest.TestCase):

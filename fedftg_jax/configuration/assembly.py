@@ -270,6 +270,7 @@ def _method(config, dataset, model, build_model, num_clients) -> base.Method:
     _privacy(config),
     build_model,
     num_clients,
+    dataset.image_shape,
   )
   further = batch_norm.policy_parts(
     config['batch_norm'], model, config['batch_size']

@@ -115,6 +115,14 @@ def check(values: dict[str, Any]) -> None:
       require(
         flag, values[flag] in allowed, f'must be {right} with {part}: {why}'
       )
+    require(
+      'norm',
+      not part.startswith('fed_zda')
+      or values['norm'] == 'batch'
+      or values['zda_bn_term'] == 'none',
+      f'must be batch with {part}, whose images match its statistics; or '
+      '--zda_bn_term=none, a variant without',
+    )
   _check_personal(values, parts, require)
   require(
     'scaffold_lr0',

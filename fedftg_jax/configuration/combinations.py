@@ -43,6 +43,8 @@ def _verdict(name, changes):
   # What a method cannot do without.
   needs = recipes.RECIPES[name].needs
   given = {flag: allowed[0] for flag, allowed, _ in needs}
+  if name.startswith('fed_zda'):
+    given['norm'] = 'batch'
   if name == 'fed_df_public':
     given['public_data'] = 'train:100'
   try:

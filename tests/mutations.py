@@ -63,6 +63,10 @@ MOON = 'fedftg_jax/methods/moon.py'
 PARTITION = 'fedftg_jax/data/partition.py'
 CHECKPOINT = 'fedftg_jax/checkpoint.py'
 PRIVATE = 'fedftg_jax/methods/private_fed_avg.py'
+LATTICES = 'fedftg_jax/uplinks/lattices.py'
+UVEQFED = 'fedftg_jax/uplinks/uveqfed.py'
+CODED = 'fedftg_jax/uplinks/coded.py'
+ENTROPY = 'fedftg_jax/uplinks/entropy.py'
 
 OF_ENGINE = 'federation_test.py', 'methods_test.py'
 OF_SOLVER = ('solvers_test.py',)
@@ -72,6 +76,7 @@ OF_LOSSES = 'golden_test.py', 'methods_test.py'
 OF_PRIVATE = ('privacy_test.py',)
 OF_PARTITION = ('partition_test.py',)
 OF_CHECKPOINT = 'checkpoint_test.py', 'resume_test.py'
+OF_UPLINKS = ('uplinks_test.py',)
 
 FAULTS = (
   # The engine.
@@ -627,6 +632,50 @@ FAULTS = (
     'sorted(wanted.keys() ^ arrays.keys())',
     'sorted(wanted.keys() - arrays.keys())',
     OF_CHECKPOINT,
+  ),
+  # Codecs; the first three are the defects of UVeQFed's released code.
+  Fault(
+    'dither_of_half_the_cell',
+    LATTICES,
+    'return inside - self.points(self.nearest(inside))',
+    'return 0.5 * (inside - self.points(self.nearest(inside)))',
+    OF_UPLINKS,
+  ),
+  Fault(
+    'hexagon_without_tips',
+    LATTICES,
+    'return inside - self.points(self.nearest(inside))',
+    'drawn = inside - self.points(self.nearest(inside))\n'
+    '    return drawn if self.dim != 2 else jnp.clip(drawn, -0.5, 3**0.5 / 4)',
+    OF_UPLINKS,
+  ),
+  Fault(
+    'code_book_overflows',
+    UVEQFED,
+    'return lattice.nearest(scaled + dither)',
+    'return jax.numpy.clip(lattice.nearest(scaled + dither), -4, 4)',
+    OF_UPLINKS,
+  ),
+  Fault(
+    'dither_shared_by_all',
+    UVEQFED,
+    'key_step, key_dither = jax.random.split(key)',
+    'key_step, key_dither = jax.random.split(jax.random.key(0))',
+    OF_UPLINKS,
+  ),
+  Fault(
+    'table_not_billed',
+    ENTROPY,
+    'return codes_alone + table_bits(codes, lattice) + jnp.uint32(SCALAR_BITS)',
+    'return codes_alone + jnp.uint32(SCALAR_BITS)',
+    OF_UPLINKS,
+  ),
+  Fault(
+    'residual_forgotten',
+    CODED,
+    'left = optax.tree.sub(updates, decoded) if error_feedback else ()',
+    'left = state.residual',
+    OF_UPLINKS,
   ),
 )
 

@@ -62,7 +62,7 @@ def elias_decode(bits: np.ndarray, num_blocks: int, lattice: Lattice):
   units = _unzigzag(values).reshape(num_blocks, lattice.dim)
   codes = np.zeros(units.shape, np.int32)
   for j, modulus in enumerate(lattice.modulus):
-    residue = np.asarray(lattice.residues(codes))[:, j]
+    residue = np.asarray(lattice.residue(codes, j))
     codes[:, j] = modulus * units[:, j] + residue
   return codes, step
 
@@ -74,11 +74,11 @@ def range_encode(codes: np.ndarray, step: float, lattice: Lattice):
   counts = np.asarray(entropy.counts(codes, lattice))
   _put(coder, _float_bits(step), 2)
   _put(coder, np.concatenate([*map(_table_encode, counts)]), 2)
-  known = np.asarray(lattice.residues(codes))
   entries, spare = map(np.asarray, entropy.bins(codes))
   for j, (modulus, table) in enumerate(zip(lattice.modulus, lattice.table)):
+    known = np.asarray(lattice.residue(codes, j))
     for residue in range(modulus):
-      rows = known[:, j] == residue
+      rows = known == residue
       names, model = _model(counts[table], modulus, residue)
       if model is not None:
         symbols = np.searchsorted(names, entries[rows, j])
@@ -98,7 +98,7 @@ def range_decode(words: np.ndarray, num_blocks: int, lattice: Lattice):
   counts = [_table_decode(bits) for _ in range(max(lattice.table) + 1)]
   codes = np.zeros((num_blocks, lattice.dim), np.int32)
   for j, (modulus, table) in enumerate(zip(lattice.modulus, lattice.table)):
-    known = np.asarray(lattice.residues(codes))[:, j]
+    known = np.asarray(lattice.residue(codes, j))
     for residue in range(modulus):
       rows = np.flatnonzero(known == residue)
       names, model = _model(counts[table], modulus, residue)

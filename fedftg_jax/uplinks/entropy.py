@@ -24,9 +24,10 @@ EXACT, WITHIN = 2**EXACT_BITS, 2**WITHIN_BITS
 LAST = EXACT + WITHIN * (31 - EXACT_BITS)  # bins are -LAST to LAST
 SCALAR_BITS = 32  # of the step
 _SEARCHED = 2**16  # parameters on which a step is looked for, at most
-_ITERATIONS = 18
-# The codes of the largest entry stay exact in float32.
-_SMALLEST_STEP, _LARGEST_STEP = 2.0**-22, 2.0**12
+_ITERATIONS = 16
+# Logarithms of steps: the smallest of the largest entry's size, whose code then
+# is exact in float32; the largest of the entries' root mean square.
+_SMALLEST, _LARGEST = -22.0, 12.0
 
 
 def bins(codes: base.Array) -> tuple[jax.Array, jax.Array]:
@@ -67,7 +68,6 @@ def code_bits(codes: jax.Array, lattice: Lattice) -> jax.Array:
   """
   found = counts(codes, lattice).astype(jnp.result_type(float))
   _, spare = bins(codes)
-  known = lattice.residues(codes)
   per_table = jnp.sum(found, axis=1)
   share = found / per_table[:, None]
   bits = -jnp.sum(found * jnp.log2(jnp.where(found > 0, share, 1)))
@@ -75,8 +75,9 @@ def code_bits(codes: jax.Array, lattice: Lattice) -> jax.Array:
   for j, (modulus, table) in enumerate(zip(lattice.modulus, lattice.table)):
     if modulus > 1:
       mass = jnp.array(allowed(modulus)) @ share[table]
-      saved = -jnp.log2(jnp.where(mass > 0, mass, 1))
-      bits -= jnp.sum(saved[known[:, j]])
+      known = lattice.residue(codes, j) == jnp.arange(modulus)[:, None]
+      times = jnp.sum(known, axis=1)
+      bits += jnp.sum(times * jnp.log2(jnp.where(times > 0, mass, 1)))
   return bits
 
 
@@ -119,8 +120,11 @@ def elias_bits(codes: jax.Array, lattice: Lattice) -> jax.Array:
 
 def reduced(codes: base.Array, lattice: Lattice) -> jax.Array:
   """Codes without what is known of them: (code - residue) / modulus."""
-  modulus = jnp.array(lattice.modulus, codes.dtype)
-  return jnp.floor_divide(codes - lattice.residues(codes), modulus)
+  each = [
+    jnp.floor_divide(codes[..., j] - lattice.residue(codes, j), modulus)
+    for j, modulus in enumerate(lattice.modulus)
+  ]
+  return jnp.stack(each, axis=-1)
 
 
 def zigzag(values: jax.Array) -> jax.Array:
@@ -162,8 +166,9 @@ def find_step(
     fewer bits, as where most entries are 0, the smallest.
   """
   key_rows, key_dither = jax.random.split(key)
-  largest = jnp.max(jnp.abs(blocks))
   size = jnp.sqrt(jnp.mean(jnp.square(blocks)))
+  blocks = divide(blocks, size)
+  largest = jnp.maximum(jnp.max(jnp.abs(blocks)), 1)
   num = _SEARCHED // lattice.dim
   if len(blocks) > num:
     blocks = blocks[jax.random.randint(key_rows, (num,), 0, len(blocks))]
@@ -176,12 +181,9 @@ def find_step(
     many = code_bits(codes, lattice) > rate * codes.size
     return jnp.where(many, middle, low), jnp.where(many, high, middle)
 
-  there = jnp.where(largest > 0, largest, 1), jnp.where(size > 0, size, 1)
-  low, high = (
-    jnp.log2(a * b) for a, b in zip(there, (_SMALLEST_STEP, _LARGEST_STEP))
-  )
+  low, high = jnp.log2(largest) + _SMALLEST, jnp.full_like(largest, _LARGEST)
   _, high = jax.lax.fori_loop(0, _ITERATIONS, halve, (low, high))
-  return jnp.where(largest == 0, 0, jnp.exp2(high))
+  return size * jnp.exp2(high)
 
 
 def divide(blocks: jax.Array, step: jax.Array) -> jax.Array:

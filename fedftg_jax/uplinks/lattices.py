@@ -50,11 +50,19 @@ class Lattice(NamedTuple):
     """The points of codes [..., n]."""
     return codes * jnp.array(self.unit)
 
-  def residues(self, codes: base.Array) -> jax.Array:
-    """What is known of codes [..., n] from those before: code j is congruent to
+  def residue(self, codes: base.Array, j: int) -> jax.Array:
+    """What is known of code j of [..., n] from those before: it is congruent to
     sum_i check[j, i] code_i modulo `modulus[j]`."""
-    known = codes @ jnp.array(self.check, codes.dtype).T
-    return jnp.remainder(known, jnp.array(self.modulus, codes.dtype))
+    known = jnp.zeros(codes.shape[:-1], codes.dtype)
+    for i, factor in enumerate(self.check[j]):
+      if factor:
+        known += factor * codes[..., i]
+    return jnp.remainder(known, self.modulus[j])
+
+  def residues(self, codes: base.Array) -> jax.Array:
+    """`residue` of all codes, [..., n]."""
+    each = [self.residue(codes, j) for j in range(self.dim)]
+    return jnp.stack(each, axis=-1)
 
   def dither(self, key: jax.Array, num: int) -> jax.Array:
     """Draws [num, n] uniformly on the cell around 0.
@@ -73,10 +81,17 @@ def _round(x):
 
 def _nearest_hexagonal(x):
   """The nearer of two rectangular lattices, whose union A2 is."""
-  scaled = x / jnp.array([0.5, math.sqrt(3) / 2])
-  even = 2 * _round(scaled / 2)
-  odd = 2 * _round((scaled - 1) / 2) + 1
-  return _nearer(scaled, even, odd, jnp.array([0.25, 0.75]))
+  # An axis at a time: one of two numbers is too short to be worked along.
+  scaled = 2 * x[..., 0], 2 / math.sqrt(3) * x[..., 1]
+  even = [2 * _round(a / 2) for a in scaled]
+  odd = [2 * _round((a - 1) / 2) + 1 for a in scaled]
+  far, near = (
+    jnp.square(scaled[0] - a) + 3 * jnp.square(scaled[1] - b)
+    for a, b in (even, odd)
+  )
+  return jnp.stack(
+    [jnp.where(far <= near, *pair) for pair in zip(even, odd)], axis=-1
+  )
 
 
 def _nearest_even_sum(x):
@@ -95,16 +110,11 @@ def _nearest_e8(x):
   """The nearer of D8 and D8 + 1/2."""
   whole = 2 * _nearest_even_sum(x)
   half = 2 * _nearest_even_sum(x - 0.5) + 1
-  return _nearer(2 * x, whole, half, jnp.ones(8))
-
-
-def _nearer(x, some, others, weight):
-  """Of two codes the one at the smaller distance from x, axes weighted."""
   far, near = (
-    jnp.sum(weight * jnp.square(x - codes), axis=-1, keepdims=True)
-    for codes in (some, others)
+    jnp.sum(jnp.square(2 * x - codes), axis=-1, keepdims=True)
+    for codes in (whole, half)
   )
-  return jnp.where(far <= near, some, others)
+  return jnp.where(far <= near, whole, half)
 
 
 def _last_row(*last):

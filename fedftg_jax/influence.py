@@ -20,6 +20,7 @@ FedAvg with full gradients these are equations 10 and 11. Deviations:
   its mini-batches, clipping, decay and momentum. `curvature` has the paper's
   approximations.
 - If c is alone in a cohort, that round leaves the model without c as it was.
+- The rounding of a codec counts as the identity (`straight_through`).
 - What is discrete, such as labels that are drawn, permutations, counters and
   flags, has no derivative: it is that of the run.
 
@@ -49,6 +50,10 @@ from fedftg_jax.base import (
 )
 
 CARRIES = ('derivative', 'identity')
+
+
+class NoForwardMode(ValueError):
+  """A round that cannot be differentiated forward."""
 
 
 class Estimate(NamedTuple):
@@ -99,8 +104,8 @@ def tracking(
     clients: ids of those to track, C of them.
     through: a federation with states like those of `fed`, whose rounds are
       taken in place of its own in the equation above: with a part of
-      `curvature`, or with `client_stage` of what refines the model on the
-      server. None for `fed`.
+      `curvature`, with `client_stage` of what refines the model on the server,
+      or with the uplink `straight_through`. None for `fed`.
     carry: what becomes of earlier changes: the round's 'derivative', or the
       'identity', as if there were no curvature, which needs no forward mode.
     truncation: an array of the parameters whose change the derivative makes
@@ -143,7 +148,13 @@ def tracking(
       _check_alike(jax.eval_shape(through.init, key), state)
       seen, info = through.round(state, data, cohort, key)
     if carry == 'derivative':
-      _check_forward_mode(via, info, state, data, cohort, key)
+      if through is None and 'uplink/distortion' in info.metrics:
+        raise NoForwardMode(
+          'the uplink codes what clients send, and its rounding has no '
+          'derivative to carry an influence with; give `through` with '
+          "straight_through(uplink), or use carry='identity', or retrain."
+        )
+      _check_forward_mode(via, state, data, cohort, key)
 
     def one(row):
       client, change, truncated = row
@@ -227,6 +238,54 @@ def client_stage(part: Method) -> Method:
   return part._replace(
     update=lambda variables, shared, received, key: (variables, shared, Info())
   )
+
+
+def straight_through(
+  uplink: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """A codec that is differentiated as if it handed on what it gets.
+
+  In `through`, in the place of the run's uplink. What rounding to a grid does
+  to a small change is 0 or a whole step; over its random dither it is that
+  change in the mean.
+
+  Args:
+    uplink: one without error feedback.
+
+  Returns:
+    The uplink, whose messages are the same.
+
+  Raises:
+    ValueError: when it is first used, for one with error feedback: what it does
+      not send is not lost in the mean, but kept.
+  """
+  uplink = optax.with_extra_args_support(uplink)
+
+  @jax.custom_jvp
+  def code(delta, state, params, key):
+    return uplink.update(delta, state, params, key=key)
+
+  @code.defjvp
+  def derivative(primals, tangents):
+    out = code(*primals)
+    still = jax.tree.map(jnp.zeros_like, out[1])
+    return out, (tangents[0], _tangent(out[1], still))
+
+  def init(params):
+    state = uplink.init(params)
+    if jax.tree.leaves(optax.tree.get(state, 'residual', ())):
+      raise NoForwardMode(
+        'the uplink keeps what it does not send (error feedback), which has no '
+        "derivative to carry an influence with; use carry='identity', or "
+        'retrain.'
+      )
+    return state
+
+  def update(delta, state, params=None, *, key, **extra):
+    del extra
+    return code(delta, state, params, key)
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def untracked(state: State) -> State:
@@ -426,14 +485,9 @@ def _check_alike(state: State, other: State) -> None:
     )
 
 
-def _check_forward_mode(fed, info, *args) -> None:
-  """ValueError if the round of `args`, which gave `info`, cannot be
-  differentiated forward; JAX says that only when it is lowered."""
-  if 'uplink/distortion' in info.metrics:
-    raise ValueError(
-      'the uplink codes what clients send, and its rounding has no derivative '
-      "to carry an influence with; use carry='identity', or retrain."
-    )
+def _check_forward_mode(fed, *args) -> None:
+  """Raises NoForwardMode if the round of `args` cannot be differentiated
+  forward; JAX says that only when it is lowered."""
 
   def along(state, *args):
     tangent = _tangent(state, jax.tree.map(jnp.zeros_like, state))
@@ -447,7 +501,7 @@ def _check_forward_mode(fed, info, *args) -> None:
   except TypeError as error:
     if 'forward-mode' not in str(error):
       raise
-    raise ValueError(
+    raise NoForwardMode(
       'the round has no forward mode, since the derivative of a function in it '
       "is written for backward mode alone: build the model with conv='im2col', "
       'or call it by losses.frozen where no gradient is taken, or use '

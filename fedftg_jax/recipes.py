@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 import optax
 
-from fedftg_jax import base, distillation
+from fedftg_jax import base, distillation, influence
 from fedftg_jax import models as models_lib
+from fedftg_jax import optimizers
 from fedftg_jax.base import Generator, Method, Model
 from fedftg_jax.methods import fed_align as fed_align_lib
 from fedftg_jax.methods import fed_avg as fed_avg_lib
@@ -319,7 +320,7 @@ def _fed_ftg(model, generator, num_classes, preset='official', **changes):
       iterations=o.iterations,
       batch_size=o.batch_size,
       generator_optimizer=_at_rate(
-        lambda rate: optax.adam(rate, eps_root=o.eps_root), o.generator_lr
+        lambda rate: optimizers.adam(rate, eps_root=o.eps_root), o.generator_lr
       ),
       student_optimizer=_at_rate(
         lambda rate: distillation.sgd(rate, o.weight_decay, o.student_clip),
@@ -628,7 +629,7 @@ RECIPES = {
 SERVER_OPTIMIZERS = {
   'sgd': (optax.sgd, 1.0),
   'momentum': (lambda rate: optax.sgd(rate, momentum=0.9), 1.0),
-  'adam': (lambda rate, **root: optax.adam(rate, eps=1e-3, **root), 0.01),
+  'adam': (lambda rate, **root: optimizers.adam(rate, eps=1e-3, **root), 0.01),
   'yogi': (optax.yogi, 0.01),
   'adagrad': (optax.adagrad, 0.1),
 }
@@ -668,13 +669,17 @@ def parse(name: str) -> list[str]:
   return sorted(parts, key=lambda part: KINDS.index(RECIPES[part].kind))
 
 
-def build(name: str, settings: Settings, *further: Method) -> Method:
+def build(
+  name: str, settings: Settings, *further: Method, refining: bool = True
+) -> Method:
   """Chains the parts that `name` names, e.g. 'fed_avg', 'fed_ftg' or 'a+b'.
 
   Args:
     name: see `parse`.
     settings: what the parts are made of.
     *further: parts to come last. What the others draw does not depend on them.
+    refining: whether parts that refine the model do so; without, they keep
+      their slots, see `influence.client_stage`.
 
   Raises:
     ValueError: for a wrong name or option, or a part that a private sum does
@@ -682,13 +687,14 @@ def build(name: str, settings: Settings, *further: Method) -> Method:
   """
   if settings.privacy:
     check_private(name)
-  return base.chain(
-    *(
-      RECIPES[part].build(settings, **settings.options.get(part, {}))
-      for part in parse(name)
-    ),
-    *further,
-  )
+  parts = []
+  for part in parse(name):
+    recipe = RECIPES[part]
+    made = recipe.build(settings, **settings.options.get(part, {}))
+    if recipe.kind == 'refines' and not refining:
+      made = influence.client_stage(made)
+    parts.append(made)
+  return base.chain(*parts, *further)
 
 
 def check_private(name: str) -> None:
@@ -702,6 +708,11 @@ def weighting(name: str) -> str:
   """How the method called `name` wants clients to count in means."""
   wanted = [RECIPES[part].weighting for part in parse(name)]
   return 'uniform' if 'uniform' in wanted else 'examples'
+
+
+def refines(name: str) -> bool:
+  """Whether the method called `name` refines the model on the server."""
+  return any(RECIPES[part].kind == 'refines' for part in parse(name))
 
 
 def generates(name: str) -> bool:

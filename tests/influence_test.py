@@ -25,6 +25,7 @@ from fedftg_jax import (
   influence,
   recipes,
   solvers,
+  uplinks,
 )
 from fedftg_jax.data import clients, schedules
 from fedftg_jax.methods import fed_avg, fed_dyn, fed_nova, fed_prox, scaffold
@@ -547,6 +548,17 @@ class RefusalTest(parameterized.TestCase):
     state = run(influence.retraining(fed, [0, 3]), ROWS)
     chex.assert_tree_all_finite(influence.changes(state))
 
+  def test_uplink_with_error_feedback(self):
+    fed, through = (
+      problems.make(uplink=uplink)
+      for uplink in (
+        uplinks.build('top_k', 4.0, 'z'),
+        influence.straight_through(uplinks.build('top_k', 4.0, 'z')),
+      )
+    )
+    with self.assertRaisesRegex(ValueError, 'keeps what it does not send'):
+      run(influence.tracking(fed, [0], through=through), ROWS)
+
   def test_no_forward_mode(self):
     @jax.custom_vjp
     def scaled(a):
@@ -579,6 +591,27 @@ class RefusalTest(parameterized.TestCase):
     fed = problems.make(problems.NORMED, _chain('fisher'))
     with self.assertRaisesRegex(ValueError, "'fisher' needs .* BatchNorm"):
       run(influence.tracking(fed, [0]), ROWS)
+
+
+class UplinkTest(parameterized.TestCase):
+  @parameterized.parameters('uveqfed', 'qsgd', 'rotated')
+  def test_near_to_retraining(self, name):
+    """With equal dithers: rounding is the identity but for its error."""
+    uplink = uplinks.build(name, 6.0, 'z')
+    fed, through = (
+      problems.make(uplink=u)
+      for u in (uplink, influence.straight_through(uplink))
+    )
+    found = []
+    for tracked in (
+      influence.tracking(fed, [0, 4], through=through),
+      influence.retraining(fed, [0, 4]),
+    ):
+      state = run(tracked, ROWS)
+      found.append(flatten_util.ravel_pytree(influence.changes(state))[0])
+    estimate, true = found
+    error = np.linalg.norm(estimate - true) / np.linalg.norm(true)
+    self.assertLess(error, 0.1)
 
 
 class StageTest(absltest.TestCase):

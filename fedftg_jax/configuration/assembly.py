@@ -13,8 +13,10 @@ import optax
 from fedftg_jax import (
   base,
   compiling,
+  curvature,
   evaluation,
   federation,
+  influence,
   models,
   recipes,
   solvers,
@@ -22,7 +24,14 @@ from fedftg_jax import (
 )
 from fedftg_jax.configuration import flags, folders
 from fedftg_jax.configuration.resolve import Configuration
-from fedftg_jax.data import augment, clients, datasets, partition, schedules
+from fedftg_jax.data import (
+  augment,
+  clients,
+  datasets,
+  flips,
+  partition,
+  schedules,
+)
 from fedftg_jax.methods import batch_norm
 from fedftg_jax.system import cli, devices
 
@@ -34,6 +43,7 @@ class Simulation:
   model: base.Model
   method: base.Method
   federation: base.Federation
+  tracked: list[int]  # clients whose influence its states have
 
   @functools.cached_property
   def of_seeds(self) -> base.Federation:
@@ -52,6 +62,7 @@ class Problem(NamedTuple):
 
   dataset: datasets.Dataset  # without what is public or for validation
   parts: list[np.ndarray]  # row indices of each client
+  flipped: list[int]  # clients that train on wrong labels
   data: base.Data
   schedule: base.Cohort  # leading axis [T]
   tests: list[np.ndarray]  # rows of the test set by client
@@ -85,12 +96,10 @@ def build(
   """
   config = Configuration(config)
   problem = make_problem(config, data_dir, manual_dir)
-  return Experiment(
-    config,
-    folders.contents(config),
-    _simulation(config, problem.dataset, len(problem.parts)),
-    problem,
-  )
+  simulation = _simulation(config, problem.dataset, len(problem.parts))
+  if simulation.tracked:
+    _check_tracking(config, simulation.federation, problem)
+  return Experiment(config, folders.contents(config), simulation, problem)
 
 
 def make_problem(
@@ -113,14 +122,52 @@ def make_problem(
     )
   else:  # classes fall to clients as in training
     tests = partition.like(dataset.test_y, dataset.train_y, parts)
+  labels, flipped = _labels(config, dataset, parts)
+  left_out = ids(config, 'leave_out', len(parts))
   return Problem(
     dataset,
     parts,
-    clients.from_partition(dataset.train_x, dataset.train_y, parts, public),
-    _schedule(config, parts),
+    flipped,
+    clients.from_partition(dataset.train_x, labels, parts, public),
+    schedules.without(_schedule(config, parts), left_out),
     tests,
     drawn,
   )
+
+
+def _labels(config, dataset, parts) -> tuple[np.ndarray, list[int]]:
+  """The labels to train on, and the clients whose are wrong."""
+  if not config['flip_labels']:
+    return dataset.train_y, []
+  share, num_clients = config['flip_labels'].split(',')
+  return _checked(
+    'flip_labels',
+    config,
+    flips.flip,
+    dataset.train_y,
+    parts,
+    dataset.num_classes,
+    share=float(share),
+    num_clients=int(num_clients),
+    seed=config['partition_seed'],
+  )
+
+
+def ids(config: Configuration, flag: str, num_clients: int) -> list[int]:
+  """The clients that a flag names, such as 'all' or '0,3'.
+
+  Raises:
+    cli.UsageError: for one that there is not.
+  """
+  text = config[flag]
+  if text == 'all':
+    return list(range(num_clients))
+  found = [int(word) for word in text.split(',') if word]
+  if found and max(found) >= num_clients:
+    raise cli.UsageError(
+      flag, text, f'there are {num_clients} clients, 0 to {num_clients - 1}'
+    )
+  return found
 
 
 def _simulation(config, dataset, num_clients) -> Simulation:
@@ -142,7 +189,6 @@ def _simulation(config, dataset, num_clients) -> Simulation:
     norm=config['norm'],
     projection_dim=config['projection_dim'],
   )
-  method = _method(config, dataset, model, build, num_clients)
   steps = config['local_steps'] or None
   solver = solvers.local_sgd(
     _decayed(config['learning_rate'], config),
@@ -154,26 +200,70 @@ def _simulation(config, dataset, num_clients) -> Simulation:
     optimizer=_optimizer(config),
     **_augment(config, dataset),
   )
-  return Simulation(
+  make = functools.partial(
+    federation.federation,
     model,
-    method,
-    _checked(
-      'uplink',
-      config,
-      federation.federation,
-      model,
-      method,
-      solver,
-      num_clients,
-      weighting=config['weighting'],
-      uplink=uplinks.build(
-        config['uplink'], config['uplink_rate'], config['uplink_lattice']
-      ),
-      client_chunk=config['client_chunk'],
-      mesh=devices.mesh(config['num_devices']),
-      client_state='device' if config['client_state'] == 'device' else 'host',
-    ),
+    solver=solver,
+    num_clients=num_clients,
+    weighting=config['weighting'],
+    client_chunk=config['client_chunk'],
+    mesh=devices.mesh(config['num_devices']),
+    client_state='device' if config['client_state'] == 'device' else 'host',
   )
+  uplink = uplinks.build(
+    config['uplink'], config['uplink_rate'], config['uplink_lattice']
+  )
+  tracked = ids(config, 'track', num_clients)
+  last = (curvature.curvature(),) if tracked else ()
+  make_method = functools.partial(
+    _method, config, dataset, model, build, num_clients
+  )
+  method = make_method(*last)
+  fed = _checked('uplink', config, make, method, uplink=uplink)
+  if tracked:
+    fed = _tracking(config, fed, make, make_method, uplink, tracked)
+  return Simulation(model, method, fed, tracked)
+
+
+def _tracking(
+  config, fed, make, make_method, uplink, tracked
+) -> base.Federation:
+  """`fed` with clients tracked, through another where that is asked for."""
+  at_once, kind = config['track_at_once'], config['curvature']
+  if kind == 'retraining':
+    return influence.retraining(fed, tracked, at_once=at_once)
+  rule = {'lwet': 'blocks', 'none': 'exact'}.get(kind, kind)
+  refining, through = config['through_server'], None
+  if rule != 'exact' or uplink or not refining:
+    through = make(
+      make_method(curvature.curvature(rule), refining=refining),
+      uplink=uplink
+      and (uplink if kind == 'none' else influence.straight_through(uplink)),
+    )
+  return influence.tracking(
+    fed,
+    tracked,
+    through=through,
+    carry='identity' if kind == 'none' else 'derivative',
+    truncation=config['truncation'],
+    at_once=at_once,
+  )
+
+
+def _check_tracking(config, fed, problem) -> None:
+  """cli.UsageError where a round has no derivative to carry influence with."""
+  key = jax.random.key(0)
+  row = jax.tree.map(lambda a: a[0], problem.schedule)
+  try:
+    jax.eval_shape(
+      fed.round, jax.eval_shape(fed.init, key), problem.data, row, key
+    )
+  except influence.NoForwardMode as error:
+    raise cli.UsageError(
+      'track',
+      config['track'],
+      f'{error} (--conv=im2col, --curvature=none or retraining)',
+    ) from error
 
 
 def load(
@@ -234,7 +324,9 @@ def _augment(config, dataset) -> dict[str, Any]:
   }
 
 
-def _method(config, dataset, model, build_model, num_clients) -> base.Method:
+def _method(
+  config, dataset, model, build_model, num_clients, *last, refining=True
+) -> base.Method:
   """The method under the policy for BatchNorm statistics."""
   options = {
     part: _options(part, config) for part in recipes.parse(config['method'])
@@ -280,7 +372,14 @@ def _method(config, dataset, model, build_model, num_clients) -> base.Method:
   if config['evaluate_all']:
     further += (evaluation.last_models(),)
   return _checked(
-    'method', config, recipes.build, config['method'], settings, *further
+    'method',
+    config,
+    recipes.build,
+    config['method'],
+    settings,
+    *further,
+    *last,
+    refining=refining,
   )
 
 

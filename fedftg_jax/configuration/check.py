@@ -67,6 +67,7 @@ def check(values: dict[str, Any]) -> None:
       not values[name] or values['momentum'] > 0,
       'needs a --momentum above 0',
     )
+  _check_tracking(values, require)
   require('dropout_rate', values['dropout_rate'] < 1, 'must be below 1')
   require('validation_share', values['validation_share'] < 1, 'must be below 1')
   share = values['client_test_share']
@@ -211,6 +212,62 @@ def _check_personal(values, parts, require):
         names.split(','), None if is_given(values['partition']) else num_clients
       ),
     )
+
+
+
+def _check_tracking(values, require):
+  for flag in 'track', 'leave_out':
+    text = values[flag]
+    ids = text.split(',') if text and (flag, text) != ('track', 'all') else []
+    others = 'all, or ' if flag == 'track' else ''
+    require(
+      flag,
+      all(word.isdecimal() for word in ids) and len(set(ids)) == len(ids),
+      f'must be {others}different ids of clients with commas between them',
+    )
+    if not is_given(values['partition']):
+      require(
+        flag,
+        all(int(word) < values['num_clients'] for word in ids),
+        f'there are --num_clients={values["num_clients"]}, ids from 0 on',
+      )
+  require(
+    'flip_labels',
+    not values['flip_labels'] or _is_share_and_number(values['flip_labels']),
+    'must be SHARE,CLIENTS: above 0 and at most 1, and at least 1',
+  )
+  if not values['track']:
+    return
+  require(
+    'track', values['client_state'] == 'device', 'needs --client_state=device'
+  )
+  require(
+    'track',
+    not values['secure_aggregation'],
+    'is not with --secure_aggregation, whose rounding has no derivative, and '
+    'which shows nobody what single clients send',
+  )
+  require(
+    'curvature',
+    values['uplink'] != 'top_k'
+    or values['curvature'] in ('none', 'retraining'),
+    'must be none or retraining with --uplink=top_k: what that does not send '
+    'has no derivative',
+  )
+  require(
+    'curvature',
+    values['curvature'] != 'fisher' or values['norm'] != 'batch',
+    'needs another --norm than batch, with which an example has no gradient of '
+    'its own',
+  )
+
+
+def _is_share_and_number(text):
+  share, _, number = text.partition(',')
+  try:
+    return 0 < float(share) <= 1 and int(number) > 0
+  except ValueError:
+    return False
 
 
 def _check_public(values, require):

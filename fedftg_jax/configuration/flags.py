@@ -15,6 +15,15 @@ from fedftg_jax.methods import batch_norm
 from fedftg_jax.models import convolution, layers
 
 CLIENT_STATES = ('device', 'host', 'disk')
+CURVATURES = (
+  'exact',
+  'blocks',
+  'lwet',
+  'fisher',
+  'first_order',
+  'none',
+  'retraining',
+)
 PRECISIONS = ('default', 'highest', 'bfloat16')
 # By kind: the function of `partition`, and by flag the argument that it gives;
 # None where the parts are there already.
@@ -77,6 +86,7 @@ def _define() -> None:
     ('Model and local training', _define_training),
     ('Single methods', _define_methods),
     ('FedFTG', functools.partial(_define_options, 'fed_ftg')),
+    ('Influence of clients', _define_influence),
     ('Evaluation and results', _define_results),
   ):
     before = set(flags.FLAGS)
@@ -212,6 +222,13 @@ def _define_partition() -> None:
     lower_bound=0,
     upper_bound=2**31 - 1,
   )
+  flags.DEFINE_string(
+    'flip_labels',
+    '',
+    'SHARE,CLIENTS: so many clients, drawn by --partition_seed, train on '
+    'labels of which this share is wrong, each another class, drawn uniformly. '
+    'Who holds what goes by the true ones.',
+  )
 
 
 def _define_federation() -> None:
@@ -274,6 +291,12 @@ def _define_federation() -> None:
     'its own, drawn once between this and 1.',
     lower_bound=0,
     upper_bound=1,
+  )
+  flags.DEFINE_string(
+    'leave_out',
+    '',
+    'Clients that never take part, as ids with commas between them: a cohort '
+    'that has one goes on without it.',
   )
   flags.DEFINE_integer('rounds', 30, 'Communication rounds.', lower_bound=1)
   flags.DEFINE_integer(
@@ -557,6 +580,45 @@ def _define_options(method: str) -> None:
         lower_bound=min(choices, default=0),
         upper_bound=max(choices, default=None),
       )
+
+
+def _define_influence() -> None:
+  """Who is tracked, and how."""
+  flags.DEFINE_string(
+    'track',
+    '',
+    'Clients whose influence on the model is tracked: all, or ids with commas '
+    'between them; default: none. Costs about three rounds for each of them '
+    'and round, and a copy of the state for each.',
+  )
+  flags.DEFINE_enum(
+    'curvature',
+    'exact',
+    CURVATURES,
+    'How what a client has changed is carried through the next rounds: exact, '
+    'by their derivative; blocks, array by array; lwet, so, truncated where '
+    'it grows (--truncation); fisher, with the empirical Fisher '
+    'matrix for the Hessian; first_order in the learning rate; none, as it is; '
+    'or retraining without each client, of which the others are estimates.',
+  )
+  flags.DEFINE_float(
+    'truncation',
+    None,
+    'An array of the parameters is truncated for a client as soon as a round '
+    'makes its change more than so many times as long; default: 1 with '
+    '--curvature=lwet, else never.',
+    lower_bound=0,
+  )
+  flags.DEFINE_bool(
+    'through_server',
+    True,
+    'Influence goes through what refines the model on the server (fed_ftg, '
+    'fed_df); otherwise it is that of the clients, with what the server adds '
+    'held fixed.',
+  )
+  flags.DEFINE_integer(
+    'track_at_once', 1, 'Tracked clients stacked at once.', lower_bound=1
+  )
 
 
 def _define_results() -> None:

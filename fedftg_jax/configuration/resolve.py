@@ -45,6 +45,10 @@ _OPTIONAL = (
   'dp_noise',
   'dp_quantile',
   'secure_aggregation',
+  'flip_labels',
+  'leave_out',
+  'track',
+  'truncation',
 )
 
 
@@ -95,6 +99,8 @@ def config(**changes: Any) -> Configuration:
   if values['client_chunk'] is None:
     values['client_chunk'] = stacking.default_chunk()
   values['num_devices'] = _num_devices(values['num_devices'])
+  if values['truncation'] is None and values['curvature'] == 'lwet':
+    values['truncation'] = 1.0
   check.check(values)
   if values['weighting'] is None:
     values['weighting'] = recipes.weighting(values['method'])
@@ -134,6 +140,7 @@ def _unused(values: dict[str, Any]) -> set[str]:
     unused.add('clients_by_class')
   if values['norm'] != 'batch':
     unused |= {'batch_norm', 'torch_bn'}
+  unused |= _unused_by_tracking(values)
   unused |= _unused_by_partition(values)
   unused |= {name for name in _OPTIONAL if not values[name]}
   if not values['dp_noise']:
@@ -153,6 +160,19 @@ def _unused(values: dict[str, Any]) -> set[str]:
       'straggler_rate',
       'min_availability',
     }
+  return unused
+
+
+def _unused_by_tracking(values: dict[str, Any]) -> set[str]:
+  if not values['track']:
+    return {'curvature', 'truncation', 'through_server', 'track_at_once'}
+  unused = set()
+  if values['curvature'] in ('none', 'retraining'):
+    unused.add('truncation')
+  if values['curvature'] == 'retraining' or not recipes.refines(
+    values['method']
+  ):
+    unused.add('through_server')
   return unused
 
 

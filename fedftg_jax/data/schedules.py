@@ -5,6 +5,7 @@ depend on how many follow: more rounds from the same seed prolong it (and may
 widen a Bernoulli schedule's padding).
 """
 
+from collections.abc import Sequence
 import os
 
 import numpy as np
@@ -160,6 +161,16 @@ def with_all_at_work(schedule: Cohort, num_clients: int) -> Cohort:
     spread(schedule.arrived, False),
     spread(schedule.num_steps, np.int32(NO_LIMIT)),
     spread(worked, True),
+  )
+
+
+def without(schedule: Cohort, clients: Sequence[int]) -> Cohort:
+  """The schedule where some clients neither work nor arrive."""
+  stays = ~np.isin(schedule.client_id, clients)
+  worked = schedule.worked
+  return schedule._replace(
+    arrived=schedule.arrived & stays,
+    worked=worked if worked is None else worked & stays,
   )
 
 

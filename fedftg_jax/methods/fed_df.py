@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedftg_jax import distillation, losses
+from fedftg_jax import distillation, losses, optimizers
 from fedftg_jax.base import Generator, Info, Method, Model, Variables
 from fedftg_jax.models import layers
 
@@ -213,7 +213,7 @@ def train_generator(
   rate = distillation.rate_of(options.generator_lr, received)
   optimizer = optax.chain(
     optax.add_decayed_weights(options.weight_decay),
-    optax.adam(rate, eps_root=options.eps_root),
+    optimizers.adam(rate, eps_root=options.eps_root),
   )
   passes = 1 + jnp.sum(received.arrived)
 

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedftg_jax import distillation, losses, models
+from fedftg_jax import distillation, losses, models, optimizers
 from fedftg_jax.base import (
   Generator,
   Head,
@@ -329,7 +329,10 @@ def student_gap(ensemble: jax.Array, student: jax.Array) -> jax.Array:
 
 def _adam(terms) -> optax.GradientTransformation:
   """Adam's direction, of the gradient with the L2 term in it."""
-  return optax.chain(optax.add_decayed_weights(terms.l2), optax.scale_by_adam())
+  return optax.chain(
+    optax.add_decayed_weights(terms.l2),
+    optimizers.with_derivative(optax.scale_by_adam()),
+  )
 
 
 def num_features(head: Head, variables: Variables) -> int:

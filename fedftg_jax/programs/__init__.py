@@ -10,6 +10,7 @@ NAMES = {
   'sweep': 'trains all combinations of flag values, and sorts them',
   'ablation': 'varies one factor at a time, with and without FedFTG',
   'compression': 'compares codecs of what clients send, by bits per parameter',
+  'influence': 'ranks clients by what the model would be without them',
   'partition': 'draws a partition and says how unequal it is',
   'hessian': 'measures the curvature of a run, and how unlike clients are',
   'report': 'makes report.html of a folder of results anew',

@@ -52,8 +52,10 @@ _SHARED = (
   'partition',
   'partition_seed',
   *sorted({flag for _, used in flags.PARTITIONS.values() for flag in used}),
+  'flip_labels',
   'num_clients',
   'cohort',
+  'leave_out',
   'schedule',
   'schedule_seed',
 )

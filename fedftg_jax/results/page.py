@@ -1,4 +1,4 @@
-"""The page of a run, a comparison or a sweep: report.html.
+"""The page of a run, a comparison, a sweep or of influence: report.html.
 
 One page that needs nothing else: no network, no scripts, pictures inside.
 """
@@ -19,7 +19,15 @@ from PIL import Image
 from upath import UPath
 
 from fedftg_jax.configuration import folders
-from fedftg_jax.results import plots, reader, statistics, svg, tables, verdicts
+from fedftg_jax.results import (
+  influence,
+  plots,
+  reader,
+  statistics,
+  svg,
+  tables,
+  verdicts,
+)
 from fedftg_jax.results import rows as rows_lib
 from fedftg_jax.system import cli, files
 
@@ -33,10 +41,10 @@ _STRIP_PIXELS = 64  # at least so many across an image
 
 
 def write(folder: UPath) -> UPath:
-  """Writes report.html into the folder of a run, a comparison or a sweep.
+  """Writes report.html into the folder of a run or of several.
 
   Args:
-    folder: as `train`, `compare` or `sweep` left it.
+    folder: as `train`, `compare`, `sweep` or `influence` left it.
 
   Returns:
     Where the page is.
@@ -46,11 +54,16 @@ def write(folder: UPath) -> UPath:
   """
   if not (folder / 'config.json').exists():
     raise cli.ArgumentError(
-      folder, 'must be a folder that train, compare or sweep has written to'
+      folder,
+      'must be a folder that train, compare, sweep or influence has written to',
     )
   try:
     config = files.read_json(folder / 'config.json')['config']
-    pages = {'compare': _of_comparison, 'sweep': _of_sweep}
+    pages = {
+      'compare': _of_comparison,
+      'sweep': _of_sweep,
+      'influence': _of_influence,
+    }
     page = pages.get(config.get('program'), _of_run)(folder, config)
     text = render(page)
     text.encode()  # ValueError for half a character
@@ -186,6 +199,60 @@ def _of_sweep(folder, config) -> dict[str, Any]:
   }
 
 
+def _of_influence(folder, config) -> dict[str, Any]:
+  """The page of clients' influence: the plain run, those without the worst
+  clients, and what was estimated."""
+  del config
+  summary = files.read_json(folder / 'influence.json')
+  shown = {influence.PLAIN: 'all clients'} | {
+    f'{influence.WITHOUT}{name}': f'without the worst by {name}'
+    for name in summary.get('cleansing', {})
+    if name != influence.NOBODY
+  }
+  runs = {
+    shown[name]: of_name
+    for name, of_name in _read_runs(
+      folder, dict.fromkeys(shown, summary['rounds']), summary['seeds']
+    ).items()
+  }
+  entries, first = _broadcast(runs), next(iter(runs.values()))[0].config
+  return {
+    **_sections(entries, _same_clients(runs), runs),
+    'title': f'Influence of {len(summary["clients"])} clients: '
+    f'{first["method"]} on {first["dataset"]}',
+    'kind': 'Influence of clients',
+    'verdict': verdicts.of_influence(summary),
+    'final': tables.final(entries, 'trained with'),
+    'configuration': _configuration([first]),
+    'differences': None,
+    'influence': _influence(summary),
+  }
+
+
+def _influence(summary) -> dict[str, Any]:
+  """Pictures and tables of the section on influence."""
+  panels, by_round = influence.panels(summary), influence.by_round(summary)
+  return {
+    'tables': dict.fromkeys(influence.TABLES) | influence.tables_of(summary),
+    'picture': panels
+    and svg.inline(
+      'influence',
+      'Estimated influence of each client on the loss against retraining '
+      'without it; the table has the numbers.',
+      plots.estimates,
+      panels,
+    ),
+    'by_round': by_round
+    and svg.inline(
+      'influence_by_round',
+      'Agreement of the estimates with retraining, round by round.',
+      plots.metrics,
+      by_round,
+    ),
+    'legend': _legend(summary.get('by_round', ())),
+  }
+
+
 def _read_runs(folder, rounds, seeds) -> dict[str, list[reader.Recorded]]:
   """Each seed's run of each name in `rounds`, up to its round."""
   return {
@@ -233,6 +300,7 @@ def _sections(entries, clients, runs, target=None) -> dict[str, Any]:
   return {
     'picture': None,
     'note': None,
+    'influence': None,
     'several': len(runs) > 1,
     'legend': _legend(entries),
     'curves': [

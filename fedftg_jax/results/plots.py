@@ -223,6 +223,41 @@ def panels(path: Any, drawn: Sequence[Panel], xlabel: str) -> None:
   plt.close(figure)
 
 
+def estimates(
+  path: Any, panels: Mapping[str, Sequence[tuple[float, float]]]
+) -> None:
+  """Draws a panel of points (true, estimate) for each title, with the line on
+  which both are equal."""
+  columns = min(3, len(panels))
+  rows = -(-len(panels) // columns)
+  figure, grid = plt.subplots(
+    rows,
+    columns,
+    figsize=(max(3.4 * columns, 5), 3.2 * rows),
+    squeeze=False,
+    layout='constrained',
+  )
+  for axes, (title, points) in zip(grid.flat, panels.items()):
+    true, estimate = np.array(points).T
+    axes.axline((0, 0), slope=1, color='0.5', linewidth=1)
+    axes.plot(true, estimate, 'o', markersize=4, alpha=0.6)
+    low, high = np.min(true), np.max(true)
+    edge = 0.1 * (high - low) or 1e-6
+    axes.set(xlim=(low - edge, high + edge), xlabel='retrained without')
+    if np.abs(estimate).max() < 3 * np.abs(true).max():
+      axes.set_ylim(
+        min(low, estimate.min()) - edge, max(high, estimate.max()) + edge
+      )
+    axes.set_title(title, fontsize=8)
+    axes.grid(alpha=0.3)
+  for axes in grid.flat[len(panels) :]:
+    axes.set_visible(False)
+  for axes in grid[:, 0]:
+    axes.set_ylabel('estimated')
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
 def line_styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
   """Colour and dashes of each name, the same in all pictures of these names.
 

@@ -26,6 +26,50 @@ def of_sweep(summary, num_ended) -> str:
   )
 
 
+def of_influence(summary) -> str:
+  """How well estimates rank, and whether leaving clients out helps."""
+  sentences = []
+  ranked = {
+    name: found['spearman']
+    for name, found in summary.get('fil', {}).items()
+    if found['spearman'] is not None
+  }
+  if ranked:
+    best = max(ranked, key=lambda name: ranked[name])
+    sentences.append(
+      f'{best} ranks the clients as retraining without each of them does, with '
+      f'a rank correlation of {ranked[best]:.2f}.'
+    )
+  areas = {
+    name: found['mean']
+    for name, found in summary.get('auc', {}).items()
+    if found['mean'] is not None
+  }
+  if areas:
+    best = max(areas, key=lambda name: areas[name])
+    sentences.append(
+      f'Clients with wrong labels are found best by {best}: area under the ROC '
+      f'curve {areas[best]:.2f}.'
+    )
+  if 'cleansing' in summary:
+    before, *others = summary['cleansing'].items()
+    best, after = max(
+      others, key=lambda item: item[1]['final_accuracy']['mean']
+    )
+    gain = 100 * (
+      after['final_accuracy']['mean'] - before[1]['final_accuracy']['mean']
+    )
+    sentences.append(
+      f'Without the worst by {best} the model ends {abs(gain):.2f} points '
+      f'{"higher" if gain > 0 else "lower"} than with all clients.'
+    )
+  return ' '.join(sentences) or (
+    f'What {len(summary["clients"])} clients contribute, estimated by '
+    + ', '.join(summary['scores'])
+    + '.'
+  )
+
+
 def of_run(run) -> str:
   final = rows.summarise(run.rows)['final_accuracy_of']
   last = run.rows[-1]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedftg_jax import evaluation
+from fedftg_jax import evaluation, influence
 from fedftg_jax import models as models_lib
 from fedftg_jax.base import Data
 from fedftg_jax.configuration.assembly import Experiment
@@ -33,6 +33,10 @@ class Scores(NamedTuple):
   # Loss and accuracy of the broadcast model on what is kept apart; {} if
   # nothing is.
   validation: Mapping[str, Any]
+  # Of each tracked client, see `influence.on_test` (on what is kept apart, if
+  # anything is); and own_loss, the broadcast model's on the client's training
+  # examples. {} without tracked clients.
+  influence: Mapping[str, np.ndarray]
   finite: bool  # whether all of the model and of the server's slot is
   # [C', H, W, channels] uint8, of each class the same noise every time; None
   # without a generator.
@@ -74,8 +78,16 @@ def scorer(experiment: Experiment, data: Data, put: Callable) -> Callable:
   )
   draw = simulation.synthesise
 
+  def of_tracked(state, key):
+    x, y = validation or (test.x, test.y)
+    found = influence.on_test(model, state, x, y, _BATCH, local)
+    own = of_clients(state, data, data, key)['broadcast']['loss']
+    return {**found, 'own_loss': own[np.array(simulation.tracked)]}
+
   def score(done, state, models, same, key):
     same = dict(same)
+    by_tracked = of_tracked(state, key) if simulation.tracked else {}
+    state = influence.untracked(state)
     variants = {'broadcast': state.variables, **models}
     if config['evaluate_all']:
       variants['all'] = _mean_of_all(experiment, state)
@@ -109,14 +121,15 @@ def scorer(experiment: Experiment, data: Data, put: Callable) -> Callable:
         name: np.nanmean(by_client['broadcast'][name])
         for name in ('loss', 'accuracy')
       }
-    scores, by_client, kept_apart = jax.device_get(
-      (scores, by_client if asked else {}, kept_apart)
+    scores, by_client, kept_apart, by_tracked = jax.device_get(
+      (scores, by_client if asked else {}, kept_apart, by_tracked)
     )
     return Scores(
       scores,
       same,
       by_client,
       kept_apart,
+      by_tracked,
       _all_finite((state.variables, state.shared)),
       draw and _images(draw, state.shared, dataset.num_classes),
     )

@@ -98,6 +98,17 @@ def train_all(
   }
 
 
+def train_one(
+  label: str, folder: UPath, config: Configuration, seed: int
+) -> dict[str, Any]:
+  """Trains one seed's run, if it is not finished; its rows and figures."""
+  if not devices.agree(_is_over(folder, of_seed(config, seed), False)):
+    _train_group(
+      f'{label} seed {seed}', _build(config, seed), [(seed, folder)], False
+    )
+  return figures_of(folder, config['rounds']) or {}
+
+
 def seeds() -> range:
   return range(FLAGS.seed, FLAGS.seed + FLAGS.seeds)
 

@@ -1,9 +1,11 @@
 """What a run writes into its folder, and what its rows come to."""
 
+from typing import Any
+
 import numpy as np
 from upath import UPath
 
-from fedftg_jax import base, evaluation, privacy
+from fedftg_jax import base, evaluation, influence, privacy
 from fedftg_jax.configuration import folders
 from fedftg_jax.configuration.assembly import Experiment
 from fedftg_jax.data import partition, schedules, skew
@@ -123,7 +125,7 @@ class RunWriter:
       k: rows.number(np.nanmean(v) if np.isfinite(v).any() else np.nan)
       for k, v in metrics.items()
     }
-    row = {
+    row: dict[str, Any] = {
       'round': done,
       'train_loss': measured.pop('train_loss'),
       'test_loss': rows.number(broadcast['loss']),
@@ -143,6 +145,11 @@ class RunWriter:
       'bytes_up': self._up,
       'bytes_down': self._down,
     }
+    if scores.influence:
+      row['influence'] = {
+        name: [*map(rows.number, values)]
+        for name, values in scores.influence.items()
+      }
     row = base.merged('metric', row, measured | self._privacy(done))
     self._rows.append({**row, **_class_change(scores)})
     self._add_classes(done, scores.models)
@@ -259,6 +266,7 @@ class RunWriter:
     """Writes the model, the pictures and, last, the summary; `personal_models`
     as in `personal.save`."""
     experiment, folder = self._experiment, self._folder
+    state = influence.untracked(state)
     files.write_tree(folder / 'params.npz', state.variables._asdict())
     personal.save(folder, personal_models, experiment.config['model'])
     if experiment.simulation.method.synthesise is not None:

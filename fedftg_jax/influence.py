@@ -90,9 +90,9 @@ def tracking(
   """The simulation that also estimates each tracked client's influence.
 
   The run itself is that of `fed`: `run`, chunks, checkpoints and `over_seeds`
-  take the one for the other. A round costs, for each tracked client, about
-  three rounds; nothing for a client that has not been selected so far. What is
-  kept is one state for each tracked client.
+  take the one for the other. A round costs, for each tracked client, about two
+  rounds; nothing for a client that has not been selected so far. What is kept
+  is one state for each tracked client.
 
   Example:
     fed = influence.tracking(fed, range(10))

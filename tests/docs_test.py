@@ -59,6 +59,7 @@ class DocsTest(parameterized.TestCase):
   @parameterized.parameters(
     'README.md',
     'BUILD.md',
+    'docs/influence.md',
     'docs/methods.md',
     'docs/privacy.md',
     'docs/speed.md',

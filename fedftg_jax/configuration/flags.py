@@ -588,7 +588,7 @@ def _define_influence() -> None:
     'track',
     '',
     'Clients whose influence on the model is tracked: all, or ids with commas '
-    'between them; default: none. Costs about three rounds for each of them '
+    'between them; default: none. Costs about two rounds for each of them '
     'and round, and a copy of the state for each.',
   )
   flags.DEFINE_enum(

@@ -103,9 +103,7 @@ def train_one(
 ) -> dict[str, Any]:
   """Trains one seed's run, if it is not finished; its rows and figures."""
   if not devices.agree(_is_over(folder, of_seed(config, seed), False)):
-    _train_group(
-      f'{label} seed {seed}', _build(config, seed), [(seed, folder)], False
-    )
+    _train_group(label, _build(config, seed), [(seed, folder)], False)
   return figures_of(folder, config['rounds']) or {}
 
 

@@ -13,9 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import optax
 
-from fedftg_jax import base, distillation, influence
+from fedftg_jax import base, distillation, influence, optimizers
 from fedftg_jax import models as models_lib
-from fedftg_jax import optimizers
 from fedftg_jax.base import Generator, Method, Model
 from fedftg_jax.methods import fed_align as fed_align_lib
 from fedftg_jax.methods import fed_avg as fed_avg_lib

@@ -214,7 +214,6 @@ def _check_personal(values, parts, require):
     )
 
 
-
 def _check_tracking(values, require):
   for flag in 'track', 'leave_out':
     text = values[flag]

@@ -159,7 +159,7 @@ def kd_lwof(
     return objective._replace(loss=loss)
 
   def with_logits(apply, variables):
-    return lambda x: apply(variables, x).logits
+    return lambda x: losses.frozen(lambda v: apply(v, x).logits, variables)
 
   def phase_a(inner, view, flat):
     limit = jnp.minimum(view.num_steps, own_steps or view.num_steps)

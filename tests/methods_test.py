@@ -409,7 +409,7 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
     state.round,
     num_clients,
     data.public,
-    common,
+    common=common,
   )
   variables, shared, _ = jax.jit(method.update)(
     state.variables, state.shared, received, keys.server_key(key, state.round)

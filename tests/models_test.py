@@ -274,7 +274,7 @@ class PiecesTest(parameterized.TestCase):
     self.assertIsNotNone(models.from_flax(module, (16, 16, 1)).head)
 
   def test_missing(self):
-    model = problems.LINEAR
+    model = problems.make_model()
     for piece, message in (
       ('head', "fed_gen needs a model that has a head: .* named 'head'"),
       ('last_stage', 'fed_gen needs a model that has stages'),

@@ -555,7 +555,10 @@ class ErrorsTest(parameterized.TestCase):
     ('--ftg_iterations=99999999', '--ftg_iterations=99999999: must be at most'),
     ('--ftg_temperature=0', '--ftg_temperature=0.0: must be above 0'),
     ('--norm=batch --model=mlp', '--norm=batch: must be none for --model=mlp'),
-    ('--norm=group --model=softmax', 'must be none for --model=softmax, which'),
+    (
+      '--norm=group --model=softmax',
+      '--norm=group: must be none for --model=softmax',
+    ),
     ('--server_learning_rate=0', '--server_learning_rate=0.0: must be above 0'),
     ('--flagfile=/no/file', '--flagfile: .*/no/file.*must name a file'),
     (

@@ -303,10 +303,6 @@ class ProgramTest(parameterized.TestCase):
       ['--curvatures=fisher', '--model=lenet', '--norm=batch'],
       '--curvature=fisher: needs another --norm than batch',
     ),
-    (
-      ['--model=lenet', '--method=moon', '--conv=winograd'],
-      '--track=all: the round has no forward mode.*--conv=im2col',
-    ),
   )
   def test_errors(self, changes, message):
     status, _, err = programs.call(influence, *self.args, *changes)

@@ -64,6 +64,7 @@ class DocsTest(parameterized.TestCase):
     'docs/privacy.md',
     'docs/speed.md',
     'docs/tpu.md',
+    'docs/uplink.md',
     'docs/when_it_pays.md',
   )
   def test_links_and_pictures_exist(self, name):

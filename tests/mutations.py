@@ -65,7 +65,6 @@ CHECKPOINT = 'fedftg_jax/checkpoint.py'
 PRIVATE = 'fedftg_jax/methods/private_fed_avg.py'
 LATTICES = 'fedftg_jax/uplinks/lattices.py'
 UVEQFED = 'fedftg_jax/uplinks/uveqfed.py'
-CODED = 'fedftg_jax/uplinks/coded.py'
 ENTROPY = 'fedftg_jax/uplinks/entropy.py'
 
 OF_ENGINE = 'federation_test.py', 'methods_test.py'
@@ -668,13 +667,6 @@ FAULTS = (
     ENTROPY,
     'return codes_alone + table_bits(codes, lattice) + jnp.uint32(SCALAR_BITS)',
     'return codes_alone + jnp.uint32(SCALAR_BITS)',
-    OF_UPLINKS,
-  ),
-  Fault(
-    'residual_forgotten',
-    CODED,
-    'left = optax.tree.sub(updates, decoded) if error_feedback else ()',
-    'left = state.residual',
     OF_UPLINKS,
   ),
 )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedftg_jax.configuration import assembly, resolve
-from fedftg_jax.programs import compare, sweep
+from fedftg_jax.programs import compare, compression, sweep
 from fedftg_jax.system import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -58,6 +58,12 @@ def configurations(program):
         absl_flags.FLAGS.grid, absl_flags.FLAGS.list
       ).items()
     }
+  if program == 'compression':
+    FLAGS = absl_flags.FLAGS
+    entries = compression.parse(
+      FLAGS.bases, FLAGS.codecs, FLAGS.lattices, FLAGS.rates
+    )
+    return {name: config for name, (_, _, config) in entries.items()}
   return {'': resolve.config()}
 
 
@@ -87,7 +93,7 @@ class PresetsTest(parameterized.TestCase):
     """Inside, the flags are a preset's; gives the program of its command."""
     text = (FOLDER / f'{name}.flags').read_text()
     command = re.match(
-      r'# \.venv/bin/python -m experiments\.(train|compare|sweep) '
+      r'# \.venv/bin/python -m experiments\.(train|compare|sweep|compression) '
       rf'--flagfile=experiments/presets/{name}\.flags\n',
       text,
     )

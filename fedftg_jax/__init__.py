@@ -30,6 +30,7 @@ with epy.lazy_api_imports(globals()):  # each when it is first used
   from fedftg_jax.methods.fed_align import fed_align
   from fedftg_jax.methods.fed_avg import fed_avg
   from fedftg_jax.methods.fed_df import fed_df, fed_df_public
+  from fedftg_jax.methods.fed_dm import fed_dm
   from fedftg_jax.methods.fed_dyn import fed_dyn
   from fedftg_jax.methods.fed_ftg import fed_ftg
   from fedftg_jax.methods.fed_gen import fed_gen

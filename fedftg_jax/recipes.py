@@ -19,6 +19,7 @@ from fedftg_jax.base import Generator, Method, Model
 from fedftg_jax.methods import fed_align as fed_align_lib
 from fedftg_jax.methods import fed_avg as fed_avg_lib
 from fedftg_jax.methods import fed_df as fed_df_lib
+from fedftg_jax.methods import fed_dm as fed_dm_lib
 from fedftg_jax.methods import fed_dyn as fed_dyn_lib
 from fedftg_jax.methods import fed_ftg as fed_ftg_lib
 from fedftg_jax.methods import fed_gen as fed_gen_lib
@@ -95,6 +96,7 @@ class Recipe(NamedTuple):
   # What it tells the server that a private sum does not protect.
   reveals: str = ''
   trains: bool = False  # whether it changes how local training goes
+  alone: str = ''  # why it goes with no other part
 
   @property
   def given(self) -> list[str]:
@@ -595,6 +597,22 @@ RECIPES = {
     ),
     trains=True,
   ),
+  'fed_dm': Recipe(
+    'aggregates',
+    fed_dm_lib.fed_dm,
+    'clients send images that stand for their data, and no model',
+    prefix='dm_',
+    needs=(
+      ('uplink', ('none',), 'no model is sent'),
+      ('batch_norm', ('aggregate',), 'clients train no statistics'),
+      ('momentum', (0.0,), 'clients train no model; see --dm_server_momentum'),
+      ('augment', ('none',), 'clients train no model'),
+      ('server_optimizer', ('sgd',), 'no mean is trained further'),
+      ('server_learning_rate', (None, 1.0), 'no mean is trained further'),
+    ),
+    reveals='sends images of its data',
+    alone='its clients train no model and send none',
+  ),
   'fed_df': Recipe(
     'refines',
     _fed_df,
@@ -638,8 +656,8 @@ def parse(name: str) -> list[str]:
   """The parts of 'a+b' in the order in which the server runs them.
 
   Raises:
-    ValueError: for an unknown or repeated part, or two that aggregate or that
-      train in their own way.
+    ValueError: for an unknown or repeated part, two that aggregate or that
+      train in their own way, or a part beside one that goes with no other.
   """
   parts = name.split('+')
   for part in parts:
@@ -658,6 +676,12 @@ def parse(name: str) -> list[str]:
   if kinds.count('aggregates') > 1:
     both = [p for p, k in zip(parts, kinds) if k == 'aggregates']
     raise ValueError(f'only one part can aggregate, got {" and ".join(both)}')
+  for part in parts:
+    if RECIPES[part].alone and len(parts) > 1:
+      others = ' and '.join(p for p in parts if p != part)
+      raise ValueError(
+        f'{part} goes with no other part, got {others}: {RECIPES[part].alone}'
+      )
   both = [part for part in parts if RECIPES[part].trains]
   if len(both) > 1:
     raise ValueError(

@@ -19,6 +19,13 @@ DOCS = pathlib.Path(__file__).parents[1] / 'docs' / 'methods.md'
 
 
 FED_MR = {'`--schedule=bernoulli`', '`--server_optimizer`'}
+FED_DM = {
+  '`+fed_ftg`',
+  '`local`',
+  '`reset`',
+  '`--server_optimizer`',
+  '`--uplink`',
+}
 PRIVATE = {'`--dp_clip`', '`--secure_aggregation`'}
 
 
@@ -30,7 +37,11 @@ class TableTest(absltest.TestCase):
     self.assertIn(table, DOCS.read_text())
     for name, of_name in combinations.verdicts().items():
       refused = {c for c, why in zip(combinations.COLUMNS, of_name) if why}
-      want = {'fed_ftg': {'`+fed_ftg`'}, 'fed_mr': FED_MR}.get(name, set())
+      want = {
+        'fed_ftg': {'`+fed_ftg`'},
+        'fed_mr': FED_MR,
+        'fed_dm': FED_DM,
+      }.get(name, set())
       if name.startswith('fed_zda'):
         want = want | {'`local`'} | PRIVATE
       if recipes.RECIPES[name].reveals or name == 'fed_align':
@@ -45,7 +56,9 @@ class RunTest(parameterized.TestCase):
   @parameterized.parameters(*recipes.RECIPES)
   @pytest.mark.slow
   def test_runs(self, name):
-    model = problems.STAGED if name == 'fed_align' else problems.NORMED
+    model = {'fed_align': problems.STAGED, 'fed_dm': methods_test.MODEL}.get(
+      name, problems.NORMED
+    )
     rows = (
       schedules.exact(3, 5, 3, 0)
       if name == 'fed_mr'
@@ -66,6 +79,7 @@ class RunTest(parameterized.TestCase):
           'fed_gen': methods_test.GEN,
           'q_fed_avg': dict(batch_size=4),
           'kd_lwof': methods_test.LWOF,
+          'fed_dm': methods_test.DM,
           'fed_zdac': methods_test.ZDAC,
           'fed_zdas': methods_test.ZDAS,
         },

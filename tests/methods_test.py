@@ -31,6 +31,7 @@ from fedftg_jax.methods import (
   fed_align,
   fed_avg,
   fed_df,
+  fed_dm,
   fed_dyn,
   fed_gen,
   fed_mr,
@@ -81,16 +82,22 @@ ZDAS = dict(
 )
 
 
+DM = dict(
+  ipc=2, iterations=3, real_batch=4, server_epochs=2, server_batch_size=5
+)
+
+
 class Row(NamedTuple):
   """One combination, and what it sends beside the model, in 32-bit words."""
 
   method: str
   down: int = 0
-  up: int = 0
+  up: float = 0
   options: dict = {}
   server: optax.GradientTransformation | None = None
   policy: str = 'aggregate'  # others on a model with BatchNorm
   model: base.Model | None = None
+  sends_model: bool = True
 
 
 PLAIN = {
@@ -162,6 +169,11 @@ ROWS = {
     up=2 * CLASSES,
     model=problems.NORMED,
     options={'fed_zdac': ZDAC, 'fed_zdas': dict(ZDAS, source='clients')},
+  ),
+  # Client 0 has all three classes: two images of 64 pixels of each, and as many
+  # bits as there are classes.
+  'fed_dm': Row(
+    'fed_dm', up=3 * 2 * 64 + 3 / 32, options={'fed_dm': DM}, sends_model=False
   ),
   'fed_gen': Row('fed_gen', GEN_WORDS, CLASSES, {'fed_gen': GEN}),
   'fed_gen+fed_ftg': Row(
@@ -502,7 +514,7 @@ class ContractTest(Contract):
       lambda a: a[0], problems.schedule([[0, 1, 4, -1]])
     )._replace(arrived=np.array([True, False, True, False]))
     _, info = fed.round(state, data, cohort, KEY)
-    down, up = size + 32 * row.down, size + 32 * row.up
+    down, up = size + 32 * row.down, row.sends_model * size + 32 * row.up
     self.assertEqual(info.metrics['bits_down'].tolist(), [down] * 3 + [0])
     self.assertEqual(info.metrics['bits_up'].tolist(), [up] + [0] * 3)
 
@@ -768,6 +780,174 @@ class FedGenTest(absltest.TestCase):
       fed_gen.fed_gen(MODEL, CLASSES, weighting='none')
     with self.assertRaisesRegex(ValueError, 'alpha must be at least 0, got -1'):
       fed_gen.fed_gen(MODEL, CLASSES, alpha=-1)
+
+
+class FedDmTest(parameterized.TestCase):
+  def images(self, per_class, seed=1):
+    shape = CLASSES, per_class, *problems.IMAGE_SHAPE
+    return jax.random.normal(jax.random.key(seed), shape)
+
+  def test_equal_images_match(self):
+    real, variables = self.images(4), MODEL.init(KEY)
+    value, slope = jax.value_and_grad(fed_dm.matching_loss, 3)(
+      MODEL, variables, real, real
+    )
+    np.testing.assert_allclose(value, 0, atol=1e-12)
+    np.testing.assert_allclose(slope, 0, atol=1e-6)
+
+  def test_one_step_with_the_identity(self):
+    """Where features are pixels and logits nothing, each image of a class moves
+    by -lr 2 / I (mean S - mean X), and the error shrinks by 1 - 2 lr / I."""
+    model = base.Model(
+      None,
+      lambda variables, x: base.Output(
+        jnp.zeros((len(x), 2)), x.reshape(len(x), -1), ()
+      ),
+    )
+    real, images, rate = self.images(5), self.images(2, 2), 0.3
+    slope = jax.grad(fed_dm.matching_loss, 3)(model, (), real, images)
+    error = images.mean(1) - real.mean(1)
+    moved = images - rate * slope
+    np.testing.assert_allclose(
+      moved - images, -rate * (2 / 2) * error[:, None].repeat(2, 1), atol=1e-6
+    )
+    np.testing.assert_allclose(
+      moved.mean(1) - real.mean(1), (1 - 2 * rate / 2) * error, atol=1e-6
+    )
+
+  def test_classes_that_are_not_owned_count_in_nothing(self):
+    variables, owned = MODEL.init(KEY), jnp.array([True, False, True])
+    real, images = self.images(4), self.images(2, 2)
+    loss = lambda real, images: fed_dm.matching_loss(
+      MODEL, variables, real, images, owned
+    )
+    value = loss(real, images)
+    self.assertEqual(loss(real.at[1].set(9.0), images.at[1].set(7.0)), value)
+    slope = jax.grad(loss, 1)(real, images)
+    self.assertFalse(jnp.any(slope[1]))
+    self.assertTrue(jnp.all(jnp.any(slope[::2], (1, 2, 3, 4))))
+
+  @parameterized.parameters(0.0, 0.5, 1e6)
+  def test_perturbed(self, rho):
+    params = MODEL.init(KEY).params
+    xi = optax.tree.random_like(KEY, params, jax.random.normal)
+    moved = optax.tree.sub(fed_dm.perturbed(KEY, params, rho), params)
+    want = min(rho, float(optax.tree.norm(xi)))
+    np.testing.assert_allclose(optax.tree.norm(moved), want, rtol=1e-4)
+    if not rho:
+      chex.assert_trees_all_equal(fed_dm.perturbed(KEY, params, rho), params)
+
+  def test_by_class(self):
+    data = problems.DATA._replace(
+      index=problems.DATA.index[0], count=problems.DATA.count[0]
+    )
+    rows, counts = fed_dm.by_class(data, CLASSES)
+    count = problems.SIZES[0]
+    labels = np.asarray(data.y)[rows[:count]]
+    np.testing.assert_array_equal(np.sort(labels), labels)
+    self.assertCountEqual(rows[:count].tolist(), data.index[:count].tolist())
+    np.testing.assert_array_equal(
+      counts, np.bincount(labels, minlength=CLASSES)
+    )
+
+  def sent(self, client, num_steps=base.NO_LIMIT, **options):
+    """What a client sends, and its data."""
+    part = fed_dm.fed_dm(
+      MODEL, CLASSES, problems.IMAGE_SHAPE, **{**DM, **options}
+    )
+    model = MODEL.init(KEY)
+    data = problems.DATA._replace(
+      index=problems.DATA.index[client], count=problems.DATA.count[client]
+    )
+    view = base.View(*[None] * 10)._replace(
+      variables=model, data=data, num_steps=jnp.int32(num_steps)
+    )
+    local, own = jax.jit(lambda view: part.train(None, None, view, KEY))(view)
+    chex.assert_trees_all_equal(local.variables, model)
+    _, message = part.upload(view._replace(own=own), local, None, KEY)
+    return part, local, message, data
+
+  def test_a_client_with_one_example(self):
+    """It sends one class, a straggler without a step none, and the ledger has
+    only that; the images begin as, and stay, its only example."""
+    part, _, message, data = self.sent(2)
+    (label,) = {int(data.y[data.index[0]])}
+    self.assertEqual(message.owned.tolist(), [c == label for c in range(3)])
+    self.assertEqual(part.message_bits(message), 2 * 64 * 32 + CLASSES)
+    others = np.delete(message.x, label, axis=0)
+    np.testing.assert_array_equal(others, 0)
+    example = MODEL.normalise(data.x[data.index[0]])
+    for image in message.x[label]:
+      np.testing.assert_allclose(image, example, atol=1e-4)
+    part, local, message, _ = self.sent(2, num_steps=0)
+    self.assertFalse(jnp.any(message.owned) | jnp.any(message.x))
+    self.assertEqual(part.message_bits(message), CLASSES)
+    self.assertEqual(local.num_steps, 0)
+
+  @parameterized.parameters('real', 'noise')
+  def test_images_come_to_match(self, init):
+    _, before, *_ = self.sent(1, iterations=1, init=init)
+    _, after_, *_ = self.sent(1, iterations=60, init=init, rho=0.0, ipc=1)
+    name = 'fed_dm/matching'
+    self.assertLess(after_.metrics[name], before.metrics[name])
+    self.assertEqual(after_.num_steps, 60)
+    self.assertGreater(after_.metrics['train_loss'], 0)
+
+  def test_server_trains_on_what_arrived(self):
+    part = fed_dm.fed_dm(
+      MODEL, CLASSES, problems.IMAGE_SHAPE, **dict(DM, server_epochs=20)
+    )
+    variables = MODEL.init(KEY)
+    kept, _ = part.init(KEY, variables)
+    x = jnp.stack([self.images(2, seed) for seed in (1, 2)])
+    owned = jnp.array([[True, False, True], [True, True, True]])
+
+    @jax.jit
+    def update(x, owned, arrived):
+      received = base.Received(*[None] * 8)._replace(
+        stacked=fed_dm.Images(x, owned),
+        arrived=jnp.array(arrived),
+        round=jnp.int32(0),
+      )
+      return part.update(variables, kept, received, KEY)
+
+    trained, kept_then, info = update(x, owned, [True, False])
+    self.assertEqual(info.metrics['fed_dm/images'], 4)
+    other = x.at[1].set(5.0).at[0, 1].set(-3.0)  # absent, and not owned
+    chex.assert_trees_all_equal(
+      update(other, owned, [True, False])[:2], (trained, kept_then)
+    )
+    logits = lambda variables: (
+      MODEL.apply(variables, x[0, ::2].reshape(4, *problems.IMAGE_SHAPE)).logits
+    )
+    labels = jnp.array([0, 0, 2, 2])
+    before, after_ = (
+      losses.cross_entropy(logits(v), labels) for v in (variables, trained)
+    )
+    self.assertLess(after_, before)
+    chex.assert_trees_all_equal(kept_then[0, :2], x[0, 0])
+    self.assertFalse(jnp.any(kept_then[1]))
+    nothing, *_ = update(x, owned, [False, False])
+    chex.assert_trees_all_equal(nothing, variables)
+
+  def test_errors(self):
+    make = functools.partial(
+      fed_dm.fed_dm, MODEL, CLASSES, problems.IMAGE_SHAPE
+    )
+    for wrong, message in (
+      (dict(init='zeros'), 'init must be one of'),
+      (dict(ipc=0), 'ipc must be at least 1, got 0'),
+      (dict(server_epochs=0), 'server_epochs must be at least 1'),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        make(**wrong)
+    for name in ('fed_dm+fed_ftg', 'scaffold+fed_dm', 'fed_dm+fed_prox'):
+      with self.assertRaisesRegex(
+        ValueError, 'fed_dm goes with no other part, got .*: its clients train'
+      ):
+        recipes.parse(name)
+    with self.assertRaisesRegex(ValueError, 'leave the uplink out'):
+      problems.make(MODEL, base.chain(make()), uplink=optax.identity())
 
 
 class FedZdaTest(parameterized.TestCase):

@@ -226,6 +226,7 @@ class TrainTest(parameterized.TestCase):
         'curves.png',
         'generated.npz',
         'generated.png',
+        'images.npz',
         'nearest.npz',
         'metrics.csv',
         'metrics.jsonl',

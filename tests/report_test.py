@@ -1,6 +1,7 @@
 """What one looks at after a run: scores of clients and classes, tables, a
 page."""
 
+import base64
 import contextlib
 import csv
 import functools
@@ -222,6 +223,20 @@ class RunTest(parameterized.TestCase):
         self.assertEqual(images[name].dtype, np.uint8)
         np.testing.assert_array_equal(images[name].max((1, 2, 3)), 255)
 
+  def test_images_of_each_class(self):
+    found = files.read_arrays(self.run_folder / 'images.npz')
+    self.assertEqual((found['x'].shape, found['round']), ((3, 8, 8, 8, 1), 3))
+    uri = page_lib.grid(found['x'])
+    self.assertIn(uri, (self.run_folder / 'report.html').read_text())
+    png = base64.b64decode(uri.partition(',')[2])
+    decoded = images.decode(png)
+    # 3 rows of 8 images, each pixel 8 times as large.
+    self.assertEqual(decoded.shape[:2], (3 * 64, 8 * 64))
+    want = images.scaled(found['x'][1, 2:3])[0]
+    np.testing.assert_allclose(
+      decoded[64:128:8, 128:192:8, 0], np.round(255 * want[..., 0]), atol=1
+    )
+
   def test_damaged_files_are_a_line(self):
     for name, text in (
       ('config.json', '[' * 100_000),
@@ -291,7 +306,7 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(page.tags.count('svg'), 7)
     self.assertIn('What fine-tuning changes, class by class', page.words)
     self.assertIn('Inside the training', page.words)
-    self.assertEqual(page.tags.count('img'), 2 + 2)  # rounds; nearest
+    self.assertEqual(page.tags.count('img'), 2 + 2 + 1)  # rounds; nearest; grid
     self.assertNotIn('script', page.tags)
     for link in page.links:
       self.assertRegex(link, '^(data:|#)')

@@ -19,6 +19,7 @@ from PIL import Image
 from upath import UPath
 
 from fedftg_jax.configuration import folders
+from fedftg_jax.data import images as images_lib
 from fedftg_jax.results import (
   influence,
   plots,
@@ -37,6 +38,7 @@ with epy.lazy_imports():
 _STRIP_ROUNDS = 6  # rounds whose generated images are shown, at most
 _SHOWN_CONFIGURATIONS = 8  # of a sweep, with their curves; colours are ten
 _DRAWN_CLIENTS = 300  # of more the partition is shown in pixels
+_GRID_CLASSES = 10  # of which all images are shown, at most
 _STRIP_PIXELS = 64  # at least so many across an image
 
 
@@ -323,9 +325,14 @@ def _sections(entries, clients, runs, target=None) -> dict[str, Any]:
     **_own_metrics(runs),
     'class_changes': _class_changes(runs),
     'strips': [
-      (name, strip(of_name[0].images), nearest(of_name[0].nearest))
-      for name, of_name in runs.items()
-      if of_name[0].images
+      (
+        name,
+        strip(run.images),
+        nearest(run.nearest),
+        grid(run.of_classes.get('x')),
+      )
+      for name, (run, *_) in runs.items()
+      if run.images
     ],
     'curvature': tables.curvature(runs),
     'tensors': [
@@ -527,6 +534,22 @@ def nearest(found: Mapping[str, np.ndarray]) -> dict[str, str] | None:
       'normalised as for the model).'
     ),
   }
+
+
+def grid(images: np.ndarray | None) -> str | None:
+  """Images [C, n, H, W, channels] of any range as a data URI, a row for each of
+  the first classes; None where there are none."""
+  if images is None:
+    return None
+  images = np.nan_to_num(images[:_GRID_CLASSES], posinf=0, neginf=0)
+  num_classes, per_class, height, width, channels = images.shape
+  scaled = images_lib.scaled(images.reshape(-1, height, width, channels))
+  rows = np.round(255 * scaled).astype(np.uint8).reshape(images.shape)
+  return _side_by_side(
+    rows.transpose(1, 0, 2, 3, 4).reshape(
+      per_class, num_classes * height, width, channels
+    )
+  )
 
 
 def _side_by_side(images) -> str:

@@ -1,11 +1,9 @@
 """Pictures: curves, bars, who holds what, a grid of generated images."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epy
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedftg_jax.data import images as images_lib
@@ -26,7 +24,6 @@ with epy.lazy_imports(success_callback=_into_files):
 with epy.lazy_imports():
   import matplotlib
 
-_PER_CLASS = 8
 _POINTS = 400  # of a curve over clients, at most
 _PANEL = (5.4, 3.6)  # inches; a single picture that a phone shows well
 _MANY_CLIENTS = 40  # from here on they are sorted
@@ -470,25 +467,22 @@ def heatmap(path: Any, counts: np.ndarray) -> None:
   plt.close(figure)
 
 
-def generated(
-  path: Any, synthesise: Callable, shared: Any, num_classes: int
-) -> None:
-  """Draws what the generator makes of each class, one labelled row each."""
-  labels = jnp.repeat(jnp.arange(num_classes), _PER_CLASS)
-  images = images_lib.scaled(
-    np.asarray(jax.jit(synthesise)(shared, labels, jax.random.key(0)))
-  )
+def generated(path: Any, images: np.ndarray) -> None:
+  """Draws generated images [C, n, H, W, channels], one labelled row per
+  class."""
+  num_classes, per_class = images.shape[:2]
+  images = images_lib.scaled(images.reshape(-1, *images.shape[2:]))
   if images.shape[-1] != 3:
     images = np.repeat(images.mean(-1, keepdims=True), 3, axis=-1)
   images = np.pad(images, ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=1)
   _, height, width, _ = images.shape
   mosaic = (
-    images.reshape(num_classes, _PER_CLASS, height, width, 3)
+    images.reshape(num_classes, per_class, height, width, 3)
     .transpose(0, 2, 1, 3, 4)
-    .reshape(num_classes * height, _PER_CLASS * width, 3)
+    .reshape(num_classes * height, per_class * width, 3)
   )
   figure, axes = plt.subplots(
-    figsize=(_PER_CLASS * 0.7, num_classes * 0.7 + 0.4), layout='constrained'
+    figsize=(per_class * 0.7, num_classes * 0.7 + 0.4), layout='constrained'
   )
   axes.imshow(mosaic)
   axes.set(

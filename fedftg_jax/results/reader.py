@@ -20,6 +20,8 @@ class Recorded(NamedTuple):
   counts: dict[str, np.ndarray]
   images: dict[int, np.ndarray]  # by round
   nearest: dict[str, np.ndarray]  # see `scoring.nearest_real`
+  # 'x': [C, n, H, W, channels] floats, see `scoring.of_each_class`.
+  of_classes: dict[str, np.ndarray] = {}
   hessian: dict[str, Any] = {}  # see the program of that name
 
 
@@ -46,9 +48,10 @@ def read(folder: UPath, rounds: int | None = None) -> Recorded:
     value = files.read_json(path) if path.exists() else {}
     return value if value.get('round') == rows[-1]['round'] else {}
 
-  nearest_real = _arrays(folder / 'nearest.npz')
-  if nearest_real and nearest_real['round'] != rows[-1]['round']:
-    nearest_real = {}
+  def last_arrays(name):
+    arrays = _arrays(folder / name)
+    return arrays if arrays.get('round') == rows[-1]['round'] else {}
+
   images = {
     int(name.removeprefix('round_')): a
     for name, a in _arrays(folder / 'generated.npz').items()
@@ -62,7 +65,8 @@ def read(folder: UPath, rounds: int | None = None) -> Recorded:
     last('classes.json'),
     _arrays(folder / 'counts.npz'),
     {t: a for t, a in images.items() if t <= rows[-1]['round']},
-    nearest_real,
+    last_arrays('nearest.npz'),
+    last_arrays('images.npz'),
     last('hessian.json'),
   )
 

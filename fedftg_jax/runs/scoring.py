@@ -18,6 +18,7 @@ from fedftg_jax.data import images as images_lib
 
 _BATCH = 500  # examples at once
 _PICTURED = 10  # classes, at most, of which an image is kept per evaluation
+_PER_CLASS = 8  # images of each class in the end
 _COMPARED = 100  # training images whose nearest other ones are looked for
 
 
@@ -157,7 +158,10 @@ def _images(draw, shared, num_classes):
 
 
 def _drawn(draw, shared, num_classes):
-  labels = jnp.arange(min(num_classes, _PICTURED))
+  return _of_labels(draw, shared, jnp.arange(min(num_classes, _PICTURED)))
+
+
+def _of_labels(draw, shared, labels):
   return np.asarray(draw(shared, labels, jax.random.key(0)))
 
 
@@ -166,6 +170,15 @@ def _as_bytes(images):
     images, posinf=0, neginf=0
   )  # a generator that diverged
   return np.round(255 * images_lib.scaled(images)).astype(np.uint8)
+
+
+def of_each_class(experiment: Experiment, state) -> np.ndarray:
+  """Generated images of every class, [C, n, H, W, channels], in the space of
+  the model's float inputs."""
+  num_classes = experiment.problem.dataset.num_classes
+  labels = jnp.repeat(jnp.arange(num_classes), _PER_CLASS)
+  images = _of_labels(experiment.simulation.synthesise, state.shared, labels)
+  return images.reshape(num_classes, _PER_CLASS, *images.shape[1:])
 
 
 def nearest_real(experiment: Experiment, state) -> dict[str, np.ndarray]:

@@ -50,7 +50,13 @@ class RunWriter:
             f'({type(error).__name__}: {error}); put it right, or delete it to '
             'go on without what it says'
           ) from error
-      stale = ['summary.json', 'report.html', 'nearest.npz', personal.NAME]
+      stale = [
+        'summary.json',
+        'report.html',
+        'nearest.npz',
+        'images.npz',
+        personal.NAME,
+      ]
       if not done:
         stale += ['clients.json', 'generated.npz']
       for name in stale:
@@ -270,13 +276,12 @@ class RunWriter:
     files.write_tree(folder / 'params.npz', state.variables._asdict())
     personal.save(folder, personal_models, experiment.config['model'])
     if experiment.simulation.method.synthesise is not None:
+      images = scoring.of_each_class(experiment, state)
+      files.write_tree(
+        folder / 'images.npz', {'round': np.int32(self.rounds), 'x': images}
+      )
       with files.replacing(folder / 'generated.png') as temporary:
-        plots.generated(
-          temporary,
-          experiment.simulation.method.synthesise,
-          state.shared,
-          experiment.problem.dataset.num_classes,
-        )
+        plots.generated(temporary, images)
       if len(experiment.problem.dataset.train_x) > 1:
         files.write_tree(
           folder / 'nearest.npz',

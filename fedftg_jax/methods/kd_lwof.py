@@ -182,7 +182,10 @@ def kd_lwof(
     return packing.switch(packing.kind(view), of_kind, flat)
 
   def phase_b(inner, objective, view, flat):
-    teacher = with_logits(packing.apply, Variables(flat, packing.kind(view)))
+    kind = packing.kind(view)
+    teacher = with_logits(
+      lambda flat, x: packing.apply(Variables(flat, kind), x), flat
+    )
     return inner(taught(objective, teacher), view)
 
   def joint(inner, objective, view, flat):
@@ -199,7 +202,10 @@ def kd_lwof(
           common, own = (
             Variables(*one) for one in zip(both.params, both.stats)
           )
-          frozen_common, frozen_own = jax.lax.stop_gradient((common, own))
+          frozen_common, frozen_own = (
+            one._replace(params=jax.tree.map(losses.held_fixed, one.params))
+            for one in (common, own)
+          )
           to_common = taught(objective, with_logits(apply, frozen_own))
           to_own = loss_of_own(
             apply, with_logits(model.apply, frozen_common), before

@@ -16,6 +16,7 @@ import optax
 from fedftg_jax import base, distillation, influence, optimizers
 from fedftg_jax import models as models_lib
 from fedftg_jax.base import Generator, Method, Model
+from fedftg_jax.methods import ditto as ditto_lib
 from fedftg_jax.methods import fed_align as fed_align_lib
 from fedftg_jax.methods import fed_avg as fed_avg_lib
 from fedftg_jax.methods import fed_df as fed_df_lib
@@ -459,6 +460,10 @@ _STATISTICS = (
   'its images match the statistics of the model that is sent',
 )
 
+# Of methods with two models on each client.
+_ONE_MOMENTUM = (
+  ('keep_momentum', (False,), 'one momentum does not fit two models'),
+)
 # Of methods whose local steps follow a rule of their own.
 _OWN_STEPS = (('momentum', (0.0,), 'its local steps have none'),)
 
@@ -585,6 +590,14 @@ RECIPES = {
     needs=_OWN_STEPS,
     trains=True,
   ),
+  'ditto': Recipe(
+    'local',
+    ditto_lib.ditto,
+    'own models on the clients, pulled to the common one',
+    prefix='ditto_',
+    needs=_ONE_MOMENTUM,
+    trains=True,
+  ),
   'kd_lwof': Recipe(
     'local',
     _kd_lwof,
@@ -592,9 +605,7 @@ RECIPES = {
     'one',
     prefix='lwof_',
     fields=kd_lwof_lib.kd_lwof,
-    needs=(
-      ('keep_momentum', (False,), 'one momentum does not fit two models'),
-    ),
+    needs=_ONE_MOMENTUM,
     trains=True,
   ),
   'fed_dm': Recipe(

@@ -202,6 +202,7 @@ ROWS = {
   'p_fed_bred+fed_ftg': Row(
     'p_fed_bred+fed_ftg', up=CLASSES, options={'p_fed_bred': ME}
   ),
+  'ditto': Row('ditto'),
   'kd_lwof': Row('kd_lwof'),
   'kd_lwof+fed_ftg': Row(
     'kd_lwof+fed_ftg',

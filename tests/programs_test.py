@@ -160,9 +160,13 @@ class TrainTest(parameterized.TestCase):
         )
         for to_zero in (False, True)
       ]
-    decays = [
-      assembly._options(method, config)['weight_decay'] for config in configs
-    ]
+    decays = []
+    for config in configs:
+      with absltest.mock.patch.object(recipes, 'build') as build:
+        assembly._method(config, absltest.mock.MagicMock(), None, None, 1)
+      settings = build.call_args.args[1]
+      options = settings.options[method]
+      decays.append(options.get('weight_decay', settings.weight_decay))
     self.assertEqual(decays, [decay, decay + 0.25])
 
   @parameterized.parameters(

@@ -160,10 +160,11 @@ class TrainTest(parameterized.TestCase):
         )
         for to_zero in (False, True)
       ]
+    dataset = absltest.mock.Mock(image_shape=(8, 8, 1), num_classes=3)
     decays = []
     for config in configs:
       with absltest.mock.patch.object(recipes, 'build') as build:
-        assembly._method(config, absltest.mock.MagicMock(), None, None, 1)
+        assembly._method(config, dataset, None, None, 1)
       settings = build.call_args.args[1]
       options = settings.options[method]
       decays.append(options.get('weight_decay', settings.weight_decay))

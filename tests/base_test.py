@@ -162,7 +162,7 @@ class RecipesTest(parameterized.TestCase):
   @parameterized.parameters(
     (
       'fedavg',
-      r"no method 'fedavg' .did you mean fed_avg\?.: must be one of fed_align",
+      r"no method 'fedavg' .did you mean fed_avg\?.: must be one of ditto, ",
     ),
     ('fed_avg+fed_avg', 'fed_avg is named twice'),
     ('', 'no method'),

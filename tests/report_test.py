@@ -370,7 +370,7 @@ class RunTest(parameterized.TestCase):
     (['a', 'b'], 'error: a b: must be one FOLDER'),
     (
       ['/no/folder'],
-      'error: /no/folder: must be a folder that train, compare or sweep',
+      'error: /no/folder: must be a folder that train, compare, sweep or',
     ),
     (['--workdir=x'], 'error: .*--workdir=x: no such flag|error: no argument'),
   )

@@ -707,8 +707,8 @@ class ProgramTest(parameterized.TestCase):
     self.assertEqual(err.count('\n'), 1)
 
   def test_a_method_that_sends_no_model(self):
-    def build(name, settings, *further):
-      del name, settings
+    def build(name, settings, *further, **options):
+      del name, settings, options
       return base.chain(
         fed_avg.fed_avg(), base.Method(sends_model=False), *further
       )

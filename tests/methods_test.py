@@ -744,6 +744,29 @@ class FedGenTest(absltest.TestCase):
     np.testing.assert_allclose(weight[1], 0)
     np.testing.assert_allclose(weight.sum(0), 1, rtol=1e-6)
 
+  def test_the_generator_does_not_ask_absent_clients(self):
+    method = fed_gen.fed_gen(MODEL, CLASSES, **GEN)
+    variables = MODEL.init(KEY)
+    shared, _ = method.init(KEY, variables)
+    head = MODEL.head.params(variables)
+
+    def learnt(absent):
+      heads = jax.tree.map(lambda a: jnp.stack([a, absent * a]), head)
+      counts = jnp.array([[3, 1, 2], [0, 0, 0]])
+      received = base.Received(
+        variables,
+        variables,
+        (),
+        (heads, counts),
+        jnp.array([True, False]),
+        jnp.int32(1),
+        2,
+        (),
+      )
+      return method.update(variables, shared, received, KEY)[1]
+
+    chex.assert_trees_all_equal(learnt(1.0), learnt(-5.0))
+
   def test_first_round_is_fed_avg_s_and_the_generator_learns(self):
     method = recipes.build(
       'fed_gen', recipes.Settings(MODEL, CLASSES, options={'fed_gen': GEN})

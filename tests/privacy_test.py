@@ -185,13 +185,15 @@ class SecureTest(parameterized.TestCase):
     dict(arrived=[False, True, True], mesh=2),
   )
   def test_the_sum_is_exact(self, arrived, mesh=None, client_chunk=0):
+    """Equal to that without masks bit for bit, and to what each client adds."""
     ids = [0, 1, 4]
-    fed = make(
+    options = dict(
       clip=0.5,
       secure=True,
       client_chunk=client_chunk,
       mesh=mesh and stacking.make_mesh(mesh),
     )
+    fed = make(**options)
     state, plain = begin(fed)
     row = problems.row(ids, arrived=arrived)
     if mesh:
@@ -199,6 +201,13 @@ class SecureTest(parameterized.TestCase):
     else:
       data = problems.DATA
     got, info = fed.round(state, data, row, KEY)
+    with absltest.mock.patch.object(
+      private_fed_avg,
+      'masks',
+      lambda tree, *args: jax.tree.map(jnp.zeros_like, tree),
+    ):
+      open_sum, _ = make(**options).round(state, data, row, KEY)
+    chex.assert_trees_all_equal(got.variables, open_sum.variables)
     codes = []
     for k, came in zip(ids, arrived):
       (change,) = changes(plain, [k])
@@ -265,6 +274,14 @@ class RefusalTest(parameterized.TestCase):
   def test_values(self, options, message):
     with self.assertRaisesRegex(ValueError, message):
       private_fed_avg.private_fed_avg(MODEL, 3, **options)
+
+  def test_more_clients_than_add_up(self):
+    method = private_fed_avg.private_fed_avg(MODEL, 3, secure=True)
+    received = base.Received(
+      *[None] * 2, ({}, 0), (), jnp.ones(8192, bool), jnp.int32(0), 9000, ()
+    )
+    with self.assertRaisesRegex(ValueError, 'adds up 8191 clients at most'):
+      method.update(None, None, received, KEY)
 
   def test_batch_norm(self):
     with self.assertRaisesRegex(ValueError, 'without protection'):

@@ -39,6 +39,7 @@ Privacy: `fed_zdas` tells the server every client's class counts.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, Literal, get_args
 
 import jax
@@ -118,20 +119,18 @@ def fed_zdac(
   if not per_class or not ratio or not steps:
     return Method()
   labels = jnp.repeat(jnp.arange(num_classes), per_class)
+  make = functools.partial(
+    zero_shot_images,
+    model,
+    image_shape=image_shape,
+    lr=lr,
+    lam=lam,
+    bn_term=bn_term,
+  )
 
   def make_pool(variables, round_, key, mask=None):
-    return zero_shot_images(
-      model,
-      variables,
-      labels,
-      key,
-      image_shape,
-      mask=mask,
-      steps=jnp.where(round_ >= first_round, steps, 0),
-      lr=lr,
-      lam=lam,
-      bn_term=bn_term,
-    )
+    num_steps = jnp.where(round_ >= first_round, steps, 0)
+    return make(variables, labels, key, mask=mask, steps=num_steps)
 
   def train(inner, objective, view, key):
     counts = clients.label_counts(view.data, num_classes)
@@ -244,22 +243,22 @@ def fed_zdas(
   if not images or not tune_steps or not steps:
     return Method()
 
-  def make(variables, classes, round_, key):
+  make = functools.partial(
+    zero_shot_images,
+    model,
+    image_shape=image_shape,
+    lr=lr,
+    lam=lam,
+    bn_term=bn_term,
+  )
+
+  def of_model(variables, classes, round_, key):
     """Images of one model, their labels and terms."""
     key_labels, key_images = jax.random.split(key)
     labels = distillation.quota_labels(key_labels, classes, images)
     labels = jnp.minimum(labels, num_classes - 1)  # of a client without classes
-    made, terms = zero_shot_images(
-      model,
-      variables,
-      labels,
-      key_images,
-      image_shape,
-      steps=jnp.where(round_ >= first_round, steps, 0),
-      lr=lr,
-      lam=lam,
-      bn_term=bn_term,
-    )
+    num_steps = jnp.where(round_ >= first_round, steps, 0)
+    made, terms = make(variables, labels, key_images, steps=num_steps)
     return made, labels, terms
 
   def update(variables, shared, received, key):
@@ -269,11 +268,11 @@ def fed_zdas(
     if source == 'clients':
       models, counts = received.stacked
       of_client = models, (counts > 0).astype(jnp.int32), keys
-      one = lambda of: make(of[0], of[1], received.round, of[2])
+      one = lambda of: of_model(of[0], of[1], received.round, of[2])
     else:
       classes = jnp.ones(num_classes, jnp.int32)
       of_client = keys
-      one = lambda key: make(variables, classes, received.round, key)
+      one = lambda key: of_model(variables, classes, received.round, key)
     made, labels, terms = jax.lax.map(one, of_client)  # [K, R, ...]
     active = received.round >= first_round
     valid = jnp.repeat(received.arrived & active, images)

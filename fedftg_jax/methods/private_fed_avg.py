@@ -25,7 +25,8 @@ simulated: clients send their clipped changes in fixed point, modulo 2^32, plus
 a mask for every other client of the round; masks of a pair cancel, and the
 server learns the sum alone. Masks towards clients that did not arrive are taken
 off again. Key agreement and secret sharing are not simulated: a seed that the
-server sends stands for them.
+server sends stands for them. Rounding to fixed point moves a change by sqrt(P)
+2^-17 at most, with P parameters; the accounting of noise leaves that out.
 
 What is measured of a simulation is not protected: training loss, the plain
 average, and evaluations of clients.
@@ -42,7 +43,8 @@ from fedftg_jax.base import Info, Method, Model, PyTree, Variables
 from fedftg_jax.methods import fed_avg as fed_avg_lib
 
 SCALE = 2.0**16  # of the fixed point
-BOUND = 4.0  # of one value in it, so that 8,191 clients add up within 2^31
+BOUND = 4.0  # of one value in it
+MOST = int(2**31 / (BOUND * SCALE)) - 1  # clients whose sum stays below 2^31
 _CLIP_RATE = 0.2
 
 
@@ -83,7 +85,8 @@ def private_fed_avg(
 
   Raises:
     ValueError: for a value out of range, noise or a quantile without a bound,
-      or a model with BatchNorm.
+      or a model with BatchNorm; in the first round, for a cohort of more than
+      `MOST` clients whose sum is to be secret.
   """
   distillation.check_least(
     cohort=(cohort, 1), clip=(clip, 0), noise=(noise, 0), quantile=(quantile, 0)
@@ -141,6 +144,11 @@ def private_fed_avg(
   def update(variables, shared, received, key):
     total, num_kept = received.summed
     if secure:
+      if len(received.arrived) > MOST:
+        raise ValueError(
+          f'secure aggregation adds up {MOST} clients at most, got a round of '
+          f'{len(received.arrived)}.'
+        )
       missing = unmasked(received, shared.seed)
       total, num_kept = decode(
         jax.tree.map(jnp.subtract, received.summed, missing)

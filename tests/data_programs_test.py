@@ -250,11 +250,14 @@ class TrainTest(ProgramCase):
 
   @parameterized.parameters(
     ('dirichlet', 'dirichlet_alpha size_sigma num_clients partition_seed'),
-    ('dirichlet_class', 'dirichlet_alpha min_size num_clients partition_seed'),
+    (
+      'dirichlet_class',
+      'dirichlet_alpha min_size niid_bench num_clients partition_seed',
+    ),
     ('iid', 'size_sigma num_clients partition_seed'),
     ('quantity', 'size_sigma size_power min_size num_clients partition_seed'),
     ('shards', 'shards_per_client num_clients partition_seed'),
-    ('classes', 'classes_per_client num_clients partition_seed'),
+    ('classes', 'classes_per_client niid_bench num_clients partition_seed'),
     ('natural', ''),
   )
   def test_a_flag_that_does_nothing_is_no_part_of_the_run(self, kind, used):

@@ -182,6 +182,53 @@ class SchemesTest(parameterized.TestCase):
     even = partition.dirichlet_class(labels, num, 1000.0)
     np.testing.assert_allclose([*map(len, even)], 4000, atol=60)
 
+  def test_dirichlet_class_as_niid_bench_draws(self):
+    """No class goes to a client that held its even share before."""
+    labels = np.random.RandomState(0).permutation(np.repeat(np.arange(10), 70))
+    for seed in range(20):
+      parts = partition.dirichlet_class(
+        labels, 7, 0.3, min_size=10, niid_bench=True, seed=seed
+      )
+      self.assert_whole(parts, labels, 7)
+      self.assertGreaterEqual(min(map(len, parts)), 10)
+      counts = skew.class_counts(labels, parts, 10)
+      before = np.cumsum(counts, axis=1) - counts
+      self.assertEqual(counts[before >= 100].sum(), 0)
+
+  def test_dirichlet_class_is_drawn_again_before_examples_move(self):
+    labels = np.repeat(np.arange(10), 70)
+    draw = functools.partial(
+      partition.dirichlet_class, labels, 7, 0.1, niid_bench=True, seed=4
+    )
+    counts = skew.class_counts(labels, draw(min_size=40), 10)
+    before = np.cumsum(counts, axis=1) - counts
+    self.assertEqual(counts[before >= 100].sum(), 0)  # nothing was moved
+    self.assertLess(min(map(len, draw(min_size=0))), 40)
+    moved = draw(min_size=100, max_redraws=1)  # an even share: cannot be drawn
+    self.assertEqual({len(part) for part in moved}, {100})
+
+  def test_one_client_draws_alone(self):
+    (part,) = partition.dirichlet_class(
+      np.repeat([0, 1], 5), 1, 0.1, niid_bench=True
+    )
+    self.assertLen(part, 10)
+
+  def test_classes_as_niid_bench_draws(self):
+    labels = np.repeat(np.arange(5), 60)
+    owners = []
+    for seed in range(30):
+      parts = partition.classes(labels, 12, 2, niid_bench=True, seed=seed)
+      self.assert_whole(parts, labels, 12)
+      has = skew.class_counts(labels, parts, 5) > 0
+      np.testing.assert_array_equal(has.sum(axis=1), 2)
+      self.assertTrue(has[np.arange(12), np.arange(12) % 5].all())
+      owners.append(has.sum(axis=0))
+    # Each of 12 clients has one class for sure, another with probability 1 / 4.
+    want = np.bincount(np.arange(12) % 5)
+    want = want + (12 - want) / 4
+    np.testing.assert_allclose(np.mean(owners, axis=0), want, atol=0.7)
+    self.assertGreater(np.max(owners), 6)
+
   def test_only_who_lacks_examples_gets_some(self):
     """What is filled up is otherwise what would have been drawn."""
     labels = np.repeat(np.arange(10), 40)
@@ -366,6 +413,11 @@ class SchemesTest(parameterized.TestCase):
       'classes',
       dict(classes_per_client=6),
       r'between 1 and the number of classes \(5\), got 6',
+    ),
+    (
+      'classes',
+      dict(num_clients=4, niid_bench=True),
+      'num_clients must be at least the number of classes .5. .* got 4',
     ),
     (
       'classes',

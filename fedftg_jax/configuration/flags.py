@@ -34,7 +34,11 @@ PARTITIONS: dict[str, tuple[Callable | None, dict[str, str]]] = {
   ),
   'dirichlet_class': (
     partition.dirichlet_class,
-    {'dirichlet_alpha': 'alpha', 'min_size': 'min_size'},
+    {
+      'dirichlet_alpha': 'alpha',
+      'min_size': 'min_size',
+      'niid_bench': 'niid_bench',
+    },
   ),
   'iid': (partition.iid, {'size_sigma': 'sigma'}),
   'quantity': (
@@ -42,7 +46,10 @@ PARTITIONS: dict[str, tuple[Callable | None, dict[str, str]]] = {
     {'size_sigma': 'sigma', 'size_power': 'power', 'min_size': 'min_size'},
   ),
   'shards': (partition.shards, {'shards_per_client': 'shards_per_client'}),
-  'classes': (partition.classes, {'classes_per_client': 'classes_per_client'}),
+  'classes': (
+    partition.classes,
+    {'classes_per_client': 'classes_per_client', 'niid_bench': 'niid_bench'},
+  ),
   'natural': (None, {}),
   'file:PATH': (None, {}),
 }
@@ -214,6 +221,15 @@ def _define_partition() -> None:
   )
   flags.DEFINE_integer(
     'classes_per_client', 2, 'classes: how many each client has.', lower_bound=1
+  )
+  flags.DEFINE_bool(
+    'niid_bench',
+    False,
+    "dirichlet_class, classes: draw as NIID-Bench's code does (also Flower's "
+    'baseline and PFLlib). dirichlet_class: a client that holds its even share '
+    'gets none of the classes that follow, and all is drawn again until each '
+    'client has --min_size examples. classes: each client draws its classes by '
+    'itself.',
   )
   flags.DEFINE_integer(
     'partition_seed',

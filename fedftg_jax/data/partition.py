@@ -105,19 +105,23 @@ def dirichlet_class(
   *,
   seed: int = 0,
   min_size: int = 1,
+  niid_bench: bool = False,
+  max_redraws: int = MAX_REDRAWS // 10,
 ) -> list[np.ndarray]:
-  """Each class shared out in proportions drawn from Dirichlet(alpha).
+  """Shares out each class in proportions drawn from Dirichlet(alpha).
 
   Yurochkin et al., Bayesian Nonparametric Federated Learning of Neural
   Networks, ICML 2019, arXiv:1905.12022; "distribution-based label imbalance" in
-  Li et al., ICDE 2022, arXiv:2102.02079. Both the classes and the sizes of
-  clients are skewed.
+  Li et al., ICDE 2022, arXiv:2102.02079 (NIID-Bench). Both the classes and the
+  sizes of clients are skewed.
 
-  Deviations: where the published codes draw everything again until each client
-  has `min_size` (10) examples, which for many clients may never happen,
-  examples move here, see `_fill`. And where they round the places of the cuts
-  down, which gives the last client more with every class, they are rounded to
-  the nearest.
+  NIID-Bench's code, and those that have it from there (Flower's baseline,
+  PFLlib), do three things more: a client that holds its even share, M / N
+  examples, gets none of the classes that follow; the places of the cuts are
+  rounded down; and all is drawn again until each client has `min_size`
+  examples. With `niid_bench` all three are done. Without it, places are rounded
+  to the nearest, and examples are moved to clients that have too few, see
+  `_fill`: for many clients redrawing may never end.
 
   Args:
     labels: [M] integers in [0, C).
@@ -125,6 +129,8 @@ def dirichlet_class(
     alpha: concentration; the smaller, the fewer clients share a class.
     seed: of the partition.
     min_size: examples that each client has at least.
+    niid_bench: whether to draw as NIID-Bench's code does.
+    max_redraws: of `niid_bench`; after so many draws examples are moved.
 
   Returns:
     N index arrays.
@@ -136,18 +142,36 @@ def dirichlet_class(
     raise ValueError(f'alpha must be above 0, got {alpha}.')
   _check_min_size(len(labels), num_clients, min_size)
   rng = np.random.RandomState(seed)
+  for _ in range(max_redraws if niid_bench else 1):
+    shares = _class_shares(rng, labels, num_clients, alpha, niid_bench)
+    if min(map(len, shares)) >= min_size:
+      break
+  return _fill([rng.permutation(share) for share in shares], min_size)
+
+
+def _class_shares(rng, labels, num_clients, alpha, niid_bench):
+  """One draw of `dirichlet_class`, before any client is filled up."""
   order = rng.permutation(len(labels))
-  shares = [[] for _ in range(num_clients)]
+  parts = [[] for _ in range(num_clients)]
+  sizes = np.zeros(num_clients, int)
   for c in np.unique(labels):
     rows = order[labels[order] == c]
     proportions = rng.dirichlet(np.full(num_clients, alpha))
     if not np.isfinite(proportions).all():  # all draws were 0: the limit, then
       proportions = np.eye(num_clients)[rng.randint(num_clients)]
-    cuts = np.rint(np.cumsum(proportions)[:-1] * len(rows)).astype(int)
-    for share, some in zip(shares, np.split(rows, cuts)):
-      share.append(some)
-  parts = [rng.permutation(np.concatenate(share)) for share in shares]
-  return _fill(parts, min_size)
+    if niid_bench:
+      has_room = sizes < len(labels) / num_clients
+      left = proportions * has_room
+      left = left if left.sum() > 0 else has_room
+      proportions = left / left.sum()
+    places = np.cumsum(proportions)[:-1] * len(rows)
+    # 1e-9: a sum of proportions that is 1 but for rounding counts as 1.
+    cuts = np.floor(places + 1e-9) if niid_bench else np.rint(places)
+    pieces = np.split(rows, cuts.astype(int))
+    sizes += [len(piece) for piece in pieces]
+    for part, piece in zip(parts, pieces):
+      part.append(piece)
+  return [np.concatenate(part) for part in parts]
 
 
 def _fill(parts, min_size):
@@ -218,23 +242,26 @@ def classes(
   classes_per_client: int = 2,
   *,
   seed: int = 0,
+  niid_bench: bool = False,
 ) -> list[np.ndarray]:
-  """Every client has exactly so many classes, in shares as equal as can be.
+  """Gives every client exactly k classes, in shares as equal as can be.
 
   "Quantity-based label imbalance", #C = k, of Li et al., Federated Learning on
-  Non-IID Data Silos, ICDE 2022, arXiv:2102.02079: a class is shared
-  out equally among the clients that have it.
+  Non-IID Data Silos, ICDE 2022, arXiv:2102.02079 (NIID-Bench): a class is
+  shared out equally among the clients that have it.
 
-  Deviation: there clients draw their classes by themselves, so that a class may
-  be nobody's and its examples are lost. Here classes get clients in proportion
-  to their examples (at least one each), and who has which is drawn among all
-  ways to do so.
+  In NIID-Bench's code client i has class i modulo C and draws k - 1 others by
+  itself. Some classes then have one client and others many, and with fewer
+  clients than classes one may have none. With `niid_bench` it is done so.
+  Without it, classes get clients in proportion to their examples (at least one
+  each), and who has which is drawn among all ways to do so.
 
   Args:
     labels: [M].
     num_clients: N.
     classes_per_client: k.
     seed: of the partition.
+    niid_bench: whether to draw as NIID-Bench's code does.
 
   Returns:
     N index arrays.
@@ -251,8 +278,19 @@ def classes(
       f'({len(present)}), got {classes_per_client}.'
     )
   rng = np.random.RandomState(seed)
-  owners = _num_owners(sizes, num_clients, classes_per_client)
-  owned = _mixed(rng, _dealt(owners, num_clients))
+  if niid_bench:
+    if num_clients < len(present):
+      raise ValueError(
+        'num_clients must be at least the number of classes '
+        f"({len(present)}) with niid_bench, so that each class is somebody's, "
+        f'got {num_clients}.'
+      )
+    owned = _drawn_alone(rng, num_clients, len(present), classes_per_client)
+    if (owned.sum(axis=0) > sizes).any():
+      raise ValueError('a class has fewer examples than it has clients.')
+  else:
+    owners = _num_owners(sizes, num_clients, classes_per_client)
+    owned = _mixed(rng, _dealt(owners, num_clients))
   order = rng.permutation(len(labels))
   shares = [[] for _ in range(num_clients)]
   for c, has in zip(present, owned.T):
@@ -261,6 +299,17 @@ def classes(
     for client, some in zip(clients, np.array_split(rows, len(clients))):
       shares[client].append(some)
   return [np.concatenate(share) for share in shares]
+
+
+def _drawn_alone(rng, num_clients, num_classes, per_client):
+  """[N, C] who has which class: client i class i modulo C, others at random."""
+  owned = np.zeros((num_clients, num_classes), bool)
+  for client, row in enumerate(owned):
+    first = client % num_classes
+    others = np.delete(np.arange(num_classes), first)
+    row[first] = True
+    row[rng.choice(others, per_client - 1, replace=False)] = True
+  return owned
 
 
 def _num_owners(sizes, num_clients, per_client):

@@ -70,6 +70,12 @@ class ClassifiersTest(parameterized.TestCase):
       25 * 32 + 32 + 25 * 32 * 64 + 64 + 4 * 4 * 64 * 512 + 512 + 5130,
       512,
     ),
+    (
+      'niid_cnn',
+      (28, 28, 1),
+      156 + 16 * 150 + 16 + 256 * 120 + 120 + 120 * 84 + 84 + 850,
+      84,
+    ),
   )
   def test_sizes(self, name, image_shape, num_params, num_features):
     model = models.build(name, image_shape, 10)

@@ -22,6 +22,7 @@ CLASSIFIERS = {
   'fedgen_cnn': classifiers.fedgen_cnn,
   'convnet': classifiers.convnet,
   'pfllib_cnn': classifiers.pfllib_cnn,
+  'niid_cnn': classifiers.niid_cnn,
   'resnet18': resnet.resnet18,
   'resnet18_cifar': resnet.resnet18_cifar,
   'resnet20': resnet.resnet20,
@@ -38,6 +39,7 @@ DEFAULT_NORMS = {
   'fedgen_cnn': 'batch',
   'convnet': 'instance',
   'pfllib_cnn': 'none',
+  'niid_cnn': 'none',
   'resnet18': 'batch',
   'resnet18_cifar': 'batch',
   'resnet20': 'batch',
@@ -46,7 +48,13 @@ DEFAULT_NORMS = {
 }
 
 # The others take images of any size.
-_MIN_SIZES = {'lenet': 4, 'fedavg_cnn': 4, 'convnet': 8, 'pfllib_cnn': 16}
+_MIN_SIZES = {
+  'lenet': 4,
+  'fedavg_cnn': 4,
+  'convnet': 8,
+  'pfllib_cnn': 16,
+  'niid_cnn': 16,
+}
 
 
 def build(

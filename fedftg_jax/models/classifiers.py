@@ -156,3 +156,9 @@ def pfllib_cnn(num_classes: int, options=layers.Variant()) -> nn.Module:
   """conv5x5x32, pool, conv5x5x64, pool, fc512, fc, without padding: FedAvgCNN
   of PFLlib (Zhang et al., arXiv:2312.04992)."""
   return CNN(num_classes, (32, 64), (512,), options, valid=True)
+
+
+def niid_cnn(num_classes: int, options=layers.Variant()) -> nn.Module:
+  """conv5x5x6, pool, conv5x5x16, pool, fc120, fc84, fc, without padding:
+  SimpleCNN of NIID-Bench (Li et al., ICDE 2022, arXiv:2102.02079)."""
+  return CNN(num_classes, (6, 16), (120, 84), options, valid=True)

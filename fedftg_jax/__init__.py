@@ -4,7 +4,7 @@ from etils import epy
 
 __version__ = '0.1.0'
 
-with epy.lazy_api_imports(globals()):  # each when it is first used
+with epy.lazy_api_imports(globals()):  # each is imported when first used
   from fedftg_jax import federation, models, recipes, solvers
   from fedftg_jax.base import (
     Batch,

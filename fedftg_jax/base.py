@@ -1,10 +1,10 @@
-"""The nouns of a federated round, each defined once, and `chain`.
+"""Defines the parts of a federated round, each once, and `chain`.
 
-A `Method` is what an algorithm adds to a round: one record of pure functions,
-each with a do-nothing default. Everything but `update` is written for ONE
-client; the engine (`federation.py`) adds the client axis, the masks and the
-bookkeeping. `chain` composes methods, so that a combination of algorithms is
-never a file of its own.
+A `Method` is what an algorithm adds to a round: one record of pure functions
+(hooks), each with a default that does nothing. Every hook but `update` is
+written for ONE client; the engine (`federation.py`) adds the client axis, the
+masks and the bookkeeping. `chain` composes methods, so a combination of
+algorithms never needs a file of its own.
 
 Axes in shape comments: N clients, S clients of one round (the cohort), B batch,
 C classes, M examples, T rounds.
@@ -24,32 +24,35 @@ import numpy as np
 from fedftg_jax import trees
 
 PyTree = Any
-Array = jax.Array | np.ndarray  # also on the host
-NO_LIMIT = 2**31 - 1  # `Cohort.num_steps` of a client that is no straggler.
+Array = jax.Array | np.ndarray  # on the device or on the host
+NO_LIMIT = 2**31 - 1  # `Cohort.num_steps` of a client that is not a straggler
 
 
 class Variables(NamedTuple):
-  """What a model is."""
+  """The variables of a model: its parameters and its BatchNorm statistics."""
 
-  params: PyTree  # trained, penalised, decayed, moved by server optimisers
+  # Trained by clients, subject to penalties and weight decay, and updated by
+  # server optimisers.
+  params: PyTree
   stats: PyTree  # BatchNorm running statistics; empty without BatchNorm
 
 
 class Output(NamedTuple):
-  """What a forward pass gives."""
+  """The result of a forward pass."""
 
   logits: jax.Array  # [B, C]
   features: jax.Array  # [B, F], input of the last layer
-  stats: PyTree  # new running statistics (as received in eval mode)
-  # Input and output of the last stage; () of a model without stages.
+  stats: PyTree  # new running statistics (unchanged in eval mode)
+  # Input and output of the last stage; () for a model without stages.
   stages: tuple[jax.Array, jax.Array] | tuple[()] = ()
-  # In the structure of `Variables.stats`, of each BatchNorm's input in this
-  # batch {'mean', 'var'}, the variance biased, also in eval mode; () without.
+  # {'mean', 'var'} of each BatchNorm's input over this batch, also in eval
+  # mode, in the structure of `Variables.stats`. The variance is the biased one.
+  # () for a model without BatchNorm.
   moments: PyTree = ()
 
 
 class InitModel(Protocol):
-  """Draws the variables of a model or of a generator."""
+  """Draws the initial variables of a model or of a generator."""
 
   def __call__(self, key: jax.Array, /) -> Variables: ...
 
@@ -57,10 +60,11 @@ class InitModel(Protocol):
 class ApplyModel(Protocol):
   """Runs a classifier forward.
 
-  `x` [B, H, W, channels] is uint8 (raw pixels, normalised inside) or float
-  (already in the model's space, as generated images are). `mask` [B] is False
-  on padding, which BatchNorm leaves out; None for no padding. With `train`
-  BatchNorm normalises by the batch and renews its running statistics.
+  `x` [B, H, W, channels] is uint8 (raw pixels, which the model normalises) or
+  float (already normalised, as generated images are). `mask` [B] is False on
+  padding, which BatchNorm leaves out; None means that there is no padding. With
+  `train=True` BatchNorm normalises by the batch and updates its running
+  statistics.
   """
 
   def __call__(
@@ -74,20 +78,24 @@ class ApplyModel(Protocol):
 
 
 class Head(NamedTuple):
-  """The last layer of a classifier, apart: where only it is needed of each
-  client, only its parameters are stacked."""
+  """The last layer of a classifier, as functions of its own parameters.
 
-  params: Callable[[Variables], PyTree]  # its share of a model's
-  apply: Callable[[PyTree, jax.Array], jax.Array]  # to features: logits
+  A method that needs only this layer of each client can stack these parameters
+  instead of whole models.
+  """
+
+  params: Callable[[Variables], PyTree]  # picks its parameters from a model's
+  apply: Callable[[PyTree, jax.Array], jax.Array]  # params, features -> logits
 
 
 class LastStage(Protocol):
-  """Runs the last stage of a network, slimmed, on the stage's own input.
+  """Runs a slimmed version of a network's last stage.
 
-  Of `x` [B, h, w, channels], as `Output.stages` has it, and of the stage's
-  layers the first channels are taken, about `width` (0 to 1) of them, with the
-  leading slices of the parameters. BatchNorm normalises by the batch, and its
-  running statistics stay as they are. Gives the stage's output.
+  `x` [B, h, w, channels] is the stage's input, as in `Output.stages`. Only the
+  first channels of each layer of the stage are used, about the share `width` (0
+  to 1) of them, with the leading slices of the parameters. BatchNorm normalises
+  by the batch, and its running statistics do not change. Returns the output of
+  the stage.
   """
 
   def __call__(
@@ -101,21 +109,27 @@ class LastStage(Protocol):
 
 
 class Model(NamedTuple):
-  """A classifier as a pair of pure functions, and what some methods need of it
-  beside them, see `models.need`; None where it has no such piece."""
+  """A classifier as a pair of pure functions, with optional pieces.
+
+  The pieces `head`, `last_stage` and `normalise` are what some methods need
+  besides; a piece that the model does not have is None, see `models.need`.
+  """
 
   init: InitModel
   apply: ApplyModel
   head: Head | None = None
   last_stage: LastStage | None = None
-  # uint8 images to the space of float ones, which stay as they are.
+  # Normalises uint8 images; float images pass unchanged.
   normalise: Callable[[jax.Array], jax.Array] | None = None
 
 
 class ApplyGenerator(Protocol):
-  """Makes images [B, H, W, channels] in the space of a model's float inputs, or
-  features [B, F] like those of its last layer's input, and new running
-  statistics, of noise `z` [B, noise] and `labels` [B]."""
+  """Generates images or features from noise `z` [B, noise] and `labels` [B].
+
+  Images [B, H, W, channels] are in the space of a model's float inputs;
+  features [B, F] are like the inputs of a model's last layer. Returns them and
+  the new running statistics.
+  """
 
   def __call__(
     self,
@@ -128,7 +142,7 @@ class ApplyGenerator(Protocol):
 
 
 class Unpack(Protocol):
-  """Gives the variables of a model from those of all in one form."""
+  """Unpacks a model's variables from a form that all architectures share."""
 
   def __call__(self, variables: Variables, /) -> Variables: ...
 
@@ -136,12 +150,12 @@ class Unpack(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Personal:
-  """A client's model, of the common architecture or of another one; a pytree
-  of its variables.
+  """A client's personal model, as a pytree of its variables.
 
-  Where clients' architectures differ, `variables` are packed alike for all:
-  `kinds` has each architecture's name and the function that unpacks them, and
-  `kind` is the number of this client's.
+  The model may have the common architecture or another one. If the clients'
+  architectures differ, `variables` are packed in a form that is the same for
+  all: `kinds` has the name of each architecture and the function that unpacks
+  its variables, and `kind` is the index of this client's architecture.
   """
 
   apply: ApplyModel = dataclasses.field(metadata={'static': True})
@@ -153,16 +167,15 @@ class Personal:
 
 
 class Generator(NamedTuple):
-  """A conditional generator of images or of features, as a pair of pure
-  functions."""
+  """A conditional generator of images or features, as two pure functions."""
 
   init: InitModel
   apply: ApplyGenerator
-  noise_dim: int  # length of one z
+  noise_dim: int  # length of one noise vector z
 
 
 class Batch(NamedTuple):
-  """A padded batch; every mean over it is sum(mask * v) / max(sum(mask), 1)."""
+  """A padded batch; each mean over it is sum(mask * v) / max(sum(mask), 1)."""
 
   x: jax.Array  # [B, H, W, channels] uint8 or float
   y: jax.Array  # [B] int32
@@ -170,59 +183,60 @@ class Batch(NamedTuple):
 
 
 class Data(NamedTuple):
-  """All examples, flat, and which of them belong to whom."""
+  """All examples in flat arrays, and the indices of each client's examples."""
 
-  x: jax.Array  # [M, H, W, channels], shared by all clients
+  x: jax.Array  # [M, H, W, channels], one array for all clients
   y: jax.Array  # [M] int32
   index: jax.Array  # type: ignore[assignment]  # [N, cap] int32 rows of x; one client: [cap]
   count: jax.Array  # type: ignore[assignment]  # [N] int32 valid entries of `index`; one client: []
-  public: PyTree = ()  # unlabelled images that the server holds; () on clients
+  public: PyTree = ()  # unlabelled images on the server; () on clients
 
 
 class Cohort(NamedTuple):
-  """One row of the schedule (the schedule itself has a leading axis [T])."""
+  """One row of the schedule; the schedule itself has a leading axis [T]."""
 
   client_id: Array  # [S] int32, ascending; N marks a padding slot
   arrived: Array  # [S] bool, False for dropouts and padding
-  num_steps: Array  # [S] int32, at most so many local steps (stragglers)
-  # [S] bool, who has worked and keeps its new slots, arrived or not; None for
-  # those that arrived.
+  num_steps: Array  # [S] int32, largest number of local steps (stragglers)
+  # [S] bool, True for clients that trained and keep their new slots, whether
+  # they arrived or not; None means the clients that arrived.
   worked: Array | None = None
-  # [S] int32, rows of `State.clients` that are theirs; None where that is
-  # client_id, as whenever all clients' slots lie there.
+  # [S] int32, the clients' rows in `State.clients`; None means that a client's
+  # row is its id, as is the case when all clients' slots are there.
   place: Array | None = None
 
 
 class View(NamedTuple):
-  """What one client sees in one round (no client axis)."""
+  """Everything that one client sees in one round (no client axis)."""
 
-  variables: Variables  # the model it begins from, see `Method.start`
+  variables: Variables  # the model that it trains from, see `Method.start`
   received: Variables  # the model that the server sent to it
-  shared: PyTree  # what the server broadcasts of its slot
-  common: PyTree  # what all clients make of that alike, see `Method.common`
-  own: PyTree  # the method's slot kept on this client
-  data: Data  # its row of the index table, over the flat arrays
+  shared: PyTree  # the part of the server's slot that is broadcast
+  common: PyTree  # computed once for all clients, see `Method.common`
+  own: PyTree  # the method's slot on this client
+  data: Data  # the flat arrays, with this client's row of the index table
   client_id: jax.Array  # [] int32
   share: jax.Array  # [] s_k = N n_k / sum_j n_j
-  round: jax.Array  # [] int32, rounds done before: 0 in the first
-  num_steps: jax.Array  # [] int32, at most so many local steps
-  # Of the solver's optimiser, where it goes on; None to begin afresh.
+  round: jax.Array  # [] int32, number of rounds before this one
+  num_steps: jax.Array  # [] int32, largest number of local steps
+  # State from which the solver's optimiser continues; None for a fresh state.
   optimizer_state: PyTree = None
-  peers: jax.Array | None = None  # [S] int32, the round's clients; -1: nobody
+  # [S] int32, ids of the cohort's clients; -1 marks a padding slot.
+  peers: jax.Array | None = None
 
 
 class LossAux(NamedTuple):
-  """What `Objective.loss` returns beside the loss."""
+  """The values that `Objective.loss` returns besides the loss."""
 
   stats: PyTree  # new BatchNorm statistics
-  # [] mean over the batch, without penalties: the loss on the data, which is
-  # `train_loss`, and which SCAFFOLD (option 1) and q-FedAvg ask for.
+  # [] mean over the batch, without penalties. This is the loss on the data: it
+  # is reported as `train_loss` and used by SCAFFOLD (option 1) and q-FedAvg.
   cross_entropy: jax.Array
-  logits: PyTree = ()  # [B, C], for parts that add a loss of their own
+  logits: PyTree = ()  # [B, C], for methods that add a loss of their own
 
 
 class Loss(Protocol):
-  """Gives the loss of a batch, a scalar with the method's penalty in it."""
+  """Computes the loss of a batch, including the method's penalty."""
 
   def __call__(
     self, variables: Variables, batch: Batch, key: jax.Array, /
@@ -230,8 +244,10 @@ class Loss(Protocol):
 
 
 class Direction(Protocol):
-  """Gives where a solver would descend on a batch, and the loss's `LossAux`:
-  the gradient in the parameters, clipped, then with weight decay."""
+  """Computes the descent direction of a solver on a batch, and the `LossAux`.
+
+  The direction is the gradient in the parameters, clipped, plus weight decay.
+  """
 
   def __call__(
     self, variables: Variables, batch: Batch, key: jax.Array, /
@@ -239,10 +255,10 @@ class Direction(Protocol):
 
 
 class Step(Protocol):
-  """Takes one local step: (variables, memory, cross-entropy).
+  """Takes one local step; returns (variables, memory, cross-entropy).
 
-  `batches` are those of this step, `step_size` is the learning rate of the
-  round. The cross-entropy is that on the first of the batches, before the step.
+  `batches` are the batches of this step, `step_size` is the learning rate of
+  the round. The cross-entropy is that of the first batch before the step.
   """
 
   def __call__(
@@ -258,37 +274,37 @@ class Step(Protocol):
 
 
 class Rule(NamedTuple):
-  """What a local step does, where it is not a solver's own descent."""
+  """A rule for local steps that replaces the solver's own descent."""
 
-  memory: PyTree  # what it keeps from step to step, before the first
+  memory: PyTree  # initial value of what is carried from step to step
   step: Step
-  num_batches: int = 1  # batches that each step draws, one after the other
+  num_batches: int = 1  # consecutive batches that each step uses
 
 
 class Objective(NamedTuple):
-  """What one client minimises."""
+  """The objective that one client minimises."""
 
   loss: Loss
-  decay: jax.Array  # [] added to the optimiser's weight decay, outside the clip
-  rule: Rule | None = None  # how, if not as the solver does
+  decay: jax.Array  # [] added to the weight decay, not subject to clipping
+  rule: Rule | None = None  # replaces the solver's own step
 
 
 class Local(NamedTuple):
-  """What local training returns."""
+  """The result of local training."""
 
   variables: Variables
-  num_steps: jax.Array  # [] int32, steps actually taken
+  num_steps: jax.Array  # [] int32, number of steps taken
   step_size: jax.Array  # [] learning rate of this round
   metrics: Mapping[str, jax.Array]  # scalars
-  # Of a chain, new slots of the parts within; handed on as they are.
+  # In a chain: new slots of the inner parts. Hooks pass it on unchanged.
   within: tuple = ()
-  optimizer_state: PyTree = None  # of the solver's optimiser, in the end
-  # What the objective's rule keeps after the last step; () without a rule.
+  optimizer_state: PyTree = None  # final state of the solver's optimiser
+  # Memory of the objective's rule after the last step; () without a rule.
   memory: PyTree = ()
 
 
 class Solver(Protocol):
-  """Trains one client from `view.variables`, see `solvers`."""
+  """Trains one client, starting from `view.variables`; see `solvers`."""
 
   def __call__(
     self, objective: Objective, view: View, key: jax.Array, /
@@ -296,69 +312,70 @@ class Solver(Protocol):
 
 
 class Sent(NamedTuple):
-  """What one client sends (no client axis), and how it counts."""
+  """One client's upload (no client axis), and its weight in means."""
 
-  start: Variables  # the model it began from
-  delta: Variables  # its change through the uplink; 0 if it did not arrive
-  message: PyTree  # the method's own upload; 0 if it did not arrive
-  weight: jax.Array  # [] these sum to 1 over the arrived; 0 if it did not
-  share: jax.Array  # [] s_k = N n_k / sum_j n_j; 0 if it did not arrive
+  # Everything but `start` is 0 if the client did not arrive.
+  start: Variables  # the model that local training began from
+  delta: Variables  # change of the model, after the uplink
+  message: PyTree  # the method's own upload
+  weight: jax.Array  # [] weights sum to 1 over the clients that arrived
+  share: jax.Array  # [] s_k = N n_k / sum_j n_j
 
   @property
   def model(self) -> Variables:
+    """The client's model: `start` plus `delta`."""
     return jax.tree.map(jnp.add, self.start, self.delta)
 
 
 class Received(NamedTuple):
-  """What the server gets from a cohort."""
+  """Everything that the server receives from a cohort."""
 
-  broadcast: Variables  # the model that the clients had received
-  # Weighted mean of the models; as `broadcast` if none arrived.
+  broadcast: Variables  # the model that the server had broadcast
+  # Weighted mean of the clients' models; `broadcast` if no client arrived.
   average: Variables
-  summed: PyTree  # the method's `summed`, added up over the clients
-  # The method's `stacked`, each leaf [S, ...]; the rows lie on the devices that
-  # there are, so that what is mapped over them runs on all.
+  summed: PyTree  # the sum over clients of the method's `summed`
+  # The method's `stacked`, each leaf [S, ...]. The rows are sharded over the
+  # devices, so a `vmap` over them runs on all devices.
   stacked: PyTree
   arrived: jax.Array  # [S] bool
   round: jax.Array  # [] int32
   num_clients: int  # N
-  public: PyTree  # unlabelled images of the server, if any
-  client_id: jax.Array | None = None  # [S] int32; -1: nobody
-  # What the clients made alike, see `Method.common`; the server can, too.
+  public: PyTree  # unlabelled images on the server, if any
+  client_id: jax.Array | None = None  # [S] int32; -1 marks a padding slot
+  # The result of `Method.common`, which the server can compute as well.
   common: PyTree = ()
 
 
 @jax.tree_util.register_static
 class Same(tuple[tuple[str, str], ...]):
-  """Pairs (name, other name) of models that are one; not an array, but known
-  when a round is traced."""
+  """Pairs (name, other name) of identical models, known at trace time."""
 
 
 class Info(NamedTuple):
-  """What one may want to plot or trace; never read by the next round."""
+  """Metrics and models for plots and logs; the next round never reads them."""
 
-  # Scalars, stacked over rounds; NaN where nobody arrived.
+  # Scalars, stacked over rounds; NaN in a round in which no client arrived.
   metrics: Mapping[str, jax.Array] = {}
   models: Mapping[str, Variables] = {}  # models to evaluate, last round only
-  # Which of `models` are 'broadcast', the server's new model, or another one
-  # of them; filled in by the engine.
+  # Which of `models` are identical to 'broadcast' (the server's new model) or
+  # to each other; filled in by the engine.
   same: Same = Same()
 
 
 class State(NamedTuple):
-  """All that the next round needs, and nothing else."""
+  """Everything that the next round needs, and nothing else."""
 
   variables: Variables  # the model that the server broadcasts
-  shared: PyTree  # the method's server slot
+  shared: PyTree  # the method's slot on the server
   clients: PyTree  # (own, uplink) slots, every leaf [N, ...]
-  round: jax.Array  # [] int32, rounds done
+  round: jax.Array  # [] int32, number of rounds done
 
 
 class InitState(Protocol):
-  """Draws the state in which a simulation begins.
+  """Draws the initial state of a simulation.
 
-  `folder`: where clients' slots are mapped from files, of a federation that
-  keeps them on the host; see `client_state`.
+  `folder`: where to memory-map the clients' slots from files, for a federation
+  that keeps them on the host; see `client_state`.
   """
 
   def __call__(
@@ -369,9 +386,9 @@ class InitState(Protocol):
 class Round(Protocol):
   """Runs one round; `key` is the base key of the training.
 
-  Info's metrics have, beside scalars, 'bits_down' and 'bits_up' [S] uint32:
-  what each client of the cohort got and sent, 0 for who was not selected or
-  did not arrive.
+  The metrics of `Info` are scalars, except 'bits_down' and 'bits_up' [S]
+  uint32: the bits that each client of the cohort received and sent, 0 for a
+  client that was not selected or did not arrive.
   """
 
   def __call__(
@@ -380,13 +397,13 @@ class Round(Protocol):
 
 
 class Personalise(Protocol):
-  """Gives one client's models by name, before its next local training and after
-  it, if the server sent it what it broadcasts.
+  """Returns one client's models by name, before and after local training.
 
-  Before: 'broadcast', which it would begin from, and the method's
-  `Method.personal`. After: 'personalised', what local training makes of that,
-  and 'personalised_NAME' of each of the method's. `place` is the client's row
-  of `State.clients`.
+  Before: 'broadcast', the model that the client's next local training would
+  start from if the server sent it the broadcast model, and the models of
+  `Method.personal`. After: 'personalised', the result of that training, and
+  'personalised_NAME' for each model of the method. `place` is the client's row
+  in `State.clients`.
   """
 
   def __call__(
@@ -401,17 +418,17 @@ class Personalise(Protocol):
 
 
 class Federation(NamedTuple):
-  """The outer pair: how a simulation begins, and one round of it."""
+  """A simulation: its initial state, one round, and personalised models."""
 
   init: InitState
   round: Round
   personalise: Personalise
-  mesh: jax.sharding.Mesh | None = None  # of the devices; None for one device
-  client_state: str = 'device'  # where `State.clients` lies, or 'host'
+  mesh: jax.sharding.Mesh | None = None  # the devices; None for one device
+  client_state: str = 'device'  # where `State.clients` is: 'device' or 'host'
 
 
 class Init(Protocol):
-  """Makes the server's slot, and ONE client's: (shared, own)."""
+  """Creates the server's slot and ONE client's slot: (shared, own)."""
 
   def __call__(
     self, key: jax.Array, variables: Variables, /
@@ -419,16 +436,20 @@ class Init(Protocol):
 
 
 class Broadcast(Protocol):
-  """Gives what of the server's slot clients see and are billed for."""
+  """Selects the part of the server's slot that is sent to every client.
+
+  The communication cost of a round includes it.
+  """
 
   def __call__(self, shared: PyTree, /) -> PyTree: ...
 
 
 class Send(Protocol):
-  """Gives the model that the server sends to a client.
+  """Computes the model that the server sends to a client.
 
-  `variables` is the server's, or what the parts before made of it; `shared` the
-  whole server slot; `position` [] int32 the client's place in the cohort.
+  `variables` is the server's model, or what earlier parts of a chain made of
+  it; `shared` is the whole server slot; `position` [] int32 is the client's
+  position in the cohort.
   """
 
   def __call__(
@@ -442,8 +463,11 @@ class Send(Protocol):
 
 
 class Common(Protocol):
-  """Gives what every client would make alike of what it receives: computed
-  once a round, for all, and not billed. `shared` is what is broadcast."""
+  """Computes what every client would compute identically from what it receives.
+
+  It is computed once a round, for all clients, and costs no communication.
+  `shared` is the part of the server's slot that is broadcast.
+  """
 
   def __call__(
     self,
@@ -456,25 +480,30 @@ class Common(Protocol):
 
 
 class Start(Protocol):
-  """Gives the model that a client begins from; `view.variables` is the one that
-  it received, or what the parts before made of that."""
+  """Computes the model that a client's local training starts from.
+
+  `view.variables` is the model that the client received, or what earlier parts
+  of a chain made of it.
+  """
 
   def __call__(self, view: View, key: jax.Array, /) -> Variables: ...
 
 
 class Inner(Protocol):
-  """Trains as the parts within do, and in the end the solver; the batches are
-  those that the client draws in this round, whoever asks."""
+  """Trains as the inner parts of a chain do, and finally the solver.
+
+  Every call uses the same batches: those that the client draws in this round.
+  """
 
   def __call__(self, objective: Objective, view: View, /) -> Local: ...
 
 
 class Train(Protocol):
-  """Trains one client, mostly by `inner`: (local, own), own the new slot.
+  """Trains one client, usually by calling `inner`; returns (local, own).
 
-  What comes of `inner` is handed on with its `within`. To change the objective
-  or where training begins, call `inner` with another one, or with another
-  `view.variables`.
+  `own` is the client's new slot. The result of `inner` is returned with its
+  field `within` unchanged. To change the objective or the starting point, call
+  `inner` with another objective or another `view.variables`.
   """
 
   def __call__(
@@ -483,8 +512,11 @@ class Train(Protocol):
 
 
 class Penalty(Protocol):
-  """Gives a scalar that is added to the local objective at each step, inside
-  the gradient clip; `output` is the model's on `batch`, in training mode."""
+  """Computes a scalar that is added to the local objective at each step.
+
+  Gradient clipping applies to it. `output` is the model's output on `batch`, in
+  training mode.
+  """
 
   def __call__(
     self,
@@ -498,14 +530,17 @@ class Penalty(Protocol):
 
 
 class Decay(Protocol):
-  """Gives a scalar that is added to the weight decay, outside the clip."""
+  """Computes a scalar that is added to the weight decay, after clipping."""
 
   def __call__(self, view: View, /) -> jax.Array | float: ...
 
 
 class Upload(Protocol):
-  """Gives, once per client and round, (own, message): the client's new slot,
-  and what it sends beside its model."""
+  """Computes a client's new slot and its message; returns (own, message).
+
+  It runs once per client and round. The message is what the client sends
+  besides its model.
+  """
 
   def __call__(
     self, view: View, local: Local, objective: Objective, key: jax.Array, /
@@ -513,8 +548,11 @@ class Upload(Protocol):
 
 
 class PersonalModels(Protocol):
-  """Gives the models that a client keeps to itself, by name, to be evaluated:
-  of `view.own`, its slot before local training or after it."""
+  """Returns the models that a client keeps for itself, by name, for evaluation.
+
+  They are made from `view.own`, the client's slot before or after local
+  training.
+  """
 
   def __call__(self, view: View, /) -> Mapping[str, Personal]: ...
 
@@ -526,15 +564,18 @@ class MessageBits(Protocol):
 
 
 class Reduce(Protocol):
-  """Picks from what one client sent."""
+  """Selects values from what one client sent."""
 
   def __call__(self, sent: Sent, /) -> PyTree: ...
 
 
 class Update(Protocol):
-  """Gives, once per round and on the server, (variables, shared, Info): the new
-  model and the new server slot. A model that it does not change it gives back
-  as the same object, by which it is known that two names are one model."""
+  """Runs the server's step, once per round; returns (variables, shared, Info).
+
+  These are the new model and the new server slot. A hook that does not change a
+  model must return the same object: that is how the engine knows that two names
+  stand for one model.
+  """
 
   def __call__(
     self,
@@ -547,7 +588,7 @@ class Update(Protocol):
 
 
 class Synthesise(Protocol):
-  """Draws an image for each of `labels` [B], for pictures only."""
+  """Generates an image for each of `labels` [B]; used for pictures only."""
 
   def __call__(
     self, shared: PyTree, labels: jax.Array, key: jax.Array, /
@@ -555,35 +596,35 @@ class Synthesise(Protocol):
 
 
 class Method(NamedTuple):
-  """What an algorithm adds to a round.
+  """An algorithm, as the hooks that it adds to a round.
 
-  Every hook is a pure function, documented with its type; one that is not given
-  does nothing.
+  Every hook is a pure function, documented at its type. A hook that is not
+  given does nothing.
 
   Attributes:
-    init: the slots of the server and of a client.
-    broadcast: what of the server's slot is sent to clients.
-    send: the model that is sent to a client.
-    common: what clients make of what they receive, once for all.
-    start: the model that a client begins from.
+    init: creates the slots of the server and of a client.
+    broadcast: selects the part of the server's slot that is sent to clients.
+    send: computes the model that is sent to a client.
+    common: computes once what all clients would compute identically.
+    start: computes the model that local training starts from.
     penalty: a term of the local objective.
     decay: a term of the weight decay.
-    train: local training, around that of the parts after it in a chain. The
-      slot that it gives is `view.own` in `upload`.
-    upload: a client's new slot, and its message.
-    message_bits: what a message is billed for; its arrays, if not given.
-    personal: models that a client keeps to itself.
-    summed: what the server needs only the sum of over clients. It is added up
-      as clients finish; nothing of the kind is kept per client.
-    stacked: what the server needs of every client at the same time, such as
-      their models as teachers.
+    train: local training, wrapped around that of later parts in a chain. The
+      slot that it returns is `view.own` in `upload`.
+    upload: computes a client's new slot and its message.
+    message_bits: the size of a message in bits; by default that of its arrays.
+    personal: the models that a client keeps for itself.
+    summed: values of which the server needs only the sum over clients. They are
+      added up as clients finish, so nothing is kept per client.
+    stacked: values that the server needs from every client at the same time,
+      such as their models as teachers.
     update: the server's step.
-    synthesise: images of the method's generator; None where it has none.
-    aggregates: whether `update` makes the new model of the clients' models. A
-      federation needs one part that does, such as `fed_avg`; True also where
-      the model is meant to stay as it is.
+    synthesise: images of the method's generator; None if it has no generator.
+    aggregates: whether `update` makes the new model from the clients' models. A
+      federation needs one such part, such as `fed_avg`. Set it to True also for
+      a method that deliberately leaves the model as it is.
     sends_model: whether clients send their models.
-    always: whether `update` acts also in a round in which nobody arrives.
+    always: whether `update` runs even in a round in which no client arrives.
   """
 
   init: Init = lambda key, variables: ((), ())
@@ -616,24 +657,31 @@ class Method(NamedTuple):
 def merged(
   kind: str, some: dict[str, Any], others: dict[str, Any]
 ) -> dict[str, Any]:
-  """Both dictionaries; ValueError where one would overwrite the other's.
+  """Merges two dictionaries that must have no key in common.
 
   Args:
-    kind: what they hold, for the error.
-    some: by name.
-    others: by name.
+    kind: what the dictionaries hold, for the error message.
+    some: values by name.
+    others: values by name.
+
+  Raises:
+    ValueError: if both have a key.
   """
   both = sorted(some.keys() & others.keys())
   if both:
     raise ValueError(
-      f'two parts give the {kind} {both[0]!r}; begin its name with the '
-      "method's, as in 'fed_ftg/md'."
+      f'two parts give the {kind} {both[0]!r}; begin the name with the name '
+      "of the method, as in 'fed_ftg/md'."
     )
   return {**some, **others}
 
 
 def check_hooks(method: Method) -> None:
-  """Raises ValueError for a hook that does not take its arguments."""
+  """Checks that every hook accepts the arguments of its type.
+
+  Raises:
+    ValueError: names the hook that does not.
+  """
   for name, default in Method._field_defaults.items():
     hook = getattr(method, name)
     if hook is default or not callable(hook) or not callable(default):
@@ -643,17 +691,18 @@ def check_hooks(method: Method) -> None:
       inspect.signature(hook).bind(*want)
     except TypeError as error:
       raise ValueError(
-        f"a method's {name} takes ({', '.join(want)}): {error}."
+        f"a method's {name} must take ({', '.join(want)}): {error}."
       ) from error
 
 
 def chain(*parts: Method) -> Method:
-  """Composes methods; the slots of a chain are the tuples of its parts' slots.
+  """Composes methods into one.
 
-  Penalties and decays add up, messages are tupled, `send`, `start` and `update`
-  run in the written order, and `train` nests, the first part outermost. Server
-  steps therefore belong in the order: aggregate, correct the mean (FedDyn),
-  refine (FedDF, FedFTG).
+  The slots of a chain are tuples of its parts' slots, and so are its messages.
+  Penalties and decays are added up. `send`, `start` and `update` run in the
+  order of the parts. `train` nests, with the first part outermost. Parts
+  therefore belong in the order in which the server works: aggregate, correct
+  the mean (FedDyn), refine the model (FedDF, FedFTG).
 
   Example:
     method = chain(fed_avg(), fed_ftg(model, generator, num_classes=10))
@@ -665,15 +714,15 @@ def chain(*parts: Method) -> Method:
     One method.
 
   Raises:
-    ValueError: without a part, with two that aggregate, or for a hook that does
-      not take its arguments.
+    ValueError: if there is no part, if two parts aggregate, or if a hook does
+      not accept its arguments.
   """
   if not parts:
     raise ValueError('chain() needs at least one method, got none.')
   if sum(p.aggregates for p in parts) > 1:
     raise ValueError(
-      'chain() got more than one part that aggregates; the last would undo '
-      'what the others did.'
+      'chain() got more than one part that aggregates; the last one would '
+      'overwrite the results of the others.'
     )
 
   for part in parts:
@@ -728,8 +777,11 @@ def chain(*parts: Method) -> Method:
       return view._replace(shared=part.shared, common=part.common, own=part.own)
 
     def nested(i):
-      """The training of the parts from `i` on. In what it gives, `within` has
-      their new slots and, last, what was `within` the whole chain."""
+      """Returns the local training of part `i` and all later parts.
+
+      In its result, `within` has the new slots of these parts and, last, the
+      `within` of what surrounds the chain.
+      """
 
       def run(objective, view):
         if i == len(parts):

@@ -1,5 +1,4 @@
-"""`jax.jit` with compiler options for a CPU, whose user waits most for
-compiling."""
+"""Wraps `jax.jit` with options that make programs compile faster on a CPU."""
 
 from collections.abc import Callable
 import functools
@@ -8,12 +7,12 @@ from typing import Any
 
 import jax
 
-# LLVM's further passes take a third of the compile time; rounds were as fast
-# without them (docs/speed.md).
+# For programs that run often. LLVM's further passes take a third of the compile
+# time; rounds were as fast without them (docs/speed.md).
 OFTEN = {'xla_backend_optimization_level': 1}
-# For what runs seldom: a program of many random draws compiles in a quarter of
-# the time, to the same bytes. Rounds of small models would take a quarter
-# longer.
+# For programs that run once or seldom. A program of many random draws compiles
+# in a quarter of the time and gives the same bytes; rounds of small models
+# would take a quarter longer.
 ONCE = {
   **OFTEN,
   'xla_cpu_use_fusion_emitters': False,
@@ -24,21 +23,20 @@ ONCE = {
 def jit(
   function: Callable, cpu_options: dict[str, Any], **kwargs: Any
 ) -> Callable:
-  """Makes `jax.jit` of a function, with compiler options where it runs on a
-  CPU.
+  """Jits a function, with compiler options if it runs on a CPU.
 
-  An option that the environment variable XLA_FLAGS names keeps the value from
-  there. Called within another program, the function is compiled with that
-  program's options.
+  An option that the environment variable XLA_FLAGS names keeps the value given
+  there. If the function is called within another compiled program, it is
+  compiled with that program's options.
 
   Args:
-    function: to be compiled.
-    cpu_options: of XLA, by name.
-    **kwargs: of `jax.jit`.
+    function: the function to compile.
+    cpu_options: XLA's options by name.
+    **kwargs: arguments of `jax.jit`.
 
   Returns:
-    The compiled function. Its attribute `on` gives, for the name of a backend,
-    what `jax.jit` made for it.
+    The compiled function. Its attribute `on` maps the name of a backend to the
+    result of `jax.jit` for it.
   """
 
   @functools.cache

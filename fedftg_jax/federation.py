@@ -1,16 +1,18 @@
-"""The engine: one round for any method, and a jitted scan of rounds.
+"""The engine: one round of any method, and a jitted scan of rounds.
 
-Rules kept here once, for every method:
-- Clients of a round are stacked and trained in parallel. What the server sends
-  is closed over, never copied along the client axis.
-- A client that was not selected, or did not work, keeps its slot and its
-  uplink state bitwise. Who works arrives, unless a schedule says otherwise;
-  what a client that did not arrive would have sent is zeroed. Padding slots
-  carry client id N and are dropped. A client without examples never arrives.
-- A round in which nobody arrives, or is selected, leaves the model and the
-  server slot as they were, unless the method acts in it (`Method.always`).
-- Chunks are padded to equal length, so that a whole run is traced once, with
-  rows that are no rounds (`num_steps` below 0): they cost and change nothing.
+These rules hold for every method, and they are implemented only here:
+- The clients of a round are stacked and trained in parallel. What the server
+  sends is closed over, never copied along the client axis.
+- A client that was not selected, or did not train, keeps its slot and its
+  uplink state bit for bit. A client that trains also arrives, unless the
+  schedule says otherwise; the message of a client that did not arrive is zero.
+  A padding slot has client id N, and its results are dropped. A client without
+  examples never arrives.
+- A round in which no client arrives or is selected leaves the model and the
+  server's slot unchanged, unless the method acts in it (`Method.always`).
+- Chunks of rounds are padded to equal length, so that a whole run is traced
+  once. A row of padding (`num_steps` below 0) is skipped: it costs nothing and
+  changes nothing.
 """
 
 from collections.abc import Callable
@@ -66,37 +68,38 @@ def federation(
   Args:
     model: the classifier.
     method: what the algorithm adds to a round, see `base.Method` and `chain`;
-      one part of it aggregates.
+      one part of it must aggregate.
     solver: local training, see `solvers`.
     num_clients: N.
-    weighting: how clients count in means: by their number of 'examples', or
-      'uniform' over those that arrived.
-    uplink: codes the parameters' change on its way up, see `uplinks`; None to
-      send it as it is. Its state is kept per client; it gets a `key` if it
-      takes one. What its state says in a field `bits` is what a client is
-      billed for, and the scalars of a field `columns`, a dictionary, are
-      reported as 'uplink/NAME', means over the clients that arrived.
-    client_chunk: how many clients are stacked at once; 0 for all, None for what
-      suits the device, see `stacking.default_chunk`.
+    weighting: how clients are weighted in means: by their number of 'examples',
+      or 'uniform' over the clients that arrived.
+    uplink: a codec for the change of the parameters that a client sends, see
+      `uplinks`; None sends the change as it is. Its state is kept per client,
+      and its `update` gets a `key` if it takes one. A field `bits` of its state
+      is the size of the client's upload, and the scalars in a field `columns`,
+      a dictionary, are reported as 'uplink/NAME', as means over the clients
+      that arrived.
+    client_chunk: number of clients that are stacked at once; 0 for all, None
+      for what suits the device, see `stacking.default_chunk`.
     mesh: devices that share the clients of a round, see `stacking.make_mesh`;
       None for one device.
-    client_state: where the clients' slots lie between chunks of rounds: on the
+    client_state: where the clients' slots are between chunks of rounds: on the
       'device', or, for federations that are too large for it, on the 'host',
-      see the module `client_state`; results are the same. On the host the slots
-      of a state are NumPy arrays that `run` changes in place, and `init` may be
-      given a folder, to map them from files in it.
+      see the module `client_state`. Results are the same. On the host the slots
+      of a state are NumPy arrays that `run` changes in place, and `init` takes
+      a folder in which to memory-map them from files.
 
   Returns:
-    The pair of `init` and `round`, and `personalise`.
+    The simulation: `init`, `round` and `personalise`.
 
   Raises:
-    ValueError: for a value out of range, if no part aggregates, or for an
-      uplink where no model is sent.
+    ValueError: if a value is out of range, if no part aggregates, or if there
+      is an uplink but no model is sent.
   """
   check_hooks(method)
   if not method.aggregates:
     raise ValueError(
-      "no part of the method makes a new model of the clients' models: begin "
+      "no part of the method makes a new model from the clients' models: begin "
       'with one that does, as in chain(fed_avg(), ...), or give your own '
       'Method(..., aggregates=True).'
     )
@@ -119,13 +122,13 @@ def federation(
     )
   if uplink is not None and not method.sends_model:
     raise ValueError(
-      'an uplink codes the models that clients send, but the method sends none '
-      '(sends_model=False): leave the uplink out.'
+      'an uplink codes the models that clients send, but clients of this '
+      'method send no model (sends_model=False): leave the uplink out.'
     )
   uplink = optax.with_extra_args_support(uplink or optax.identity())
 
   def init_one(key):
-    """The state, with one client's slots."""
+    """Draws the initial state, with the slots of one client."""
     key_model, key_method = jax.random.split(key)
     variables = model.init(key_model)
     shared, own = method.init(key_method, variables)
@@ -142,25 +145,28 @@ def federation(
   def init(key, /, folder=None):
     if client_state == 'device':
       if folder is not None:
-        raise ValueError("a folder for slots needs client_state='host'.")
+        raise ValueError(
+          "a folder for the clients' slots needs client_state='host', got "
+          "client_state='device'."
+        )
       return init_on_device(key)
     state = init_one_client(key)
     return state._replace(
       clients=client_state_lib.allocate(state.clients, num_clients, folder)
     )
 
-  # Rounds and personal models trace it once for all.
+  # Jitted so that rounds and personal models share one trace.
   run_client = jax.jit(
     functools.partial(_run_client, model, method, solver, uplink), inline=True
   )
 
   def client_round(shared, row):
-    """One client (no client axis): what is summed over clients, and stacked."""
+    """Runs the round of one client; returns (to sum over clients, to stack)."""
     broadcast, server_slot, seen = shared
     key = keys.client_keys(seen.key, seen.round, row.client_id)
     received = method.send(broadcast, server_slot, row.position, key.send)
     slots, sent, local, bits, coding = run_client(received, seen, row, key)
-    moved = jax.tree.map(  # from what is broadcast
+    moved = jax.tree.map(  # relative to the broadcast model
       lambda start, delta, old: (
         delta if start is old else delta + (start - old)
       ),
@@ -210,7 +216,7 @@ def federation(
     variables, server_slot = trees.where(
       acts, (variables, server_slot), (state.variables, state.shared)
     )
-    # Past the end for those that did not work.
+    # Clients that did not train write past the end, which drops the write.
     written = jnp.where(rows.worked, rows.place, num_clients)
     selected = rows.client_id < num_clients
     bits_down = trees.num_bits((state.variables, seen.shared))
@@ -239,7 +245,7 @@ def federation(
     )
 
   def personalise(state, data, client_id, place, key):
-    """One client (no client axis)."""
+    """Returns the models of one client (no client axis)."""
     cohort = Cohort(
       client_id[None],
       jnp.ones(1, bool),
@@ -276,7 +282,7 @@ def federation(
 
 
 def _same(models) -> Same:
-  """Which models are one: made of the same arrays, as a trace sees it."""
+  """Finds the models that are made of the same arrays at trace time."""
   first, same = {}, []
   for name, model in models.items():
     arrays = tuple(map(id, jax.tree.leaves(model)))
@@ -287,19 +293,19 @@ def _same(models) -> Same:
 
 
 class _Seen(NamedTuple):
-  """What all clients of a round see beside the model that they are sent."""
+  """Everything that all clients of a round see, apart from their models."""
 
   shared: PyTree
   common: PyTree
   x: jax.Array
   y: jax.Array
   round: jax.Array
-  key: jax.Array  # of the training
+  key: jax.Array  # base key of the training
   peers: jax.Array
 
 
 class _Row(NamedTuple):
-  """One slot of a cohort; stacked, every leaf has axis [S]."""
+  """One slot of a cohort; when stacked, every leaf has a leading axis [S]."""
 
   client_id: jax.Array
   arrived: jax.Array
@@ -311,11 +317,11 @@ class _Row(NamedTuple):
   share: jax.Array  # s_k
   weight: jax.Array  # in the mean
   position: jax.Array  # 0, 1, 2 ... in the cohort
-  place: jax.Array  # where its slots lie in `State.clients`
+  place: jax.Array  # row of its slots in `State.clients`
 
 
 def _pad_cohort(cohort, num_rows, num_clients):
-  """Slots that select nobody, up to `num_rows`."""
+  """Adds slots without a client, up to `num_rows` slots."""
 
   def pad(column, value):
     rows = 0, num_rows - len(cohort.client_id)
@@ -331,7 +337,7 @@ def _pad_cohort(cohort, num_rows, num_clients):
 
 
 def _rows(state, data, cohort, num_clients, weighting) -> _Row:
-  """The cohort's clients: what they hold, and how they count."""
+  """Collects the data, slots and weights of the cohort's clients."""
   count = data.count.astype(jnp.result_type(float))
   share = num_clients * count / jnp.maximum(jnp.sum(count), 1)
   place = cohort.client_id if cohort.place is None else cohort.place
@@ -341,7 +347,7 @@ def _rows(state, data, cohort, num_clients, weighting) -> _Row:
   )
   count = jnp.where(cohort.client_id < num_clients, count, 0)
   arrived = cohort.arrived & (count > 0)
-  worked = arrived  # at least
+  worked = arrived  # a client that arrived has trained
   if cohort.worked is not None:
     worked |= cohort.worked & (count > 0)
   mass = arrived * (count if weighting == 'examples' else 1.0)
@@ -371,7 +377,7 @@ def _seen(method, state, data, key, client_id) -> _Seen:
 
 
 def _view(received, seen, row) -> View:
-  """What a client sees that was sent the model `received`."""
+  """Builds the view of a client that was sent the model `received`."""
   return View(
     received,
     received,
@@ -388,11 +394,12 @@ def _view(received, seen, row) -> View:
 
 
 def _run_client(model, method, solver, uplink, received, seen, row, key):
-  """One client's round: begin, train, upload, encode (no client axis).
+  """Runs one client's round (no client axis): start, train, upload, encode.
 
   Returns:
-    Its slots, what it sends, what local training returned, the bits that it
-    sends, and what is summed of the uplink, see `_coding`.
+    Its slots, what it sends, the result of local training, the number of bits
+    that it sends, and the uplink's statistics to sum over clients, see
+    `_coding`.
   """
   view, (_, uplink_state) = _view(received, seen, row), row.slots
   start = method.start(view, key.start)
@@ -429,16 +436,16 @@ def _run_client(model, method, solver, uplink, received, seen, row, key):
 
 
 class _Coding(NamedTuple):
-  """What an uplink did, summed over the clients that arrived."""
+  """Statistics of an uplink, summed over the clients that arrived."""
 
-  error: jax.Array  # squared norm of what coding changed
+  error: jax.Array  # squared norm of the coding error
   whole: jax.Array  # squared norm of what was coded
-  columns: dict[str, jax.Array]  # of the uplink's state
-  num: jax.Array  # clients
+  columns: dict[str, jax.Array]  # `columns` of the uplink's state
+  num: jax.Array  # number of clients
 
 
 def _coding(arrived, delta, coded, uplink_state) -> _Coding | tuple[()]:
-  """One client's share; () where the uplink hands on what it gets."""
+  """Computes one client's share; () if the uplink changes nothing."""
   pairs = list(zip(jax.tree.leaves(coded), jax.tree.leaves(delta)))
   if all(a is b for a, b in pairs):
     return ()
@@ -452,8 +459,11 @@ def _coding(arrived, delta, coded, uplink_state) -> _Coding | tuple[()]:
 
 
 def _of_uplink(coding: _Coding | tuple[()]) -> dict[str, jax.Array]:
-  """The metrics of an uplink; 'uplink/distortion' is the error's share of what
-  was coded, in squares."""
+  """Computes the metrics of an uplink.
+
+  'uplink/distortion' is the squared norm of the error divided by that of what
+  was coded.
+  """
   if not coding:
     return {}
   distortion = coding.error / jnp.where(coding.whole > 0, coding.whole, 1)
@@ -463,7 +473,7 @@ def _of_uplink(coding: _Coding | tuple[()]) -> dict[str, jax.Array]:
 
 
 def _metrics(rows, num_steps, local_metrics, info, acts):
-  """The round's scalars; NaN for a mean over nobody."""
+  """Computes the scalars of a round; a mean over no clients is NaN."""
   worked = rows.weight * (num_steps > 0)
   of_clients = {
     name: jnp.sum(worked * value) / jnp.sum(worked)
@@ -477,8 +487,7 @@ def _metrics(rows, num_steps, local_metrics, info, acts):
 
 
 def _local_loss(model, method, view, variables, batch, key):
-  """The clients' loss: cross-entropy over the valid examples, plus the
-  method's penalty."""
+  """Computes the local loss: mean cross-entropy plus the method's penalty."""
   output = model.apply(variables, batch.x, mask=batch.mask, train=True)
   cross_entropy = losses.cross_entropy(output.logits, batch.y, batch.mask)
   penalty = method.penalty(variables, output, batch, view, key)
@@ -489,16 +498,24 @@ def _local_loss(model, method, view, variables, batch, key):
 
 
 def over_seeds(fed: Federation) -> Federation:
-  """The same simulation for several seeds at once.
+  """Runs the same simulation for several seeds at once.
 
-  Keys and every leaf of the state get a leading axis [R]; data and schedule are
-  shared. `personalise` stays that of one seed.
+  Keys and every leaf of the state get a leading axis [R]; all seeds share the
+  data and the schedule. `personalise` remains that of one seed.
+
+  Args:
+    fed: from `federation`, with the clients' slots on the device.
+
+  Returns:
+    The federation of R seeds.
 
   Raises:
-    ValueError: where the clients' slots are on the host.
+    ValueError: if the clients' slots are on the host.
   """
   if fed.client_state != 'device':
-    raise ValueError("over_seeds needs client_state='device'.")
+    raise ValueError(
+      f"over_seeds needs client_state='device', got {fed.client_state!r}."
+    )
   return Federation(
     compiling.jit(jax.vmap(fed.init), compiling.ONCE),
     jax.jit(jax.vmap(fed.round, in_axes=(0, None, None, 0))),
@@ -517,26 +534,28 @@ def run(
   every: int | None = None,
   callback: Callable | None = None,
 ) -> tuple[State, dict[str, np.ndarray]]:
-  """Runs the rounds of `schedule`: one jitted scan, in chunks of `every`.
+  """Runs the rounds of `schedule`: a jitted scan in chunks of `every` rounds.
 
   Args:
     fed: from `federation` (or `over_seeds`).
-    state: where to begin. Its buffers are donated: do not use it afterwards.
+    state: the state to start from. Its buffers are donated: do not use it
+      afterwards.
     data: all clients' data.
     schedule: rows to run, every leaf [T, S]; checked by `check_schedule`.
     key: base key of the training, the same for every call of one run.
     every: rounds per chunk; None for one chunk.
-    callback: called after each chunk with (rounds of this call done, state,
-      Info of the chunk: metrics as NumPy arrays over its rounds, models of its
-      last round). The state is donated to the next chunk: copy what must last.
+    callback: called after each chunk with (number of rounds done in this call,
+      state, Info of the chunk: metrics as NumPy arrays over its rounds, models
+      of its last round). The state is donated to the next chunk: copy what you
+      want to keep.
 
   Returns:
     The last state, and the metrics of all rounds as NumPy arrays; 'bits_down'
     and 'bits_up' are sums over the clients, as 64-bit integers.
 
   Raises:
-    ValueError: for an invalid schedule, `every` below 1, or a state that was
-      donated before.
+    ValueError: for an invalid schedule, `every` below 1, or a state whose
+      buffers were donated before.
   """
   num_rounds = len(schedule.client_id)
   if every is None:
@@ -547,8 +566,8 @@ def run(
     getattr(leaf, 'is_deleted', bool)() for leaf in jax.tree.leaves(state)
   ):
     raise ValueError(
-      'this state was given to `run` before, which takes its buffers; copy it '
-      'first to begin from it twice: jax.tree.map(jnp.copy, state).'
+      'this state was given to `run` before, which donates its buffers; to '
+      'start from it twice, copy it first: jax.tree.map(jnp.copy, state).'
     )
   num_clients = data.count.shape[0]
   schedule = check_schedule(schedule, num_clients)
@@ -576,8 +595,7 @@ def run(
 
 
 def _run_chunk(fed, state, data, rows, key):
-  """The rounds of a chunk, with the slots brought in from the host if need
-  be."""
+  """Runs the rounds of a chunk; moves slots from and to the host if needed."""
   if fed.client_state == 'device':
     return _scan_rounds(fed, *stacking.put((state, data, rows), fed.mesh), key)
   num_clients = data.count.shape[0]
@@ -598,8 +616,8 @@ def _run_chunk(fed, state, data, rows, key):
   compiling.jit, cpu_options=compiling.OFTEN, static_argnums=0, donate_argnums=1
 )
 def _scan_rounds(fed, state, data, rows, key):
-  """Scan of rounds; metrics [T, ...], models of the last round."""
-  # `fed.round` is jitted: this trace and the one in the scan are the same.
+  """Scans over rounds; returns metrics [T, ...] and the last round's models."""
+  # `fed.round` is jitted, so the scan reuses this trace.
   blank = jax.tree.map(
     lambda a: jnp.zeros(a.shape, a.dtype),
     jax.eval_shape(
@@ -620,7 +638,7 @@ def _scan_rounds(fed, state, data, rows, key):
 
 
 def _pad_rounds(rows: Cohort, num_rows: int, num_clients: int) -> Cohort:
-  """Adds rows that are no rounds."""
+  """Adds rows of padding, which the scan skips."""
 
   def pad(column, value):
     shape = num_rows, column.shape[1]
@@ -642,11 +660,11 @@ def check_schedule(schedule: Cohort, num_clients: int) -> Cohort:
     num_clients: N.
 
   Returns:
-    The same as NumPy arrays of the right types; padding never arrives.
+    The schedule as NumPy arrays of the right types; padding never arrives.
 
   Raises:
     ValueError: for a wrong shape, an id or a number of steps out of range, or a
-      client that is twice in one round, with the round.
+      client that appears twice in a round; names the round.
   """
   ids = np.asarray(schedule.client_id)
   if ids.ndim != 2:
@@ -665,7 +683,10 @@ def check_schedule(schedule: Cohort, num_clients: int) -> Cohort:
     )
   order = np.argsort(ids, axis=1, kind='stable')
   if num_steps.min(initial=0) < 0:
-    raise ValueError('num_steps must be at least 0 in a schedule.')
+    raise ValueError(
+      'num_steps must be at least 0 in a schedule, got '
+      f'{num_steps.min(initial=0)}.'
+    )
   ids, arrived, num_steps = (
     np.take_along_axis(a, order, 1) for a in (ids, arrived, num_steps)
   )

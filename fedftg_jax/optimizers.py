@@ -8,7 +8,15 @@ import optax
 def adam(
   learning_rate: float | jax.Array, **options: float
 ) -> optax.GradientTransformation:
-  """`optax.adam`, `with_derivative`; arguments are its own."""
+  """Builds `optax.adam` with the derivative of `with_derivative`.
+
+  Args:
+    learning_rate: step size.
+    **options: other arguments of `optax.adam`.
+
+  Returns:
+    The optimiser.
+  """
   return optax.chain(
     with_derivative(optax.scale_by_adam(**options)),  # type: ignore[arg-type]
     optax.scale_by_learning_rate(learning_rate),
@@ -18,16 +26,16 @@ def adam(
 def with_derivative(
   optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-  """Gives an optimiser a finite derivative, and leaves its steps as they are.
+  """Gives an optimiser a finite derivative without changing its steps.
 
-  Where all gradients so far were exactly 0, as those of units that have not
-  been active, a step of Adam is 0 / eps, and JAX's derivative of the square
-  root makes 0 / 0 of it. Here that is 0. (Adam's `eps_root` would be another
-  way out, with other steps.)
+  If all gradients so far were exactly 0, as for units that have never been
+  active, a step of Adam is 0 / eps, and JAX's derivative of the square root
+  gives 0 / 0. Here that derivative is 0. (Adam's `eps_root` would also avoid
+  it, but would change the steps.)
 
   Args:
-    optimizer: one that does not look at the parameters, and closes over no
-      array of a trace.
+    optimizer: one that does not use the parameters, and does not close over
+      traced arrays.
 
   Returns:
     The optimiser.

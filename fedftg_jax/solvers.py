@@ -1,8 +1,8 @@
-"""Local training: plain functions `(objective, view, key) -> Local`.
+"""Local training: functions `(objective, view, key) -> Local`.
 
-A solver is written for one client. Under `vmap` its loops run as often as the
-largest client that is stacked with it, and a client that has done its own
-number of steps is left as it is.
+A solver is written for one client. Under `vmap` its loop runs for as many steps
+as the client with the most steps needs; a client that has finished its own
+steps does not change any more.
 """
 
 from collections.abc import Callable
@@ -26,39 +26,40 @@ def local_sgd(
   optimizer: optax.GradientTransformation = optax.identity(),
   augment: Callable = lambda key, x: x,
 ) -> Callable:
-  """Mini-batch descent, for whole epochs or for a fixed number of steps.
+  """Makes a solver of mini-batch descent, for a number of epochs or of steps.
 
   Each epoch visits the client's examples in a new order; the last batch of an
   epoch may be partial and is kept. The gradient is clipped by its global norm,
   THEN weight decay is added (`weight_decay` and the objective's own), then
-  comes `optimizer`, whose state is fresh in every round (but see
-  `kept_optimizer`), then the learning rate. Where the objective has a `rule`,
-  that takes the place of the optimiser and of the step; batches, clip and
+  `optimizer` is applied, then the learning rate. The optimiser starts with a
+  fresh state in every round (but see `kept_optimizer`). If the objective has a
+  `rule`, the rule replaces the optimiser and the step; batches, clipping and
   weight decay are the same.
 
   Args:
-    learning_rate: step size, or a function of the round (optax schedule).
+    learning_rate: step size, or a function of the round (an optax schedule).
     batch_size: examples per step.
-    epochs: passes over the client's data; exclusive with `steps`.
-    steps: steps for every client, whatever its size (as SCAFFOLD asks).
+    epochs: passes over the client's data; give this or `steps`.
+    steps: steps for every client, whatever its size (as SCAFFOLD asks for).
     weight_decay: coefficient of the L2 decay towards zero.
-    clip_norm: largest global norm of a gradient; None for no clip.
-    optimizer: direction from gradient, e.g. `optax.trace(0.9)`; without its
-      own learning rate.
-    augment: (key, images of a batch) -> images, in each step anew. Only what is
-      trained on passes through it, not what a method measures on a client's
-      data.
+    clip_norm: largest global norm of a gradient; None for no clipping.
+    optimizer: maps a gradient to a direction, e.g. `optax.trace(0.9)`; without
+      a learning rate of its own.
+    augment: (key, images of a batch) -> images, applied anew in each step. It
+      is applied only to images that the client trains on, not to those on which
+      a method measures something.
 
   Returns:
     The solver.
 
   Raises:
-    ValueError: if not exactly one of `epochs` and `steps` is given, or a value
-      is out of range.
+    ValueError: unless exactly one of `epochs` and `steps` is given, or if a
+      value is out of range.
   """
   if (epochs is None) == (steps is None):
     raise ValueError(
-      f'give either epochs or steps, got epochs={epochs}, steps={steps}.'
+      'exactly one of epochs and steps must be given, got '
+      f'epochs={epochs}, steps={steps}.'
     )
   for name, value in (
     ('batch_size', batch_size),
@@ -81,8 +82,8 @@ def local_sgd(
     per_epoch = -(-count // batch_size)
     wanted = epochs * per_epoch if steps is None else jnp.where(count, steps, 0)
     num_steps = jnp.minimum(wanted, view.num_steps).astype(jnp.int32)
-    # A split in three begins with the keys of a split in two: without
-    # augmentation the draws are those that they were before there was any.
+    # Splitting into three keeps the first two keys of a split into two, so the
+    # draws without augmentation are what they were before it was added.
     key_order, key_loss, key_augment = jax.random.split(key, 3)
     rule = objective.rule or _descent(optimizer, view)
     num = rule.num_batches
@@ -143,7 +144,7 @@ def local_sgd(
 
 
 def _descent(optimizer, view) -> Rule:
-  """A step of gradient descent; the memory is the optimiser's state."""
+  """Makes the rule of gradient descent; its memory is the optimiser's state."""
   begin = view.optimizer_state
   if begin is None:
     begin = optimizer.init(view.variables.params)
@@ -171,18 +172,18 @@ def batches(
   epochs: int | None = None,
   augment: Callable = lambda key, x: x,
 ) -> Callable[[jax.Array], Batch]:
-  """Gives a client's batches of one round, by their number.
+  """Returns a function that gives a client's batches of one round by index.
 
   Each epoch visits the client's examples in a new order; its last batch may be
   partial.
 
   Args:
-    data: one client's.
-    key_order: draws the orders.
-    key_augment: for `augment`.
+    data: one client's data.
+    key_order: key that draws the orders.
+    key_augment: key for `augment`.
     batch_size: examples in a batch.
-    epochs: how many orders to draw beforehand; None to draw each where it is
-      used, since a small client may go through very many.
+    epochs: number of epochs whose orders are drawn beforehand; None draws each
+      order where it is used, since a small client may need very many.
     augment: see `local_sgd`.
 
   Returns:
@@ -205,11 +206,11 @@ def batches(
 
 
 def _orders(key, data, num_epochs, batch_size):
-  """A function of the epoch: a random order of the client's positions, valid
-  ones first, [cap + pad].
+  """Makes a function of the epoch that gives the order of a client's positions.
 
-  The orders of `num_epochs` epochs are drawn beforehand; None draws each where
-  it is used, since a small client may go through very many.
+  An order is a random permutation with valid positions first, [cap + pad]. The
+  orders of `num_epochs` epochs are drawn beforehand; None draws each order
+  where it is used, since a small client may need very many.
   """
   cap = data.index.shape[0]
 
@@ -227,13 +228,16 @@ def _orders(key, data, num_epochs, batch_size):
 
 
 def kept_optimizer(optimizer: optax.GradientTransformation) -> Method:
-  """The clients' optimisers go on where they stopped: a part of a method.
+  """Makes a part of a method that keeps the clients' optimiser states.
 
-  A client keeps the state of its optimiser from round to round, however long it
-  is absent. It costs N states of memory, and nothing is sent.
+  A client's optimiser continues where it stopped, however long the client was
+  absent. This costs the memory of N states; nothing is sent.
 
   Args:
     optimizer: that of `local_sgd`.
+
+  Returns:
+    The method.
   """
 
   def train(inner, objective, view, key):
@@ -248,7 +252,7 @@ def kept_optimizer(optimizer: optax.GradientTransformation) -> Method:
 
 
 def frozen(objective, view, key) -> Local:
-  """No local training: the client returns the model that it received."""
+  """Returns the received model without training it, as a solver."""
   del objective, key
   return Local(
     view.variables,

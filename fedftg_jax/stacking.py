@@ -1,10 +1,10 @@
-"""One client's function over a cohort: stacked, in chunks, over devices.
+"""Maps one client's function over a cohort: stacked, in chunks, over devices.
 
-The engine is written for one client; here, and only here, is the client axis.
-Clients are stacked with `vmap`, at most `chunk` at a time, and shared out over
-a 1-D mesh of devices with `shard_map`. What is summed over clients is added up
-as chunks finish, on each device by itself, then once between devices: what is
-kept per client is only what was asked to be kept.
+The engine is written for one client; the client axis appears here and only
+here. Clients are stacked with `vmap`, at most `chunk` at a time, and divided
+among a 1-D mesh of devices with `shard_map`. Sums over clients are accumulated
+as chunks finish, first on each device and then once between devices. Per client
+only what was asked for is kept.
 """
 
 from collections.abc import Callable
@@ -20,16 +20,25 @@ AXIS = 'clients'
 
 
 def default_chunk() -> int:
-  """Clients stacked at once on this device: one on a CPU, whose caches hold one
-  client's weights and images but not a cohort's; all elsewhere (0)."""
+  """Returns the default number of clients to stack at once on this device.
+
+  It is 1 on a CPU, whose caches hold the weights and images of one client but
+  not those of a cohort, and 0 (all) elsewhere.
+  """
   return 1 if jax.default_backend() == 'cpu' else 0
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:
-  """A mesh over the first `num_devices` devices, of all processes; 0 for all.
+  """Makes a mesh over the first `num_devices` devices of all processes.
+
+  Args:
+    num_devices: 0 for all devices.
+
+  Returns:
+    The mesh, with one axis.
 
   Raises:
-    ValueError: if there are fewer.
+    ValueError: if there are fewer devices.
   """
   devices = jax.devices()
   if not 0 <= num_devices <= len(devices):
@@ -46,10 +55,10 @@ def make_mesh(num_devices: int = 0) -> Mesh:
 
 
 def put(tree: PyTree, mesh: Mesh | None) -> PyTree:
-  """`tree` on the device, or whole on every device of `mesh`.
+  """Puts `tree` on the device, or replicates it on every device of `mesh`.
 
-  Where the mesh spans several processes all of them have to come here, with
-  equal values.
+  If the mesh spans several processes, all of them must call this with equal
+  values.
   """
   if mesh is None:
     return jax.device_put(tree)
@@ -58,7 +67,7 @@ def put(tree: PyTree, mesh: Mesh | None) -> PyTree:
   def put_one(a):
     if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key) or a.sharding == whole:
       return jax.device_put(a, whole)
-    return jax.random.wrap_key_data(  # keys do not travel between processes
+    return jax.random.wrap_key_data(  # keys cannot move between processes
       jax.device_put(jax.random.key_data(a), whole), impl=jax.random.key_impl(a)
     )
 
@@ -66,7 +75,7 @@ def put(tree: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def everywhere(tree: PyTree, mesh: Mesh | None) -> PyTree:
-  """`put`, within a compiled function."""
+  """Replicates `tree` as `put` does, within a compiled function."""
   if mesh is None:
     return tree
   return jax.lax.with_sharding_constraint(
@@ -75,8 +84,10 @@ def everywhere(tree: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def shard(tree: PyTree, mesh: Mesh | None) -> PyTree:
-  """Lays rows on different devices, within a compiled function; any number of
-  rows."""
+  """Shards the leading axis over the devices, within a compiled function.
+
+  The number of rows need not be a multiple of the number of devices.
+  """
   if mesh is None:
     return tree
   return jax.lax.with_sharding_constraint(
@@ -85,8 +96,10 @@ def shard(tree: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def num_rows(cohort: int, chunk: int, mesh: Mesh | None = None) -> int:
-  """Rows that `over_clients` needs for a cohort: what chunks and devices
-  divide."""
+  """Returns the number of rows that `over_clients` needs for a cohort.
+
+  Every device gets the same number of rows, and chunks divide them evenly.
+  """
   devices = 1 if mesh is None else mesh.size
   each = -(-cohort // devices)
   if chunk:
@@ -105,9 +118,9 @@ def over_clients(
 
   Args:
     function: (shared, row) -> (summed, stacked).
-    shared: what all clients see; not copied along the client axis.
-    rows: every leaf [R, ...], with R as `num_rows` says.
-    chunk: how many rows are stacked at once; 0 for all of a device's.
+    shared: what all clients see; it is not copied along the client axis.
+    rows: every leaf [R, ...], with R from `num_rows`.
+    chunk: number of rows that are stacked at once; 0 for all rows of a device.
     mesh: devices that share the rows; None for one device.
 
   Returns:
@@ -136,7 +149,7 @@ def _on_one_device(function, chunk, shared, rows):
   chunk = min(chunk or num, num)
 
   def of_block(block):
-    if chunk == 1:  # no client axis at all
+    if chunk == 1:  # without a client axis
       summed, stacked = function(shared, jax.tree.map(lambda a: a[0], block))
       return summed, jax.tree.map(lambda a: a[None], stacked)
     summed, stacked = jax.vmap(functools.partial(function, shared))(block)
@@ -145,7 +158,7 @@ def _on_one_device(function, chunk, shared, rows):
   if chunk == num:
     return of_block(rows)
   blocks = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), rows)
-  # `function` is jitted: this trace and the one in the scan are the same.
+  # `function` is jitted, so the scan reuses this trace.
   zero = jax.tree.map(
     lambda a: jnp.zeros(a.shape, a.dtype),
     jax.eval_shape(of_block, jax.tree.map(lambda a: a[0], blocks))[0],

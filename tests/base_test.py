@@ -134,7 +134,9 @@ class ChainTest(absltest.TestCase):
 
   def test_hooks_that_do_not_take_their_arguments(self):
     part = base.Method(penalty=lambda variables, output, batch, view: 0.0)
-    want = r"a method's penalty takes \(variables, output, batch, view, key\): "
+    want = (
+      r"a method's penalty must take \(variables, output, batch, view, key\): "
+    )
     with self.assertRaisesRegex(ValueError, want):
       base.chain(fed_avg.fed_avg(), part)
 

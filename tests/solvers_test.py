@@ -191,8 +191,8 @@ class LocalSgdTest(parameterized.TestCase):
     self.assertEqual(plain.memory, ())
 
   @parameterized.parameters(
-    (dict(), 'either epochs or steps'),
-    (dict(epochs=1, steps=1), 'either epochs or steps'),
+    (dict(), 'exactly one of epochs and steps'),
+    (dict(epochs=1, steps=1), 'exactly one of epochs and steps'),
     (dict(epochs=0), 'epochs must be at least 1, got 0'),
     (dict(steps=-1), 'steps must be at least 1, got -1'),
   )

@@ -600,7 +600,7 @@ class RoundTest(parameterized.TestCase):
   def test_no_model_is_sent(self):
     silent = base.Method(sends_model=False)
     method = base.chain(fed_avg.fed_avg(), silent)
-    with self.assertRaisesRegex(ValueError, 'the method sends none'):
+    with self.assertRaisesRegex(ValueError, 'this method send no model'):
       federation.federation(
         problems.LINEAR, method, problems.SOLVER, 5, uplink=codec_of('qsgd')
       )
@@ -722,7 +722,7 @@ class ProgramTest(parameterized.TestCase):
       status, _, err = self.train('a', '--uplink=qsgd')
     programs.forget()
     self.assertEqual(status, 2)
-    self.assertRegex(err, '^error: --uplink=qsgd: .*the method sends none')
+    self.assertRegex(err, '^error: --uplink=qsgd: .*this method send no model')
     self.assertEqual(err.count('\n'), 1)
 
 

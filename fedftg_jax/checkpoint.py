@@ -1,11 +1,12 @@
-"""Checkpoints: trees of arrays on disk, with orbax.
+"""Saves and restores checkpoints: trees of arrays on disk, with orbax.
 
-A checkpoint is a folder named after the round, which is there whole or not at
-all. It holds the arrays, named by their place in the tree, a fingerprint of
-them, and a note of the caller's by which it knows its own. What is damaged,
-belongs to somebody else or has another structure is refused, by name. Digests
-of its files are compared before orbax reads them: its threads print tracebacks
-of their own where a file is damaged.
+A checkpoint is a folder named after the round. It is written completely or not
+at all. It holds the arrays, named by their place in the tree, a fingerprint of
+them, and a note by which the caller recognises its own checkpoints. A
+checkpoint that is damaged, belongs to another run, or has another structure is
+refused, and the error names the reason. Digests of its files are compared
+before orbax reads them, because orbax's threads print tracebacks of their own
+for damaged files.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,19 +27,19 @@ import numpy as np
 
 from fedftg_jax.base import PyTree
 
-with epy.lazy_imports():  # it takes half a second
+with epy.lazy_imports():  # importing it takes half a second
   from orbax import checkpoint as ocp
 
 _ROUND = re.compile('0|[1-9][0-9]*')
-_UNFINISHED = '.orbax-checkpoint-tmp'  # in the name of a save that was cut off
-_DIGESTS = 'digests.json'  # in a checkpoint, written last: of its other files
+_UNFINISHED = '.orbax-checkpoint-tmp'  # in the name of an interrupted save
+_DIGESTS = 'digests.json'  # digests of a checkpoint's other files, written last
 
 
 class Refused(ValueError):
-  """A checkpoint that cannot be used: which, and why.
+  """A checkpoint that cannot be used, with the reason.
 
   Attributes:
-    differ: the names in its note that are not as asked for.
+    differ: the names in its note whose values are not the expected ones.
   """
 
   differ: tuple[str, ...] = ()
@@ -50,19 +51,19 @@ def save(
   tree: PyTree,
   note: Mapping[str, Any],
 ) -> None:
-  """Writes a checkpoint, and removes what a save that was cut off left.
+  """Writes a checkpoint, and removes the remains of interrupted saves.
 
-  One process calls this, where several train together. An interruption (Ctrl-C)
-  takes effect after the writing.
+  If several processes train together, only one of them calls this. An
+  interruption (Ctrl-C) takes effect after the checkpoint is written.
 
   Args:
-    folder: where checkpoints of this run are.
-    round_: rounds done; a checkpoint of that name is replaced.
+    folder: where the checkpoints of this run are.
+    round_: number of rounds done; a checkpoint of that name is replaced.
     tree: arrays.
-    note: what JSON holds, by name; `restore` asks for an equal one.
+    note: values that JSON can hold, by name; `restore` requires an equal note.
 
   Raises:
-    OSError: if it cannot be written; those that are there stay.
+    OSError: if it cannot be written; existing checkpoints are kept.
   """
   arrays = _named(jax.device_get(tree))
   about = {'note': note, 'fingerprint': _fingerprint(arrays)}
@@ -79,12 +80,10 @@ def save(
       )
     )
     _write_digests(folder / str(round_))
-  except (
-    Exception
-  ) as error:  # whatever the store's driver makes of a broken disk
+  except Exception as error:  # the drivers of stores raise many types
     raise OSError(
       f'{folder}: the checkpoint of round {round_} cannot be written '
-      f'({_line(error)}); what was written before is still there'
+      f'({_line(error)}); earlier checkpoints are still there'
     ) from error
   for name in os.listdir(folder):
     if _UNFINISHED in name:
@@ -92,14 +91,16 @@ def save(
 
 
 def prune(folder: str | os.PathLike[str], round_: int, keep: int) -> None:
-  """Removes all but the last `keep` checkpoints up to `round_`; those of later
-  rounds stay."""
+  """Removes all but the last `keep` checkpoints up to `round_`.
+
+  Checkpoints of later rounds stay.
+  """
   for old in [r for r in rounds(folder) if r <= round_][:-keep]:
     shutil.rmtree(pathlib.Path(folder, str(old)))
 
 
 def rounds(folder: str | os.PathLike[str]) -> list[int]:
-  """The rounds of which there is a checkpoint, ascending."""
+  """Returns the rounds that have a checkpoint, in ascending order."""
   if not os.path.isdir(folder):
     return []
   return sorted(
@@ -117,7 +118,7 @@ def restore(
 
   Args:
     folder: see `save`.
-    round_: which.
+    round_: which checkpoint.
     like: arrays or their shapes and types, in the structure to restore.
     note: see `save`.
 
@@ -125,7 +126,7 @@ def restore(
     NumPy arrays in the structure of `like`.
 
   Raises:
-    Refused: if it cannot be read, is damaged, or is of something else.
+    Refused: if it cannot be read, is damaged, or belongs to something else.
   """
 
   def refuse(why, differ=()):
@@ -143,7 +144,7 @@ def restore(
   try:
     saved = json.loads((place / _DIGESTS).read_text())
   except (FileNotFoundError, NotADirectoryError):
-    saved = None  # killed before it was written
+    saved = None  # the save was killed before it wrote them
   except ValueError:
     refuse(f'is damaged: {_DIGESTS}')
   if saved is not None:
@@ -155,9 +156,9 @@ def restore(
     found = _to_its_end(
       lambda checkpointer: checkpointer.restore(place, args=args)
     )
-  except (MemoryError, PermissionError):  # may pass by: nothing is damaged
+  except (MemoryError, PermissionError):  # a passing problem, not damage
     raise
-  except Exception as error:  # whatever it makes of a damaged folder
+  except Exception as error:  # orbax raises many types for a damaged folder
     refuse(f'cannot be read ({_line(error)})')
   about, arrays = (
     found['about'],
@@ -174,7 +175,7 @@ def restore(
       if wanted_note.get(name) != found_note.get(name)
     ]
     names = ', '.join(differ)
-    refuse(f'is the checkpoint of another run; there differ: {names}', differ)
+    refuse(f'is the checkpoint of another run; these differ: {names}', differ)
   if about.get('fingerprint') != _fingerprint(arrays):
     refuse('is damaged: its arrays are not those that were saved')
   wanted = _named(like)
@@ -195,10 +196,13 @@ def restore(
 
 
 def _reserve(folder: pathlib.Path, num_bytes: int) -> None:
-  """OSError if there is no room for a file of that size.
+  """Checks that there is room for a file of that size.
 
-  Asked beforehand, because threads of orbax which fail while it writes print
-  their tracebacks whenever they end.
+  This is checked beforehand because threads of orbax that fail during a write
+  print their tracebacks whenever they end.
+
+  Raises:
+    OSError: if there is no room.
   """
   if hasattr(os, 'posix_fallocate'):
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -206,7 +210,7 @@ def _reserve(folder: pathlib.Path, num_bytes: int) -> None:
 
 
 def _to_its_end(act: Callable[['ocp.Checkpointer'], Any]) -> Any:
-  """Calls `act` in a thread: orbax cannot be interrupted without noise."""
+  """Calls `act` in a thread: orbax prints errors if it is interrupted."""
 
   def run():
     with _checkpointer() as checkpointer:
@@ -215,19 +219,19 @@ def _to_its_end(act: Callable[['ocp.Checkpointer'], Any]) -> Any:
   logger = logging.getLogger('absl')
   logger.addFilter(_not_of_orbax)
   try:
-    with futures.ThreadPoolExecutor(1) as thread:  # waits for it, come what may
+    with futures.ThreadPoolExecutor(1) as thread:  # leaving it waits for `act`
       return thread.submit(run).result()
   finally:
     logger.removeFilter(_not_of_orbax)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-  """Whether a line of the log is not about what orbax does on its way."""
+  """Returns whether a log record does not come from orbax."""
   return 'orbax' not in pathlib.Path(record.pathname).parts
 
 
 def _checkpointer():
-  """For one process, which waits for no other."""
+  """Makes a checkpointer for one process, which waits for no other process."""
   alone = ocp.options.MultiprocessingOptions(
     primary_host=jax.process_index(), active_processes={jax.process_index()}
   )
@@ -242,7 +246,7 @@ def _checkpointer():
 
 
 def _names(tree: PyTree) -> PyTree:
-  """Each leaf's place in the tree: 'variables.params.conv0.kernel'."""
+  """Names each leaf by its place, such as 'variables.params.conv0.kernel'."""
   return jax.tree_util.tree_map_with_path(
     lambda place, _: jax.tree_util.keystr(place, simple=True, separator='.'),
     tree,
@@ -250,8 +254,7 @@ def _names(tree: PyTree) -> PyTree:
 
 
 def _named(tree: PyTree) -> dict[str, Any]:
-  """Leaves by their place; without those of size 0, which orbax does not
-  take."""
+  """Returns the leaves by name, except those of size 0 (orbax rejects them)."""
   return {
     name: leaf
     for name, leaf in zip(jax.tree.leaves(_names(tree)), jax.tree.leaves(tree))
@@ -278,7 +281,7 @@ def _write_digests(place: pathlib.Path) -> None:
 
 
 def _digests(place: pathlib.Path) -> dict[str, str]:
-  """Of each file of a checkpoint, by its name in the folder."""
+  """Computes a digest of each file of a checkpoint, by relative path."""
   digests = {}
   for path in sorted(place.rglob('*')):
     if path.is_file() and not path.name.startswith(_DIGESTS):

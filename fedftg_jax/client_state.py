@@ -1,9 +1,10 @@
-"""Clients' slots on the host, for federations that are too large for a device.
+"""Keeps clients' slots on the host, for federations too large for a device.
 
-A slot tree with an axis [N] of clients lies in host memory, or in files that
-are mapped into it. For each chunk of rounds the rows of the clients that take
-part become a table on the device; the rounds run on the table, and its rows are
-written back. The device holds as many rows as a chunk has places, whatever N.
+A slot tree with an axis [N] of clients is in host memory, or in memory-mapped
+files. For each chunk of rounds the rows of the participating clients are copied
+into a table on the device; the rounds run on the table, and its rows are
+written back. The device holds only as many rows as a chunk has places in its
+cohorts, whatever N is.
 """
 
 import os
@@ -20,19 +21,19 @@ PLACES = ('device', 'host')
 def allocate(
   slot: PyTree, num_clients: int, folder: str | os.PathLike[str] | None = None
 ) -> PyTree:
-  """`num_clients` copies of one client's slot, as NumPy arrays.
+  """Allocates `num_clients` copies of one client's slot, as NumPy arrays.
 
   Args:
-    slot: one client's, arrays without a client axis.
+    slot: one client's slot, arrays without a client axis.
     num_clients: N.
-    folder: where to map the arrays from files that are made there, a .npy for
-      each leaf, so that they need not fit into memory; None for memory.
+    folder: where to create files that are memory-mapped, one .npy for each
+      leaf, so that the arrays need not fit into memory; None for memory.
 
   Returns:
     A tree of arrays [N, ...].
 
   Raises:
-    OSError: if the files cannot be made, or the disk has no room for them.
+    OSError: if the files cannot be created, or the disk has no room for them.
   """
   leaves, structure = jax.tree.flatten(jax.device_get(slot))
 
@@ -45,7 +46,7 @@ def allocate(
       path = pathlib.Path(folder) / f'slot{i:03d}.npy'
       path.parent.mkdir(parents=True, exist_ok=True)
       rows = np.lib.format.open_memmap(path, 'w+', leaf.dtype, shape)
-      try:  # a full disk is an error now, not a crash when it is written to
+      try:  # a full disk is an error now rather than a crash at a later write
         with path.open('r+b') as file:
           os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
       except OSError as error:
@@ -57,24 +58,24 @@ def allocate(
 
 
 def table_size(num_clients: int, num_rounds: int, cohort: int) -> int:
-  """Rows of the table for chunks of so many rounds."""
+  """Returns the number of rows of the table for chunks of `num_rounds`."""
   return min(num_clients, num_rounds * cohort)
 
 
 def to_table(
   clients: PyTree, rows: Cohort, num_clients: int, size: int
 ) -> tuple[PyTree, Cohort, np.ndarray]:
-  """The slots that some rounds touch, and the rounds pointed to them.
+  """Collects the slots that some rounds touch, and points the rounds to them.
 
   Args:
     clients: every leaf [N, ...], on the host.
-    rows: of the schedule, every leaf [T, S].
+    rows: rows of the schedule, every leaf [T, S].
     num_clients: N.
-    size: of the table; at least as many as there are different clients.
+    size: number of rows of the table, at least the number of different clients.
 
   Returns:
-    The table, every leaf [size, ...] (the last rows may be nobody's); `rows`
-    with `place` set; the clients in the table, ascending.
+    The table, every leaf [size, ...] (unused rows are at its end); `rows` with
+    `place` set; the ids of the clients in the table, ascending.
   """
   ids = np.unique(rows.client_id)
   ids = ids[ids < num_clients]
@@ -86,7 +87,7 @@ def to_table(
 
 
 def from_table(clients: PyTree, table: PyTree, ids: np.ndarray) -> None:
-  """Writes the table's rows back to where they belong, in place."""
+  """Writes the table's rows back to the clients' slots, in place."""
 
   def write(rows, new):
     rows[ids] = np.asarray(new)[: len(ids)]

@@ -1,14 +1,14 @@
-"""What stands for the Hessian where local training is differentiated forward.
+"""Approximations of the Hessian in forward-mode derivatives of local training.
 
-The derivative of local training in the model that it begins from is a product
-over its steps, of I - eta H for plain SGD, with H the Hessian of the objective.
-A part of this module puts something else in the place of H and leaves the
-training as it is: the gradient keeps its value and gets a derivative of its
+The derivative of local training in the model that it starts from is a product
+over its steps; for plain SGD the factors are I - eta H, with H the Hessian of
+the objective. A part from this module replaces H by an approximation and leaves
+the training as it is: the gradient keeps its value and gets a derivative of its
 own. `influence.tracking` takes a federation with such a part as `through`.
 
-Xue, Niu, Zheng, Tang, Lyu, Wu and Chen, Toward Understanding the Influence of
-Individual Clients in Federated Learning, AAAI 2021, arXiv:2012.10936, have
-'blocks' and 'fisher'.
+'blocks' and 'fisher' are from Xue, Niu, Zheng, Tang, Lyu, Wu and Chen, Toward
+Understanding the Influence of Individual Clients in Federated Learning, AAAI
+2021, arXiv:2012.10936.
 """
 
 from collections.abc import Callable
@@ -26,23 +26,22 @@ KINDS = ('exact', 'blocks', 'fisher', 'first_order')
 
 
 def curvature(kind: str = 'exact') -> Method:
-  """A part, the last of a chain, by which local training is differentiated
-  otherwise.
+  """Makes a part, the last of a chain, that replaces the Hessian of training.
 
-  Only the derivative of the objective's gradient in the parameters changes. It
-  is exact in all else that the objective depends on, such as the received model
-  in a penalty, and so are weight decay, clipping, momentum, and what a method
-  computes outside of local training. A part that trains by itself, without
-  calling `inner`, is differentiated exactly.
+  Only the derivative of the objective's gradient in the parameters changes. The
+  derivative stays exact in everything else that the objective depends on, such
+  as the received model in a penalty, and so do weight decay, clipping,
+  momentum, and what a method computes outside of local training. A part that
+  trains by itself, without calling `inner`, is differentiated exactly.
 
   Args:
-    kind: 'exact' changes nothing. 'blocks' drops what couples two arrays of the
-      parameters: each is pushed through the diagonal block of H by itself.
-      'fisher' has the mean over a batch's examples of g g^T instead of the
-      Hessian of the cross-entropy, g the gradient of one example's (the paper
-      draws some examples, here it is all of the batch); penalties keep their
-      Hessians. 'first_order' multiplies each step's H with the change that the
-      round began with: I - eta sum_i H_i in place of the product.
+    kind: 'exact' changes nothing. 'blocks' ignores the coupling between two
+      arrays of the parameters: each array is multiplied with its own diagonal
+      block of H. 'fisher' replaces the Hessian of the cross-entropy by the mean
+      of g g^T over a batch, where g is the gradient of one example (the paper
+      draws some examples; here it is the whole batch). Penalties keep their
+      Hessians. 'first_order' multiplies each step's H with the change at the
+      beginning of the round: I - eta sum_i H_i instead of the product.
 
   Returns:
     The method.
@@ -72,7 +71,7 @@ def curvature(kind: str = 'exact') -> Method:
 
 
 class _At(NamedTuple):
-  """Where a rule is asked for; functions of the parameters alone."""
+  """The functions of the parameters alone that a rule can use."""
 
   loss: Callable  # -> (value, LossAux)
   by_example: Callable  # -> [B] cross-entropies
@@ -80,7 +79,7 @@ class _At(NamedTuple):
 
 
 def _loss_with_rule(loss, rule, start, variables, batch, key):
-  """`loss`, whose gradient in the parameters has a derivative by `rule`."""
+  """Computes `loss`; the derivative of its gradient is given by `rule`."""
 
   def whole(params, stats):
     return loss(variables._replace(params=params, stats=stats), batch, key)
@@ -93,7 +92,7 @@ def _loss_with_rule(loss, rule, start, variables, batch, key):
 
     return jax.vmap(one)(batch.x, batch.y)
 
-  if rule is not _fisher:  # tracing takes time
+  if rule is not _fisher:  # do not trace what is not used
     by_example = lambda *_: ()
   args = variables.params, variables.stats
   whole, consts = _opened(whole, *args)
@@ -130,8 +129,8 @@ def _loss_with_rule(loss, rule, start, variables, batch, key):
 
   with_gradient.defjvp(derivative, symbolic_zeros=True)
 
-  # The solver's gradient takes `forward` and `backward`, plain operations to
-  # whoever differentiates the training.
+  # The solver's gradient uses `forward` and `backward`. These are plain
+  # operations for a derivative of the whole training.
   @jax.custom_vjp
   def value(params, start, rest):
     del start
@@ -148,9 +147,13 @@ def _loss_with_rule(loss, rule, start, variables, batch, key):
 
 
 def _opened(function: Callable, *args: PyTree) -> tuple[Callable, list]:
-  """A function whose first argument is what `function` closes over, and that.
+  """Turns what `function` closes over into a first argument.
 
-  What has a derivative by a rule may not close over what is traced around it.
+  A function with a custom derivative must not close over values that are traced
+  outside of it.
+
+  Returns:
+    The new function, and the value of its first argument.
   """
   closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
   structure = jax.tree.structure(shape)
@@ -165,8 +168,7 @@ def _opened(function: Callable, *args: PyTree) -> tuple[Callable, list]:
 
 
 def _jvp(function: Callable, primal: PyTree, tangent: PyTree) -> Any:
-  """`jax.jvp` of one argument, in those leaves whose tangent is not known to be
-  zero."""
+  """Computes `jax.jvp` of one argument, skipping leaves with symbolic zeros."""
   leaves, structure = jax.tree.flatten(primal)
   dots = jax.tree.leaves(tangent, is_leaf=_is_zero)
   moving = [i for i, d in enumerate(dots) if not _is_zero(d)]
@@ -196,13 +198,13 @@ def _is_zero(tangent: Any) -> bool:
 
 
 def _product(at, params, dot):
-  """The Hessian of the loss times `dot`."""
+  """Multiplies `dot` with the Hessian of the loss."""
   gradient = jax.grad(lambda p: at.loss(p)[0])
   return jax.jvp(gradient, (params,), (dot,))[1]
 
 
 def _blocks(at, params, dot, start_dot):
-  """Each array's diagonal block of the Hessian times that array of `dot`."""
+  """Multiplies each array of `dot` with its diagonal block of the Hessian."""
   del start_dot
   leaves, structure = jax.tree.flatten(params)
 
@@ -222,7 +224,7 @@ def _blocks(at, params, dot, start_dot):
 
 
 def _fisher(at, params, dot, start_dot):
-  """mean_b g_b <g_b, dot>, and the Hessian of the penalty times `dot`."""
+  """Computes mean_b g_b <g_b, dot>, plus the penalty's Hessian times `dot`."""
   del start_dot
 
   def penalty(params):
@@ -238,7 +240,7 @@ def _fisher(at, params, dot, start_dot):
 
 
 def _first_order(at, params, dot, start_dot):
-  """The Hessian times the change that the round began with."""
+  """Multiplies the Hessian with the change at the beginning of the round."""
   del dot
   return _product(at, params, start_dot)
 

@@ -1,7 +1,7 @@
-"""What server methods share that distil clients' models into one.
+"""Shared parts of server methods that distil clients' models into one.
 
-Labels for generated images, what teachers say together, and the student's
-training. Teachers are variables with a leading axis [K].
+These are the labels of generated images, the ensemble of the teachers, and the
+student's training. Teachers are variables with a leading axis [K].
 """
 
 from collections.abc import Callable
@@ -18,10 +18,13 @@ from fedftg_jax.data import clients
 
 
 def check_least(**bounds: tuple[float, float]) -> None:
-  """Checks that every value (value, least) is at least what it must be.
+  """Checks that every value is at least its lower bound.
+
+  Args:
+    **bounds: (value, lower bound) by name.
 
   Raises:
-    ValueError: names the value that is not.
+    ValueError: names the first value that is too small.
   """
   for name, (value, least) in bounds.items():
     if value < least:
@@ -39,8 +42,7 @@ def count_labels(num_classes: int) -> Callable:
 
 
 def draw_images(generator: Generator) -> Callable:
-  """Makes the hook `Method.synthesise` of a server slot that is the
-  generator."""
+  """Makes the hook `Method.synthesise` where the server slot is a generator."""
 
   def synthesise(shared, labels, key):
     z = jax.random.normal(key, (len(labels), generator.noise_dim))
@@ -49,27 +51,28 @@ def draw_images(generator: Generator) -> Callable:
   return synthesise
 
 
-KEPT = 8  # images of each class that a server keeps, for pictures
+KEPT = 8  # number of images of each class that a server keeps for pictures
 
 
 def no_images(num_classes: int, image_shape: tuple[int, ...]) -> jax.Array:
-  """[C, KEPT, ...] what a server keeps before there are any."""
+  """Returns a slot [C, KEPT, ...] for kept images, filled with zeros."""
   return jnp.zeros((num_classes, KEPT, *image_shape))
 
 
 def keep_images(
   kept: jax.Array, images: jax.Array, labels: jax.Array, valid: jax.Array
 ) -> jax.Array:
-  """Keeps the first images of each class, over and over if they are few.
+  """Keeps the first images of each class, repeated if there are too few.
 
   Args:
-    kept: [C, KEPT, ...] those before, which stay for a class without new ones.
+    kept: [C, KEPT, ...] the images kept before, which stay for a class without
+      new ones.
     images: [B, ...].
     labels: [B].
-    valid: [B] False for those that do not count.
+    valid: [B] False for images that do not count.
 
   Returns:
-    As `kept`.
+    The kept images, shaped like `kept`.
   """
 
   def of_class(old, label):
@@ -85,35 +88,47 @@ def keep_images(
 def draw_kept(
   shared: jax.Array, labels: jax.Array, key: jax.Array
 ) -> jax.Array:
-  """The hook `Method.synthesise` of a server slot as `keep_images` makes it:
-  one after the other of a class's."""
+  """Returns kept images of the given classes: the hook `Method.synthesise`.
+
+  It is for a server slot made by `keep_images`, and cycles through the images
+  of a class.
+  """
   del key
   return shared[labels, jnp.arange(len(labels)) % KEPT]
 
 
 def present(arrived: jax.Array) -> jax.Array:
-  """[K] one over the number of those that arrived, 0 for the others."""
+  """Returns equal weights [K] of the clients that arrived, 0 for the others."""
   return arrived / jnp.maximum(jnp.sum(arrived), 1)
 
 
 def rate_of(rate: float | Callable, received: Received) -> jax.Array | float:
-  """A learning rate that may be a function of the round."""
+  """Evaluates a learning rate that may be a function of the round."""
   return rate(received.round) if callable(rate) else rate
 
 
 def at_round(
   optimizer: Any, received: Received
 ) -> optax.GradientTransformation:
-  """An optimiser that may be a function of the round."""
+  """Evaluates an optimiser that may be a function of the round."""
   return optimizer(received.round) if callable(optimizer) else optimizer
 
 
 def quota_labels(key: jax.Array, counts: jax.Array, num: int) -> jax.Array:
-  """`num` labels with class shares as in integer `counts` [C], shuffled.
+  """Draws `num` labels with fixed class shares, in random order.
 
-  Class c gets floor(num * cumsum_c / total) less what the classes before it
-  got, in integers, so that no share is off by a rounding. The total must stay
-  below 2**30.
+  Class c gets floor(num * cumsum_c / total) labels, less those of the classes
+  before it. This is computed in integers, so that no share is off by a rounding
+  error.
+
+  Args:
+    key: shuffles the labels.
+    counts: [C] integers, to which the shares are proportional; their total must
+      be below 2**30.
+    num: number of labels.
+
+  Returns:
+    [num] int32.
   """
   chex.assert_type(counts, int)
   ends = _share(num, jnp.cumsum(counts))
@@ -122,8 +137,10 @@ def quota_labels(key: jax.Array, counts: jax.Array, num: int) -> jax.Array:
 
 
 def _share(num: int, cumulative: jax.Array) -> jax.Array:
-  """floor(num * cumulative / cumulative[-1]), by long division: the product may
-  not fit into 32 bits."""
+  """Computes floor(num * cumulative / cumulative[-1]) by long division.
+
+  The product may not fit into 32 bits.
+  """
   part = cumulative.astype(jnp.uint32)
   total = jnp.maximum(part[-1], 1)
   bits = num.bit_length()
@@ -140,29 +157,29 @@ def _share(num: int, cumulative: jax.Array) -> jax.Array:
 
 
 def iid_labels(key: jax.Array, counts: jax.Array, num: int) -> jax.Array:
-  """`num` independent labels with probabilities `counts` [C] / total."""
+  """Draws `num` independent labels with probabilities `counts` [C] / total."""
   return jax.random.categorical(key, jnp.log(counts), shape=(num,))
 
 
 def of_all_classes(draw_labels: Callable) -> Callable:
-  """Draws as if all classes were equally frequent, for ablations."""
+  """Wraps `draw_labels` to draw all classes equally often, for ablations."""
   return lambda key, counts, num: draw_labels(key, jnp.ones_like(counts), num)
 
 
 def teacher_logits(
   model: Model, teachers: Variables, x: jax.Array
 ) -> jax.Array:
-  """[K, B, C] what each teacher says of the images `x`, in eval mode."""
+  """Computes each teacher's logits on images `x` in eval mode, [K, B, C]."""
   return jax.vmap(lambda teacher: model.apply(teacher, x).logits)(teachers)
 
 
 def frozen_logits(model: Model, teachers: Variables, x: jax.Array) -> jax.Array:
-  """As `teacher_logits`, where no gradient is taken, see `losses.frozen`."""
+  """Computes `teacher_logits` without a gradient, see `losses.frozen`."""
   return losses.frozen(lambda t: teacher_logits(model, t, x), teachers)
 
 
 def mean_of_probabilities(logits: jax.Array, weight: jax.Array) -> jax.Array:
-  """The weighted mean of the teachers' probabilities.
+  """Computes the weighted mean of the teachers' probabilities.
 
   Args:
     logits: [K, B, C].
@@ -176,8 +193,10 @@ def mean_of_probabilities(logits: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def mean_of_logits(logits: jax.Array, weight: jax.Array) -> jax.Array:
-  """The probabilities of the weighted sum of logits; as
-  `mean_of_probabilities`."""
+  """Computes the probabilities of the weighted sum of the teachers' logits.
+
+  Arguments and result are those of `mean_of_probabilities`.
+  """
   chex.assert_equal_shape_prefix([logits, weight], 2)
   mass = jnp.sum(weight, axis=0)[:, None]
   return mass * jax.nn.softmax(jnp.einsum('kbc,kb->bc', logits, weight))
@@ -189,20 +208,19 @@ ENSEMBLES = {'prob': mean_of_probabilities, 'logit': mean_of_logits}
 def renewed_statistics(
   model: Model, variables: Variables, x: jax.Array
 ) -> Output:
-  """Normalises by the batch; the running statistics become those of the
-  batches."""
+  """Runs the model in train mode: batch statistics update the running ones."""
   return model.apply(variables, x, train=True)
 
 
 def batch_statistics(
   model: Model, variables: Variables, x: jax.Array
 ) -> Output:
-  """Normalises by the batch; the running statistics stay as they are."""
+  """Normalises by the batch and leaves the running statistics unchanged."""
   return model.apply(variables, x, train=True)._replace(stats=variables.stats)
 
 
 def kept_statistics(model: Model, variables: Variables, x: jax.Array) -> Output:
-  """Normalises by the running statistics, which stay as they are."""
+  """Normalises by the running statistics and leaves them unchanged."""
   return model.apply(variables, x)
 
 
@@ -228,7 +246,7 @@ def distil(
   Args:
     model: the classifier.
     student: its variables.
-    optimizer: with its learning rate; its state begins anew.
+    optimizer: includes the learning rate; its state starts anew.
     loss: (logits [B, C], target [B, C]) -> scalar.
     examples: (step) -> (images, target).
     num_steps: number of updates.
@@ -263,12 +281,13 @@ def sgd(
   weight_decay: float = 0.0,
   clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-  """SGD whose weight decay is a part of the gradient, as in PyTorch.
+  """Builds SGD with weight decay as part of the gradient, as in PyTorch.
 
   Args:
     learning_rate: step size.
     weight_decay: factor of the parameters that is added to the gradient.
-    clip_norm: largest global norm of the gradient before that; 0 for no bound.
+    clip_norm: largest global norm of the gradient, before weight decay is
+      added; 0 for no bound.
 
   Returns:
     The optimiser.

@@ -1,4 +1,4 @@
-"""Accuracy and loss: of models on whole data sets, and client by client."""
+"""Accuracy and loss of models, on whole data sets and client by client."""
 
 from collections.abc import Iterator
 import functools
@@ -20,7 +20,7 @@ from fedftg_jax.base import (
 )
 from fedftg_jax.data import clients
 
-_HOST_BLOCK = 64  # clients whose slots are brought to the device at once
+_HOST_BLOCK = 64  # number of clients whose slots are on the device at once
 
 
 @functools.partial(
@@ -34,20 +34,20 @@ def evaluate(
   batch_size: int = 500,
   batch_stats: bool = False,
 ) -> dict[str, jax.Array]:
-  """Mean cross-entropy and accuracy, and the accuracy on each class.
+  """Computes mean cross-entropy, accuracy, and the accuracy on each class.
 
   Args:
     model: the classifier.
     variables: its variables.
     x: [M, H, W, channels] images.
     y: [M] labels.
-    batch_size: examples at once; the last batch is padded and masked.
+    batch_size: examples in a batch; the last batch is padded and masked.
     batch_stats: whether BatchNorm normalises by each batch, for a model whose
-      running statistics mean nothing; else by the running statistics.
+      running statistics are meaningless, or else by the running statistics.
 
   Returns:
-    {'loss', 'accuracy'}: scalars; {'per_class'}: [C], NaN for a class that has
-    no examples.
+    {'loss', 'accuracy'}: scalars; {'per_class'}: [C], NaN for a class without
+    examples.
   """
   return _of_all(model.apply, variables, x, y, batch_size, batch_stats)
 
@@ -76,34 +76,34 @@ def evaluate_clients(
   chunk: int = 1,
   batch_size: int = 500,
 ) -> dict[str, dict[str, jax.Array]]:
-  """Evaluates the broadcast model and personal models on every client's test
-  examples, before and after the client's local training.
+  """Evaluates broadcast and personal models on every client's test examples.
 
-  Models whose architecture differs between clients are there once for all
+  'broadcast' is the model that the client's local training would start from;
+  its BatchNorm statistics are the client's own if the method keeps them on
+  clients. 'personalised' is that model after local training, with the random
+  draws of the next round: a client that is selected in that round trains the
+  same model. For the personal models of a method see `base.Personalise`.
+
+  Models whose architecture differs between clients are reported once for all
   clients and once for each architecture, as 'custom' and 'custom_lenet'.
-
-  'broadcast' is the model as the client begins from it: with BatchNorm
-  statistics of its own where the method gives it those. 'personalised' is what
-  local training makes of it, with the draws of the next round: a client that is
-  selected in it trains the same model. For personal models of the method, see
-  `base.Personalise`.
 
   Args:
     fed: the simulation, of one seed.
-    state: after the last round, of one seed.
-    data: what the clients train on.
-    test: what each is tested on; its `index` and `count` have the same N rows.
+    state: the state after the last round, of one seed.
+    data: the clients' training data.
+    test: the clients' test data; its `index` and `count` have the same N rows.
     key: base key of the training.
-    personalise: whether to train: costs one local training of every client.
+    personalise: whether to train locally before a second evaluation; costs one
+      local training of every client.
     by_class: whether to evaluate every client's models on all of `test`, too.
-    chunk: how many clients are stacked at once, see `stacking.over_clients`.
-    batch_size: examples at once; the last batch is padded and masked.
+    chunk: number of clients stacked at once, see `stacking.over_clients`.
+    batch_size: examples in a batch; the last batch is padded and masked.
 
   Returns:
     By model: {'loss', 'accuracy'}, [N], NaN for clients without test examples
-    and for those of another architecture; with `by_class` also {'per_class'}:
-    [N, C], accuracy on each class of the whole test set, NaN for a class that
-    it does not have.
+    and for clients of another architecture. With `by_class` also {'per_class'}:
+    [N, C], the accuracy on each class of the whole test set, NaN for a class
+    without test examples.
   """
   num = len(test.count)
   size = num if fed.client_state == 'device' else _HOST_BLOCK
@@ -126,8 +126,11 @@ def evaluate_clients(
 
 
 def _blocks(fed, state, num, size):
-  """Clients' numbers, `size` at a time, each with the state that has their
-  slots in that order; the last block is filled up with its last client."""
+  """Yields blocks of `size` client ids, each with the state of their slots.
+
+  The slots are in the order of the ids. The last block is filled up with the
+  last client.
+  """
   for first in range(0, num, size):
     ids = np.minimum(np.arange(first, first + min(size, num)), num - 1)
     slots = state.clients
@@ -139,19 +142,20 @@ def _blocks(fed, state, num, size):
 def personal_models(
   fed: Federation, state: State, data: Data, key: jax.Array, chunk: int = 1
 ) -> Iterator[tuple[int, dict[str, Personal]]]:
-  """Gives every client's personal models, as they are before its next local
-  training; nothing where the method has none.
+  """Yields every client's personal models before its next local training.
+
+  It yields nothing if the method has no personal models.
 
   Args:
     fed: the simulation, of one seed.
-    state: after the last round, of one seed.
-    data: what the clients train on.
+    state: the state after the last round, of one seed.
+    data: the clients' training data.
     key: base key of the training.
-    chunk: how many clients are stacked at once, see `stacking.over_clients`.
+    chunk: number of clients stacked at once, see `stacking.over_clients`.
 
   Yields:
-    A client's number and its models by name, without 'broadcast', on the host.
-    Some clients' at a time are taken from the device.
+    A client's id and its models by name, without 'broadcast', on the host. The
+    models of a block of clients are copied from the device at a time.
   """
   num = len(data.count)
   for ids, part in _blocks(fed, state, num, _HOST_BLOCK):
@@ -166,7 +170,7 @@ def personal_models(
   compiling.jit, cpu_options=compiling.ONCE, static_argnums=(0, 5)
 )
 def _personal_of_some(fed, state, data, key, ids, chunk):
-  """Clients `ids`, as in `_evaluate_some`."""
+  """Computes the personal models of clients `ids`, as in `_evaluate_some`."""
   num = len(ids)
   pad = 0, stacking.num_rows(num, chunk, fed.mesh) - num
   places = jnp.arange(num) if fed.client_state != 'device' else ids
@@ -193,7 +197,7 @@ def _personal_of_some(fed, state, data, key, ids, chunk):
 def _evaluate_some(
   fed, state, data, test, key, ids, *, personalise, by_class, chunk, batch_size
 ):
-  """Clients `ids`, in whose order `state.clients` is."""
+  """Evaluates clients `ids`; `state.clients` is in their order."""
   num = len(ids)
   pad = 0, stacking.num_rows(num, chunk, fed.mesh) - num
 
@@ -229,24 +233,24 @@ def _evaluate_some(
 def fairness(
   values: np.ndarray, examples: np.ndarray | None = None
 ) -> dict[str, float]:
-  """How evenly accuracy falls to clients.
+  """Measures how evenly accuracy is distributed over clients.
 
-  Jain, Chiu and Hawe, A Quantitative Measure of Fairness, DEC-TR-301, 1984:
-  (sum x)^2 / (n sum x^2), 1 if all are equal, 1 / n if one has everything.
-  Mean, variance and tails as in Li et al., ICLR 2020, arXiv:1905.10497, but in
-  fractions where they have percent.
+  Jain's index is (sum x)^2 / (n sum x^2): 1 if all values are equal, 1 / n if
+  one client has everything (Jain, Chiu and Hawe, A Quantitative Measure of
+  Fairness, DEC-TR-301, 1984). Mean, variance and tails are as in Li et al.,
+  ICLR 2020, arXiv:1905.10497, but as fractions instead of percent.
 
   Args:
     values: [N], NaN for clients that do not count.
-    examples: [N] how many examples each value is of; None for no weighted
+    examples: [N] number of examples behind each value; None for no weighted
       figures.
 
   Returns:
-    'clients': how many count. If any do: 'mean', each client alike; 'worst' and
-    'best', the means over the worst and best tenth of the clients, one at
-    least; 'variance', about the mean over all of them; 'jain', 1 where all are
-    zero; 'weighted_mean' and 'weighted_variance', clients weighted by their
-    examples.
+    'clients': the number of clients that count. If there are any: 'mean', with
+    equal weights; 'worst' and 'best', the means over the worst and best tenth
+    of the clients (at least one client); 'variance', around the mean over all
+    of them; 'jain', 1 if all values are zero; 'weighted_mean' and
+    'weighted_variance', with clients weighted by their examples.
   """
   finite = np.isfinite(values)
   weighted = {}
@@ -277,16 +281,16 @@ def fairness(
 def by_distribution(
   per_class: np.ndarray, counts: np.ndarray
 ) -> dict[str, np.ndarray]:
-  """Accuracy in and out of each client's own distribution.
+  """Computes the accuracy in and out of each client's own class distribution.
 
-  As in FedNTD (arXiv:2106.03097): the accuracy on each class, weighted by the
-  client's share p_c of that class in training, or by (1 - p_c) / (C - 1).
+  As in FedNTD (arXiv:2106.03097), it is the accuracy on each class, weighted by
+  the client's share p_c of that class in training, or by (1 - p_c) / (C - 1).
   Classes without test examples do not count.
 
   Args:
     per_class: [N, C] accuracy of each client's model on each class, NaN for a
       class without test examples.
-    counts: [N, C] examples of each class that each client trains on.
+    counts: [N, C] number of training examples of each class on each client.
 
   Returns:
     {'in', 'out'}: [N], NaN for a client without examples.
@@ -311,7 +315,7 @@ def by_distribution(
 
 
 def _of_client(model, data, batch_size):
-  """One client's scores; NaN without examples."""
+  """Computes one client's scores; NaN if it has no examples."""
   means = clients.mean_over_examples(
     functools.partial(_scores, model.apply, model.variables, False),
     data,
@@ -324,8 +328,11 @@ def _of_client(model, data, batch_size):
 
 
 def _scores(apply, variables, batch_stats, batch):
-  """Means over the valid examples: loss, hits, and by class examples and
-  hits."""
+  """Computes means over the valid examples of a batch.
+
+  They are the loss, the accuracy, and by class the shares of all examples that
+  are of the class and that are of it and classified correctly.
+  """
   logits = apply(variables, batch.x, mask=batch.mask, train=batch_stats).logits
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
   correct = jnp.argmax(logits, axis=-1) == batch.y
@@ -342,10 +349,14 @@ def _scores(apply, variables, batch_stats, batch):
 
 
 def last_models() -> Method:
-  """Every client keeps its last model, for `mean_of_last_models`.
+  """Makes a part of a method that keeps every client's last model.
 
   The official plots of many methods show the mean over ALL clients' last
-  models. It costs N models of memory, and nothing is sent.
+  models, see `mean_of_last_models`. This costs the memory of N models; nothing
+  is sent.
+
+  Returns:
+    The method.
   """
   return Method(
     init=lambda key, variables: ((), variables),
@@ -354,12 +365,12 @@ def last_models() -> Method:
 
 
 def mean_of_last_models(own: Variables, weight: jax.Array) -> Variables:
-  """The mean over the slots of `last_models`.
+  """Averages the models that `last_models` keeps.
 
   Args:
     own: the slots, every leaf [N, ...].
-    weight: [N] how clients count, such as their numbers of examples (the
-      official FedAvg) or ones (FedDyn, SCAFFOLD).
+    weight: [N] the clients' weights, such as their numbers of examples
+      (official FedAvg code) or ones (FedDyn, SCAFFOLD).
 
   Returns:
     One model.

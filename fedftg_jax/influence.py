@@ -1,32 +1,35 @@
-"""How the model would differ had a client never taken part, while it trains.
+"""Estimates, during training, the model without each of some clients.
 
 Xue, Niu, Zheng, Tang, Lyu, Wu and Chen, Toward Understanding the Influence of
 Individual Clients in Federated Learning, AAAI 2021, arXiv:2012.10936
-(Fed-Influence). With C_t the cohort of round t, s_t the state after it and
-C_t \\ c the cohort in which client c does not arrive,
+(Fed-Influence). Let C_t be the cohort of round t, s_t the state after it, and
+C_t \\ c the cohort in which client c does not arrive. Then
 
   eps_0^c = 0
   eps_t^c = round(s_{t-1}, C_t \\ c) - round(s_{t-1}, C_t)
             + d round(s_{t-1}, C_t \\ c)[eps_{t-1}^c]
 
-estimates s_t without c less s_t. The first difference is what c's absence
-changes in this round, the derivative carries on what it changed before. For
-FedAvg with full gradients these are equations 10 and 11. Deviations:
+estimates s_t without c minus s_t. The first difference is the effect of c's
+absence in this round; the derivative propagates the effect of its absence in
+earlier rounds. For FedAvg with full gradients these are equations 10 and 11.
+Deviations:
 
-- s_t is all that the next round needs: the model, BatchNorm statistics, the
-  method's slots on the server and on clients. So the estimate is one for every
-  method, and of its server step, too.
-- The derivative is forward mode (`jax.jvp`) through the round as it is, with
-  its mini-batches, clipping, decay and momentum. `curvature` has the paper's
-  approximations.
-- If c is alone in a cohort, that round leaves the model without c as it was.
-- The rounding of a codec counts as the identity (`straight_through`).
-- What is discrete, such as labels that are drawn, permutations, counters and
-  flags, has no derivative: it is that of the run.
+- s_t is everything that the next round needs: the model, BatchNorm statistics,
+  and the method's slots on the server and on clients. The estimate therefore
+  works for every method and includes its server step.
+- The derivative is forward mode (`jax.jvp`) through the actual round, with its
+  mini-batches, clipping, decay and momentum. The paper's approximations are in
+  `curvature`.
+- If c is the only client of a cohort, the round without c leaves the model
+  unchanged.
+- The rounding of a codec is differentiated as the identity
+  (`straight_through`).
+- Discrete values, such as random labels, permutations, counters and flags, have
+  no derivative and stay those of the run.
 
-Both batches and schedule are those of the run: keys are by client and round,
-and a cohort without c is the cohort in which c does not arrive. Shares of data
-(s_k, N) stay those of all clients.
+Batches and schedule stay those of the run: random keys depend on client and
+round, and a cohort without c is the cohort in which c does not arrive. Shares
+of the data (s_k, N) stay those of all clients.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,28 +56,28 @@ CARRIES = ('derivative', 'identity')
 
 
 class NoForwardMode(ValueError):
-  """A round that cannot be differentiated forward."""
+  """An error: the round cannot be differentiated in forward mode."""
 
 
 class Estimate(NamedTuple):
-  """What is estimated for each of C tracked clients."""
+  """The estimates for C tracked clients."""
 
-  # eps: the state without the client less the state, every leaf [C, ...]; of
-  # what is not floating point [C] zeros.
+  # eps: the state without the client minus the state, every leaf [C, ...]. A
+  # leaf that is not floating point is replaced by zeros [C].
   change: State
-  truncated: jax.Array  # [C, L] bool, arrays of the parameters
+  truncated: jax.Array  # [C, L] bool, for each array of the parameters
 
 
 class Retrained(NamedTuple):
-  """The simulation without each of C tracked clients."""
+  """The simulations without each of C tracked clients."""
 
   states: State  # every leaf [C, ...]
 
 
 class Slot(NamedTuple):
-  """The server slot of a federation that tracks clients."""
+  """The server's slot in a federation that tracks clients."""
 
-  shared: PyTree  # of the method
+  shared: PyTree  # the method's slot
   tracked: Estimate | Retrained
 
 
@@ -87,12 +90,12 @@ def tracking(
   truncation: float | None = None,
   at_once: int = 1,
 ) -> Federation:
-  """The simulation that also estimates each tracked client's influence.
+  """Adds estimates of the tracked clients' influence to a simulation.
 
-  The run itself is that of `fed`: `run`, chunks, checkpoints and `over_seeds`
-  take the one for the other. A round costs, for each tracked client, about two
-  rounds; nothing for a client that has not been selected so far. What is kept
-  is one state for each tracked client.
+  The training itself is that of `fed`, and `run`, chunks, checkpoints and
+  `over_seeds` accept the result in place of `fed`. For each tracked client a
+  round costs about two rounds more, but nothing for a client that has not been
+  selected yet. The memory is that of one state for each tracked client.
 
   Example:
     fed = influence.tracking(fed, range(10))
@@ -101,30 +104,30 @@ def tracking(
 
   Args:
     fed: from `federation`.
-    clients: ids of those to track, C of them.
-    through: a federation with states like those of `fed`, whose rounds are
-      taken in place of its own in the equation above: with a part of
-      `curvature`, with `client_stage` of what refines the model on the server,
-      or with the uplink `straight_through`. None for `fed`.
-    carry: what becomes of earlier changes: the round's 'derivative', or the
-      'identity', as if there were no curvature, which needs no forward mode.
-    truncation: an array of the parameters whose change the derivative makes
-      more than so many times as long has for ever after no carried part, only
-      that of the round. The paper's layer-wise examination and truncation
-      (LWET) is 1 with `curvature('blocks')`. None for never.
-    at_once: tracked clients that are stacked; 1 takes them one after another
-      and leaves out those that have no influence yet.
+    clients: ids of the C clients to track.
+    through: a federation with states like those of `fed`, whose rounds replace
+      those of `fed` in the equation above: with a part of `curvature`, with
+      `client_stage` of the part that refines the model on the server, or with
+      the uplink `straight_through`. None for `fed`.
+    carry: how earlier changes are propagated: by the round's 'derivative', or
+      by the 'identity', which ignores curvature and needs no forward mode.
+    truncation: if the derivative makes the change of an array of the parameters
+      longer by more than this factor, only the changes of single rounds count
+      for that array from then on. The paper's layer-wise examination and
+      truncation (LWET) is 1 with `curvature('blocks')`. None for never.
+    at_once: number of tracked clients that are stacked; 1 takes them one after
+      another and skips those without any influence yet.
 
   Returns:
     The federation. Its metrics are those of `fed` and 'influence/size', the
-    mean over the tracked clients of |eps| / |w|, both of the parameters, and
+    mean over the tracked clients of |eps| / |w|, both for the parameters, and
     with `truncation` 'influence/truncated', the share of truncated arrays.
 
   Raises:
-    ValueError: for a value out of range, or slots of clients on the host; when
-      the first round is traced, for a client that there is not, for a round
-      without forward mode, or for an uplink that codes, whose rounding has no
-      derivative.
+    ValueError: for a value out of range, or if clients' slots are on the host;
+      when the first round is traced, for a client that does not exist, for a
+      round without forward mode, or for an uplink that codes, because its
+      rounding has no derivative.
   """
   if carry not in CARRIES:
     raise ValueError(f'carry must be one of {CARRIES}, got {carry!r}.')
@@ -151,7 +154,7 @@ def tracking(
       if through is None and 'uplink/distortion' in info.metrics:
         raise NoForwardMode(
           'the uplink codes what clients send, and its rounding has no '
-          'derivative to carry an influence with; give `through` with '
+          'derivative that could carry an influence; give `through` with '
           "straight_through(uplink), or use carry='identity', or retrain."
         )
       _check_forward_mode(via, state, data, cohort, key)
@@ -195,15 +198,17 @@ def tracking(
 def retraining(
   fed: Federation, clients: Sequence[int], *, at_once: int = 1
 ) -> Federation:
-  """The simulation, and beside it that without each tracked client.
+  """Adds a simulation without each tracked client beside the simulation itself.
 
-  What `tracking` estimates, by as many trainings in the same program: in each,
-  its client does not arrive. A round costs as much as so many rounds.
+  It computes what `tracking` estimates, by training C more models in the same
+  program; in each of them, one client does not arrive. A round costs as much as
+  C + 1 rounds.
 
   Args:
     fed: from `federation`.
-    clients: ids of those to leave out, one in each training.
-    at_once: trainings that are stacked; 1 takes them one after another.
+    clients: ids of the C clients to leave out, one in each training.
+    at_once: number of trainings that are stacked; 1 takes them one after
+      another.
 
   Returns:
     The federation; see `tracking`.
@@ -229,11 +234,17 @@ def retraining(
 
 
 def client_stage(part: Method) -> Method:
-  """`part` without its step on the server, with slots like its own.
+  """Returns `part` with the same slots but without its step on the server.
 
-  In `through`, in the place of a part that refines the model: the influence is
-  then that on the model before it is refined, with what refining adds to it
-  held fixed.
+  Used in `through`, in place of a part that refines the model. The influence is
+  then that on the model before it is refined; what refining adds is held
+  constant.
+
+  Args:
+    part: a method.
+
+  Returns:
+    The method without its server step.
   """
   return part._replace(
     update=lambda variables, shared, received, key: (variables, shared, Info())
@@ -243,21 +254,21 @@ def client_stage(part: Method) -> Method:
 def straight_through(
   uplink: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-  """A codec that is differentiated as if it handed on what it gets.
+  """Wraps a codec so that it is differentiated as the identity.
 
-  In `through`, in the place of the run's uplink. What rounding to a grid does
-  to a small change is 0 or a whole step; over its random dither it is that
-  change in the mean.
+  Used in `through`, in place of the run's uplink. Rounding to a grid turns a
+  small change into 0 or a whole step; in the mean over its random dither it is
+  the change itself.
 
   Args:
     uplink: one without error feedback.
 
   Returns:
-    The uplink, whose messages are the same.
+    The uplink; its messages are the same.
 
   Raises:
-    ValueError: when it is first used, for one with error feedback: what it does
-      not send is not lost in the mean, but kept.
+    ValueError: when first used, for an uplink with error feedback, where what
+      is not sent is kept for later and so is not lost in the mean.
   """
   uplink = optax.with_extra_args_support(uplink)
 
@@ -276,7 +287,7 @@ def straight_through(
     if jax.tree.leaves(optax.tree.get(state, 'residual', ())):
       raise NoForwardMode(
         'the uplink keeps what it does not send (error feedback), which has no '
-        "derivative to carry an influence with; use carry='identity', or "
+        "derivative that could carry an influence; use carry='identity', or "
         'retrain.'
       )
     return state
@@ -289,14 +300,14 @@ def straight_through(
 
 
 def untracked(state: State) -> State:
-  """The state of the simulation itself."""
+  """Returns the state of the simulation itself."""
   if not isinstance(state.shared, Slot):
     return state
   return state._replace(shared=state.shared.shared)
 
 
 def models(state: State) -> Variables:
-  """The model without each tracked client, every leaf [C, ...]."""
+  """Returns the model without each tracked client, every leaf [C, ...]."""
   tracked = state.shared.tracked
   if isinstance(tracked, Retrained):
     return tracked.states.variables
@@ -308,8 +319,10 @@ def models(state: State) -> Variables:
 
 
 def changes(state: State) -> Variables:
-  """The model without each tracked client less the model (the paper's influence
-  on parameters), every leaf [C, ...]."""
+  """Returns the model without each tracked client minus the model.
+
+  This is the paper's influence on parameters; every leaf is [C, ...].
+  """
   tracked = state.shared.tracked
   if isinstance(tracked, Estimate):
     return tracked.change.variables
@@ -329,9 +342,9 @@ def on_test(
   batch_size: int = 500,
   batch_stats: bool = False,
 ) -> dict[str, jax.Array]:
-  """Each tracked client's influence on the test set.
+  """Computes each tracked client's influence on the test set.
 
-  The values of the model without the client less those of the model: a
+  It is the value of the model without the client minus that of the model: a
   difference of two evaluations, not a derivative.
 
   Args:
@@ -339,13 +352,13 @@ def on_test(
     state: of a federation that tracks clients.
     x: [M, H, W, channels] images.
     y: [M] labels.
-    batch_size: examples at once.
+    batch_size: examples in a batch.
     batch_stats: see `evaluation.evaluate`.
 
   Returns:
     {'loss', 'accuracy', 'parameters'}: [C]. 'loss' is high for a client whose
     absence hurts (the paper's FIL); 'accuracy' is low for it (FIA);
-    'parameters' is the length of the change of the parameters.
+    'parameters' is the norm of the change of the parameters.
   """
 
   def scores(variables):
@@ -368,7 +381,7 @@ def _wrapped(
   begin: Callable,
   advance: Callable,
 ) -> Federation:
-  """`fed` with a slot for what is tracked, and what advances it."""
+  """Adds a slot for tracked values to `fed` and updates it in every round."""
   ids = np.asarray(clients)
   if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
     raise ValueError(f'clients must be ids, at least one, got {clients}.')
@@ -380,8 +393,8 @@ def _wrapped(
     raise ValueError(f'at_once must be at least 1, got {at_once}.')
   if fed.client_state != 'device':
     raise ValueError(
-      "tracking clients needs client_state='device': what a client changes is "
-      "kept for all clients' slots."
+      "tracking clients needs client_state='device', got "
+      f"{fed.client_state!r}: it keeps the changes of all clients' slots."
     )
 
   def init(key, /, folder=None):
@@ -393,8 +406,8 @@ def _wrapped(
     num_clients = data.count.shape[0]
     if ids.max() >= num_clients:
       raise ValueError(
-        f'client {ids.max()} is to be tracked; there are {num_clients}, 0 to '
-        f'{num_clients - 1}.'
+        f'client {ids.max()} cannot be tracked: the ids of the {num_clients} '
+        f'clients are 0 to {num_clients - 1}.'
       )
     plain = untracked(state)
     new, info = fed.round(plain, data, cohort, key)
@@ -413,7 +426,7 @@ def _wrapped(
 
 
 def _without(cohort, client):
-  """The cohort in which `client` neither works nor arrives."""
+  """Returns the cohort in which `client` neither trains nor arrives."""
   stays = cohort.client_id != client
   worked = cohort.worked
   return cohort._replace(
@@ -430,15 +443,19 @@ def _takes_part(cohort, client):
 
 
 def _mapped(function, rows, at_once):
-  """`function` over the tracked clients, some at once."""
+  """Maps `function` over the tracked clients, some of them at once."""
   return jax.lax.map(
     function, rows, batch_size=at_once if at_once > 1 else None
   )
 
 
 def _carried(without, state, change, truncated, carry, truncation):
-  """A round without a client: (state after it, what it makes of `change`, which
-  arrays are truncated)."""
+  """Runs a round without a client and propagates `change` through it.
+
+  Returns:
+    The state after the round, the propagated change, and which arrays are
+    truncated.
+  """
   if carry == 'identity':
     return without(state), change, truncated
   tangent = _tangent(state, change)
@@ -456,7 +473,7 @@ def _carried(without, state, change, truncated, carry, truncation):
 
 
 def _tangent(state, change):
-  """`change` as JAX takes it; what is not floating point has no tangent."""
+  """Converts `change` to a JAX tangent; integers and flags have none."""
   return jax.tree.map(
     lambda a, e: e if _floating(a) else np.zeros(a.shape, jax.dtypes.float0),
     state,
@@ -465,29 +482,38 @@ def _tangent(state, change):
 
 
 def _block_lengths(change):
-  """[L] lengths of the arrays of the parameters."""
+  """Computes the norms [L] of the arrays of the parameters."""
   leaves = jax.tree.leaves(change.variables.params)
   return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(a))) for a in leaves])
 
 
 def _lengths(change: Variables) -> jax.Array:
-  """[C] lengths of the changes of the parameters."""
+  """Computes the norms [C] of the changes of the parameters."""
   return jax.vmap(optax.tree.norm)(change.params)
 
 
 def _check_alike(state: State, other: State) -> None:
-  """ValueError for states of different kinds of federations."""
+  """Checks that two states come from federations of the same kind.
+
+  Raises:
+    ValueError: if their structures differ.
+  """
   if jax.tree.structure(state) != jax.tree.structure(other):  # type: ignore[operator]
     raise ValueError(
-      'the states of `through` must be like those of `fed`: give both chains '
-      "as many parts, such as curvature('exact') where the other has "
-      "curvature('blocks')."
+      'the states of `through` must have the structure of those of `fed`: give '
+      "both chains equally many parts, such as curvature('exact') where the "
+      "other has curvature('blocks')."
     )
 
 
 def _check_forward_mode(fed, *args) -> None:
-  """Raises NoForwardMode if the round of `args` cannot be differentiated
-  forward; JAX says that only when it is lowered."""
+  """Checks that the round can be differentiated in forward mode.
+
+  JAX detects this only when the derivative is lowered.
+
+  Raises:
+    NoForwardMode: if it cannot.
+  """
 
   def along(state, *args):
     tangent = _tangent(state, jax.tree.map(jnp.zeros_like, state))
@@ -502,10 +528,10 @@ def _check_forward_mode(fed, *args) -> None:
     if 'forward-mode' not in str(error):
       raise
     raise NoForwardMode(
-      'the round has no forward mode, since the derivative of a function in it '
-      "is written for backward mode alone: build the model with conv='im2col', "
-      'or call it by losses.frozen where no gradient is taken, or use '
-      "carry='identity', or retrain."
+      'the round has no forward mode, since a function in it has a derivative '
+      "for backward mode only: build the model with conv='im2col', call it "
+      "through losses.frozen where no gradient is taken, use carry='identity', "
+      'or retrain.'
     ) from error
 
 

@@ -1,25 +1,30 @@
-"""What differential privacy a run has; needs the extra [dp]."""
+"""Computes the differential privacy of a run; needs the extra [dp]."""
 
 import functools
 
 
 @functools.lru_cache(maxsize=1024)
 def epsilon(rounds: int, rate: float, noise: float, delta: float) -> float:
-  """The epsilon of (epsilon, delta) differential privacy after some rounds.
+  """Computes the epsilon of (epsilon, delta) differential privacy of a run.
 
-  For the presence of one client (add or remove) in a sum of clipped changes
-  with Gaussian noise, each client taking part in each round with the same
-  probability (Poisson sampling). By the accountant of privacy loss
-  distributions of Google's dp-accounting: an upper bound.
+  It holds for adding or removing one client, where each round publishes a sum
+  of clipped changes with Gaussian noise and each client takes part in each
+  round with the same probability (Poisson sampling). The value is an upper
+  bound, from the accountant of privacy loss distributions in Google's
+  dp-accounting.
 
   Args:
     rounds: T.
-    rate: q, the probability to take part.
-    noise: z, deviation of the noise over the clip.
-    delta: probability with which epsilon may not hold.
+    rate: q, the probability that a client takes part in a round.
+    noise: z, the noise multiplier: standard deviation of the noise over the
+      clip.
+    delta: the probability with which epsilon may not hold.
+
+  Returns:
+    Epsilon.
 
   Raises:
-    ImportError: without dp-accounting.
+    ImportError: if dp-accounting is not installed.
     ValueError: for a value out of range.
   """
   if not (rounds >= 1 and 0 < rate <= 1 and noise > 0 and 0 < delta < 1):

@@ -1,9 +1,9 @@
-"""Named methods and how they combine: what flags and most readers use.
+"""Builds methods and combinations of methods by name, as the flags do.
 
 `build('scaffold+fed_ftg', settings)` puts the named parts in the order in which
-a server works, whatever the order of the names: one part aggregates, others
-correct the mean, others refine the model. Without an aggregating part `fed_avg`
-is added.
+the server runs them, whatever the order of the names: one part aggregates,
+others correct the mean, others refine the model. If no part aggregates,
+`fed_avg` is added.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,28 +38,28 @@ from fedftg_jax.methods import q_fed_avg as q_fed_avg_lib
 from fedftg_jax.methods import remembering as remembering_lib
 from fedftg_jax.methods import scaffold as scaffold_lib
 
-# The server runs its steps in this order; 'local' parts leave the model alone.
+# The server runs its steps in this order; 'local' parts have no server step.
 KINDS = ('local', 'aggregates', 'corrects', 'refines')
 
 
 class Settings(NamedTuple):
-  """What the named methods are made of.
+  """The settings that the named methods are built from.
 
   Attributes:
     model: the classifier.
     num_classes: C.
     server_optimizer: of the aggregating part; None for the plain mean.
     generator: for methods that generate images.
-    options: by method, those of its `options` that differ from their defaults,
-      with the names of `PARTS` instead of functions.
-    cohort: clients in every round, for methods that keep as many models.
-    batch_size: of local training, for methods that go through clients' data.
+    options: by method, the values of its `options` that differ from their
+      defaults, with the names of `PARTS` instead of functions.
+    cohort: number of clients in every round, for methods that keep one model
+      for each.
+    batch_size: of local training, for methods that iterate over clients' data.
     learning_rate: of the first round.
     weight_decay: of local training, for students on the server.
-    privacy: of the sum, the keyword arguments of `private_fed_avg`; none for a
-      plain one.
-    build_model: makes a classifier by its name, for methods with several.
-    num_clients: N, for those, too.
+    privacy: keyword arguments of `private_fed_avg`; empty for a plain sum.
+    build_model: builds a classifier by name, for methods with several models.
+    num_clients: N, for the same methods.
     image_shape: (height, width, channels), for methods that make images.
   """
 
@@ -79,25 +79,26 @@ class Settings(NamedTuple):
 
 
 class Recipe(NamedTuple):
-  """How one name becomes a method."""
+  """A rule that builds a method from its name."""
 
   kind: str  # one of KINDS
-  # Makes the Method. Its arguments that are fields of `Settings` come from
-  # there; the others, if they have a default, are options. Each option is a
-  # flag: the prefix and its name, with its default and text in the docstring.
+  # Builds the Method. Arguments named like a field of `Settings` get its value.
+  # Other arguments with a default are options. Each option becomes a flag named
+  # by the prefix and the argument, with the argument's default and its text in
+  # the docstring.
   function: Callable
   help: str
-  weighting: str = 'examples'  # how it wants clients to count in means
+  weighting: str = 'examples'  # how clients should be weighted in means
   generates: bool = False  # whether it needs a generator
   prefix: str = ''
-  fields: Callable | None = None  # whose arguments are options, too
-  without: tuple[str, ...] = ()  # but for these
-  # Values of other flags that it needs: (flag, these, why).
+  fields: Callable | None = None  # a function whose arguments are options, too
+  without: tuple[str, ...] = ()  # arguments that are no options
+  # Required values of other flags: (flag, allowed values, reason).
   needs: tuple[tuple[str, tuple, str], ...] = ()
-  # What it tells the server that a private sum does not protect.
+  # What it reveals to the server beyond a private sum.
   reveals: str = ''
-  trains: bool = False  # whether it changes how local training goes
-  alone: str = ''  # why it goes with no other part
+  trains: bool = False  # whether it replaces local training
+  alone: str = ''  # the reason why it cannot be combined with another part
 
   @property
   def given(self) -> list[str]:
@@ -123,7 +124,7 @@ class Recipe(NamedTuple):
     }
 
   def build(self, settings: Settings, **options: Any) -> Method:
-    """The method; `options` go before the settings."""
+    """Builds the method; `options` take precedence over the settings."""
     given = {name: getattr(settings, name) for name in self.given}
     return self.function(**given | options)
 
@@ -158,56 +159,57 @@ PARTS: dict[str, dict[str, Any]] = {
 
 
 class FtgOptions(NamedTuple):
-  """FedFTG by names and numbers; the defaults are those of the released code.
+  """FedFTG's options by name; the defaults are those of the released code.
 
   Attributes:
-    iterations: I, outer iterations a round; 0 switches the fine-tuning off.
+    iterations: I, outer iterations in a round; 0 switches fine-tuning off.
     generator_steps: I_g, passes of generator updates in an iteration.
     student_steps: I_d, student updates in an iteration.
-    batch_size: B, generated images at once.
+    batch_size: B, number of generated images in a batch.
     student_lr: learning rate of the student's SGD (here also a function of the
       round).
     generator_lr: learning rate of the generator's Adam (here also a function of
       the round).
-    weight_decay: of the student's SGD (code: the clients'). It shrinks the
-      model by about I I_d student_lr weight_decay in a round, wherever else it
-      goes.
+    weight_decay: weight decay of the student's SGD (code: that of the clients).
+      It shrinks the model by a factor of about 1 - I I_d student_lr
+      weight_decay in a round, in addition to all other changes.
     student_clip: largest global norm of the student's gradient in a step,
-      before weight decay is added; 0 for no bound (code), with which a deep net
-      that normalises by kept statistics can diverge.
+      before weight decay is added; 0 for no bound (code). Without a bound, a
+      deep network that normalises by its running statistics can diverge.
     lambda_cls: weight of the fidelity term.
     lambda_dis: weight of the diversity term.
-    gen_step: 'sequential', one Adam step per teacher in the order of client ids
-      with lambda_dis / K in each (code), or 'joint', one step on the sum over
-      teachers with lambda_dis once (paper).
-    hard_samples: whether the generator raises the discrepancy of student and
-      teachers, so that it looks for hard samples (code).
-    md: this discrepancy: 'l1' of logits, mean over classes, teacher held fixed
-      (code), or 'kl' of predictions (paper).
-    cls_weight: fidelity as mean(CE) * mean(alpha) ('mean', code) or as
-      mean(CE * alpha) ('per_sample').
-    ensemble: teachers combine as probabilities ('prob', code) or 'logit'.
+    gen_step: 'sequential', one Adam step per teacher, in the order of client
+      ids, with lambda_dis / K in each (code), or 'joint', one step on the sum
+      over teachers with lambda_dis once (paper).
+    hard_samples: whether the generator also maximises the discrepancy between
+      student and teachers, which makes it look for hard samples (code).
+    md: the discrepancy: 'l1' of logits, mean over classes, with the teacher
+      held constant (code), or 'kl' of predictions (paper).
+    cls_weight: fidelity as mean(CE) * mean(alpha) ('mean', code) or as mean(CE
+      * alpha) ('per_sample').
+    ensemble: whether the teachers' probabilities ('prob', code) or logits
+      ('logit') are averaged.
     teacher_weight: 'class', alpha_k^y = n_k^y / sum_i n_i^y, or 'uniform', 1 /
       K (ablation of the class-level ensemble).
-    student_reduction: student loss as mean over batch and classes ('mean_bc',
+    student_reduction: student loss as a mean over batch and classes ('mean_bc',
       code) or over the batch alone ('batchmean', C times larger).
-    temperature: of the softmaxes of ensemble and student in the student's loss,
-      which is then T^2 as large (Hinton et al., arXiv:1503.02531); 1 in the
-      code.
+    temperature: temperature of the softmaxes of ensemble and student in the
+      student's loss, which is then multiplied by T^2 (Hinton et al.,
+      arXiv:1503.02531); 1 in the code.
     student_bn: 'overwrite', the student is distilled in train mode and its
-      BatchNorm statistics become those of generated images (code), 'batch', it
-      is distilled alike, but the aggregated statistics are kept, or 'keep', it
-      normalises by them, too.
+      BatchNorm statistics become those of generated images (code); 'batch', the
+      same, but the aggregated statistics are kept; or 'keep', the student also
+      normalises by the aggregated statistics.
     labels: 'quota', deterministic class counts in random order (code), or
-      'iid' draws (paper).
-    label_sampling: 'customised', classes as frequent as the cohort has them, or
-      'uniform' over all classes (ablation).
-    memory: the model that was broadcast is one more teacher, with the class
-      counts of earlier rounds, discounted by this factor a round (see
-      `remembering`); 0 for no such teacher (code).
-    eps_root: added under the root of the generator's Adam, whose derivative is
-      else 0 / 0 where a gradient is 0: for forward mode through a round; 0 in
-      the code.
+      'iid', independent draws (paper).
+    label_sampling: 'customised', classes as frequent as in the cohort's data,
+      or 'uniform' over all classes (ablation).
+    memory: discount per round. The broadcast model becomes one more teacher,
+      with the discounted class counts of earlier rounds (see `remembering`); 0
+      for no such teacher (code).
+    eps_root: added under the square root of the generator's Adam. Without it,
+      the derivative of the root is 0 / 0 where a gradient is 0, which matters
+      for forward mode through a round; 0 in the code.
   """
 
   iterations: int = 10
@@ -235,8 +237,8 @@ class FtgOptions(NamedTuple):
   eps_root: float = 0.0
 
 
-# What surrounds the step of `fed_ftg.PRESETS`: options that differ from the
-# code's, and whether the generator has biases in front of its BatchNorms.
+# What the presets change besides `fed_ftg.PRESETS`: options that differ from
+# the code's, and whether the generator has biases in front of its BatchNorms.
 FTG_PRESETS: dict[str, dict[str, Any]] = {
   'official': dict(generator_bias=True),
   'paper': dict(labels='iid', generator_bias=True),
@@ -248,7 +250,11 @@ FTG_PRESETS: dict[str, dict[str, Any]] = {
 
 
 def ftg_options(preset: str = 'official', **changes) -> FtgOptions:
-  """The options of a preset of FedFTG, with `changes` on top.
+  """Returns the options of a preset of FedFTG, with `changes` on top.
+
+  Args:
+    preset: a key of `FTG_PRESETS`.
+    **changes: values of `FtgOptions` by name.
 
   Raises:
     ValueError: for an unknown preset, name or number.
@@ -293,12 +299,12 @@ def _check_choice(name, value, allowed):
 
 
 def _fed_ftg(model, generator, num_classes, preset='official', **changes):
-  """FedFTG by `FtgOptions`.
+  """Builds FedFTG from `FtgOptions`.
 
   Args:
-    preset: official: the released code; paper: the equations as far as known;
-      intended: the code with its defects mended; robust: what was found to
-      help, see docs/when_it_pays.md.
+    preset: a set of options. official: the released code; paper: the equations
+      of the paper, as far as they are known; intended: the code with its
+      defects fixed; robust: what was found to help, see docs/when_it_pays.md.
   """
   o = ftg_options(preset, **changes)
   part = {
@@ -341,11 +347,11 @@ def _fed_ftg(model, generator, num_classes, preset='official', **changes):
 
 
 def _fed_df(model, generator, num_classes, weight_decay, memory=0.0, **options):
-  """FedDF on generated images.
+  """Builds FedDF on generated images.
 
   Args:
-    memory: on generated images: the broadcast model is one more teacher, as
-      with --ftg_memory.
+    memory: only on generated images: the broadcast model is one more teacher,
+      as with --ftg_memory.
   """
   return _remembering(
     fed_df_lib.fed_df(
@@ -378,7 +384,7 @@ def _remembering(part, num_classes, memory):
 
 
 def _at_rate(make, rate):
-  """An optimiser by its learning rate, which may be a function of the round."""
+  """Builds an optimiser whose learning rate may be a function of the round."""
   return (lambda round_: make(rate(round_))) if callable(rate) else make(rate)
 
 
@@ -403,15 +409,15 @@ def _scaffold(
   lr0: bool = False,
   ref_untuned: bool = False,
 ):
-  """SCAFFOLD.
+  """Builds SCAFFOLD.
 
   Args:
     option: 1, control variates from a gradient over all data, or 2, from the
       mean step.
-    lr0: the first round's learning rate in the control variates, as the
-      official code has.
-    ref_untuned: control variates compare with the mean before fine-tuning, as
-      the official code's do.
+    lr0: whether to use the first round's learning rate in the control variates,
+      as the official codes do.
+    ref_untuned: whether control variates are relative to the mean before
+      fine-tuning, as in the official FedFTG code.
   """
   rate = learning_rate if lr0 else None
   return scaffold_lib.scaffold(option, rate, ref_untuned, batch_size)
@@ -420,11 +426,11 @@ def _scaffold(
 def _kd_lwof(
   model, build_model, num_clients, models='mlp,lenet,fedavg_cnn', **options
 ):
-  """KD + LwoF by the names of architectures.
+  """Builds KD + LwoF from the names of architectures.
 
   Args:
-    models: the clients' architectures, joined with commas; client k has that of
-      number k modulo their number.
+    models: the clients' architectures, separated by commas; client k has number
+      k modulo their count.
   """
   names = models.split(',')
   check_architectures(names, num_clients)
@@ -436,8 +442,16 @@ def _kd_lwof(
 def check_architectures(
   names: Sequence[str], num_clients: int | None = None
 ) -> None:
-  """Raises ValueError for an architecture that does not exist, is named twice,
-  or would have none of `num_clients` clients (None for unknown)."""
+  """Checks the names of the clients' architectures.
+
+  Args:
+    names: the architectures.
+    num_clients: N; None if unknown.
+
+  Raises:
+    ValueError: for an architecture that does not exist, is named twice, or
+      would be used by no client.
+  """
   for name in names:
     if name not in models_lib.CLASSIFIERS:
       raise ValueError(
@@ -453,18 +467,18 @@ def check_architectures(
     )
 
 
-# Of methods that make images which match BatchNorm's statistics.
+# For methods that make images which match BatchNorm's statistics.
 _STATISTICS = (
   'batch_norm',
   ('aggregate', 'reset'),
   'its images match the statistics of the model that is sent',
 )
 
-# Of methods with two models on each client.
+# For methods with two models on each client.
 _ONE_MOMENTUM = (
   ('keep_momentum', (False,), 'one momentum does not fit two models'),
 )
-# Of methods whose local steps follow a rule of their own.
+# For methods whose local steps follow a rule of their own.
 _OWN_STEPS = (('momentum', (0.0,), 'its local steps have none'),)
 
 RECIPES = {
@@ -653,7 +667,7 @@ RECIPES = {
   ),
 }
 
-# With default learning rates; those of the last three are not tuned.
+# Optimisers and their default learning rates; the last three are not tuned.
 SERVER_OPTIMIZERS = {
   'sgd': (optax.sgd, 1.0),
   'momentum': (lambda rate: optax.sgd(rate, momentum=0.9), 1.0),
@@ -664,11 +678,17 @@ SERVER_OPTIMIZERS = {
 
 
 def parse(name: str) -> list[str]:
-  """The parts of 'a+b' in the order in which the server runs them.
+  """Splits 'a+b' into parts, in the order in which the server runs them.
+
+  Args:
+    name: names of methods, joined with +.
+
+  Returns:
+    The names, including 'fed_avg' if no other part aggregates.
 
   Raises:
-    ValueError: for an unknown or repeated part, two that aggregate or that
-      train in their own way, or a part beside one that goes with no other.
+    ValueError: for an unknown or repeated part, two parts that aggregate or
+      that replace local training, or a part that cannot be combined.
   """
   parts = name.split('+')
   for part in parts:
@@ -706,14 +726,18 @@ def parse(name: str) -> list[str]:
 def build(
   name: str, settings: Settings, *further: Method, refining: bool = True
 ) -> Method:
-  """Chains the parts that `name` names, e.g. 'fed_avg', 'fed_ftg' or 'a+b'.
+  """Builds the chain of the parts in `name`, such as 'scaffold+fed_ftg'.
 
   Args:
     name: see `parse`.
-    settings: what the parts are made of.
-    *further: parts to come last. What the others draw does not depend on them.
-    refining: whether parts that refine the model do so; without, they keep
+    settings: the settings that the parts are built from.
+    *further: parts to add at the end. The random draws of the others do not
+      depend on them.
+    refining: whether parts that refine the model do so; if False they only keep
       their slots, see `influence.client_stage`.
+
+  Returns:
+    The method.
 
   Raises:
     ValueError: for a wrong name or option, or a part that a private sum does
@@ -732,40 +756,47 @@ def build(
 
 
 def check_private(name: str) -> None:
-  """Raises ValueError if the method called `name` tells more than a sum."""
+  """Checks that the method called `name` reveals no more than a sum.
+
+  Raises:
+    ValueError: names the part that reveals more, and what.
+  """
   for part in parse(name):
     if RECIPES[part].reveals:
       raise ValueError(f'cannot protect {part}, which {RECIPES[part].reveals}')
 
 
 def weighting(name: str) -> str:
-  """How the method called `name` wants clients to count in means."""
+  """Returns how the method called `name` weights clients in means."""
   wanted = [RECIPES[part].weighting for part in parse(name)]
   return 'uniform' if 'uniform' in wanted else 'examples'
 
 
 def refines(name: str) -> bool:
-  """Whether the method called `name` refines the model on the server."""
+  """Returns whether the method called `name` has a part that refines."""
   return any(RECIPES[part].kind == 'refines' for part in parse(name))
 
 
 def generates(name: str) -> bool:
-  """Whether the method called `name` needs a generator."""
+  """Returns whether the method called `name` needs a generator."""
   return any(RECIPES[part].generates for part in parse(name))
 
 
 def server_optimizer(
   name: str, learning_rate: float | None = None, eps_root: float = 0.0
 ) -> optax.GradientTransformation | None:
-  """A server optimiser by name; None (the plain mean) for SGD of rate 1.
+  """Builds a server optimiser by name; None for the plain mean (SGD of rate 1).
 
   Args:
     name: a key of `SERVER_OPTIMIZERS`.
-    learning_rate: None for that of the table.
-    eps_root: of Adam, see `FtgOptions.eps_root`; 0 for the others.
+    learning_rate: None for the default of the table.
+    eps_root: of Adam, see `FtgOptions.eps_root`; must be 0 for the others.
+
+  Returns:
+    The optimiser, or None.
 
   Raises:
-    ValueError: for an unknown name, or an `eps_root` that is not Adam's.
+    ValueError: for an unknown name, or an `eps_root` without Adam.
   """
   if name not in SERVER_OPTIMIZERS:
     raise ValueError(
@@ -776,6 +807,8 @@ def server_optimizer(
   rate = default if learning_rate is None else learning_rate
   if eps_root:
     if name != 'adam':
-      raise ValueError(f'eps_root is of adam, got {eps_root} with {name}.')
+      raise ValueError(
+        f'eps_root must be 0 with {name}, got {eps_root}; only adam has it.'
+      )
     return make(rate, eps_root=eps_root)
   return None if (name, rate) == ('sgd', 1.0) else make(rate)

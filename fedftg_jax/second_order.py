@@ -1,16 +1,18 @@
 """Curvature of the loss: Hessian-vector products, top eigenvalue, traces.
 
-The second-order analysis of FedAlign (Mendieta et al., CVPR 2022,
-arXiv:2111.14213), whose code has PyHessian's power iteration and Hutchinson's
-estimate of the trace. With d_k a vector of traces, one for each tensor of
-client k's model, it says how unlike curvature is across clients:
+This is the second-order analysis of FedAlign (Mendieta et al., CVPR 2022,
+arXiv:2111.14213), whose code uses PyHessian's power iteration and Hutchinson's
+estimate of the trace. Let d_k be a vector of traces, one for each tensor of
+client k's model. Two numbers measure how much the curvature differs between
+clients:
 
   H_N = mean_ij (||d_i|| - ||d_j||)^2,   H_D = mean_ij cos(d_i, d_j)
 
-over all ordered pairs, those of a client with itself among them. (The paper
-writes of the Hessian's diagonal; its code has these much shorter vectors.)
+over all ordered pairs, including those of a client with itself. (The paper
+speaks of the diagonal of the Hessian; its code uses these much shorter
+vectors.)
 
-Deviation: a given number of probes and the standard error that comes of it,
+Deviation: the number of probes is given, and the standard error is reported,
 where the code stops as soon as its estimate seems settled.
 """
 
@@ -34,14 +36,14 @@ class Top(NamedTuple):
   """The eigenvalue of largest magnitude."""
 
   value: jax.Array  # []
-  vector: PyTree  # of norm 1, like the parameters
-  iterations: jax.Array  # [] int32, products that it took
+  vector: PyTree  # its eigenvector, of norm 1, in the parameters' structure
+  iterations: jax.Array  # [] int32, number of products computed
 
 
 class Traces(NamedTuple):
-  """Hutchinson's estimates."""
+  """Hutchinson's estimates of traces of the Hessian."""
 
-  per_tensor: PyTree  # [] of each tensor's block
+  per_tensor: PyTree  # [] trace of each tensor's block
   total: jax.Array  # []
   error: jax.Array  # [] standard error of `total`
 
@@ -49,19 +51,19 @@ class Traces(NamedTuple):
 def hessian_product(
   model: Model, variables: Variables, data: Data, batch_size: int = 100
 ) -> Product:
-  """Makes the product with the Hessian of the mean cross-entropy.
+  """Makes a function that multiplies by the mean cross-entropy's Hessian.
 
-  Forward over reverse, batch by batch; BatchNorm normalises by the kept
-  statistics.
+  It differentiates forward over reverse, batch by batch. BatchNorm normalises
+  by the running statistics.
 
   Args:
     model: the classifier.
-    variables: where; the Hessian is that in the parameters.
-    data: one client's, or examples that `index` lists.
-    batch_size: examples at once.
+    variables: the point at which the Hessian in the parameters is taken.
+    data: one client's data, or the examples that `index` lists.
+    batch_size: examples in a batch.
 
   Returns:
-    A function of a tree like the parameters.
+    A function v -> H v of trees in the structure of the parameters.
   """
 
   def slope(batch, params):
@@ -92,18 +94,19 @@ def top_eigenvalue(
   iterations: int = 100,
   tolerance: float = 1e-3,
 ) -> Top:
-  """Finds the eigenvalue of largest magnitude by the power iteration.
+  """Finds the eigenvalue of largest magnitude by power iteration.
 
   Args:
-    product: v -> H v, H symmetric.
-    like: a tree like v.
-    key: draws where it begins.
-    iterations: products at most.
-    tolerance: it ends where the Rayleigh quotient changes by less, relative to
-      itself.
+    product: v -> H v, with H symmetric.
+    like: a tree in the structure of v.
+    key: draws the start vector.
+    iterations: largest number of products.
+    tolerance: iteration stops once the Rayleigh quotient changes by less than
+      this, relative to itself.
 
   Returns:
-    The quotient at the last vector, which is never above that magnitude.
+    The Rayleigh quotient at the last vector. Its magnitude is never above that
+    of the eigenvalue.
   """
 
   def unit(v):
@@ -131,13 +134,13 @@ def top_eigenvalue(
 def traces(
   product: Product, like: PyTree, key: jax.Array, probes: int = 100
 ) -> Traces:
-  """Estimates the trace of each tensor's block, and of all, by Hutchinson.
+  """Estimates the trace of each tensor's block and of the whole by Hutchinson.
 
   Args:
     product: v -> H v.
-    like: a tree like v.
+    like: a tree in the structure of v.
     key: draws the probes.
-    probes: vectors of random signs, each a product.
+    probes: number of random sign vectors; each takes one product.
 
   Returns:
     Means over the probes of sum(v_j * (H v)_j).
@@ -157,10 +160,10 @@ def traces(
 
 
 def across_clients(vectors: jax.Array) -> dict[str, jax.Array]:
-  """H_N and H_D of the clients' vectors of traces [K, J].
+  """Computes H_N and H_D from the clients' vectors of traces [K, J].
 
-  H_N is twice the variance of the norms, H_D the squared norm of the mean
-  direction; a vector of zeros has none.
+  H_N is twice the variance of the norms, and H_D is the squared norm of the
+  mean direction. A vector of zeros counts with a direction of zero.
   """
   chex.assert_rank(vectors, 2)
   norms = jnp.linalg.norm(vectors, axis=1, keepdims=True)

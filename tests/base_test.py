@@ -192,7 +192,7 @@ class RecipesTest(parameterized.TestCase):
     self.assertIsNone(recipes.server_optimizer('sgd'))
     with self.assertRaisesRegex(ValueError, "got 'lion'"):
       recipes.server_optimizer('lion', 1.0)
-    with self.assertRaisesRegex(ValueError, 'of adam, got 1e-12 with yogi'):
+    with self.assertRaisesRegex(ValueError, 'be 0 with yogi, got 1e-12'):
       recipes.server_optimizer('yogi', eps_root=1e-12)
 
   def test_weighting(self):

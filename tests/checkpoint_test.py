@@ -63,7 +63,7 @@ class CheckpointTest(parameterized.TestCase):
 
   def test_of_something_else(self):
     self.save(2)
-    why = 'is the checkpoint of another run; there differ: seed'
+    why = 'is the checkpoint of another run; these differ: seed'
     self.assert_refused(why, note={**NOTE, 'seed': 4})
     state = make_state()
     wider = state._replace(

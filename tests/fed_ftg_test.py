@@ -362,7 +362,7 @@ class RememberingTest(absltest.TestCase):
 
   def test_errors(self):
     for decay in (1.0, -0.1):
-      with self.assertRaisesRegex(ValueError, 'from 0 to below 1, got'):
+      with self.assertRaisesRegex(ValueError, 'at least 0 and below 1, got'):
         remembering.remembering(base.Method(), CLASSES, decay)
 
 
@@ -496,7 +496,7 @@ class PiecesTest(parameterized.TestCase):
     (dict(iterations=-1), 'iterations must be at least 0, got -1'),
     (dict(batch_size=0), 'batch_size must be at least 1, got 0'),
     (dict(student_clip=-1.0), 'clip_norm must be at least 0, got -1'),
-    (dict(memory=1.0), 'memory must be from 0 to below 1, got 1'),
+    (dict(memory=1.0), 'memory must be at least 0 and below 1'),
     (dict(temperature=0.0), 'temperature must be above 0, got 0'),
   )
   def test_errors(self, options, message):

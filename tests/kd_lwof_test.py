@@ -313,9 +313,9 @@ class ErrorsTest(parameterized.TestCase):
     (dict(beta=-1.0), 'beta must be at least 0'),
     (dict(tau=0.0), 'tau must be above 0'),
     (dict(own_steps=-1), 'own_steps must be at least 0'),
-    (dict(phases='ab'), "phases must be one of .*: 'ab'"),
-    (dict(terms='kd'), "terms must be one of .*: 'kd'"),
-    (dict(old='none'), "old must be one of .*: 'none'"),
+    (dict(phases='ab'), "phases must be one of .*, got 'ab'"),
+    (dict(terms='kd'), "terms must be one of .*, got 'kd'"),
+    (dict(old='none'), "old must be one of .*, got 'none'"),
   )
   def test_options(self, options, message):
     with self.assertRaisesRegex(ValueError, message):

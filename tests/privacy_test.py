@@ -280,7 +280,7 @@ class RefusalTest(parameterized.TestCase):
     received = base.Received(
       *[None] * 2, ({}, 0), (), jnp.ones(8192, bool), jnp.int32(0), 9000, ()
     )
-    with self.assertRaisesRegex(ValueError, 'adds up 8191 clients at most'):
+    with self.assertRaisesRegex(ValueError, 'can add up at most 8191 clients'):
       method.update(None, None, received, KEY)
 
   def test_batch_norm(self):

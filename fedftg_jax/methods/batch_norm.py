@@ -1,15 +1,15 @@
-"""What becomes of BatchNorm's running statistics: three policies.
+"""Three policies for BatchNorm's running statistics.
 
-aggregate  they are averaged with the model (the official codes of this field).
-           Nothing to add: every aggregating method does it.
-local      each client keeps its own and begins with them. FedBN (Li et al.,
-           ICLR 2021, arXiv:2102.07623) keeps the layers' scale and bias at home
-           as well, SiloBN (Andreux et al., DART 2020) only the statistics, as
-           here.
-           Deviation: statistics still travel up with the model, since teachers
-           on the server run with their own; a client in its first round begins
-           with the received ones.
-reset      a client estimates them on its own data with the received parameters
+aggregate  They are averaged with the model (the official codes of this field).
+           This needs no extra part: every aggregating method does it.
+local      Each client keeps its own statistics and starts with them. FedBN (Li
+           et al., ICLR 2021, arXiv:2102.07623) also keeps the layers' scale and
+           bias on the client; SiloBN (Andreux et al., DART 2020) keeps only the
+           statistics, as here.
+           Deviation: statistics are still sent with the model, since teachers
+           on the server use their own; a client in its first round starts with
+           the received ones.
+reset      A client estimates them on its own data with the received parameters
            before it trains: per batch, then the mean over the batches.
 """
 
@@ -27,15 +27,15 @@ POLICIES = ('aggregate', 'local', 'reset')
 def policy_parts(
   policy: str, model: Model, batch_size: int = 50
 ) -> tuple[Method, ...]:
-  """Gives the parts of a chain that a policy for statistics needs.
+  """Returns the parts of a chain that a policy for statistics needs.
 
   Args:
     policy: one of `POLICIES`.
     model: the classifier.
-    batch_size: examples at once in 'reset'.
+    batch_size: examples in a batch in 'reset'.
 
   Returns:
-    `local_stats` or `reset_stats`, to come last in a chain; nothing for
+    `local_stats` or `reset_stats`, which come last in a chain; nothing for
     'aggregate'.
 
   Raises:
@@ -51,7 +51,10 @@ def policy_parts(
 
 
 def local_stats() -> Method:
-  """Clients keep their statistics; the slot is (statistics, has any)."""
+  """Builds the part with which clients keep their own statistics.
+
+  A client's slot is (statistics, whether it has any).
+  """
 
   def init(key, variables):
     del key
@@ -75,13 +78,14 @@ def reset_stats(
   batch_size: int = 50,
   momentum: float = layers.BATCH_NORM_MOMENTUM,
 ) -> Method:
-  """Clients begin with statistics of their own data.
+  """Builds the part with which clients start with statistics of their own data.
 
   Args:
     model: the classifier.
-    batch_size: examples at once.
-    momentum: of the model's BatchNorm; one pass moves the statistics by so much
-      of the way to the batch's, which are read off from that.
+    batch_size: examples in a batch.
+    momentum: that of the model's BatchNorm: one pass moves the running
+      statistics by this share of the way to those of the batch, which are
+      computed from that.
 
   Returns:
     The method; it keeps nothing.

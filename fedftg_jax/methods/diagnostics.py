@@ -1,4 +1,4 @@
-"""Diagnostics of distillation on generated images: pure functions of arrays."""
+"""Diagnostics of distillation on generated images, as functions of arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from fedftg_jax.base import Variables
 
 
 def label_probability(target: jax.Array, labels: jax.Array) -> jax.Array:
-  """[B] probability that the ensemble gives each image's label.
+  """Returns the probability [B] that the ensemble gives each image's label.
 
   Args:
     target: [B, C], rows of any sum, such as those of an ensemble whose weights
@@ -20,23 +20,28 @@ def label_probability(target: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def normalised(target: jax.Array) -> jax.Array:
-  """`target` [B, C] with rows that sum to 1."""
+  """Scales the rows of `target` [B, C] so that they sum to 1."""
   return target / jnp.maximum(jnp.sum(target, axis=1, keepdims=True), 1e-6)
 
 
 def entropy(target: jax.Array) -> jax.Array:
-  """[B] entropy of each row of probabilities [B, C], in nats."""
+  """Computes the entropy [B] of each row of probabilities [B, C], in nats."""
   return -jnp.sum(target * jnp.log(target + 1e-12), axis=1)
 
 
 def kl_from_target(target: jax.Array, logits: jax.Array) -> jax.Array:
-  """KL(target || softmax(logits)), mean over the batch; both [B, C]."""
+  """Computes the mean over the batch of KL(target || softmax(logits)).
+
+  Args:
+    target: [B, C] probabilities.
+    logits: [B, C].
+  """
   cross_entropy = -jnp.sum(target * jax.nn.log_softmax(logits), axis=1)
   return jnp.mean(cross_entropy - entropy(target))
 
 
 def relative_distance(tree, origin) -> jax.Array:
-  """Norm of `tree` - `origin` over the norm of `origin`."""
+  """Computes the norm of `tree` - `origin` divided by the norm of `origin`."""
   norm = optax.tree.norm(origin)
   return optax.tree.norm(optax.tree.sub(tree, origin)) / jnp.maximum(
     norm, 1e-12
@@ -46,19 +51,19 @@ def relative_distance(tree, origin) -> jax.Array:
 def of_images(
   target: jax.Array, labels: jax.Array, before: jax.Array, after: jax.Array
 ) -> dict[str, jax.Array]:
-  """Measures one iteration's images by the ensemble and the student.
+  """Measures how ensemble and student classify one iteration's images.
 
   Args:
-    target: [B, C] the ensemble's answer.
+    target: [B, C] the ensemble's probabilities.
     labels: [B] the labels that the images were generated for.
     before: [B, C] logits of the student before its steps.
     after: [B, C] logits of the student after them.
 
   Returns:
-    Means over the batch: 'recognised', the probability of the label;
+    Means over the batch: 'recognised', the ensemble's probability of the label;
     'ensemble_ce' and 'ensemble_entropy', the ensemble's cross-entropy with the
     label and its entropy; 'gap' and 'gap_left', KL(ensemble || student) before
-    and after.
+    and after the student's steps.
   """
   of_label, target = label_probability(target, labels), normalised(target)
   return {
@@ -71,7 +76,7 @@ def of_images(
 
 
 def per_teacher(terms) -> tuple[str, ...]:
-  """Names of FedFTG's generator losses that have an axis of teachers."""
+  """Returns the names of FedFTG's generator losses with an axis of teachers."""
   return ('cls', 'dis') + (() if terms.discrepancy is None else ('md',))
 
 
@@ -81,7 +86,7 @@ def of_round(
   before: Variables,
   after: Variables,
 ) -> dict[str, jax.Array]:
-  """Averages what `fed_ftg.fine_tune` returns over a round.
+  """Averages the results of `fed_ftg.fine_tune` over a round.
 
   Args:
     by_name: losses and measures, [I, ...]; 'md', 'cls', 'dis' [I, I_g, K].
@@ -90,8 +95,8 @@ def of_round(
     after: the student after it.
 
   Returns:
-    Scalars: each mean, and 'moved' (of BatchNorm statistics, if there are any,
-    'stats_moved'), see `relative_distance`.
+    Scalars: each mean, and 'moved', the relative distance by which the
+    parameters moved ('stats_moved' for BatchNorm statistics, if there are any).
   """
   present = distillation.present(arrived)
   means = {

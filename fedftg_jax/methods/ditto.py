@@ -1,4 +1,4 @@
-"""Ditto: beside the common model each client trains one of its own near it.
+"""Ditto: each client also trains a personal model near the common one.
 
 Li, Hu, Beirami and Smith, Ditto: Fair and Robust Federated Learning Through
 Personalization, ICML 2021, arXiv:2012.04221, Eq. 2 and Algorithm 1: with w the
@@ -6,9 +6,9 @@ received model, client k's own model v_k minimises
 
   f_k(v) + lambda / 2 ||v - w||^2
 
-from where it stopped. w is trained and averaged as without it. Both trainings
-have the solver's steps, on the same batches (the paper leaves v_k's number of
-steps open). Nothing is sent beside the model.
+starting from where it stopped. w is trained and averaged as without Ditto. Both
+trainings take the solver's steps, on the same batches (the paper leaves v_k's
+number of steps open). Nothing is sent besides the model.
 """
 
 import optax
@@ -18,15 +18,15 @@ from fedftg_jax.base import Method, Model, Personal
 
 
 def ditto(model: Model, lam: float = 0.1) -> Method:
-  """Own models on the clients, pulled to the received one.
+  """Builds Ditto: personal models that are pulled towards the received model.
 
   Args:
     model: the classifier.
-    lam: lambda, how strongly an own model is pulled; 0 trains it alone.
+    lam: lambda, how strongly a personal model is pulled; 0 trains it alone.
 
   Returns:
-    The method. A client's slot is its own model, the initial one before its
-    first round.
+    The method. A client's slot is its personal model, which is the initial
+    model before its first round.
 
   Raises:
     ValueError: for a negative lam.

@@ -1,26 +1,26 @@
-"""FedAlign: a slimmed last stage learns to stretch its input as the full one
-does.
+"""FedAlign: the slimmed last stage is regularised towards the full one.
 
 Mendieta, Yang, Wang, Lee, Ding and Chen, Local Learning Matters: Rethinking
 Data Heterogeneity in Federated Learning, CVPR 2022, arXiv:2111.14213; terms as
-in its released code (commit 08bcb38). The last stage of the network is run once
-more on its own input f1, with the first channels of f1 and of each layer alone
+in its released code (commit 08bcb38). The last stage of the network is run
+again on its own input f1, using only the first channels of f1 and of each layer
 (see `base.LastStage`). With f2 the stage's output, M = pool(f1) f2^T / (H W)
 for each example, and sigma its largest singular value, the local objective
 gains
 
   L = mean_b (sigma(M_slim) - sigma(M_full))^2,   scaled by  mu CE / L,
 
-M_full and the scale held fixed: the value of the term is mu CE, its gradient mu
-CE times that of log L. Only leading slices of the last stage get a gradient.
-sigma comes of 10 steps of the power iteration for M M^T, from a vector of ones,
-and the gradient passes through all of them. Nothing is sent beside the model,
-and nothing is kept.
+with M_full and the scale held constant: the value of the term is mu CE, its
+gradient mu CE times that of log L. Only leading slices of the last stage get a
+gradient. sigma is computed by 10 steps of the power iteration for M M^T,
+starting from a vector of ones, and the gradient passes through all of them.
+Nothing is sent besides the model, and nothing is kept.
 
-Deviations from the released code: where the two sigmas are equal but for
-rounding the term is 0 (there it is divided by 0); clients count by all of their
-examples, not by whole batches; clip, momentum and what becomes of it between
-rounds are the solver's (`--clip_norm`, `--momentum`, `--keep_momentum`).
+Deviations from the released code: if the two sigmas are equal up to rounding,
+the term is 0 (the code divides by 0); clients count by all of their examples,
+not by whole batches; clipping and momentum, and whether momentum is kept
+between rounds, are the solver's (`--clip_norm`, `--momentum`,
+`--keep_momentum`).
 """
 
 import jax
@@ -31,20 +31,20 @@ from fedftg_jax import distillation, losses, models
 from fedftg_jax.base import Method, Model
 from fedftg_jax.models import layers, resnet
 
-_ROUNDING = 16  # units in the last place by which equal sigmas may differ
+_ROUNDING = 16  # units in the last place within which sigmas count as equal
 
 
 def fed_align(
   model: Model, mu: float = 0.45, width: float = 0.25, iterations: int = 10
 ) -> Method:
-  """Alignment of a slimmed last stage with the full one.
+  """Builds FedAlign: the alignment of a slimmed last stage with the full one.
 
   Args:
-    model: the classifier; it has stages.
+    model: the classifier; it must have stages.
     mu: weight of the alignment.
     width: share of the last stage's channels, above 0 and at most 1; rounded to
       a multiple of 8, but never more than there are.
-    iterations: of the power iteration.
+    iterations: number of power iterations.
 
   Returns:
     The method.
@@ -84,9 +84,9 @@ def alignment(
 
   Args:
     own: [B] singular values of the slimmed stage.
-    target: [B] those of the full one, held fixed.
-    value: what the term is to be, held fixed.
-    mask: [B] False on padding; None for none.
+    target: [B] singular values of the full stage, held constant.
+    value: the value that the term gets, held constant.
+    mask: [B] False on padding; None if there is no padding.
 
   Returns:
     A scalar whose gradient is `value` times that of the logarithm of the mean.
@@ -101,10 +101,11 @@ def alignment(
 
 
 def transmitting_matrix(start: jax.Array, end: jax.Array) -> jax.Array:
-  """Gives what a stage makes of its input: pool(start) end^T / (H W).
+  """Computes the matrix pool(start) end^T / (H W) of a stage.
 
   Args:
-    start: [B, h, w, C] the stage's input; pooled to the size of its output.
+    start: [B, h, w, C] the stage's input; it is pooled to the size of its
+      output.
     end: [B, H, W, D] its output.
 
   Returns:
@@ -119,8 +120,10 @@ def transmitting_matrix(start: jax.Array, end: jax.Array) -> jax.Array:
 
 
 def _pooling(num_in: int, num_out: int) -> np.ndarray:
-  """Weights [out, in] of means over windows that cover the input, as PyTorch's
-  adaptive pooling has them."""
+  """Computes the weights [out, in] of PyTorch's adaptive average pooling.
+
+  They are means over windows that cover the input.
+  """
   weights = np.zeros((num_out, num_in))
   for i in range(num_out):
     window = slice(i * num_in // num_out, -(-(i + 1) * num_in // num_out))
@@ -129,11 +132,12 @@ def _pooling(num_in: int, num_out: int) -> np.ndarray:
 
 
 def spectral_norm(matrices: jax.Array, iterations: int = 10) -> jax.Array:
-  """Estimates largest singular values by the power iteration.
+  """Estimates largest singular values by power iteration.
 
   Args:
     matrices: [B, C, D].
-    iterations: products with M M^T; the value is of the last.
+    iterations: number of products with M M^T; the value is that of the last
+      one.
 
   Returns:
     [B], never above the singular values; differentiable.
@@ -144,8 +148,10 @@ def spectral_norm(matrices: jax.Array, iterations: int = 10) -> jax.Array:
     return jnp.einsum('bcd,bd->bc', matrices, back)
 
   def norm(v):
-    """Whether v is no zero vector, and its norm, or 1: at zero, too, there are
-    derivatives of any order."""
+    """Returns whether v is not a zero vector, and its norm, or else 1.
+
+    With the 1, derivatives of any order exist at zero, too.
+    """
     square = jnp.sum(v**2, axis=-1, keepdims=True)
     positive = square > jnp.finfo(v.dtype).tiny
     return positive, jnp.sqrt(jnp.where(positive, square, 1))

@@ -1,12 +1,12 @@
-"""Federated averaging, and server optimisers on top of any aggregate.
+"""FedAvg: federated averaging, with server optimisers on top of any mean.
 
 McMahan et al., Communication-Efficient Learning of Deep Networks from
-Decentralized Data, AISTATS 2017, arXiv:1602.05629. With another server
-optimiser than SGD of rate 1 it is FedOpt: Reddi et al., Adaptive Federated
+Decentralized Data, AISTATS 2017, arXiv:1602.05629. With a server optimiser
+other than SGD of rate 1 it is FedOpt: Reddi et al., Adaptive Federated
 Optimization, ICLR 2021, arXiv:2003.00295 (optax.adam: FedAdam; yogi: FedYogi;
-adagrad: FedAdagrad; momentum: FedAvgM, Hsu et al., arXiv:1909.06335).
-BatchNorm statistics take the plain weighted mean; server optimisers move
-parameters only.
+adagrad: FedAdagrad; momentum: FedAvgM, Hsu et al., arXiv:1909.06335). BatchNorm
+statistics are the plain weighted mean; server optimisers update the parameters
+only.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from fedftg_jax.base import Info, Method, Variables
 def fed_avg(
   server_optimizer: optax.GradientTransformation | None = None,
 ) -> Method:
-  """Weighted mean of the clients' models, as an optimiser's step.
+  """Builds FedAvg: the weighted mean of the clients' models.
 
   Args:
     server_optimizer: see `aggregate`.
@@ -40,12 +40,12 @@ def fed_avg(
 def aggregate(
   mean: Callable, server_optimizer: optax.GradientTransformation | None = None
 ) -> Method:
-  """What all aggregating methods share: a new model out of the received ones.
+  """Builds an aggregating method from a rule that averages the clients' models.
 
   Args:
-    mean: (params, received) -> params, what the received models come to.
-    server_optimizer: any optax optimiser, fed with the pseudo-gradient "model
-      minus `mean`". None is SGD of rate 1: the new model is the mean.
+    mean: (params, received) -> params, the average of the received models.
+    server_optimizer: any optax optimiser; its gradient is the pseudo-gradient
+      "model minus `mean`". None is SGD of rate 1: the new model is the mean.
 
   Returns:
     The method; its server slot is the optimiser's state.

@@ -1,24 +1,24 @@
-"""FedDF: the mean of the clients' models learns from their ensemble.
+"""FedDF: the mean of the clients' models is distilled from their ensemble.
 
 Lin, Kong, Stich and Jaggi, Ensemble Distillation for Robust Model Fusion in
-Federated Learning, NeurIPS 2020, arXiv:2006.07242. Two forms, each run after
-the part that aggregates:
+Federated Learning, NeurIPS 2020, arXiv:2006.07242. There are two forms, which
+come after the part that aggregates:
 
 `fed_df_public` distils on unlabelled public images that the server holds, as
-the paper does (softmax of the clients' mean logits); nothing but models is
-sent.
+the paper does (softmax of the clients' mean logits); only models are sent.
 Deviations: a fixed number of steps, without early stopping on validation data;
 the learning rate is constant within a round.
 
-`fed_df` needs no data; it is the form in the official FedFTG repository, in two
-phases. A generator learns, from fresh noise and labels in each step, to make
-images that the clients recognise (mean cross-entropy over clients) and that
-differ (the diversity term of FedFTG); then the student learns the clients' mean
-probabilities on fresh images. That code sums its loss over one generator pass
-per client and one for the diversity, which move the generator's BatchNorm
-statistics K + 1 times by the same batch; here one pass, then the statistics are
-moved as far. Which images and steps the paper would choose is not known: it has
-a generator of its own only as a variant.
+`fed_df` needs no data; it is the form in the official FedFTG repository, with
+two phases. First a generator learns, from fresh noise and labels in each step,
+to make images that the clients recognise (mean cross-entropy over clients) and
+that are diverse (the diversity term of FedFTG). Then the student learns the
+clients' mean probabilities on fresh images. That code adds up its loss over one
+generator pass per client and one for the diversity term; these K + 1 passes
+update the generator's BatchNorm statistics K + 1 times with the same batch.
+Here there is one pass, and then the statistics are moved as far. Which images
+and steps the paper would choose is not known: it uses a generator only as a
+variant.
 
 Privacy: `fed_df` tells the server every client's class counts.
 """
@@ -36,24 +36,25 @@ from fedftg_jax.models import layers
 
 
 class Options(NamedTuple):
-  """The settings of both forms; the defaults are the official FedFTG code's.
+  """The options of both forms; the defaults are the official FedFTG code's.
 
   Attributes:
-    generator_steps: updates of the generator a round (generated images only).
-    student_steps: updates of the student a round; with no update of either kind
-      the mean stays as it is.
-    batch_size: B, images at once.
+    generator_steps: updates of the generator in a round (generated images
+      only).
+    student_steps: updates of the student in a round; without updates of either
+      kind the mean does not change.
+    batch_size: B, number of images in a batch.
     student_lr: learning rate of the student's SGD (here also a function of the
       round).
     generator_lr: learning rate of the generator's Adam (here also a function of
       the round).
-    weight_decay: of both.
+    weight_decay: weight decay of both.
     lambda_dis: weight of the diversity term.
-    eps_root: added under the root of the generator's Adam, for forward mode
-      through a round, as with --ftg_eps_root.
-    ensemble: how teachers combine: as probabilities (code,
-      `distillation.mean_of_probabilities`) or as logits (paper,
-      `distillation.mean_of_logits`).
+    eps_root: added under the square root of the generator's Adam, for forward
+      mode through a round, as with --ftg_eps_root.
+    ensemble: whether the teachers' probabilities (code,
+      `distillation.mean_of_probabilities`) or logits (paper,
+      `distillation.mean_of_logits`) are averaged.
   """
 
   generator_steps: int = 50
@@ -68,8 +69,11 @@ class Options(NamedTuple):
 
 
 def check(options: Options) -> None:
-  """Checks the numbers; ValueError names a wrong one and what would be
-  right."""
+  """Checks the numbers of the options.
+
+  Raises:
+    ValueError: names a number that is too small, and its lower bound.
+  """
   distillation.check_least(
     generator_steps=(options.generator_steps, 0),
     student_steps=(options.student_steps, 0),
@@ -83,7 +87,7 @@ def fed_df(
   num_classes: int,
   options: Options = Options(),
 ) -> Method:
-  """FedDF on generated images; refines the mean.
+  """Builds FedDF on generated images; it refines the mean.
 
   Args:
     model: the classifier.
@@ -93,7 +97,7 @@ def fed_df(
 
   Returns:
     The method. Its server slot is the generator, its message the class counts.
-    Info holds the mean of each loss and the model 'distilled'.
+    Info has the mean of each loss and the model 'distilled'.
 
   Raises:
     ValueError: for a wrong option.
@@ -148,15 +152,15 @@ def fed_df(
 
 
 def fed_df_public(model: Model, options: Options = Options()) -> Method:
-  """FedDF on the public images of `Data.public` [P, H, W, channels].
+  """Builds FedDF on the public images of `Data.public` [P, H, W, channels].
 
   Args:
     model: the classifier.
     options: see `Options`; those of the generator are not used.
 
   Returns:
-    The method. It keeps nothing and sends nothing. Info holds the mean loss
-    and the model 'distilled'.
+    The method. It keeps nothing and sends nothing. Info has the mean loss and
+    the model 'distilled'.
 
   Raises:
     ValueError: for a wrong option; in the first round, if there are no public
@@ -167,7 +171,10 @@ def fed_df_public(model: Model, options: Options = Options()) -> Method:
   def update(variables, shared, received, key):
     images = received.public
     if not hasattr(images, 'shape'):
-      raise ValueError('FedDF on public data needs images in Data.public.')
+      raise ValueError(
+        'FedDF on public data needs images in Data.public, got '
+        f'{type(images).__name__}.'
+      )
 
     def examples(i):
       rows = jax.random.randint(
@@ -188,8 +195,10 @@ def fed_df_public(model: Model, options: Options = Options()) -> Method:
 
 
 def draw(key, counts, noise_dim, options):
-  """Noise [steps, B, noise] and labels [steps, B], the generator's steps
-  first."""
+  """Draws noise [steps, B, noise] and labels [steps, B] for both phases.
+
+  The generator's steps come first.
+  """
   num = options.generator_steps + options.student_steps
   key_noise, key_labels = jax.random.split(key)
   labels = distillation.quota_labels(
@@ -204,7 +213,7 @@ def draw(key, counts, noise_dim, options):
 def train_generator(
   model, generator, variables, teachers, received, z, labels, options
 ):
-  """The first phase: one Adam step per row of `z` [steps, B, noise].
+  """Runs the first phase: one Adam step per row of `z` [steps, B, noise].
 
   Returns:
     The generator's variables, and the loss terms before each step.
@@ -247,14 +256,14 @@ def train_generator(
 
 
 def _repeated(old, new, times):
-  """Running statistics after `times` moves like the one from `old` to `new`."""
+  """Moves running statistics `times` times as from `old` to `new`."""
   keep = 1 - layers.BATCH_NORM_MOMENTUM
   factor = (1 - keep**times) / (1 - keep)
   return jax.tree.map(lambda a, b: a + factor * (b - a), old, new)
 
 
 def _distil(model, student, teachers, received, images, options):
-  """The student's steps on `images(i)`; the student and its mean loss."""
+  """Trains the student on `images(i)`; returns it and its mean loss."""
   weight = jnp.broadcast_to(
     distillation.present(received.arrived)[:, None],
     (len(received.arrived), options.batch_size),

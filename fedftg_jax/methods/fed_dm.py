@@ -1,30 +1,30 @@
-"""FedDM: clients send a few images that stand for their data, and no model.
+"""FedDM: clients send a few images that represent their data, and no model.
 
 Xiong, Wang, Cheng, Yu and Hsieh, FedDM: Iterative Distribution Matching for
 Communication-Efficient Federated Learning, CVPR 2023, arXiv:2207.09653. There
 is no official code; this follows a public re-implementation that quotes Eq. 8
 (m13891290332/fedDM, commit 138ef55). Client k learns images S_c for each class
-c that it has. In each iteration the received model w moves to a random place
+c that it has. In each iteration the received model w is moved to a random point
 nearby, w' = w + xi min(1, rho / ||xi||) with xi ~ N(0, I), and SGD on the
-pixels goes down
+pixels minimises
 
   L = sum_c ||mean h(X_c) - mean h(S_c)||^2 + ||mean z(X_c) - mean z(S_c)||^2
 
 with X_c a batch of the client's images of the class, h the features before the
-last layer and z the logits, at w' and in evaluation mode. Images begin as
+last layer and z the logits, at w' and in evaluation mode. Images start as
 images of the client, or as noise. The server trains its model further, by
-cross-entropy, on the union of what arrives.
+cross-entropy, on the union of the images that arrive.
 
-Deviation from that code: a batch of real images is drawn with replacement
-(there only if a class has too few).
+Deviation from that code: a batch of real images is drawn with replacement (in
+that code only if a class has too few).
 
-Privacy: an image begins as one of the client's (with `init='real'`) and is
-sent. Of a class of which the client has no more than `ipc` examples, what is
-sent is all but these examples. No differentially private form is offered: the
-gradient of a pixel depends on means over real features, so that to clip it
-bounds no single example's share; batches with replacement have no accounting;
-and a hundred iterations in each round on a class of a few images leave no
-useful epsilon.
+Privacy: with `init='real'` an image starts as one of the client's images, and
+it is sent. If a client has no more than `ipc` examples of a class, what it
+sends is nearly these examples. No differentially private form is offered: the
+gradient of a pixel depends on means over real features, so clipping it does not
+bound the share of a single example; there is no accounting for batches drawn
+with replacement; and a hundred iterations in each round on a class of a few
+images leave no useful epsilon.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -53,10 +53,10 @@ Begin = Literal['real', 'noise']
 
 
 class Images(NamedTuple):
-  """What a client sends."""
+  """The images that a client sends."""
 
   x: jax.Array  # [C, ipc, H, W, channels], 0 for classes that it does not have
-  owned: jax.Array  # [C] bool, classes that it has
+  owned: jax.Array  # [C] bool, True for classes that it has
 
 
 def fed_dm(
@@ -77,32 +77,33 @@ def fed_dm(
   server_momentum: float = 0.9,
   server_weight_decay: float = 5e-4,
 ) -> Method:
-  """Distribution matching; it aggregates.
+  """Builds FedDM, distribution matching; it aggregates.
 
   Args:
     model: the classifier.
     num_classes: C.
     image_shape: (height, width, channels).
     ipc: images per class that a client sends (10 in the re-implementation).
-    iterations: steps on the pixels in a round (1,000 there); at most as many as
-      a straggler has local steps.
-    real_batch: a client's own images of each class in such a step (256 there).
+    iterations: steps on the pixels in a round (1,000 there); a straggler takes
+      at most as many as it has local steps.
+    real_batch: the client's own images of each class in such a step (256
+      there).
     image_lr: learning rate of the pixels.
-    image_momentum: of the pixels' SGD.
+    image_momentum: momentum of SGD on the pixels.
     rho: radius of the ball around the model; 0 for the model itself.
-    init: images begin as real images of the client, or as noise.
-    server_epochs: of the server on all images of a round (500 there).
+    init: whether images start as real images of the client, or as noise.
+    server_epochs: epochs of the server on all images of a round (500 there).
     server_batch_size: images in a step of the server (256 there).
     server_lr: learning rate of the server.
-    server_momentum: of the server's SGD.
-    server_weight_decay: of the server's SGD.
+    server_momentum: momentum of the server's SGD.
+    server_weight_decay: weight decay of the server's SGD.
 
   Returns:
-    The method. It ignores local training; its message is the images. Its server
-    slot is some of them, for pictures. Metrics are 'fed_dm/matching', the mean
-    of L over the iterations and the clients, 'fed_dm/images', how many arrived,
-    and 'fed_dm/server_loss'; 'train_loss' is the cross-entropy of the received
-    model on the clients' data.
+    The method. It replaces local training; its message is the images. Its
+    server slot is some of them, for pictures. Metrics are 'fed_dm/matching',
+    the mean of L over the iterations and the clients, 'fed_dm/images', the
+    number that arrived, and 'fed_dm/server_loss'; 'train_loss' is the
+    cross-entropy of the received model on the clients' data.
 
   Raises:
     ValueError: for a value out of range, or a model that cannot normalise
@@ -168,7 +169,7 @@ def fed_dm(
     x, _, total = jax.lax.fori_loop(
       0, num_steps, step, (start, jnp.zeros_like(start), zero)
     )
-    # A straggler without a step has nothing but what images begin as.
+    # A straggler without a step has only the initial images, and sends none.
     owned &= num_steps > 0
     x = jnp.where(owned.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
     metrics = {
@@ -218,7 +219,7 @@ def fed_dm(
       (),
     ),
     train=train,
-    # What `train` gives in the place of a slot is what is sent; none is kept.
+    # The slot that `train` returns is the message; nothing is kept.
     upload=lambda view, local, objective, key: ((), view.own),
     message_bits=message_bits,
     stacked=lambda sent: sent.message,
@@ -236,17 +237,17 @@ def matching_loss(
   images: jax.Array,
   owned: jax.Array | None = None,
 ) -> jax.Array:
-  """Sums over the classes how far apart mean features and mean logits are.
+  """Sums over classes the distances of mean features and of mean logits.
 
-  Eq. 8: the squared distances of the two means of features, and of logits.
+  This is Eq. 8, with squared distances.
 
   Args:
     model: the classifier, in evaluation mode.
-    variables: its variables, such as those of `perturbed` parameters.
+    variables: its variables, such as those with `perturbed` parameters.
     real: [C, R, H, W, channels] images of each class, in the model's space; no
       gradient is taken of them.
-    images: [C, I, H, W, channels] those that are to match them.
-    owned: [C] False for classes that do not count; None for none.
+    images: [C, I, H, W, channels] the images that should match them.
+    owned: [C] False for classes that do not count; None if all count.
 
   Returns:
     A scalar.
@@ -268,7 +269,7 @@ def matching_loss(
 
 
 def perturbed(key: jax.Array, params: PyTree, rho: float) -> PyTree:
-  """Moves parameters by xi min(1, rho / ||xi||), xi ~ N(0, I)."""
+  """Moves parameters by xi min(1, rho / ||xi||), with xi ~ N(0, I)."""
   xi = optax.tree.random_like(key, params, jax.random.normal)
   scale = jnp.minimum(1, rho / optax.tree.norm(xi))
   return jax.tree.map(lambda p, d: p + scale.astype(p.dtype) * d, params, xi)
@@ -278,12 +279,12 @@ def by_class(data: Data, num_classes: int) -> tuple[jax.Array, jax.Array]:
   """Sorts one client's examples by class.
 
   Args:
-    data: one client's.
+    data: one client's data.
     num_classes: C.
 
   Returns:
-    Rows of `data.x`, those of class 0 first, padding last; and how many each
-    class has, [C].
+    Rows of `data.x`, those of class 0 first and padding last; and the number of
+    examples of each class, [C].
   """
   valid = jnp.arange(len(data.index)) < data.count
   order = jnp.argsort(jnp.where(valid, data.y[data.index], num_classes))
@@ -291,7 +292,7 @@ def by_class(data: Data, num_classes: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _cross_entropy(model, view):
-  """Of the received model on the client's data."""
+  """Computes the received model's cross-entropy on the client's data."""
 
   def of_batch(batch):
     def mean(variables):
@@ -304,7 +305,7 @@ def _cross_entropy(model, view):
 
 
 def _loss(model):
-  """The server's: cross-entropy on labelled images."""
+  """Makes the server's loss: cross-entropy on labelled images."""
 
   def loss(variables, batch, key):
     del key
@@ -316,8 +317,7 @@ def _loss(model):
 
 
 def _server_view(variables, data, round_) -> View:
-  """What the solver looks at of a view, for the server as a client of its
-  own."""
+  """Builds the view for a solver on the server, which trains as a client."""
   return View(
     variables,
     variables,

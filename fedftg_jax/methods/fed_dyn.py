@@ -9,10 +9,10 @@ the official code:
            h_k <- h_k + w_k - w
   server   w <- mean_k w_k + (1 / N) sum over ALL clients of h_k
 
-The quadratic part joins the weight decay, outside the gradient clip, the linear
-part is inside. The official mean over the cohort is not weighted: build the
-federation with weighting='uniform' (recipes do). BatchNorm statistics take the
-plain mean, without correction.
+The quadratic term is added to the weight decay, which is not clipped; the
+linear term is clipped with the gradient. The official mean over the cohort is
+unweighted: build the federation with weighting='uniform' (recipes do).
+BatchNorm statistics are the plain mean, without correction.
 """
 
 import jax
@@ -23,14 +23,14 @@ from fedftg_jax.base import Info, Method
 
 
 def fed_dyn(alpha: float = 0.01) -> Method:
-  """The dual variables; corrects the mean, so it follows what aggregates.
+  """Builds FedDyn, which corrects the mean after the part that aggregates.
 
   Args:
-    alpha: weight of the regulariser, shared out by the clients' sizes.
+    alpha: weight of the regulariser, divided by the clients' relative sizes.
 
   Returns:
     The method. A client keeps h_k; the server keeps the mean of all h_k, which
-    it knows from the changes that clients send anyhow: there is no message.
+    it computes from the changes that clients send anyway: there is no message.
 
   Raises:
     ValueError: for a negative alpha.
@@ -61,7 +61,7 @@ def fed_dyn(alpha: float = 0.01) -> Method:
     shared = optax.tree.add(
       shared, optax.tree.scale(1 / received.num_clients, received.summed)
     )
-    if not alpha:  # no regulariser: the mean needs no correction
+    if not alpha:  # without a regulariser the mean needs no correction
       return variables, shared, Info()
     params = optax.tree.add(variables.params, shared)
     return variables._replace(params=params), shared, Info()

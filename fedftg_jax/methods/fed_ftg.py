@@ -22,13 +22,13 @@ choices:
   paper     the published equations as far as they are known. The text could not
             be checked, so this is a reading of it. The diversity term is the
             code's;
-  intended  the code with its defects mended: fidelity weighted per sample,
+  intended  the code with its defects fixed: fidelity weighted per sample,
             student loss not divided by C, aggregated BatchNorm statistics kept;
-  robust    ours: 'intended' without hard samples, teachers combined by their
-            logits (measured in docs/when_it_pays.md).
+  robust    ours: 'intended' without hard samples, with the mean of the
+            teachers' logits (measured in docs/when_it_pays.md).
 
-What surrounds this step in a preset (weight decay, gradient bound, label draws,
-the teacher of `remembering`, biases of the generator) stands in
+A preset's choices outside this step (weight decay, gradient bound, label draws,
+the teacher of `remembering`, biases of the generator) are in
 `recipes.FTG_PRESETS`.
 
 Privacy: the server learns every client's class counts.
@@ -47,53 +47,63 @@ from fedftg_jax.base import Generator, Info, Method, Model, Variables
 from fedftg_jax.methods import diagnostics
 
 
-# Discrepancy of student and teacher: logits [B, C], [B, C] -> [B].
-def l1(student, teacher):  # code: the teacher is held fixed
+# Discrepancy between student and teacher: logits [B, C], [B, C] -> [B].
+def l1(student, teacher):
+  """Computes the mean absolute difference; the teacher is constant (code)."""
   return jnp.mean(jnp.abs(student - jax.lax.stop_gradient(teacher)), axis=-1)
 
 
-def kl(student, teacher):  # paper: gradients pass through the teacher, too
+def kl(student, teacher):
+  """Computes KL(teacher || student), with gradients through both (paper)."""
   return losses.kl_divergence(teacher, student)
 
 
 # Fidelity of a teacher: cross-entropy [B], weights alpha_k^y [B] -> scalar.
-def mean_times_mean(cross_entropy, alpha):  # code
+def mean_times_mean(cross_entropy, alpha):
+  """Multiplies the mean cross-entropy by the mean weight (code)."""
   return jnp.mean(cross_entropy) * jnp.mean(alpha)
 
 
-def per_sample(cross_entropy, alpha):  # paper
+def per_sample(cross_entropy, alpha):
+  """Averages the cross-entropy, weighted per sample (paper)."""
   return jnp.mean(cross_entropy * alpha)
 
 
 # Distance of the student from the ensemble: logits, target [B, C] -> scalar.
-def soft_cross_entropy(logits, target):  # paper: KL, but for a constant
+def soft_cross_entropy(logits, target):
+  """Computes the mean cross-entropy: KL up to a constant (paper)."""
   return jnp.mean(jnp.sum(-target * jax.nn.log_softmax(logits), axis=-1))
 
 
-def over_classes(logits, target):  # code: C times smaller
+def over_classes(logits, target):
+  """Computes the mean over batch and classes: C times smaller (code)."""
   return jnp.mean(-target * jax.nn.log_softmax(logits))
 
 
 def class_weights(counts: jax.Array, arrived: jax.Array) -> jax.Array:
-  """alpha_k^y [K, C] of Eq. 9; 0 for an absent teacher and a class nobody
-  has."""
+  """Computes alpha_k^y [K, C] of Eq. 9.
+
+  It is 0 for an absent teacher and for a class that no teacher has.
+  """
   chex.assert_rank([counts, arrived], [2, 1])
   counts = counts * arrived[:, None]
   return counts / (jnp.sum(counts, axis=0) + 1e-6)
 
 
 def uniform_weights(counts: jax.Array, arrived: jax.Array) -> jax.Array:
-  """1 / K for each of the K that arrived (ablation of the class-level
-  ensemble)."""
+  """Returns weight 1 / K for each of the K teachers that arrived, [K, C].
+
+  This is the ablation of the class-level ensemble.
+  """
   return jnp.ones(counts.shape) * distillation.present(arrived)[:, None]
 
 
 class Terms(NamedTuple):
   """The exchangeable parts of the losses; the defaults are the code's."""
 
-  discrepancy: Callable | None = l1  # of l_md, or `kl`; None: no hard samples
-  fidelity: Callable = mean_times_mean  # of l_cls, or `per_sample`
-  distance: Callable = over_classes  # of l_kd, or `soft_cross_entropy`
+  discrepancy: Callable | None = l1  # in l_md, or `kl`; None: no hard samples
+  fidelity: Callable = mean_times_mean  # in l_cls, or `per_sample`
+  distance: Callable = over_classes  # in l_kd, or `soft_cross_entropy`
   ensemble: Callable = distillation.mean_of_probabilities  # or `mean_of_logits`
   weights: Callable = class_weights  # or `uniform_weights`
   lambda_cls: float = 1.0
@@ -130,12 +140,15 @@ def generator_loss(
   params,
   stats,
 ):
-  """l_gen of the generator `params`, over the stacked `teachers` [K, ...].
+  """Computes l_gen of the generator `params` over stacked `teachers` [K, ...].
 
-  `alpha` [K, B] weighs each teacher for the label of each image; `share` is
-  that of the diversity: 1, or 1 / K where each teacher has a step of its own.
-  Returns l_gen and (new BatchNorm statistics, the terms of each teacher [K] by
-  name).
+  `alpha` [K, B] is the weight of each teacher for the label of each image;
+  `share` is the factor of the diversity term: 1, or 1 / K if each teacher has a
+  step of its own.
+
+  Returns:
+    l_gen, and (new BatchNorm statistics, the terms of each teacher [K] by
+    name).
   """
   images, stats = generator.apply(
     Variables(params, stats), z, labels, train=True
@@ -175,7 +188,7 @@ def fine_tune(
   joint: bool = False,
   student_bn: Callable = distillation.renewed_statistics,
 ) -> tuple[Variables, Variables, dict[str, jax.Array]]:
-  """The server step: generator against student, I times.
+  """Runs the server step: I iterations of generator and student updates.
 
   Args:
     model: the classifier.
@@ -183,23 +196,27 @@ def fine_tune(
     student: variables of the aggregated model.
     made: variables of the generator.
     teachers: variables of the clients' models, every leaf [K, ...].
-    counts: [K, C] examples of each class that each teacher was trained on.
-    z: [I, B, noise], what generator and student both see.
+    counts: [K, C] number of examples of each class that each teacher was
+      trained on.
+    z: [I, B, noise], the noise of the images that generator and student train
+      on.
     labels: [I, B].
-    arrived: [K] bool, False for teachers to be left out; None for none.
-    terms: the parts of the losses.
-    generator_optimizer: with its learning rate; begins anew here.
-    student_optimizer: with its learning rate; begins anew in each iteration.
+    arrived: [K] bool, False for teachers that are left out; None to use all.
+    terms: the chosen forms of the losses.
+    generator_optimizer: includes the learning rate; its state starts anew here.
+    student_optimizer: includes the learning rate; its state starts anew in each
+      iteration.
     generator_steps: I_g, passes of generator updates in an iteration.
     student_steps: I_d, student updates in an iteration.
-    joint: one generator update on the sum over teachers (paper), or one per
-      teacher in turn, with 1 / K of the diversity in each (code).
+    joint: True for one generator update on the sum over teachers (paper), False
+      for one update per teacher in turn, with 1 / K of the diversity in each
+      (code).
     student_bn: how the student normalises, one of `distillation.STATISTICS`.
 
   Returns:
-    The student, the generator, and by name the losses before each step, 'md'
+    The student, the generator, and by name the losses before each step: 'md'
     (with hard samples), 'cls', 'dis' [I, I_g, K] (0 for an absent teacher) and
-    'student' [I, I_d], beside what `diagnostics.of_images` says [I].
+    'student' [I, I_d], and the measures of `diagnostics.of_images` [I].
   """
   arrived = jnp.ones(len(counts), bool) if arrived is None else arrived
   alpha = terms.weights(counts, arrived)
@@ -309,7 +326,7 @@ def draw(
   batch_size,
   draw_labels=distillation.quota_labels,
 ):
-  """Noise [I, B, noise] and labels [I, B] of one round; `counts` [C]."""
+  """Draws one round's noise [I, B, noise] and labels [I, B] from counts [C]."""
   key_noise, key_labels = jax.random.split(key)
   labels = draw_labels(key_labels, counts, iterations * batch_size)
   z = jax.random.normal(key_noise, (iterations, batch_size, noise_dim))
@@ -332,16 +349,17 @@ def fed_ftg(
   student_optimizer: Any = distillation.sgd(0.1, weight_decay=1e-3),
   draw_labels: Callable = distillation.quota_labels,
 ) -> Method:
-  """The fine-tuning as a part of a chain, after the part that aggregates.
+  """Builds FedFTG; it comes after the part that aggregates.
 
   Args:
     model: the classifier.
     generator: of images in the space of `model`'s float inputs.
     num_classes: C.
-    iterations: I, in a round; 0 switches the fine-tuning off.
-    batch_size: B, generated images at once.
+    iterations: I, iterations in a round; 0 switches fine-tuning off.
+    batch_size: B, number of generated images in a batch.
     generator_steps, student_steps, terms, joint, student_bn: see `fine_tune`.
-    generator_optimizer: an optax optimiser, or a function of the round to one.
+    generator_optimizer: an optax optimiser, or a function of the round that
+      returns one.
     student_optimizer: likewise.
     draw_labels: (key, counts [C], num) -> labels [num]:
       `distillation.quota_labels` (code) or `distillation.iid_labels` (paper).

@@ -1,29 +1,29 @@
-"""FedGen: a generator of features, learnt on the server, steers local training.
+"""FedGen: a feature generator, trained on the server, guides local training.
 
 Zhu, Hong and Zhou, Data-Free Knowledge Distillation for Heterogeneous Federated
 Learning, ICML 2021, arXiv:2105.10056; terms as in its released code (commit
-dd5807c). A generator G(z, y) makes inputs of a model's last layer, the head
-h_k of client k. With n_k^y = 1 + client k's examples of class y and
-alpha_k^y = n_k^y / sum_i n_i^y, the server minimises in each round
+dd5807c). A generator G(z, y) makes inputs of a model's last layer, the head h_k
+of client k. With n_k^y = 1 + client k's examples of class y and alpha_k^y =
+n_k^y / sum_i n_i^y, the server minimises in each round
 
   sum_k mean_b(alpha_k^y CE(h_k(G(z, y)), y)) + lambda_dis diversity(z, G(z, y))
     - lambda_student mean_bc(KL(sum_k alpha_k^y h_k(G) || h(G)))
 
 with h the head of the broadcast model, and z uniform in [0, 1). Clients receive
-G (frozen, with its running statistics). From the second round t on they add to
-their loss, with a_t = a 0.98^t and b_t = b 0.98^t, 1e-4 at least,
+G (frozen, with its running statistics). In every round t but the first they add
+to their loss, with a_t = a 0.98^t and b_t = b 0.98^t, at least 1e-4,
 
   a_t CE(h(G(z, y~)), y~) + b_t KL(softmax(h(G(z, y))) || softmax(model(x)))
 
 for labels y~ uniform over the classes, and the labels y of the batch. The first
-term reaches the head alone; the second, which the paper does not have, holds
-its target fixed.
+term has a gradient in the head alone. The second, which the paper does not
+have, holds its target constant.
 
 Deviations from the released code: clients count the examples that they hold,
 not those that they drew; y~ may be of a class that no client has; BatchNorm
-statistics travel with the model (with `--batch_norm=local` they do not, as in
-the code); and features may be the output of a ReLU, as lenet's are, where the
-generator's have no bounds (they have none in `fedgen_cnn` either).
+statistics are sent with the model (with `--batch_norm=local` they are not, as
+in the code); and features may be the output of a ReLU, as lenet's are, while
+the generator's features are unbounded (as they are in `fedgen_cnn`, too).
 
 Privacy: the server learns every client's class counts.
 """
@@ -48,14 +48,14 @@ from fedftg_jax.base import (
 from fedftg_jax.methods import fed_ftg
 
 Weighting = Literal['official', 'intended', 'ensemble']
-_LEAST = 1e-4  # of the decaying coefficients
+_LEAST = 1e-4  # lower bound of the decaying coefficients
 
 
 class Slot(NamedTuple):
-  """The server slot."""
+  """The server's slot of FedGen."""
 
   generator: Variables
-  moments: PyTree  # Adam's, kept over the rounds
+  moments: PyTree  # Adam's state, kept over the rounds
 
 
 def fed_gen(
@@ -75,33 +75,33 @@ def fed_gen(
   hidden: int = 256,
   noise_dim: int = 32,
 ) -> Method:
-  """A generator of features as an inductive bias of local training.
+  """Builds FedGen: a feature generator as an inductive bias of local training.
 
   Args:
-    model: the classifier; it has a head.
+    model: the classifier; it must have a head.
     num_classes: C.
     alpha: a, weight of the cross-entropy on generated features; 0 for none.
     beta: b, weight of the distillation from generated features; 0 for none.
     decay: factor per round of a, b and the generator's learning rate.
     steps: updates of the generator in a round.
-    batch_size: generated features at once, on the server and on clients (32 in
-      the code, as its clients' batches).
+    batch_size: number of generated features in a batch, on the server and on
+      clients (32 in the code, as its clients' batches).
     lr: learning rate of the generator's Adam.
     l2: factor of the generator's parameters that is added to their gradient.
-    weighting: cross-entropies weighted as mean(CE) * mean(alpha_k^y)
-      ('official', which is what the code does) or as mean(CE * alpha_k^y)
-      ('intended'), or one cross-entropy of the mean logits sum_k n_k / n h_k,
-      with labels as frequent as the clients have them ('ensemble', PFLlib's).
-    lambda_dis: weight of the diversity.
-    lambda_student: weight of what student and ensemble differ by, which the
-      generator raises (0 in the code).
+    weighting: 'official', cross-entropies weighted as mean(CE) *
+      mean(alpha_k^y), as in the code; 'intended', as mean(CE * alpha_k^y); or
+      'ensemble', one cross-entropy of the mean logits sum_k n_k / n h_k, with
+      labels as frequent as in the clients' data (PFLlib).
+    lambda_dis: weight of the diversity term.
+    lambda_student: weight of the divergence between student and ensemble, which
+      the generator maximises (0 in the code).
     hidden: width of the generator's hidden layer.
     noise_dim: length of z.
 
   Returns:
-    The method. Its server slot begins with the generator. Info has
-    'fed_gen/teacher', 'fed_gen/diversity' and, with `lambda_student`,
-    'fed_gen/student', of the last step.
+    The method. Its server slot begins with the generator. Info has, for the
+    last step, 'fed_gen/teacher', 'fed_gen/diversity' and, with
+    `lambda_student`, 'fed_gen/student'.
 
   Raises:
     ValueError: for a value out of range, or a model without a head.
@@ -207,7 +207,7 @@ def fed_gen(
 
 
 def label_weights(counts: jax.Array) -> jax.Array:
-  """alpha_k^y [K, C] of counts [K, C], which are 0 for an absent client."""
+  """Computes alpha_k^y [K, C] from counts [K, C], 0 for absent clients."""
   return counts / jnp.maximum(jnp.sum(counts, axis=0), 1)
 
 
@@ -219,15 +219,19 @@ def client_terms(
   features: Sequence[jax.Array],
   drawn: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Gives the two terms of a client's loss, without their coefficients.
+  """Computes the two terms of a client's loss, without their coefficients.
 
   Args:
     head: the last layer.
     variables: the model in training.
-    logits: [B, C] what it says of a batch.
+    logits: [B, C] its logits on a batch.
     mask: [B] False on padding.
-    features: generated ones for the labels `drawn`, and for the batch's.
-    drawn: labels of the first.
+    features: generated features for the labels `drawn`, and for the batch's
+      labels.
+    drawn: labels of the first features.
+
+  Returns:
+    The cross-entropy and the divergence.
   """
   own = head.params(variables)
   for_drawn, target = (head.apply(own, f) for f in features)
@@ -239,7 +243,7 @@ def client_terms(
 
 
 class Terms(NamedTuple):
-  """Of the generator's objective; see `fed_gen`."""
+  """The settings of the generator's objective; see `fed_gen`."""
 
   weighting: Weighting = 'official'
   lambda_dis: float = 1.0
@@ -248,7 +252,7 @@ class Terms(NamedTuple):
 
 
 def new_slot(generator: Variables, terms: Terms) -> Slot:
-  """A generator whose Adam has not begun."""
+  """Returns the slot of a generator with a fresh state of Adam."""
   return Slot(generator, _adam(terms).init(generator.params))
 
 
@@ -264,12 +268,12 @@ def generator_step(
   labels: jax.Array,
   rate: jax.Array | float,
 ) -> tuple[Slot, dict[str, jax.Array]]:
-  """Runs one Adam step of the generator of features.
+  """Runs one Adam step of the feature generator.
 
   Args:
     generator: makes features [B, F].
     head: the last layer of the clients' models.
-    terms: of the objective.
+    terms: the settings of the objective.
     slot: the generator and Adam's moments.
     heads: the clients' last layers, every leaf [K, ...].
     weight: [K, B] alpha_k^y of each label (with 'ensemble' n_k / n).
@@ -280,7 +284,7 @@ def generator_step(
 
   Returns:
     The new slot, and the terms before the step by name: 'teacher', 'diversity'
-    and, where it counts, 'student'.
+    and, if its weight is not 0, 'student'.
   """
 
   def objective(params):
@@ -307,7 +311,7 @@ def generator_step(
 
 
 def _teacher(weighting, logits, weight, labels):
-  """What the heads say of features that are to be of class `labels`."""
+  """Computes the loss of the clients' heads on features of classes `labels`."""
   if weighting == 'ensemble':
     mean = jnp.einsum('kbc,kb->bc', logits, weight)
     return losses.cross_entropy(mean, labels)
@@ -321,14 +325,16 @@ def _teacher(weighting, logits, weight, labels):
 
 
 def student_gap(ensemble: jax.Array, student: jax.Array) -> jax.Array:
-  """KL(softmax(ensemble) || softmax(student)) of logits [B, C], mean over batch
-  and classes."""
+  """Computes KL(softmax(ensemble) || softmax(student)) of logits [B, C].
+
+  The value is a mean over batch and classes.
+  """
   divergence = losses.kl_divergence(ensemble, student)
   return jnp.mean(divergence) / student.shape[-1]
 
 
 def _adam(terms) -> optax.GradientTransformation:
-  """Adam's direction, of the gradient with the L2 term in it."""
+  """Builds Adam without a learning rate, on the gradient with the L2 term."""
   return optax.chain(
     optax.add_decayed_weights(terms.l2),
     optimizers.with_derivative(optax.scale_by_adam()),
@@ -336,7 +342,7 @@ def _adam(terms) -> optax.GradientTransformation:
 
 
 def num_features(head: Head, variables: Variables) -> int:
-  """The width of the last layer's input, F: its matrix is [F, C]."""
+  """Returns the width F of the last layer's input: its matrix is [F, C]."""
   return next(
     a.shape[0] for a in jax.tree.leaves(head.params(variables)) if a.ndim == 2
   )

@@ -1,15 +1,15 @@
-"""FedLSD: local training keeps what the received model says of all classes.
+"""FedLSD: distillation of the received model's logits for all classes.
 
 Lee, Jeong, Shin, Bae and Yun, the first version of arXiv:2106.03097 (FedNTD's
-paper), local self-distillation: cross-entropy CE is joined by
+paper), local self-distillation. To the cross-entropy CE it adds
 
   LSD = tau^2 * mean_b KL(softmax(g / tau) || softmax(s / tau)),
 
-s the logits of the model in training, g those of the received one (frozen, in
-eval mode). There is no official code. How the two are mixed, and tau, are
-recalled of the paper, unverified: CE + beta LSD ('additive') or
-(1 - beta) CE + beta LSD ('convex'). Nothing is sent beside the model, and
-nothing is kept.
+with s the logits of the model in training and g those of the received model
+(frozen, in eval mode). There is no official code. The form of the sum and tau
+are recalled from the paper, unverified: CE + beta LSD ('additive') or (1 -
+beta) CE + beta LSD ('convex'). Nothing is sent besides the model, and nothing
+is kept.
 """
 
 from typing import Literal, get_args
@@ -23,11 +23,11 @@ Mix = Literal['additive', 'convex']
 def fed_lsd(
   model: Model, beta: float = 1.0, tau: float = 1.0, mix: Mix = 'additive'
 ) -> Method:
-  """Self-distillation from the received model.
+  """Builds FedLSD: self-distillation from the received model.
 
   Args:
     model: the classifier.
-    beta: weight of the distillation; at most 1 where the mix is convex.
+    beta: weight of the distillation; at most 1 if the mix is convex.
     tau: temperature.
     mix: 'additive', CE + beta LSD, or 'convex', (1 - beta) CE + beta LSD.
 

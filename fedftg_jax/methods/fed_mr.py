@@ -1,19 +1,21 @@
 """FedMR: K models on the server, recombined layer by layer in every round.
 
 Layer-wise model recombination, KDD 2024, arXiv:2305.10730 (its first form is
-arXiv:2208.07677); not the method of that name for manifold reshaping. Each of K
-models is trained by one client of the round; then, for every layer l by itself,
+arXiv:2208.07677); not the method for manifold reshaping that has the same name.
+Each of K models is trained by one client of the round. Then, independently for
+every layer l,
 
   w_i^l <- w_pi(i)^l   with a random permutation pi of the K models.
 
-Their plain, unweighted mean is what is broadcast: deployed and evaluated, but
-trained by nobody. Recombining leaves it as it is. Before round `first_rounds`
-all models become their mean instead: FedAvg with uniform weights.
+The plain, unweighted mean of the models is broadcast: it is deployed and
+evaluated, but no client trains it. Recombination does not change it. Before
+round `first_rounds` all models become their mean instead, which is FedAvg with
+uniform weights.
 
-A client's model is the one of its place in the cohort; after uniform
+A client gets the model of its position in the cohort; after uniform
 permutations that is a random one. The model of a client that does not arrive
 stays, and counts in the mean (the official code has no such clients). Parts
-that refine the mean move every model by as much as the mean.
+that refine the mean move every model by the same amount as the mean.
 """
 
 import math
@@ -28,39 +30,40 @@ from fedftg_jax import trees
 from fedftg_jax.base import Info, Method, PyTree, Variables
 
 Unit = Literal['leaf', 'module']
-# The norm of a convolution is of its module: they lie side by side or together.
+# The norm after a convolution belongs to the convolution's module. The two are
+# siblings or nested.
 _WITHIN = re.compile(r'/(conv|linear|norm|batch|group)$')
 
 
 class Slot(NamedTuple):
-  """The server slot."""
+  """The server's slot of FedMR."""
 
   models: Variables  # every leaf [K, ...]
-  mean: Variables  # of them, before other parts moved it
+  mean: Variables  # their mean, before other parts moved it
 
 
 def fed_mr(
   cohort: int, first_rounds: int = 0, unit: Unit = 'leaf', segment: float = 0.0
 ) -> Method:
-  """Model recombination; it aggregates.
+  """Builds FedMR, model recombination; it aggregates.
 
   Args:
-    cohort: K, as many as there are clients in every round.
-    first_rounds: rounds of plain averaging before recombination begins (0 in
-      the official code; its README has 50 or 100 for VGG).
+    cohort: K, the number of clients in every round.
+    first_rounds: number of rounds of plain averaging before recombination
+      begins (0 in the official code; its README has 50 or 100 for VGG).
     unit: what is permuted as one: an array ('leaf', the official code) or all
       arrays of a layer with its norm ('module', a reading of the paper).
-    segment: share of the units, in their order, that go by one permutation: 0
-      for one each, 1 for all, which exchanges whole models.
+    segment: share of consecutive units that use the same permutation: 0 for one
+      permutation per unit, 1 for a single one, which exchanges whole models.
 
   Returns:
-    The method. Its server slot is the K models. Info has 'fed_mr/spread', the
-    sum over the models of their squared distance from the mean, in parameters;
-    recombining leaves it as it is.
+    The method. Its server slot has the K models. Info has 'fed_mr/spread', the
+    sum over the models of their squared distance from the mean, in the
+    parameters; recombination does not change it.
 
   Raises:
     ValueError: for a number out of range or another unit; in the first round,
-      if its cohort has another width.
+      if its cohort has another size.
   """
   if cohort < 1 or first_rounds < 0 or not 0 <= segment <= 1:
     raise ValueError(
@@ -84,8 +87,8 @@ def fed_mr(
     del variables
     if len(received.arrived) != cohort:
       raise ValueError(
-        f'FedMR keeps {cohort} models; a round of {len(received.arrived)} '
-        'clients does not fit.'
+        f'FedMR keeps {cohort} models and needs as many clients in each round, '
+        f'got {len(received.arrived)}.'
       )
     models = jax.vmap(trees.where)(
       received.arrived, received.stacked, shared.models
@@ -110,14 +113,14 @@ def fed_mr(
 
 
 def recombine(models: PyTree, permutation: PyTree) -> PyTree:
-  """Recombines K models: of each leaf, model i gets that of permutation[i].
+  """Recombines K models: leaf by leaf, model i gets that of permutation[i].
 
   Args:
     models: every leaf [K, ...].
     permutation: a tree of the same structure, every leaf [K] int.
 
   Returns:
-    As `models`.
+    The models, in the structure of `models`.
   """
   return jax.tree.map(lambda a, order: a[order], models, permutation)
 
@@ -152,7 +155,7 @@ def permutations(
 
 
 def _module(name: str) -> str:
-  """The layer of an array: block0/conv1 of params/block0/conv1/norm/scale."""
+  """Names an array's layer: block0/conv1 for params/block0/conv1/norm/scale."""
   name = name.partition('/')[2].rpartition('/')[0]
   while _WITHIN.search(name):
     name = _WITHIN.sub('', name)

@@ -2,12 +2,12 @@
 
 Wang, Liu, Liang, Joshi and Poor, Tackling the Objective Inconsistency Problem
 in Heterogeneous Federated Optimization, NeurIPS 2020, arXiv:2007.07481, Eq. 6
-with plain SGD: a client's change counts per step,
+with plain SGD: each client's change is divided by its number of steps tau_k,
 
   w <- w + tau_eff sum_k p_k (w_k - w) / tau_k,   tau_eff = sum_k p_k tau_k.
 
-Deviation: the paper's ||a_k||_1 of momentum and of a proximal term differs from
-the number of steps; here it is the number of steps whatever the local solver.
+Deviation: for momentum and for a proximal term the paper's ||a_k||_1 differs
+from the number of steps; here it is the number of steps for every local solver.
 """
 
 import jax.numpy as jnp
@@ -20,14 +20,14 @@ from fedftg_jax.methods import fed_avg
 def fed_nova(
   server_optimizer: optax.GradientTransformation | None = None,
 ) -> Method:
-  """The normalised mean; it aggregates.
+  """Builds FedNova, the normalised mean; it aggregates.
 
   Args:
     server_optimizer: see `fed_avg.aggregate`.
 
   Returns:
-    The method. Its message is tau_k, the steps that a client has taken; clients
-    without a step count as if they had sent what they received.
+    The method. Its message is tau_k, the number of steps that a client has
+    taken; a client without a step counts as if it had sent the received model.
   """
 
   def upload(view, local, objective, key):

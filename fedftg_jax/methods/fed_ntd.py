@@ -1,4 +1,4 @@
-"""FedNTD: local training keeps what the received model says of other classes.
+"""FedNTD: distillation of the received model's logits for all other classes.
 
 Lee, Jeong, Shin, Bae and Yun, Preservation of the Global Knowledge by Not-True
 Distillation in Federated Learning, NeurIPS 2022, arXiv:2106.03097. The local
@@ -6,9 +6,9 @@ objective gains
 
   beta * tau^2 * mean_b KL(softmax(g_-y / tau) || softmax(s_-y / tau))
 
-with s the logits of the model in training, g those of the received one (frozen,
-in eval mode), and -y all classes but the label's. Nothing is sent beside the
-model, and nothing is kept.
+with s the logits of the model in training, g those of the received model
+(frozen, in eval mode), and -y all classes but the label. Nothing is sent
+besides the model, and nothing is kept.
 """
 
 from fedftg_jax import losses
@@ -16,7 +16,7 @@ from fedftg_jax.base import Method, Model
 
 
 def fed_ntd(model: Model, beta: float = 1.0, tau: float = 1.0) -> Method:
-  """Not-true distillation from the received model.
+  """Builds FedNTD: not-true distillation from the received model.
 
   Args:
     model: the classifier.

@@ -1,12 +1,12 @@
-"""FedProx: local models are kept near the one that was received.
+"""FedProx: a proximal term keeps local models near the received model.
 
 Li, Sahu, Zaheer, Sanjabi, Talwalkar and Smith, Federated Optimization in
 Heterogeneous Networks, MLSys 2020, arXiv:1812.06127, Eq. 2: the local objective
 gains mu / 2 ||theta - w||^2.
 
-Deviation on request: the official FedFTG repository's "FedProx" adds mu to the
-weight decay instead and so pulls towards zero (`to_zero`); its server does so
-with the student's decay, too, which `configuration.assembly` adds.
+Optional deviation: the official FedFTG repository's "FedProx" adds mu to the
+weight decay instead and so pulls towards zero (`to_zero`). Its server adds mu
+to the student's weight decay, too, which `configuration.assembly` does.
 """
 
 import optax
@@ -15,12 +15,13 @@ from fedftg_jax.base import Method
 
 
 def fed_prox(mu: float = 1e-4, to_zero: bool = False) -> Method:
-  """The proximal term; its gradient is clipped together with the loss's.
+  """Builds FedProx; its gradient is clipped together with that of the loss.
 
   Args:
     mu: weight of the proximal term.
-    to_zero: pull towards zero instead, as the official FedFTG code does: mu is
-      added to the weight decay, also to that of a student on the server.
+    to_zero: whether to pull towards zero instead, as the official FedFTG code
+      does: mu is added to the weight decay, also to that of a student on the
+      server.
 
   Returns:
     The method; it keeps no state.

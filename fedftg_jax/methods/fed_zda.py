@@ -1,39 +1,39 @@
-"""Fed-ZDAC and Fed-ZDAS: images that are made of a model alone augment what
-clients, or the server, train on.
+"""Fed-ZDAC and Fed-ZDAS: zero-shot data augmentation at clients or the server.
 
 Hao, El-Khamy, Lee, Zhang, Liang, Chen and Carin, Towards Fair Federated
 Learning with Zero-Shot Data Augmentation, CVPR Workshops 2021,
-arXiv:2104.13417. No code was found, and the full text could not be read. The
-aim (more accuracy for data that are rare, and less variance between clients)
-and the two forms, at the clients and at the server, are the abstract's; the
-rest is a specification of ours.
+arXiv:2104.13417. Images that are made from a model alone augment the training
+data. No code was found, and the full text could not be read. The aim (more
+accuracy for rare data, and less variance between clients) and the two forms, at
+the clients and at the server, are from the abstract; the rest is our own
+specification.
 
-An image begins as noise, x ~ N(0, I), and Adam moves its pixels down
+An image starts as noise, x ~ N(0, I), and Adam on its pixels minimises
 
-  J = CE(f(x), y) + lam sum_l gap(batch's moments, kept statistics)
+  J = CE(f(x), y) + lam sum_l gap(batch's moments, running statistics)
 
-over the BatchNorms l of a frozen model f in evaluation mode, with as gap
+over the BatchNorms l of a frozen model f in evaluation mode. The gap is
 
   l2  sum ((mu - m)^2 + (sd - s)^2)
   kl  sum (log(s / sd) + (sd^2 + (mu - m)^2) / (2 s^2) - 1 / 2), which is
       KL(N(mu, sd) || N(m, s)),
 
-both over the channels. (Without it, `bn_term='none'`, this is a variant that
-goes with any model: cross-entropy alone, whose images look like noise.)
+both over the channels. (`bn_term='none'`, without the gap, is a variant that
+works with any model: cross-entropy alone, whose images look like noise.)
 
-`fed_zdac`: all clients hold the same model, so one pool of images serves all;
-it is made once a round and not sent. A client with n examples to which r images
-are to be added, see `label_plan`, minimises
+`fed_zdac`: all clients hold the same model, so one pool of images serves all
+clients; it is made once a round and not sent. A client with n examples, to
+which r images are to be added (see `label_plan`), minimises
 
   (n CE(real) + r CE(pool)) / (n + r),
 
-the second mean over a batch of its own in each step, its labels drawn as the
-plan has them. BatchNorm normalises the two batches apart, and its statistics
-are of the real one.
+where the second mean is over a batch of its own in each step, with labels drawn
+according to the plan. BatchNorm normalises the two batches separately, and its
+running statistics are those of the real one.
 
-`fed_zdas`: the server makes images of each client's model, of the classes that
-the client holds, and trains the mean further on all of them. Clients send their
-class counts beside the model.
+`fed_zdas`: the server makes images from each client's model, of the classes
+that the client holds, and trains the mean further on all of them. Clients send
+their class counts with the model.
 
 Privacy: `fed_zdas` tells the server every client's class counts.
 """
@@ -53,7 +53,7 @@ from fedftg_jax.data import clients
 BnTerm = Literal['l2', 'kl', 'none']
 Target = Literal['missing', 'mean', 'max']
 Source = Literal['clients', 'mean']
-_LEAST_VARIANCE = 1e-5  # BatchNorm's own guard
+_LEAST_VARIANCE = 1e-5  # the epsilon of BatchNorm
 _OF_IMAGES = 2**31 - 3  # folded into the key of a step; no part has this number
 
 
@@ -73,33 +73,35 @@ def fed_zdac(
   bn_term: BnTerm = 'l2',
   first_round: int = 1,
 ) -> Method:
-  """Zero-shot images at the clients.
+  """Builds Fed-ZDAC: zero-shot images at the clients.
 
   Args:
     model: the classifier.
     num_classes: C.
     image_shape: (height, width, channels).
-    per_class: images of each class in the pool; 0 for none, which is FedAvg.
-    target: how many images of a class are added: per_class where it is missing
-      ('missing'), or so many that it has as many examples as the client's
-      classes have on average ('mean') or at most ('max').
-    ratio: images that are added to a client's data, at most, relative to the
+    per_class: number of images of each class in the pool; 0 for none, which is
+      FedAvg.
+    target: how many images of a class are added: 'missing', per_class for a
+      class without examples; 'mean' or 'max', so many that the class has as
+      many examples as the client has per class on average or at most.
+    ratio: largest number of images added to a client's data, relative to the
       number of its examples.
-    shared_pool: one pool for all clients, of the broadcast model; else each
-      client makes its own of the model that it received, with the classes that
-      it needs, which costs as many times more.
+    shared_pool: whether all clients use one pool, made from the broadcast
+      model; otherwise each client makes a pool from the model that it received,
+      of the classes that it needs, which multiplies the cost by the cohort's
+      size.
     syn_batch_size: images in each local step.
-    steps: of Adam on the pixels; 0 for no images.
+    steps: Adam steps on the pixels; 0 for no images.
     lr: learning rate of Adam on the pixels.
-    lam: weight of the statistics' gap.
-    bn_term: what images match BatchNorm's statistics by: l2 or kl distance, or
-      none, a variant for models without.
-    first_round: rounds before the first in which images are made, of a model
-      that knows nothing yet.
+    lam: weight of the gap between statistics.
+    bn_term: distance by which images match BatchNorm's statistics: l2 or kl; or
+      none, a variant for models without BatchNorm.
+    first_round: number of rounds before images are first made, since the model
+      knows nothing at the beginning.
 
   Returns:
     The method. Its server slot is some of the pool, for pictures. Info has
-    'fed_zdac/cross_entropy' of the pool and, but without `bn_term`,
+    'fed_zdac/cross_entropy' of the pool and, except with `bn_term='none'`,
     'fed_zdac/gap', if the pool is shared.
 
   Raises:
@@ -198,36 +200,36 @@ def fed_zdas(
   bn_term: BnTerm = 'l2',
   first_round: int = 1,
 ) -> Method:
-  """Zero-shot images at the server; refines the mean.
+  """Builds Fed-ZDAS: zero-shot images at the server; it refines the mean.
 
-  The model that is trained further normalises by its kept statistics, which
-  stay as they are.
+  The mean is trained further with its running statistics, which do not change.
 
   Args:
     model: the classifier.
     num_classes: C.
     image_shape: (height, width, channels).
-    images: made of each client's model, as many of each class that the client
-      holds; 0 for none, which is FedAvg.
-    source: whose models they are made of: each client's, or the mean ('mean'),
-      of all classes alike and as many for each client.
-    tune_steps: updates of the mean on them; 0 for none, which is FedAvg.
+    images: number of images made from each client's model, equally many of each
+      class that the client holds; 0 for none, which is FedAvg.
+    source: the models that images are made from: each client's ('clients'), or
+      the mean ('mean'), of all classes equally and as many as for all clients.
+    tune_steps: updates of the mean on the images; 0 for none, which is FedAvg.
     tune_lr: learning rate of these updates.
-    tune_batch_size: images in each of them.
-    tune_clip: largest global norm of a gradient in them; 0 for no bound.
-    steps: as of `fed_zdac`.
-    lr: as of `fed_zdac`.
-    lam: as of `fed_zdac`.
-    bn_term: as of `fed_zdac`.
-    first_round: as of `fed_zdac`.
+    tune_batch_size: images in each of these updates.
+    tune_clip: largest global norm of a gradient in these updates; 0 for no
+      bound.
+    steps: as in `fed_zdac`.
+    lr: as in `fed_zdac`.
+    lam: as in `fed_zdac`.
+    bn_term: as in `fed_zdac`.
+    first_round: as in `fed_zdac`.
 
   Returns:
     The method. Its server slot is some of the images, for pictures. Info has
-    'fed_zdas/cross_entropy', 'fed_zdas/gap' (but without `bn_term`) and
+    'fed_zdas/cross_entropy', 'fed_zdas/gap' (except with `bn_term='none'`) and
     'fed_zdas/tuning', the mean loss of the updates, and the model 'augmented'.
 
   Raises:
-    ValueError: as `fed_zdac`.
+    ValueError: as in `fed_zdac`.
   """
   _check('fed_zdas', model, image_shape, bn_term, steps, lam, first_round)
   distillation.check_least(
@@ -253,10 +255,10 @@ def fed_zdas(
   )
 
   def of_model(variables, classes, round_, key):
-    """Images of one model, their labels and terms."""
+    """Makes images from one model; returns images, labels and terms of J."""
     key_labels, key_images = jax.random.split(key)
     labels = distillation.quota_labels(key_labels, classes, images)
-    labels = jnp.minimum(labels, num_classes - 1)  # of a client without classes
+    labels = jnp.minimum(labels, num_classes - 1)  # if it has no classes
     num_steps = jnp.where(round_ >= first_round, steps, 0)
     made, terms = make(variables, labels, key_images, steps=num_steps)
     return made, labels, terms
@@ -326,17 +328,17 @@ def fed_zdas(
 def label_plan(
   counts: jax.Array, target: Target, per_class: int, ratio: float
 ) -> jax.Array:
-  """How many images of each class are added to a client's data.
+  """Computes how many images of each class are added to a client's data.
 
   Args:
-    counts: [C] the client's examples of each class.
+    counts: [C] the client's number of examples of each class.
     target: see `fed_zdac`.
     per_class: see `fed_zdac`.
     ratio: see `fed_zdac`.
 
   Returns:
-    [C] floats: what a class has less than the target, all by one factor smaller
-    where their sum would be more than `ratio` times the client's examples.
+    [C] floats: what each class lacks to the target. If their sum would be more
+    than `ratio` times the client's examples, all are scaled down by one factor.
   """
   counts = counts.astype(jnp.result_type(float))
   wanted = {
@@ -361,24 +363,24 @@ def zero_shot_images(
   lam: float = 1.0,
   bn_term: BnTerm = 'l2',
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Makes images that a model recognises, of the model alone.
+  """Makes images that a model recognises, from the model alone.
 
   Args:
     model: the classifier; frozen, in evaluation mode.
     variables: its variables.
-    labels: [B] what the images are to be recognised as.
-    key: draws the noise that they begin as.
+    labels: [B] the classes of the images.
+    key: draws the noise that they start from.
     image_shape: (height, width, channels).
-    mask: [B] False for images that nobody needs; None for none.
-    steps: of Adam.
-    lr: its learning rate.
-    lam: weight of the statistics' gap.
+    mask: [B] False for images that are not needed; None if all are.
+    steps: number of Adam steps.
+    lr: Adam's learning rate.
+    lam: weight of the gap between statistics.
     bn_term: see `fed_zdac`.
 
   Returns:
     [B, height, width, channels] in the space of the model's float inputs, and
     the terms of J before the last step (0 without a step), by name:
-    'cross_entropy' and, but without `bn_term`, 'gap'.
+    'cross_entropy' and, except with `bn_term='none'`, 'gap'.
   """
   gap = None if bn_term == 'none' else GAPS[bn_term]
 
@@ -410,8 +412,9 @@ def zero_shot_images(
   return x, terms
 
 
-# Of one BatchNorm: mean and variance of a batch, and the kept ones -> scalar.
+# Gaps of one BatchNorm: mean and variance of a batch, running ones -> scalar.
 def l2_gap(mean, var, kept_mean, kept_var):
+  """Sums the squared differences of means and of standard deviations."""
   deviation, kept = (
     jnp.sqrt(jnp.maximum(v, _LEAST_VARIANCE)) for v in (var, kept_var)
   )
@@ -419,6 +422,7 @@ def l2_gap(mean, var, kept_mean, kept_var):
 
 
 def kl_gap(mean, var, kept_mean, kept_var):
+  """Sums KL(N(batch) || N(running)) over the channels."""
   var, kept = (jnp.maximum(v, _LEAST_VARIANCE) for v in (var, kept_var))
   moved = var + (mean - kept_mean) ** 2
   return jnp.sum(jnp.log(kept / var) + moved / kept - 1) / 2
@@ -428,12 +432,12 @@ GAPS: dict[str, Callable] = {'l2': l2_gap, 'kl': kl_gap}
 
 
 def statistics_gap(moments: PyTree, stats: PyTree, gap: Callable) -> jax.Array:
-  """Sums over the BatchNorms how far a batch is from their statistics.
+  """Sums the gaps of all BatchNorms between a batch and running statistics.
 
   Args:
     moments: see `Output.moments`.
     stats: see `Variables.stats`.
-    gap: of one, see `GAPS`.
+    gap: the gap of one BatchNorm, see `GAPS`.
 
   Returns:
     A scalar.
@@ -452,7 +456,7 @@ def statistics_gap(moments: PyTree, stats: PyTree, gap: Callable) -> jax.Array:
 
 
 def _named(method, metrics, active):
-  """Metrics by their full names, NaN in rounds without images."""
+  """Prefixes metrics with the method's name; NaN in rounds without images."""
   return {
     f'{method}/{name}': jnp.where(active, value, jnp.nan)
     for name, value in metrics.items()
@@ -474,5 +478,5 @@ def _check(method, model, image_shape, bn_term, steps, lam, first_round):
   if not jax.tree.leaves(output.moments):
     raise ValueError(
       f'{method} needs a model with BatchNorm, whose statistics its images '
-      "match, or bn_term='none'."
+      "match; use such a model, or bn_term='none'."
     )

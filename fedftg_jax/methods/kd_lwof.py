@@ -1,28 +1,29 @@
-"""KD + LwoF: clients with models of their own, linked to the common one.
+"""KD + LwoF: clients with custom architectures, linked to a common model.
 
-Shi, Radu and Yang, arXiv:2211.03457: clients keep custom models of unequal
-size; knowledge distillation (KD) links each to a common, global architecture,
-which is what travels, joined by Learning without Forgetting (LwoF) for better
-personal models. A RECONSTRUCTION: of the paper only the abstract was at hand,
-and no code is known. The losses' form, weights and temperature and the order of
-the phases are choices made here; no number of the paper can be compared with.
+Shi, Radu and Yang, arXiv:2211.03457: clients keep custom models of different
+sizes. Knowledge distillation (KD) links each of them to a model of a common,
+global architecture, which is the one that is sent. Learning without Forgetting
+(LwoF) is added for better personal models. THIS IS A RECONSTRUCTION: only the
+abstract of the paper was at hand, and no code is known. The form, weights and
+temperature of the losses and the order of the phases are choices made here; the
+results cannot be compared with any number of the paper.
 
-With z the logits on a batch, KL(p || q) = T^2 KL(softmax(p / T) ||
-softmax(q / T)) in the mean over it, CE the cross-entropy, w the common model
-and u a client's own:
+With z the logits on a batch, KL(p || q) = T^2 KL(softmax(p / T) || softmax(q /
+T)) as a mean over the batch, CE the cross-entropy, w the common model and u a
+client's own model:
 
   phase A  u minimises (1 - alpha) CE + alpha KL(z_received || z_u)
-           + beta KL(z_old || z_u), with the received w and the own model as it
-           was before the round ('old') frozen, in eval mode.
-  phase B  w, beginning at the received one, minimises
+           + beta KL(z_old || z_u). The received w and the own model as it was
+           before the round ('old') are frozen, in eval mode.
+  phase B  w, starting at the received one, minimises
            (1 - gamma) CE + gamma KL(z_u || z_w), with u frozen.
 
-w is sent and averaged (FedAvg); u never leaves the client. Both phases have the
-solver's steps, on the same batches. Joint training (deep mutual learning: each
-teaches the other as it is at the moment) takes one step of both on a batch; the
-two gradients are clipped as one.
+w is sent and averaged (FedAvg); u never leaves the client. Both phases take the
+solver's steps, on the same batches. Joint training (deep mutual learning, in
+which each model teaches the other in its current state) takes one step of both
+models on each batch; the two gradients are clipped as one.
 
-A client that drops out after its work (`--dropout_after_work`) keeps its u.
+A client that drops out after training (`--dropout_after_work`) keeps its u.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,11 +52,11 @@ Old = Literal['own', 'received']
 
 
 class Slot(NamedTuple):
-  """A client's slot, of one size whatever its model."""
+  """A client's slot; it has the same size for every architecture."""
 
-  flat: jax.Array  # [P of the largest] its own model, packed
-  seen: jax.Array  # [] bool, whether it has one; else it is drawn
-  seed: jax.Array  # key data, of the draw
+  flat: jax.Array  # [P of the largest model] its own model, packed
+  seen: jax.Array  # [] bool, whether it has one; if not, it is drawn
+  seed: jax.Array  # key data of that draw
 
 
 def kd_lwof(
@@ -70,28 +71,28 @@ def kd_lwof(
   own_steps: int = 0,
   old: Old = 'own',
 ) -> Method:
-  """Own models on the clients, in both directions distilled with the common.
+  """Builds KD + LwoF: personal models, distilled to and from the common one.
 
   Args:
     model: the common classifier.
-    architectures: the clients' models by name; client k has that of number k
-      modulo their number.
-    phases: 'a_b', clients train their own model and then the common one,
-      'b_a', the other way round, or 'joint', both at once.
-    terms: what own models learn from beside labels: 'kd_lwof', the received
-      model and the old one, 'kd_only' (beta 0), 'lwof_only' (alpha 0), or
+    architectures: the clients' models by name; client k has number k modulo
+      their count.
+    phases: 'a_b', clients train their own model and then the common one; 'b_a',
+      the reverse order; or 'joint', both at once.
+    terms: what own models learn from besides labels: 'kd_lwof', the received
+      model and the old one; 'kd_only' (beta 0); 'lwof_only' (alpha 0); or
       'ce_only' (both 0).
-    alpha: weight of the received model's answers in phase A.
-    beta: weight of the old model's answers in phase A.
-    gamma: weight of the own model's answers in phase B.
+    alpha: weight of the distillation from the received model in phase A.
+    beta: weight of the distillation from the old model in phase A.
+    gamma: weight of the distillation from the own model in phase B.
     tau: temperature T.
-    own_steps: of phase A, steps at most; 0 for as many as phase B has.
-    old: which model is not to be forgotten: the client's 'own' before the
+    own_steps: largest number of steps of phase A; 0 for as many as in phase B.
+    old: the model that should not be forgotten: the client's 'own' before the
       round, or the 'received' one.
 
   Returns:
     The method. A client's slot holds its own model, which is evaluated as
-    'custom', and by architecture. Metrics have what the solver says of phase A,
+    'custom', and by architecture. Metrics have those of the solver in phase A,
     such as 'kd_lwof/own_train_loss'.
 
   Raises:
@@ -104,7 +105,9 @@ def kd_lwof(
     ('old', old, Old),
   ):
     if value not in get_args(known):
-      raise ValueError(f'{name} must be one of {get_args(known)}: {value!r}.')
+      raise ValueError(
+        f'{name} must be one of {get_args(known)}, got {value!r}.'
+      )
   alpha = alpha if terms in ('kd_lwof', 'kd_only') else 0.0
   beta = beta if terms in ('kd_lwof', 'lwof_only') else 0.0
   packing = _packing(architectures)
@@ -115,7 +118,7 @@ def kd_lwof(
     return (), Slot(flat, jnp.zeros((), bool), jax.random.key_data(key))
 
   def own_model(view):
-    """The client's own model, packed."""
+    """Returns the client's own model, packed."""
     seed = jax.random.wrap_key_data(view.own.seed)
     drawn = packing.init(
       packing.kind(view), jax.random.fold_in(seed, view.client_id)
@@ -123,7 +126,7 @@ def kd_lwof(
     return jnp.where(view.own.seen, view.own.flat, drawn)
 
   def loss_of_own(apply, received, before):
-    """Phase A; `received` and `before` give logits of images."""
+    """Makes the loss of phase A; `received` and `before` return logits."""
 
     def loss(variables, batch, key):
       del key
@@ -144,7 +147,7 @@ def kd_lwof(
     return loss
 
   def taught(objective, teacher):
-    """Phase B's objective; `teacher` gives logits of images."""
+    """Makes the objective of phase B; `teacher` maps images to logits."""
     if not gamma:
       return objective
 
@@ -261,17 +264,20 @@ def own_loss(
   beta: float,
   tau: float,
 ) -> jax.Array:
-  """Phase A's loss, a mean over the batch.
+  """Computes the loss of phase A, a mean over the batch.
 
   Args:
-    cross_entropy: [] of the logits.
+    cross_entropy: [] that of the logits.
     logits: [B, C] of the own model.
-    received: [B, C] of the received one; None without `alpha`.
-    old: [B, C] of the old one; None without `beta`.
+    received: [B, C] logits of the received model; None without `alpha`.
+    old: [B, C] logits of the old model; None without `beta`.
     mask: [B] bool, False on padding.
-    alpha: weight of the first divergence, against the cross-entropy's.
-    beta: weight of the second.
+    alpha: weight of the first divergence; the cross-entropy has 1 - alpha.
+    beta: weight of the second divergence.
     tau: temperature.
+
+  Returns:
+    A scalar.
   """
   total = (1 - alpha) * cross_entropy
   for weight, teacher in ((alpha, received), (beta, old)):
@@ -282,21 +288,21 @@ def own_loss(
 
 
 class _Packing(NamedTuple):
-  """Models of several architectures, each in one vector of one length.
+  """Models of several architectures, packed in vectors of the same length.
 
-  `switch` runs the one of a number where clients are not stacked, and all of
-  them where they are.
+  `switch` runs one architecture if clients are not stacked, and all of them if
+  they are.
   """
 
   models: tuple[Model, ...]
-  size: int  # of the largest
+  size: int  # length of the largest model's vector
   kinds: tuple  # see `Personal`
-  kind: Callable  # view -> [] number of its client's
-  switch: Callable  # (kind, function that makes the function of i, *args)
+  kind: Callable  # view -> [] index of its client's architecture
+  switch: Callable  # (kind, i -> function of architecture i, *args)
   pack: Callable  # Variables -> [size]
   unpack: Callable  # (i, [size]) -> Variables
   init: Callable  # (kind, key) -> [size]
-  apply: ApplyModel  # of Variables([size], kind)
+  apply: ApplyModel  # takes Variables([size], kind)
 
 
 def _packing(architectures: Mapping[str, Model]) -> _Packing:
@@ -327,7 +333,7 @@ def _packing(architectures: Mapping[str, Model]) -> _Packing:
     return switch(kind, lambda i: lambda key: pack(each[i].init(key)), key)
 
   def apply(variables, x, mask=None, train=False):
-    """Statistics are not renewed."""
+    """Runs the model forward; its statistics are not updated."""
     flat, kind = variables
 
     def of_kind(i):
@@ -354,7 +360,7 @@ def _packing(architectures: Mapping[str, Model]) -> _Packing:
 
 def _check(architectures, alpha, beta, gamma, tau, own_steps):
   if not architectures:
-    raise ValueError('architectures must have at least one.')
+    raise ValueError('architectures must have at least one model, got none.')
   if not (0 <= alpha <= 1 and 0 <= gamma <= 1):
     raise ValueError(
       f'alpha and gamma must be between 0 and 1, got {alpha} and {gamma}.'

@@ -13,30 +13,31 @@ the client's loss on it and w_k its copy of the common model w:
 and on the server w <- (1 - beta) w + beta mean(w_k), which is
 `fed_avg(server_optimizer=optax.sgd(beta))`. D is the Bregman divergence of g*
 and H its Hessian; g* and g belong to a prior of an exponential family, see
-`Prior`. For the spherical Gaussian D is |theta - mu|^2 / 2 and H is 1. What
-Phi_k is tells the methods apart:
+`Prior`. For the spherical Gaussian D is |theta - mu|^2 / 2 and H is 1. The
+methods differ in Phi_k:
 
-  pFedMe  nothing: mu_k = w_k
-  lg      f_k, the loss: its gradient at w_k; the prox begins at mu_k
+  pFedMe  none: mu_k = w_k
+  lg      f_k, the loss: its gradient at w_k; the prox starts at mu_k
   meg     the envelope of the client's last round: H (last_k - theta_k), with
           last_k the w_k that it sent then (lambda is part of eta)
   mh      first w_k takes a step of first-order MAML, v1 = w_k - a grad f_k(w_k)
           and w_k <- w_k - a grad f_k(v1), each on a batch of its own; then meg
 
-theta_k is what the method is for. It stays on the client and is a model of its
-own: evaluated as 'theta', and after local training as 'personalised_theta', at
-the side of w_k, which is 'personalised' there. The official pFedMe code
+The personal model theta_k is the result of the method. It stays on the client
+and is evaluated as 'theta', and after local training as 'personalised_theta',
+beside w_k, which is 'personalised' there. The official pFedMe code
 (CharlieDinh/pFedMe) overwrites theta_k by w_k before it is evaluated, and
 reports the accuracy of w_k as the personal one.
 
-Follows the official codes (CharlieDinh/pFedMe, BDeMo/pFedBreD_public), with
-these deviations. The Jacobian of mu_k in w_k counts as 1, as in the codes. Only
-the clients of a round train; in the codes all do, and only the selected ones
-are averaged (`--train_all`, `schedules.with_all_at_work`). Gradients of f_k are
-the solver's, with its clip and weight decay (CharlieDinh/pFedMe: no clip, decay
-.001 in the prox alone; BDeMo: neither). BatchNorm's running statistics go
-through every forward pass, and w_k and theta_k share the last ones. A prior
-that is not spherical is ours: the released code has no other.
+This follows the official codes (CharlieDinh/pFedMe, BDeMo/pFedBreD_public),
+with these deviations. The Jacobian of mu_k in w_k counts as 1, as in the codes.
+Only the clients of a round train; in the codes all clients train, and only the
+selected ones are averaged (`--train_all`, `schedules.with_all_at_work`).
+Gradients of f_k are the solver's, with its clip and weight decay
+(CharlieDinh/pFedMe: no clip, decay .001 in the prox alone; BDeMo: neither).
+BatchNorm's running statistics are updated by every forward pass, and w_k and
+theta_k share the last ones. A prior that is not spherical is ours: the released
+code has no other.
 """
 
 from collections.abc import Callable
@@ -56,39 +57,44 @@ Family = Literal['spherical', 'diagonal']
 
 
 class Prior(NamedTuple):
-  """An exponential family, as two convex functions that are conjugate.
+  """An exponential family, as a pair of conjugate convex functions.
 
   Attributes:
-    potential: g*, of a mean: a tree of parameters. Its gradient gives the
-      natural parameters.
-    cumulant: g, of natural parameters. Its gradient gives the mean.
+    potential: g*, a function of a mean: a tree of parameters. Its gradient is
+      the natural parameters.
+    cumulant: g, a function of natural parameters. Its gradient is the mean.
   """
 
   potential: Callable[[PyTree], jax.Array]
   cumulant: Callable[[PyTree], jax.Array]
 
   def natural(self, mean: PyTree) -> PyTree:
-    """The natural parameters of the member with this mean."""
+    """Computes the natural parameters of the member with this mean."""
     return jax.grad(self.potential)(mean)
 
   def mean(self, natural: PyTree) -> PyTree:
-    """The mean of the member with these natural parameters."""
+    """Computes the mean of the member with these natural parameters."""
     return jax.grad(self.cumulant)(natural)
 
   def divergence(self, theta: PyTree, mean: PyTree) -> jax.Array:
-    """D(theta, mean) = g*(theta) - g*(mean) - <grad g*(mean), theta - mean>."""
+    """Computes g*(theta) - g*(mean) - <grad g*(mean), theta - mean>.
+
+    This is the Bregman divergence D(theta, mean).
+    """
     slope = optax.tree.vdot(self.natural(mean), optax.tree.sub(theta, mean))
     return self.potential(theta) - self.potential(mean) - slope
 
   def pull(self, mean: PyTree, theta: PyTree) -> PyTree:
-    """H(mean) (mean - theta): the envelope's gradient in the mean, without
-    lambda."""
+    """Computes H(mean) (mean - theta).
+
+    This is the gradient of the envelope in the mean, without lambda.
+    """
     difference = optax.tree.sub(mean, theta)
     return jax.jvp(self.natural, (mean,), (difference,))[1]
 
 
 def spherical() -> Prior:
-  """The Gaussian of unit variance: D = |theta - mu|^2 / 2."""
+  """Returns the Gaussian prior of unit variance: D = |theta - mu|^2 / 2."""
 
   def half_square(tree):
     return sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(tree)) / 2
@@ -97,12 +103,12 @@ def spherical() -> Prior:
 
 
 def diagonal() -> Prior:
-  """The Gaussian with one variance for each array, ours.
+  """Returns the Gaussian prior with one variance for each array (ours).
 
   D = sum_l p_l |theta_l - mu_l|^2 / 2. The precision p_l is proportional to the
-  number of inputs of a layer's unit, whose inverse is the variance that weights
-  are drawn with (biases and norms: one input), and 1 in the mean over all
-  parameters: lambda keeps its size.
+  number of inputs of a layer's unit, whose inverse is the variance from which
+  weights are initialised (biases and norms have one input). Its mean over all
+  parameters is 1, so lambda keeps its scale.
   """
 
   def half_square(tree, power):
@@ -122,7 +128,14 @@ def diagonal() -> Prior:
 
 
 def precisions(params: PyTree) -> list[float]:
-  """Those of `diagonal`, of each array (or ShapeDtypeStruct) of a model."""
+  """Computes the precisions of `diagonal` for each array of a model.
+
+  Args:
+    params: arrays or ShapeDtypeStructs.
+
+  Returns:
+    One number for each leaf.
+  """
   leaves = jax.tree.leaves(params)
   inputs = [math.prod(a.shape[:-1]) for a in leaves]
   sizes = [math.prod(a.shape) for a in leaves]
@@ -137,7 +150,7 @@ _FAMILIES: dict[str, Callable[[], Prior]] = {
 
 
 def prior(family: str) -> Prior:
-  """The prior of a family by its name.
+  """Returns the prior of a family by name.
 
   Example:
     diagonal = prior('diagonal')
@@ -156,14 +169,14 @@ def prior(family: str) -> Prior:
 
 
 class Slot(NamedTuple):
-  """A client's slot."""
+  """A client's slot of pFedMe and pFedBreD."""
 
-  theta: Variables  # the personal model; the initial one before the first round
+  theta: Variables  # the personal model, at first the initial model
   last: PyTree  # parameters that it sent last, for meg and mh; else ()
 
 
 class _Prox(NamedTuple):
-  """How theta is sought: `steps` of descent on f + lam D(., mean)."""
+  """The search for theta: `steps` of descent on f + lam D(., mean)."""
 
   prior: Prior
   lam: float
@@ -171,7 +184,7 @@ class _Prox(NamedTuple):
   steps: int
 
   def __call__(self, direction, begin, mean, batch, key):
-    """The model that it comes to, and the cross-entropy before the first."""
+    """Returns the resulting model and the cross-entropy before all steps."""
     anchor = self.prior.natural(mean)
 
     def descend(variables, _):
@@ -192,23 +205,23 @@ def p_fed_me(
   prox_steps: int = 5,
   warm: bool = True,
 ) -> Method:
-  """pFedMe.
+  """Builds pFedMe.
 
   Args:
     model: the classifier.
-    lam: lambda, how strongly a personal model is drawn to the mean of its
+    lam: lambda, how strongly a personal model is pulled to the mean of its
       prior.
     lr_p: learning rate of the personal model (official code: .09 on MNIST).
     prox_steps: steps of the personal model on each batch.
-    warm: whether it goes on from batch to batch within a round, beginning at
-      the received model (official code), or begins each time at the client's
-      copy of the common one (pFedBreD's code).
+    warm: whether the personal model continues from batch to batch within a
+      round, starting at the received model (official code), or starts on each
+      batch at the client's copy of the common model (pFedBreD's code).
 
   Returns:
     The method. A client's slot is its personal model; nothing more is sent.
 
   Raises:
-    ValueError: for a number out of range, or lr_p with which the personal
+    ValueError: for a number out of range, or an lr_p with which the personal
       model's steps cannot converge.
   """
   prox = _Prox(prior('spherical'), lam, lr_p, prox_steps)
@@ -233,28 +246,29 @@ def p_fed_bred(
   maml_rate: float = 0.01,
   family: Family = 'spherical',
 ) -> Method:
-  """pFedBreD.
+  """Builds pFedBreD.
 
   Args:
     model: the classifier.
-    kind: what the mean of the prior is made of: 'lg', the loss's gradient,
-      'meg', the memorised gradient of the envelope, or 'mh', both.
-    lam: lambda, how strongly a personal model is drawn to the mean of its prior
-      (official code: 15, for its MLP 30).
+    kind: how the mean of the prior is made: 'lg', from the gradient of the
+      loss; 'meg', from the memorised gradient of the envelope; or 'mh', from
+      both.
+    lam: lambda, how strongly a personal model is pulled to the mean of its
+      prior (official code: 15, for its MLP 30).
     lr_p: learning rate of the personal model.
     prox_steps: steps of the personal model on each batch.
-    eta: how far the mean of the prior lies from the client's copy of the common
-      model; 0 is pFedMe, not warm.
-    maml_rate: of 'mh', the rate a of its MAML step.
+    eta: distance factor between the mean of the prior and the client's copy of
+      the common model; 0 is pFedMe without warm.
+    maml_rate: for 'mh', the rate a of its MAML step.
     family: the prior: 'spherical', the Gaussian of the released code, or
-      'diagonal', one with a variance for each array.
+      'diagonal', a Gaussian with one variance for each array.
 
   Returns:
     The method. A client's slot is its personal model and, for meg and mh, the
     parameters that it sent last; nothing more is sent.
 
   Raises:
-    ValueError: for a number or a name out of range, or lr_p with which the
+    ValueError: for a number or a name out of range, or an lr_p with which the
       personal model's steps cannot converge.
   """
   if kind not in get_args(Kind):
@@ -267,7 +281,7 @@ def p_fed_bred(
   _check(model, prox, family)
 
   def moved(params, grads):
-    """The mean of the prior, away from `params`."""
+    """Computes the mean of the prior from `params` and a gradient."""
     natural = prox.prior.natural(params)
     return prox.prior.mean(optax.tree.add_scale(natural, -eta, grads))
 
@@ -301,7 +315,7 @@ def p_fed_bred(
 
 
 def _pulled(prox, variables, mean, found, step_size):
-  """w_k after the step, and theta."""
+  """Returns w_k after the step, and theta."""
   pull = optax.tree.scale(prox.lam, prox.prior.pull(mean, found.params))
   params = jax.tree.map(
     lambda w, p: w - (step_size * p).astype(w.dtype), variables.params, pull
@@ -310,7 +324,7 @@ def _pulled(prox, variables, mean, found, step_size):
 
 
 def _method(model, step, *, warm=False, num_batches=1, remembers=False):
-  """What the methods share: the slot, and local training by their steps."""
+  """Builds the slot and the local training that both methods share."""
 
   def init(key, variables):
     del key

@@ -1,34 +1,35 @@
-"""FedAvg whose sum is private: differential privacy, secure aggregation.
+"""FedAvg with a private sum: differential privacy and secure aggregation.
 
 DP-FedAvg: McMahan, Ramage, Talwar and Zhang, Learning Differentially Private
 Recurrent Language Models, ICLR 2018, arXiv:1710.06963, with a fixed
 denominator. Each client takes part with probability q = cohort / N (Poisson
-sampling); with d_k the change of its model, clip C and noise multiplier z
+sampling). With d_k the change of its model, clip C and noise multiplier z
 
   w <- w + (sum_k d_k min(1, C / ||d_k||) + N(0, (z C)^2)) / cohort
 
-whoever arrives, and if nobody does. A model is then (epsilon, delta) private
-for the presence of one client, see `privacy.epsilon`.
+whoever arrives, and also if no client does. The model is then (epsilon, delta)
+differentially private for the presence of one client, see `privacy.epsilon`.
 
-With `quantile` the clip follows the clients' norms (Andrew, Thakkar, McMahan
+With `quantile` the clip adapts to the clients' norms (Andrew, Thakkar, McMahan
 and Ramaswamy, Differentially Private Learning with Adaptive Clipping, NeurIPS
-2021, arXiv:1905.03871): b is the share of clients of norm at most C, with noise
-of deviation sigma_b = cohort / 20 on their number,
+2021, arXiv:1905.03871). Let b be the share of clients with a norm of at most C,
+where Gaussian noise of standard deviation sigma_b = cohort / 20 is added to
+their number. Then
 
   C <- C exp(-.2 (b - quantile)),
 
-and the noise of the sum is raised to (z^-2 - (2 sigma_b)^-2)^(-1/2), so that
-both releases together cost what z says.
+and the noise multiplier of the sum is raised to (z^-2 - (2 sigma_b)^-2)^(-1/2),
+so that both releases together cost as much privacy as z alone.
 
-Secure aggregation (Bonawitz et al., CCS 2017, doi:10.1145/3133956.3133982),
+Secure aggregation (Bonawitz et al., CCS 2017, doi:10.1145/3133956.3133982) is
 simulated: clients send their clipped changes in fixed point, modulo 2^32, plus
-a mask for every other client of the round; masks of a pair cancel, and the
-server learns the sum alone. Masks towards clients that did not arrive are taken
-off again. Key agreement and secret sharing are not simulated: a seed that the
-server sends stands for them. Rounding to fixed point moves a change by sqrt(P)
-2^-17 at most, with P parameters; the accounting of noise leaves that out.
+a mask for every other client of the round. The masks of a pair cancel, so the
+server learns only the sum. Masks towards clients that did not arrive are
+subtracted. Key agreement and secret sharing are not simulated: a seed that the
+server sends stands for them. Rounding to fixed point moves a change by at most
+sqrt(P) 2^-17, with P parameters; the privacy accounting ignores that.
 
-What is measured of a simulation is not protected: training loss, the plain
+Measurements of the simulation are not protected: the training loss, the plain
 average, and evaluations of clients.
 """
 
@@ -42,18 +43,19 @@ from fedftg_jax import distillation
 from fedftg_jax.base import Info, Method, Model, PyTree, Variables
 from fedftg_jax.methods import fed_avg as fed_avg_lib
 
-SCALE = 2.0**16  # of the fixed point
-BOUND = 4.0  # of one value in it
-MOST = int(2**31 / (BOUND * SCALE)) - 1  # clients whose sum stays below 2^31
+SCALE = 2.0**16  # scale of the fixed-point numbers
+BOUND = 4.0  # largest magnitude of one value
+# Largest number of clients whose sum stays below 2^31.
+MOST = int(2**31 / (BOUND * SCALE)) - 1
 _CLIP_RATE = 0.2
 
 
 class Slot(NamedTuple):
-  """The server slot."""
+  """The server's slot of the private sum."""
 
   optimizer: PyTree
   clip: jax.Array  # C
-  seed: PyTree  # of the masks, [2] uint32; () without secure aggregation
+  seed: PyTree  # seed of the masks, [2] uint32; () without secure aggregation
 
 
 def private_fed_avg(
@@ -66,27 +68,28 @@ def private_fed_avg(
   secure: bool = False,
   server_optimizer: optax.GradientTransformation | None = None,
 ) -> Method:
-  """Clipped and noisy mean, and one that is added up in secret.
+  """Builds FedAvg with a clipped and noisy mean, or with secure aggregation.
 
   Args:
     model: the classifier, without BatchNorm.
-    cohort: clients in a round, on average; the denominator where there is
-      noise. Otherwise the sum is divided by the number that arrived.
+    cohort: number of clients in a round, on average; the denominator if there
+      is noise. Otherwise the sum is divided by the number of clients that
+      arrived.
     clip: C, largest norm of a client's change; 0 for no bound.
-    noise: z, deviation of the noise over C.
-    quantile: share of clients that C is moved to leave as they are; 0 for a
-      fixed C, with which it begins.
-    secure: whether the server sees the sum only.
+    noise: z, the noise multiplier: standard deviation of the noise over C.
+    quantile: share of clients whose change C should leave unclipped; 0 for a
+      fixed C. The argument `clip` is its initial value.
+    secure: whether the server sees only the sum.
     server_optimizer: see `fed_avg.aggregate`.
 
   Returns:
-    The method; it aggregates. Info has 'dp/clip' and 'dp/clipped', the share of
-    the arrived that were clipped, where there is a bound.
+    The method; it aggregates. If there is a bound, Info has 'dp/clip' and
+    'dp/clipped', the share of the arrived clients that were clipped.
 
   Raises:
     ValueError: for a value out of range, noise or a quantile without a bound,
-      or a model with BatchNorm; in the first round, for a cohort of more than
-      `MOST` clients whose sum is to be secret.
+      or a model with BatchNorm; in the first round, for secure aggregation of
+      more than `MOST` clients.
   """
   distillation.check_least(
     cohort=(cohort, 1), clip=(clip, 0), noise=(noise, 0), quantile=(quantile, 0)
@@ -98,13 +101,13 @@ def private_fed_avg(
   counting = cohort / 20 if quantile and noise else 0.0  # sigma_b
   if quantile and noise and noise >= 2 * counting:
     raise ValueError(
-      f'with a quantile noise must be below cohort / 10 = {2 * counting:g}, '
+      f'with a quantile, noise must be below cohort / 10 = {2 * counting:g}, '
       f'got {noise}.'
     )
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
   if jax.tree.leaves(shapes.stats):
     raise ValueError(
-      'BatchNorm statistics would be sent without protection: take a model '
+      'BatchNorm statistics would be sent without protection: use a model '
       'with norm none, group or instance.'
     )
   mean = fed_avg_lib.fed_avg(server_optimizer)
@@ -116,7 +119,7 @@ def private_fed_avg(
     return Slot(slot, jnp.asarray(float(clip)), seed), ()
 
   def clipped(delta, bound):
-    """The change, clipped, and whether it is as it was."""
+    """Returns the clipped change, and whether clipping left it unchanged."""
     if not clip:
       return delta, jnp.ones(())
     norm = optax.tree.norm(delta)
@@ -146,8 +149,8 @@ def private_fed_avg(
     if secure:
       if len(received.arrived) > MOST:
         raise ValueError(
-          f'secure aggregation adds up {MOST} clients at most, got a round of '
-          f'{len(received.arrived)}.'
+          f'secure aggregation can add up at most {MOST} clients, got a round '
+          f'of {len(received.arrived)}.'
         )
       missing = unmasked(received, shared.seed)
       total, num_kept = decode(
@@ -197,7 +200,7 @@ def private_fed_avg(
 
 
 def encode(tree: PyTree) -> PyTree:
-  """Values in fixed point, uint32 modulo 2^32; clipped at `BOUND`."""
+  """Converts values to fixed point, uint32 modulo 2^32, clipped at `BOUND`."""
 
   def one(a):
     whole = jnp.round(jnp.clip(a, -BOUND, BOUND) * SCALE)
@@ -207,7 +210,7 @@ def encode(tree: PyTree) -> PyTree:
 
 
 def decode(tree: PyTree) -> PyTree:
-  """The values of a sum of what `encode` gives."""
+  """Converts a sum of results of `encode` back to values."""
   return jax.tree.map(
     lambda a: jax.lax.bitcast_convert_type(a, jnp.int32) / SCALE, tree
   )
@@ -223,16 +226,19 @@ def masks(
 ) -> PyTree:
   """Adds up the masks of one client, in the structure of `tree`.
 
-  The mask of a pair is added by the client of the lower id and taken off by the
-  other.
+  The mask of a pair is added by the client with the lower id and subtracted by
+  the other.
 
   Args:
-    tree: of uint32 arrays.
+    tree: uint32 arrays.
     seed: [2] uint32.
-    round_: of the masks.
-    client_id: whose masks.
-    peers: [S] ids of the round's clients, -1 for nobody.
+    round_: the round of the masks.
+    client_id: the client whose masks are added up.
+    peers: [S] ids of the round's clients, -1 marks a padding slot.
     towards: [S] whether the mask towards that peer counts.
+
+  Returns:
+    The sum of the masks.
   """
   base = jax.random.fold_in(jax.random.wrap_key_data(seed), round_)
   towards = jnp.broadcast_to(towards, peers.shape)
@@ -255,8 +261,10 @@ def masks(
 
 
 def unmasked(received, seed: jax.Array) -> PyTree:
-  """What of the masks is left in the sum: those towards clients that did not
-  arrive."""
+  """Computes the masks that remain in the sum.
+
+  These are the masks towards clients that did not arrive.
+  """
   zero = jax.tree.map(jnp.zeros_like, received.summed)
 
   def add(total, client):

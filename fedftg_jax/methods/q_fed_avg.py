@@ -1,15 +1,15 @@
-"""q-FedAvg: fair weighting, clients with a larger loss count more.
+"""q-FedAvg: fair weighting, in which clients with a larger loss count more.
 
 Li, Sanjabi, Beirami and Smith, Fair Resource Allocation in Federated Learning,
-ICLR 2020, arXiv:1905.10497, Algorithm 2. The objective is
-sum_k p_k F_k^(q + 1) / (q + 1); with F_k the loss of the received model on the
-client's data, d_k = w_k - w and L = 1 / learning rate,
+ICLR 2020, arXiv:1905.10497, Algorithm 2. The objective is sum_k p_k F_k^(q + 1)
+/ (q + 1). With F_k the loss of the received model on the client's data, d_k =
+w_k - w and L = 1 / learning rate,
 
   w <- w + sum_k p_k F_k^q d_k / sum_k p_k (q F_k^(q - 1) L ||d_k||^2 + F_k^q).
 
-Deviation: the paper draws clients with probability p_k and adds them up
-unweighted; here participation is the schedule's, and the federation's weights
-stand for p_k. q = 0 is FedAvg.
+Deviation: the paper draws clients with probability p_k and adds their terms
+unweighted; here the schedule draws the clients, and the federation's weights
+are p_k. q = 0 is FedAvg.
 """
 
 import jax.numpy as jnp
@@ -28,12 +28,12 @@ def q_fed_avg(
   server_optimizer: optax.GradientTransformation | None = None,
   batch_size: int = 50,
 ) -> Method:
-  """The fair mean; it aggregates.
+  """Builds q-FedAvg, the fair mean; it aggregates.
 
   Args:
-    q: how much a larger loss counts; 0 is FedAvg.
+    q: fairness: how much more a client with a larger loss counts; 0 is FedAvg.
     server_optimizer: see `fed_avg.aggregate`.
-    batch_size: examples at once when a client's loss is taken.
+    batch_size: examples in a batch when a client's loss is computed.
 
   Returns:
     The method. Its message is F_k^q and the client's term of the denominator.

@@ -1,10 +1,10 @@
-"""One more teacher for any part that distils: the model that was broadcast.
+"""Adds the broadcast model as one more teacher to any part that distils.
 
-Ours, of no paper. Under partial participation the clients of a round know
-nothing of classes that only absent clients have. The broadcast model does, from
-earlier rounds; it joins the teachers with the class counts of those rounds,
-discounted. If cohorts are alike, its share of a class's weight is about the
-discount; of a class that the cohort lacks it has all.
+This is our own and from no paper. Under partial participation the clients of a
+round know nothing of classes that only absent clients have. The broadcast model
+knows them from earlier rounds; it joins the teachers with the class counts of
+those rounds, discounted. If cohorts are alike, its share of a class's weight is
+about the discount; for a class that the cohort lacks, it has all the weight.
 """
 
 from typing import NamedTuple
@@ -16,10 +16,10 @@ from fedftg_jax.base import Method, PyTree
 
 
 class Slot(NamedTuple):
-  """The server slot of `remembering`."""
+  """The server's slot of `remembering`."""
 
-  inner: PyTree  # of the part that it wraps
-  past: jax.Array  # [C] class counts of earlier rounds, discounted
+  inner: PyTree  # slot of the part that it wraps
+  past: jax.Array  # [C] discounted class counts of earlier rounds
 
 
 def remembering(part: Method, num_classes: int, decay: float) -> Method:
@@ -32,13 +32,13 @@ def remembering(part: Method, num_classes: int, decay: float) -> Method:
     decay: discount of the class counts per round.
 
   Returns:
-    The method. The server slot of `part` is `Slot.inner`.
+    The method. The server's slot of `part` is `Slot.inner`.
 
   Raises:
     ValueError: for a decay outside [0, 1).
   """
   if not 0 <= decay < 1:
-    raise ValueError(f'memory must be from 0 to below 1, got {decay}.')
+    raise ValueError(f'memory must be at least 0 and below 1, got {decay}.')
 
   def init(key, variables):
     inner, own = part.init(key, variables)

@@ -2,21 +2,21 @@
 
 Karimireddy, Kale, Mohri, Reddi, Stich and Suresh, SCAFFOLD: Stochastic
 Controlled Averaging for Federated Learning, ICML 2020, arXiv:1910.06378,
-Algorithm 1, in the form of the official FedDyn and FedFTG codes
-(s_k = N n_k / sum_j n_j, M steps of size lr):
+Algorithm 1, in the form of the official FedDyn and FedFTG codes (s_k = N n_k /
+sum_j n_j, M steps of size lr):
 
   client   min CE + <theta, c / s_k - c_k>
   option 1 c_k' = gradient of the client's cross-entropy at w, over all its data
   option 2 c_k' = c_k - c + (w - w_k) / (M lr)
   server   c <- c + (1 / N) sum_k s_k (c_k' - c_k)
 
-Deviations: the paper has no s_k (they are 1 for equal clients; note that c is
-not divided by s_k in option 2, as in the codes). The official codes take M = 50
-steps whatever a client's size (--local_steps) and an unweighted mean
-(weighting='uniform', as recipes do); the paper's server step size is a server
-optimiser, optax.sgd(eta_g). Two defects of theirs are arguments:
-`learning_rate` and `untuned_reference`. The control variates cover parameters
-only.
+Deviations: the paper has no s_k (they are 1 for clients of equal size; note
+that c is not divided by s_k in option 2, as in the codes). The official codes
+take M = 50 steps for every client, whatever its size (--local_steps), and an
+unweighted mean (weighting='uniform', as recipes do). The paper's server step
+size is a server optimiser here, optax.sgd(eta_g). Two defects of the official
+codes are available as arguments: `learning_rate` and `untuned_reference`. The
+control variates cover parameters only.
 """
 
 import jax
@@ -36,20 +36,22 @@ def scaffold(
   untuned_reference: bool = False,
   batch_size: int = 50,
 ) -> Method:
-  """The control variates.
+  """Builds SCAFFOLD, without the part that aggregates.
 
   Args:
-    option: 1 or 2, how a client renews its control variate.
+    option: 1 or 2, how a client updates its control variate.
     learning_rate: lr in option 2; None for that of the round. The official
-      codes take the first round's throughout, off by the decay since.
-    untuned_reference: as the official SCAFFOLD with FedFTG, option 2 compares
-      with the mean before fine-tuning instead of the model that was received,
-      so that the fine-tuning leaks into c_k. It has to be sent, too.
-    batch_size: examples at once in option 1.
+      codes use the first round's learning rate in every round, and so ignore
+      its decay.
+    untuned_reference: whether option 2 compares with the mean before
+      fine-tuning instead of the received model, as the official SCAFFOLD with
+      FedFTG does. The effect of fine-tuning then leaks into c_k, and the
+      reference must be sent, too.
+    batch_size: examples in a batch in option 1.
 
   Returns:
-    The method. Clients keep c_k, the server c (and the reference); c goes down
-    with the model, the change of c_k up.
+    The method. Clients keep c_k, the server keeps c (and the reference); c is
+    sent down with the model, the change of c_k is sent up.
 
   Raises:
     ValueError: for a wrong option or learning rate.

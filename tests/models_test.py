@@ -126,7 +126,7 @@ class ClassifiersTest(parameterized.TestCase):
   @parameterized.parameters(
     (dict(norm='layer'), "norm must be one of.*'group'.*got 'layer'"),
     (dict(conv='fft'), "conv must be one of.*'matmul'.*got 'fft'"),
-    (dict(projection_dim=-1), 'projection_dim must be >= 0, got -1'),
+    (dict(projection_dim=-1), 'projection_dim must be at least 0, got -1'),
     (dict(image_shape=(8, 3, 1)), 'at least 4 x 4, got 8 x 3'),
     (dict(name='vgg11', image_shape=(0, 8, 1)), 'at least 1 x 1, got 0 x 8'),
   )

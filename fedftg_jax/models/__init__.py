@@ -1,4 +1,4 @@
-"""Classifiers and the generator, as pairs of pure functions."""
+"""Classifiers and generators, as pairs of pure functions."""
 
 from collections.abc import Sequence
 import functools
@@ -30,7 +30,7 @@ CLASSIFIERS = {
   'vgg11': vgg.vgg11,
 }
 
-# The norm of each classifier where none is asked for.
+# The default norm of each classifier.
 DEFAULT_NORMS = {
   'softmax': 'none',
   'mlp': 'none',
@@ -47,7 +47,7 @@ DEFAULT_NORMS = {
   'vgg11': 'batch',
 }
 
-# The others take images of any size.
+# Smallest height and width of images; other models take images of any size.
 _MIN_SIZES = {
   'lenet': 4,
   'fedavg_cnn': 4,
@@ -70,22 +70,23 @@ def build(
   torch_bn: bool = True,
   dtype: DTypeLike | None = None,
 ) -> base.Model:
-  """A classifier by name.
+  """Builds a classifier by name.
 
   Args:
     name: a key of `CLASSIFIERS`.
     image_shape: (height, width, channels).
     num_classes: C.
-    mean: per channel, of pixels scaled to [0, 1]; applied to uint8 images.
-    std: likewise.
-    norm: 'none', 'batch', 'group' (2 groups) or 'instance', where the model has
-      norms; None for the model's own, see `DEFAULT_NORMS`.
-    conv: how convolutions are computed, see `convolution.convolve`; None for
+    mean: mean per channel of pixels scaled to [0, 1]; used to normalise uint8
+      images.
+    std: standard deviation per channel, likewise.
+    norm: 'none', 'batch', 'group' (2 groups) or 'instance', for models with
+      normalisation layers; None for the model's default, see `DEFAULT_NORMS`.
+    conv: implementation of convolutions, see `convolution.convolve`; None for
       what suits the device, see `convolution.default`.
     projection_dim: width of MOON's projection head, 0 for a model without one,
       see `layers.head`.
-    torch_bn: whether BatchNorm's running variance takes the unbiased estimate,
-      as PyTorch's does, or the biased one, as Flax's.
+    torch_bn: whether BatchNorm's running variance uses the unbiased estimate,
+      as in PyTorch, or the biased one, as in Flax.
     dtype: see `from_flax`.
 
   Returns:
@@ -93,7 +94,7 @@ def build(
 
   Raises:
     ValueError: for an unknown name, norm or conv, a negative projection_dim, or
-      images too small to be pooled.
+      images that are too small to be pooled.
   """
   _check('model', name, sorted(CLASSIFIERS))
   norm = DEFAULT_NORMS[name] if norm is None else norm
@@ -101,7 +102,9 @@ def build(
   conv = convolution.default() if conv is None else conv
   _check('conv', conv, convolution.IMPLEMENTATIONS)
   if projection_dim < 0:
-    raise ValueError(f'projection_dim must be >= 0, got {projection_dim}.')
+    raise ValueError(
+      f'projection_dim must be at least 0, got {projection_dim}.'
+    )
   size = _MIN_SIZES.get(name, 1)
   if min(image_shape[:2]) < size:
     raise ValueError(
@@ -127,17 +130,25 @@ def from_flax(
 ) -> base.Model:
   """Wraps a linen module `(x, mask, train) -> (logits, features)`.
 
-  The model has a head if the module has exactly one linear layer whose name is
-  'head', as `layers.head` makes it; a last stage if the module has a method
-  `last_stage`, and stages if it sows their 'input' and 'output' into 'stages',
-  as `resnet.ResNet` does; and moments if all of its BatchNorms are
+  The model has a head if the module has exactly one linear layer named 'head',
+  as `layers.head` makes it. It has a last stage if the module has a method
+  `last_stage`, and stages if the module sows their 'input' and 'output' into
+  'stages', as `resnet.ResNet` does. It has moments if all of its BatchNorms are
   `layers.BatchNorm`.
 
-  Images of type uint8 are raw pixels and are scaled to [0, 1] and normalised
-  here, inside the step; floats are taken as they are.
+  Images of type uint8 are raw pixels: they are scaled to [0, 1] and normalised
+  here, inside the step. Float images are used as they are.
 
-  `dtype` is what layers compute in, such as bfloat16; None for the type of the
-  weights. Weights, norms, the last layer and all losses keep theirs.
+  Args:
+    module: the module.
+    image_shape: (height, width, channels).
+    mean: see `build`.
+    std: see `build`.
+    dtype: the type in which layers compute, such as bfloat16; None for the type
+      of the weights. Weights, norms, the last layer and all losses keep theirs.
+
+  Returns:
+    The model.
   """
   model = _wrap(module, image_shape, mean, std, dtype)
   heads = _heads(jax.eval_shape(model.init, jax.random.key(0)))
@@ -146,15 +157,18 @@ def from_flax(
 
 
 def need(model: base.Model, piece: str, method: str) -> Any:
-  """Returns a piece of a model that a method cannot do without.
+  """Returns a piece of a model that a method requires.
 
   Args:
     model: the classifier.
     piece: 'head', 'last_stage' or 'normalise'.
-    method: who needs it.
+    method: name of the method that needs it, for the error message.
+
+  Returns:
+    The piece.
 
   Raises:
-    ValueError: if the model has no such piece.
+    ValueError: if the model does not have it.
   """
   found = getattr(model, piece)
   if found is None:
@@ -170,7 +184,7 @@ _PIECES = {
 
 
 def _wrap(module, image_shape, mean, std, dtype):
-  """The model, without a head."""
+  """Wraps a module as a model without a head."""
 
   def init(key):
     tree = module.init(key, jnp.zeros((1, *image_shape)))
@@ -180,7 +194,7 @@ def _wrap(module, image_shape, mean, std, dtype):
     tree = {'params': variables.params, 'batch_stats': variables.stats}
     x = to_floats(x)
     x = x if dtype is None else x.astype(dtype)
-    # What nobody uses of 'moments' and 'stages' is not computed, once compiled.
+    # The compiler removes what is not used of 'moments' and 'stages'.
     mutable = ['moments', 'stages'] + ['batch_stats'] * train
     (logits, features), new = module.apply(
       tree, x, mask, train, mutable=mutable
@@ -203,7 +217,7 @@ def _wrap(module, image_shape, mean, std, dtype):
 
 
 def _heads(variables) -> list:
-  """Parameters of all layers that are called 'head'."""
+  """Returns the parameters of all layers named 'head'."""
   places: dict = {}
   for path, leaf in jax.tree.leaves_with_path(variables.params):
     path = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -218,7 +232,7 @@ def _heads(variables) -> list:
 
 
 def _linear(params, x):
-  """The layer that `_heads` finds, as it computes within its module."""
+  """Applies the layer found by `_heads`, as it computes within its module."""
   x = layers.at_least_float32(x)
   features = params['kernel'].shape[-1]
   layer = nn.Dense(features, 'bias' in params, x.dtype)
@@ -231,8 +245,10 @@ _HEAD = base.Head(lambda variables: _heads(variables)[0], _linear)
 def normalise(
   x: jax.Array, mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
-  """Raw pixels (uint8) scaled to [0, 1] and normalised per channel; floats are
-  taken as they are."""
+  """Scales raw pixels (uint8) to [0, 1] and normalises them per channel.
+
+  Float images are returned unchanged.
+  """
   if x.dtype != jnp.uint8:
     return x
   dtype = jnp.result_type(float)

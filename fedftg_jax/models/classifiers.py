@@ -1,13 +1,13 @@
-"""Small classifiers, each giving logits and the input of its last layer.
+"""Small classifiers that return logits and the input of their last layer.
 
-`fedavg_cnn` is the CIFAR network of FedDyn's code and TensorFlow's tutorial
-that FedAvg (McMahan et al., AISTATS 2017, arXiv:1602.05629) used, with SAME
-padding.
+`fedavg_cnn` is the CIFAR network of FedDyn's code and of the TensorFlow
+tutorial that FedAvg (McMahan et al., AISTATS 2017, arXiv:1602.05629) used, with
+SAME padding.
 
-`convnet` is that of FedDM (Xiong et al., CVPR 2023, arXiv:2207.09653), which
-has it from dataset distillation. `fedgen_cnn` is that of FedGen's official code
-(Zhu, Hong and Zhou, ICML 2021, arXiv:2105.10056), whose generator makes the
-input of the last layer: there is no ReLU in front of it.
+`convnet` is the network of FedDM (Xiong et al., CVPR 2023, arXiv:2207.09653),
+which took it from dataset distillation. `fedgen_cnn` is that of FedGen's
+official code (Zhu, Hong and Zhou, ICML 2021, arXiv:2105.10056), whose generator
+makes the input of the last layer: there is no ReLU in front of it.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-  """Blocks of convolution, norm, 2 x 2 max pooling, ReLU; then a MLP.
+  """Blocks of convolution, norm, 2 x 2 max pooling and ReLU, then an MLP.
 
   ReLU comes after the pooling: the result is the same, on a quarter of the
   values. A convolution in front of a BatchNorm has no bias.
@@ -68,8 +68,10 @@ class CNN(nn.Module):
 
 
 class ConvNet(nn.Module):
-  """Blocks of 3 x 3 convolution, norm, ReLU, 2 x 2 mean pooling; then a linear
-  layer. Convolutions have biases, whatever the norm."""
+  """Blocks of 3 x 3 convolution, norm, ReLU, mean pooling; then a linear layer.
+
+  The pooling is 2 x 2. Convolutions have biases, whatever the norm.
+  """
 
   num_classes: int
   widths: Sequence[int]
@@ -89,9 +91,10 @@ class ConvNet(nn.Module):
 
 
 class FedGenCNN(nn.Module):
-  """Blocks of 3 x 3 convolution of stride 2, norm, ReLU; then two linear
-  layers without anything between them. Convolutions have biases, whatever the
-  norm.
+  """Blocks of strided 3 x 3 convolution, norm and ReLU, then two linear layers.
+
+  The stride is 2. There is nothing between the two linear layers. Convolutions
+  have biases, whatever the norm.
 
   Attributes:
     num_classes: C.
@@ -123,38 +126,43 @@ class FedGenCNN(nn.Module):
 
 
 def softmax(num_classes: int, options=layers.Variant()) -> nn.Module:
-  """One linear layer: softmax regression."""
+  """Builds softmax regression: one linear layer."""
   return MLP(num_classes, (), options.projection_dim)
 
 
 def mlp(num_classes: int, options=layers.Variant()) -> nn.Module:
-  """Two hidden layers of 200."""
+  """Builds an MLP with two hidden layers of width 200."""
   return MLP(num_classes, projection_dim=options.projection_dim)
 
 
 def lenet(num_classes: int, options=layers.Variant()) -> nn.Module:
-  """conv5x5x32, pool, conv5x5x64, pool, fc128, fc."""
+  """Builds conv5x5x32, pool, conv5x5x64, pool, fc128, fc."""
   return CNN(num_classes, (32, 64), (128,), options)
 
 
 def fedavg_cnn(num_classes: int, options=layers.Variant()) -> nn.Module:
-  """conv5x5x64, pool, conv5x5x64, pool, fc384, fc192, fc."""
+  """Builds conv5x5x64, pool, conv5x5x64, pool, fc384, fc192, fc."""
   return CNN(num_classes, (64, 64), (384, 192), options)
 
 
 def convnet(num_classes: int, options=layers.Variant('instance')) -> nn.Module:
-  """3 x (conv3x3x128, norm, ReLU, mean pooling), fc."""
+  """Builds 3 x (conv3x3x128, norm, ReLU, mean pooling), fc."""
   return ConvNet(num_classes, (128, 128, 128), options)
 
 
 def fedgen_cnn(num_classes: int, options=layers.Variant('batch')) -> nn.Module:
-  """2 x (conv3x3 of stride 2, norm, ReLU) with 6 and 16 channels, fc32, fc."""
+  """Builds 2 x (conv3x3 of stride 2, norm, ReLU), fc32, fc.
+
+  The convolutions have 6 and 16 channels.
+  """
   return FedGenCNN(num_classes, options=options)
 
 
 def pfllib_cnn(num_classes: int, options=layers.Variant()) -> nn.Module:
-  """conv5x5x32, pool, conv5x5x64, pool, fc512, fc, without padding: FedAvgCNN
-  of PFLlib (Zhang et al., arXiv:2312.04992)."""
+  """Builds conv5x5x32, pool, conv5x5x64, pool, fc512, fc, without padding.
+
+  It is FedAvgCNN of PFLlib (Zhang et al., arXiv:2312.04992).
+  """
   return CNN(num_classes, (32, 64), (512,), options, valid=True)
 
 

@@ -1,8 +1,9 @@
-"""Convolutions for stacked clients and for CPUs.
+"""Convolutions that are fast for stacked clients and on CPUs.
 
-A convolution with a kernel per client turns into a grouped convolution under
+A convolution with one kernel per client becomes a grouped convolution under
 `vmap`, and inside a loop the CPU backend runs any `lax.conv` on one slow path.
-As slices and matrix products it stays (batched) matrix products.
+Written as slices and matrix products, a convolution stays a (batched) matrix
+product.
 """
 
 import math
@@ -14,19 +15,19 @@ from fedftg_jax.models import windows as windows_
 from fedftg_jax.models import winograd
 from fedftg_jax.models.windows import taps
 
-# Numbers: gathered images of one convolution up to _CACHE are made at once,
-# more in blocks of at most _BLOCK.
+# Gathered images of one convolution with up to _CACHE numbers are made at once,
+# larger ones in blocks of at most _BLOCK numbers.
 _CACHE, _BLOCK = 2**22, 2**19
-_PLAIN = ('im2col', 'slices', 'lax')  # their gradients are left to JAX
+_PLAIN = ('im2col', 'slices', 'lax')  # JAX derives their gradients
 IMPLEMENTATIONS = ('winograd', 'blocked', 'matmul', 'im2col', 'slices', 'lax')
-# By backend; the CPU's is measured (BUILD.md), the GPU's in part
-# (docs/speed.md), the TPU's is not. What suits a layer's shape is chosen
-# within: see `winograd.tiling` and `convolve`.
+# By backend. The choice for CPUs is measured (BUILD.md), that for GPUs in part
+# (docs/speed.md), that for TPUs is not. Within an implementation the method
+# depends on the layer's shape: see `winograd.tiling` and `convolve`.
 DEFAULTS = {'cpu': 'winograd', 'gpu': 'matmul', 'tpu': 'matmul'}
 
 
 def default() -> str:
-  """What suits this device."""
+  """Returns the default implementation for this device."""
   return DEFAULTS.get(jax.default_backend(), 'matmul')
 
 
@@ -37,29 +38,32 @@ def convolve(
   stride: int = 1,
   valid: bool = False,
 ) -> jax.Array:
-  """Convolution with zero padding; at stride 1 it keeps the image size.
+  """Convolves with zero padding; at stride 1 it keeps the image size.
 
-  A 1 x 1 kernel is one matrix product whatever the implementation. The padding
-  is (k - 1) // 2 before and k // 2 after, for every stride, as in PyTorch
-  ('SAME' pads less in front of strides). The kernel is cast to the type of `x`;
-  its gradient is added up in its own.
+  A 1 x 1 kernel is one matrix product in every implementation. The padding is
+  (k
+  - 1) // 2 before and k // 2 after, for every stride, as in PyTorch ('SAME'
+    pads
+  less in front of strides). The kernel is cast to the type of `x`; its gradient
+  is accumulated in the kernel's own type.
 
   Args:
     x: [B, H, W, I] images.
     kernel: [h, w, I, O].
     implementation: 'matmul' gathers the h * w shifted images and multiplies
-      once, or, where outputs are fewer than inputs, multiplies once and adds up
-      the h * w shifted products; 'blocked' does so for a few images at a time,
-      so that what is gathered stays in the CPU's cache; 'winograd' multiplies
-      transformed tiles where that saves products, see `winograd`, and is else
-      'blocked', as it is in bfloat16, too short for the transforms; 'im2col'
-      gathers always and leaves the gradient to JAX (those of the first three
-      are written by hand: `jax.jvp` passes through a gradient of them, but not
-      through a call that no gradient is taken of, unless that is said by
-      `losses.frozen`); 'slices' multiplies each shifted image and adds; 'lax'
-      is `jax.lax.conv_general_dilated`.
-    stride: in both directions.
-    valid: no padding; the result is smaller by the kernel less one pixel.
+      once, or, if there are fewer outputs than inputs, multiplies once and adds
+      up the h * w shifted products; 'blocked' does so for a few images at a
+      time, so that what is gathered stays in the CPU's cache; 'winograd'
+      multiplies transformed tiles where that saves products, see `winograd`,
+      and elsewhere, and in bfloat16, which is too short for the transforms, is
+      'blocked'; 'im2col' always gathers and leaves the gradient to JAX;
+      'slices' multiplies each shifted image and adds up; 'lax' is
+      `jax.lax.conv_general_dilated`. The gradients of the first three are
+      written by hand: `jax.jvp` passes through a gradient of them, but through
+      a call without a gradient only within `losses.frozen`.
+    stride: stride in both directions.
+    valid: whether to use no padding; the result is smaller by the kernel less
+      one pixel.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), O] images.
@@ -100,7 +104,8 @@ def convolve(
   blocked = implementation in ('blocked', 'winograd')
   if num_in <= num_out or stride > 1:
     return _gather_multiply(windows, blocked, x, kernel.reshape(-1, num_out).T)
-  # Each input gives to the outputs around it: the windows seen from them.
+  # Each input contributes to the outputs around it: these are the windows of
+  # the outputs.
   around = tuple(
     (size - 1 - before, size - 1 - after)
     for size, (before, after) in zip((h, w), padding)
@@ -113,16 +118,16 @@ def convolve(
 def convolve_enlarged(
   x: jax.Array, kernel: jax.Array, implementation: str
 ) -> jax.Array:
-  """`convolve` of x enlarged by 2 (nearest neighbour), computed on x itself.
+  """Computes `convolve` of x enlarged by 2 (nearest neighbour) from x itself.
 
-  A pixel of x adds to 4 x 4 pixels of the result, each time with a sum of the
-  kernel's elements: the result is a transposed convolution of stride 2, with 16
-  products where the enlarged image needs 36.
+  A pixel of x contributes to 4 x 4 pixels of the result, each time with a sum
+  of the kernel's elements: the result is a transposed convolution of stride 2,
+  with 16 products where the enlarged image needs 36.
 
   Args:
     x: [B, H, W, I] images.
     kernel: [3, 3, I, O].
-    implementation: see `convolve`; 'slices' is 'im2col' here, 'im2col' is
+    implementation: see `convolve`; here 'slices' is 'im2col', 'im2col' is
       'matmul' with its gradient left to JAX, and 'winograd' is 'blocked'.
 
   Returns:
@@ -155,14 +160,14 @@ def convolve_enlarged(
   )
 
 
-# Two convolutions that are each other's transpose in the images, and share
-# their gradient in the kernel. The latter contracts the long axes of both
-# factors; with the wide factor second it is twice as fast on the CPU. Their
-# rules call the plain functions, which `jax.jvp` can pass through.
+# The next two convolutions are each other's transpose in the images and share
+# their gradient in the kernel. That gradient contracts the long axes of both
+# factors; with the wide factor second it is twice as fast on a CPU. Their
+# gradient rules call the plain functions, which `jax.jvp` can pass through.
 
 
 def _plain_gather_multiply(windows, blocked, x, kernel):
-  """windows.gather(x) [..., n] times kernel [O, n]."""
+  """Multiplies windows.gather(x) [..., n] by kernel [O, n]."""
   kernel = kernel.astype(x.dtype)
   return _over_blocks(
     lambda x: ((), windows.gather(x) @ kernel.T), windows, blocked, x
@@ -170,7 +175,7 @@ def _plain_gather_multiply(windows, blocked, x, kernel):
 
 
 def _plain_multiply_scatter(windows, blocked, x, kernel):
-  """windows.scatter(x times kernel) where kernel is [I, n]."""
+  """Computes windows.scatter(x times kernel), where kernel is [I, n]."""
   wide = kernel.shape[1] // math.prod(windows.size)
   kernel = kernel.astype(x.dtype)
   return _over_blocks(
@@ -179,7 +184,7 @@ def _plain_multiply_scatter(windows, blocked, x, kernel):
 
 
 def _correlate(windows, blocked, wide, narrow, dtype):
-  """[narrow's channels, n], the kernel's gradient, added up in its `dtype`."""
+  """Computes the kernel's gradient, [narrow's channels, n], in its `dtype`."""
 
   def correlate(wide, narrow):
     rows = windows.gather(wide)
@@ -193,7 +198,7 @@ def _correlate(windows, blocked, wide, narrow, dtype):
 
 
 def _over_blocks(function, windows, blocked, *images, wide=None):
-  """`windows_.over_blocks`, where `wide` channels are gathered."""
+  """Calls `windows_.over_blocks`, where `wide` channels are gathered."""
   batch = len(images[0])
   each = math.prod(windows.num + windows.size) * (wide or images[0].shape[-1])
   size = windows_.block_size(batch, each, _BLOCK, _CACHE) if blocked else batch

@@ -1,5 +1,8 @@
-"""Conditional generators: of images, as FedFTG's official code has it
-("CGeneratorA"), and of a classifier's features, as FedGen's."""
+"""Conditional generators of images and of a classifier's features.
+
+The generator of images is that of FedFTG's official code ("CGeneratorA"), the
+generator of features that of FedGen.
+"""
 
 from flax import linen as nn
 import jax
@@ -11,20 +14,21 @@ from fedftg_jax.models import convolution, layers
 
 
 class ImageGenerator(nn.Module):
-  """Noise and label to an image whose channels have zero mean, unit variance.
+  """Maps noise and label to an image with normalised channels.
 
-  A linear layer each for noise and one-hot label gives a feature map of a
-  quarter of the image's height and width; two blocks of enlargement by 2,
-  convolution, BatchNorm and LeakyReLU follow; the image is the tanh of a last
-  convolution, normalised per channel without scale and bias.
+  One linear layer for the noise and one for the one-hot label each give a
+  feature map of a quarter of the image's height and width. Two blocks of
+  enlargement by 2, convolution, BatchNorm and LeakyReLU follow. The image is
+  the tanh of a last convolution, normalised per channel to zero mean and unit
+  variance, without scale and bias.
 
   Attributes:
     image_shape: (height, width, channels), height and width divisible by 4.
     num_classes: C.
     width: channels of the last block (the code's `ngf`, 64 there).
     bias_before_norm: whether the two convolutions in front of a BatchNorm have
-      a bias, as in the official code. It does nothing but take part in Adam's
-      rounding noise.
+      a bias, as in the official code. The bias has no effect except on Adam's
+      rounding errors.
     conv: see `convolution.convolve`.
   """
 
@@ -72,10 +76,20 @@ def image_generator(
   conv: str | None = None,
   dtype: DTypeLike | None = None,
 ) -> base.Generator:
-  """The generator as a pair of functions, see `ImageGenerator`.
+  """Builds an image generator as a pair of functions, see `ImageGenerator`.
 
-  `conv` None is `convolution.default`'s. `dtype` is what layers compute in,
-  None for the type of the weights; images come out in float32 at least.
+  Args:
+    image_shape: (height, width, channels), height and width divisible by 4.
+    num_classes: C.
+    noise_dim: length of one noise vector.
+    width: channels of the last block.
+    bias_before_norm: see `ImageGenerator`.
+    conv: see `convolution.convolve`; None for `convolution.default`.
+    dtype: the type in which layers compute, None for the type of the weights.
+      Images are at least float32.
+
+  Returns:
+    The generator.
 
   Raises:
     ValueError: if the image's height or width is not divisible by 4.
@@ -97,7 +111,7 @@ def image_generator(
 
 
 def _functions(module, noise_dim, dtype=None) -> base.Generator:
-  """A module as a pair of functions."""
+  """Wraps a module as a pair of functions."""
   wide = layers.at_least_float32
 
   def init(key):
@@ -118,9 +132,9 @@ def _functions(module, noise_dim, dtype=None) -> base.Generator:
 
 
 class FeatureGenerator(nn.Module):
-  """Noise and label to features: linear, BatchNorm, ReLU, linear.
+  """Maps noise and label to features: linear, BatchNorm, ReLU, linear.
 
-  FedGen's (arXiv:2105.10056); the output has no activation.
+  This is FedGen's generator (arXiv:2105.10056); its output has no activation.
 
   Attributes:
     num_features: F.
@@ -144,6 +158,16 @@ class FeatureGenerator(nn.Module):
 def feature_generator(
   num_features: int, num_classes: int, *, hidden: int = 256, noise_dim: int = 32
 ) -> base.Generator:
-  """Makes features [B, F] instead of images, see `FeatureGenerator`."""
+  """Builds a generator of features [B, F], see `FeatureGenerator`.
+
+  Args:
+    num_features: F.
+    num_classes: C.
+    hidden: width between the two layers.
+    noise_dim: length of one noise vector.
+
+  Returns:
+    The generator.
+  """
   module = FeatureGenerator(num_features, num_classes, hidden)
   return _functions(module, noise_dim)

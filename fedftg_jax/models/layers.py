@@ -1,8 +1,8 @@
-"""Layers that know about padding and about stacked clients.
+"""Layers that handle padding and stacked clients.
 
-A layer computes in the type of its input (weights are cast to it, and stay as
-they are), so that a model's precision is chosen by what goes into it; norms and
-`head` compute in float32 at least.
+A layer computes in the type of its input: weights are cast to that type for the
+computation, and are stored in their own. The input of a model therefore chooses
+its precision. Norms and `head` compute at least in float32.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,18 @@ import jax.numpy as jnp
 from fedftg_jax.models import convolution, windows
 
 NORMS = ('none', 'batch', 'group', 'instance')
-BATCH_NORM_MOMENTUM = 0.1  # PyTorch's: weight of the new moments
+BATCH_NORM_MOMENTUM = 0.1  # as in PyTorch: weight of the new moments
 
 # PyTorch's default initialisation, U(-1, 1) / sqrt(fan_in), which the official
 # codes of this field rely on.
 kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
-# Kaiming normal with fan_out, which torchvision gives its convolutions.
+# Kaiming normal with fan_out, which torchvision uses for convolutions.
 kaiming_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
 class Variant(NamedTuple):
-  """What is chosen for a classifier as a whole."""
+  """The options that apply to a classifier as a whole."""
 
   norm: str = 'none'  # one of `NORMS`, see `Norm`
   conv: str = 'matmul'  # one of `convolution.IMPLEMENTATIONS`
@@ -36,7 +36,7 @@ class Variant(NamedTuple):
 
 
 def bias_init(fan_in: int) -> Callable:
-  """PyTorch's default bias initialisation, U(-1, 1) / sqrt(fan_in)."""
+  """Makes PyTorch's initialisation of biases, U(-1, 1) / sqrt(fan_in)."""
 
   def init(key, shape, dtype=None):
     bound = fan_in**-0.5
@@ -47,16 +47,16 @@ def bias_init(fan_in: int) -> Callable:
 
 
 class Conv(nn.Module):
-  """Convolution with zero padding, see `convolution.convolve`.
+  """A convolution with zero padding, see `convolution.convolve`.
 
   Attributes:
     features: output channels.
-    size: of the kernel, in both directions.
+    size: height and width of the kernel.
     use_bias: whether to add a bias.
     implementation: see `convolution.convolve`.
     enlarge: whether the image is first enlarged by 2 (nearest neighbour).
-    stride: in both directions, 1 with `enlarge`.
-    valid: see there; False with `enlarge`.
+    stride: stride in both directions; must be 1 with `enlarge`.
+    valid: see `convolution.convolve`; must be False with `enlarge`.
     kernel_init: initialisation of the kernel.
     bias_init: initialisation of the bias, None for PyTorch's default.
   """
@@ -95,7 +95,7 @@ class Conv(nn.Module):
 
 
 class Dense(nn.Module):
-  """Linear layer with PyTorch's default initialisation."""
+  """A linear layer with PyTorch's default initialisation."""
 
   features: int
 
@@ -114,19 +114,19 @@ class Dense(nn.Module):
 class BatchNorm(nn.Module):
   """Batch normalisation over all axes but the last, for padded batches.
 
-  Mean and biased variance of a batch are sown into 'moments', also where the
-  running statistics normalise.
+  Only valid examples enter the mean and the variance; a batch without a valid
+  example leaves the running statistics unchanged. In training, padding becomes
+  zero before scale and bias are applied.
 
-  Moments are those of the valid examples alone; a batch without a valid example
-  leaves the running statistics as they were. In training padding becomes zero,
-  before scale and bias.
+  The mean and the biased variance of a batch are sown into 'moments', also when
+  the running statistics normalise.
 
   Attributes:
     affine: whether to learn a scale and a bias.
     momentum: weight of the new moments in the running ones.
     epsilon: added to the variance.
-    unbiased: whether the running variance takes the unbiased estimate, as
-      PyTorch's does; the normalisation itself always takes the biased one.
+    unbiased: whether the running variance uses the unbiased estimate, as in
+      PyTorch; the normalisation itself always uses the biased one.
   """
 
   affine: bool = True
@@ -153,8 +153,9 @@ class BatchNorm(nn.Module):
       batch_mean, batch_var = mean.value, var.value
     x -= batch_mean
     if train and mask is not None:
-      # Where one example or none is valid the variance may be 0, and padding
-      # grow by 1 / sqrt(epsilon) in each norm, up to 0 * inf in the gradient.
+      # With at most one valid example the variance may be 0. Padding would
+      # then grow by 1 / sqrt(epsilon) in each norm, and finally give 0 * inf in
+      # the gradient.
       x = jnp.where(_along(mask, x), x, 0)
     x *= jax.lax.rsqrt(batch_var + self.epsilon)
     if self.affine:
@@ -164,7 +165,7 @@ class BatchNorm(nn.Module):
 
 
 def sow(module: nn.Module, collection: str, **values: jax.Array) -> None:
-  """Gives values beside a module's output, to who asks for `collection`."""
+  """Stores values in `collection`, for callers that make it mutable."""
   if not module.is_initializing():
     for name, value in values.items():
       module.sow(
@@ -177,12 +178,12 @@ def sow(module: nn.Module, collection: str, **values: jax.Array) -> None:
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
-  """`x` in float32 if it is in something shorter."""
+  """Casts `x` to float32 if its type is shorter."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _moments(x, mask):
-  """Mean and biased variance per channel, and the number of values in them."""
+  """Computes mean and biased variance per channel, and the number of values."""
   if mask is None:
     mask = jnp.ones(len(x), bool)
   weight = _along(mask, x).astype(x.dtype)
@@ -194,13 +195,15 @@ def _moments(x, mask):
 
 
 def _along(mask, x):
-  """The mask of examples in the rank of x."""
+  """Reshapes a mask of examples to the rank of x."""
   return mask.reshape((-1,) + (1,) * (x.ndim - 1))
 
 
 class Norm(nn.Module):
-  """The normalisation that a model was asked for: none, batch, group, or
-  instance (each channel of an image by itself)."""
+  """A normalisation layer: none, batch, group or instance.
+
+  Instance normalisation normalises each channel of an image by itself.
+  """
 
   kind: str = 'none'
   num_groups: int = 2
@@ -230,13 +233,13 @@ class Norm(nn.Module):
 
 
 class ConvNorm(nn.Module):
-  """A convolution and the norm behind it, initialised as torchvision's.
+  """A convolution followed by a norm, initialised as in torchvision.
 
   Attributes:
     features: output channels.
-    size: of the kernel.
-    options: norm and implementation.
-    stride: of the convolution.
+    size: height and width of the kernel.
+    options: the norm and the implementation.
+    stride: stride of the convolution.
     bias_before_norm: whether the convolution has a bias even if a norm follows;
       without a norm it always has one.
     kernel_init: initialisation of the kernel; biases start at zero.
@@ -270,15 +273,16 @@ class ConvNorm(nn.Module):
 def head(
   x: jax.Array, num_classes: int, projection_dim: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-  """The end of a classifier; its parameters belong to the calling module.
+  """Applies the end of a classifier: optional projection, then output layer.
 
-  With `projection_dim` it begins with the projection head of MOON (Li, He,
+  With `projection_dim` it starts with the projection head of MOON (Li, He,
   Song, Model-Contrastive Federated Learning, CVPR 2021, arXiv:2103.16257):
-  linear F -> F, ReLU, linear F -> `projection_dim`. MOON compares what comes
-  out of it, and the output layer sees nothing else.
+  linear F -> F, ReLU, linear F -> `projection_dim`. MOON compares its outputs,
+  which are also the only input of the output layer.
 
-  A function, as a module of its own would put the output layer one level deeper
-  into the parameters' tree.
+  The parameters belong to the calling module. This is a function because a
+  module of its own would put the output layer one level deeper into the
+  parameter tree.
 
   Args:
     x: [B, F].
@@ -296,17 +300,17 @@ def head(
 
 
 def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
-  """The larger of two, elementwise; NaN where one is NaN.
+  """Computes the elementwise maximum; NaN where either value is NaN.
 
-  Its derivative compares the two with each other. That of `jnp.max` looks for
-  the kept maximum among arguments which XLA may have computed again, rounded
-  otherwise: it can find none, and is then 0 / 0.
+  Its derivative compares the two values with each other. That of `jnp.max`
+  searches the stored maximum among arguments that XLA may have computed again
+  with other rounding. It can then find none and give 0 / 0.
   """
   return jnp.where((a >= b) | (a != a), a, b)
 
 
 def mean_pool(x: jax.Array) -> jax.Array:
-  """Means over windows of 2 x 2; what is left over is dropped.
+  """Averages over windows of 2 x 2; an odd last row or column is dropped.
 
   Args:
     x: [B, H, W, channels].
@@ -322,18 +326,19 @@ def mean_pool(x: jax.Array) -> jax.Array:
 def max_pool(
   x: jax.Array, size: int = 2, stride: int = 2, padding: int = 0
 ) -> jax.Array:
-  """Maximum over windows of size x size; what is left over is dropped.
+  """Takes maxima over windows of size x size; incomplete windows are dropped.
 
-  As maxima of shifted slices, first down and then across: on a CPU that is
-  faster than `lax.reduce_window` and than `jnp.max` over a reshaped image. One
-  of equal values gets the whole gradient: the upper one of its column, of the
-  leftmost column.
+  It computes maxima of shifted slices, first down and then across: on a CPU
+  this is faster than `lax.reduce_window` and than `jnp.max` over a reshaped
+  image. Of several equal values one gets the whole gradient: the uppermost of
+  the leftmost column that has one.
 
   Args:
     x: [B, H, W, channels].
-    size: of the windows.
-    stride: of the windows.
-    padding: -inf before and after, in both directions; at most size // 2.
+    size: height and width of the windows.
+    stride: stride of the windows.
+    padding: number of -inf before and after, in both directions; at most size
+      // 2.
 
   Returns:
     [B, (H + 2 padding - size) // stride + 1, likewise W, channels].

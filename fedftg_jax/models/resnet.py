@@ -1,12 +1,12 @@
-"""Residual networks for ImageNet (torchvision's) and for CIFAR.
+"""Residual networks for ImageNet (as in torchvision) and for CIFAR.
 
 Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun, Deep Residual Learning for
 Image Recognition, CVPR 2016, arXiv:1512.03385. Blocks, projections and
 initialisation follow torchvision.
 
-Deviation: without norms the last convolution of every residual branch starts at
-zero, hence every block as its shortcut. Signals then keep their size through a
-deep net instead of growing with every block, and it trains.
+Deviation: without norms, the last convolution of every residual branch starts
+at zero, so every block starts as its shortcut. Signals then keep their size
+through a deep network instead of growing with every block, and it trains.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ from fedftg_jax.models import layers
 
 
 class BasicBlock(nn.Module):
-  """ReLU(shortcut + branch), the branch two 3 x 3 convolutions with norms.
+  """ReLU(shortcut + branch) with a branch of two 3 x 3 convolutions with norms.
 
   Attributes:
     features: channels of the 3 x 3 convolutions.
-    stride: of the first 3 x 3 convolution and of the shortcut.
+    stride: stride of the first 3 x 3 convolution and of the shortcut.
     project: whether a shortcut that changes shape is a 1 x 1 convolution with a
       norm, or else `subsample` (options B and A of the paper).
     options: see `layers.Variant`.
@@ -46,9 +46,11 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(BasicBlock):
-  """ReLU(shortcut + branch), the branch convolutions of 1 x 1, 3 x 3 and 1 x 1
-  pixels with norms, the last with four times as many channels; attributes as of
-  `BasicBlock`."""
+  """ReLU(shortcut + branch) with a branch of 1 x 1, 3 x 3, 1 x 1 convolutions.
+
+  The convolutions have norms, and the last has four times as many channels. The
+  attributes are those of `BasicBlock`.
+  """
 
   @nn.compact
   def __call__(self, x, mask=None, train=False):
@@ -58,8 +60,11 @@ class Bottleneck(BasicBlock):
 
 
 def _residual(block, convs, x, mask, train):
-  """ReLU(shortcut + branch), the branch of (features, size, stride) each; the
-  parameters belong to the calling module."""
+  """Computes ReLU(shortcut + branch) for a branch of `convs`.
+
+  Each of `convs` is (features, size, stride). The parameters belong to the
+  calling module.
+  """
   options, (features, _, _) = block.options, convs[-1]
   inits = [layers.kaiming_init] * len(convs)
   if options.norm == 'none':
@@ -81,35 +86,42 @@ def _residual(block, convs, x, mask, train):
 
 
 def subsample(x: jax.Array, num_channels: int, stride: int) -> jax.Array:
-  """Every `stride`-th pixel, with channels of zeros up to `num_channels`."""
+  """Takes every `stride`-th pixel and pads with zeros to `num_channels`."""
   more = num_channels - x.shape[-1]
   return jnp.pad(x[:, ::stride, ::stride], ((0, 0),) * 3 + ((0, more),))
 
 
 def slim(num_channels: int, width: float) -> int:
-  """How many channels a layer keeps at a share `width` of them: a multiple of
-  8, as of FedAlign's official code, but never more than there are."""
+  """Returns how many channels a layer keeps at a share `width` of them.
+
+  It is a multiple of 8, as in FedAlign's official code, but never more than
+  there are.
+  """
   if width == 1:
     return num_channels
   return min(num_channels, make_divisible(width * num_channels))
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:
-  """The nearest multiple of `divisor`, but at least .9 of the value, and 1."""
+  """Rounds to a multiple of `divisor` that is at least .9 of the value.
+
+  The result is also at least 1.
+  """
   nearest = max(1, int(value + divisor / 2) // divisor * divisor)
   return nearest if nearest >= 0.9 * value else nearest + divisor
 
 
 class ResNet(nn.Module):
-  """A stem, stages of blocks, the mean over the image, a linear layer.
+  """A stem, stages of blocks, the mean over the image, and a linear layer.
 
   Attributes:
     num_classes: C.
-    widths: `features` of each stage's blocks; all stages but the first begin
+    widths: `features` of each stage's blocks; all stages but the first start
       with a stride of 2.
-    num_blocks: of each stage.
-    imagenet_stem: whether the stem quarters the image's height and width by a
-      strided 7 x 7 convolution and max pooling; else it is a 3 x 3 convolution.
+    num_blocks: number of blocks in each stage.
+    imagenet_stem: whether the stem divides the image's height and width by 4,
+      with a strided 7 x 7 convolution and max pooling; else it is a 3 x 3
+      convolution.
     project: see `BasicBlock`.
     options: see `layers.Variant`.
     block: `BasicBlock` or `Bottleneck`.
@@ -131,7 +143,7 @@ class ResNet(nn.Module):
     )(x, mask, train)
     if self.imagenet_stem:
       x = layers.max_pool(x, 3, 2, 1)
-    x = nn.relu(x)  # after the pooling: the same, on a quarter of the values
+    x = nn.relu(x)  # same result as before pooling, on a quarter of the values
     for i in range(len(self.widths)):
       before, x = x, _stage(self, i, 1.0, x, mask, train)
     layers.sow(self, 'stages', input=before, output=x)
@@ -146,7 +158,9 @@ class ResNet(nn.Module):
     mask: jax.Array | None,
     width: float,
   ) -> jax.Array:
-    """See `base.LastStage`; the module need not be bound.
+    """Runs the slimmed last stage, see `base.LastStage`.
+
+    The module need not be bound.
 
     Raises:
       ValueError: for a width that is not above 0 and at most 1.
@@ -167,8 +181,10 @@ class ResNet(nn.Module):
 
 
 def _stage(net, index, width, x, mask=None, train=False):
-  """A stage at a share `width` of its channels; the parameters belong to the
-  calling module."""
+  """Runs a stage at a share `width` of its channels.
+
+  The parameters belong to the calling module.
+  """
   for j in range(net.num_blocks):
     x = net.block(
       net.widths[index],
@@ -182,7 +198,7 @@ def _stage(net, index, width, x, mask=None, train=False):
 
 
 class _Alone(nn.Module):
-  """A part of a network by itself; its layers have the same names."""
+  """A part of a network by itself; its layers keep their names."""
 
   run: Callable
 
@@ -192,22 +208,28 @@ class _Alone(nn.Module):
 
 
 def resnet18(num_classes: int, options=layers.Variant('batch')) -> nn.Module:
-  """torchvision's; the official code of FedFTG has it see 32 x 32 images."""
+  """Builds torchvision's ResNet-18.
+
+  FedFTG's official code uses it with 32 x 32 images.
+  """
   return ResNet(num_classes, (64, 128, 256, 512), 2, True, True, options)
 
 
 def resnet18_cifar(
   num_classes: int, options=layers.Variant('batch')
 ) -> nn.Module:
-  """`resnet18` with a stem that keeps the image size."""
+  """Builds `resnet18` with a stem that keeps the image size."""
   return ResNet(num_classes, (64, 128, 256, 512), 2, False, True, options)
 
 
 def resnet20(num_classes: int, options=layers.Variant('batch')) -> nn.Module:
-  """The paper's net for CIFAR, with shortcuts that have no parameters."""
+  """Builds the paper's network for CIFAR; its shortcuts have no parameters."""
   return ResNet(num_classes, (16, 32, 64), 3, False, False, options)
 
 
 def resnet56(num_classes: int, options=layers.Variant('batch')) -> nn.Module:
-  """FedAlign's (arXiv:2111.14213): bottlenecks, projected shortcuts."""
+  """Builds FedAlign's network (arXiv:2111.14213).
+
+  It has bottlenecks and projected shortcuts.
+  """
   return ResNet(num_classes, (16, 32, 64), 6, False, True, options, Bottleneck)

@@ -3,10 +3,10 @@
 Karen Simonyan, Andrew Zisserman, Very Deep Convolutional Networks for
 Large-Scale Image Recognition, ICLR 2015, arXiv:1409.1556, configuration A.
 
-Deviations, those of the usual versions for CIFAR: norms behind the convolutions
-(which keep their biases, as in torchvision's `vgg11_bn`), and one linear layer
-in place of three. Ours: the pooling stops where the image is one pixel high or
-wide, and the mean over what is left goes into the linear layer.
+Deviations that are usual for CIFAR: norms after the convolutions (which keep
+their biases, as in torchvision's `vgg11_bn`), and one linear layer instead of
+three. Our own deviation: pooling stops once the image is one pixel high or
+wide, and the mean over the remaining pixels is the input of the linear layer.
 """
 
 from collections.abc import Sequence
@@ -45,6 +45,9 @@ class VGG(nn.Module):
 
 
 def vgg11(num_classes: int, options=layers.Variant('batch')) -> nn.Module:
-  """conv 64, pool, 128, pool, 256, 256, pool, 2 x (512, 512, pool), fc."""
+  """Builds 64, pool, 128, pool, 256, 256, pool, 2 x (512, 512, pool), fc.
+
+  The numbers are the channels of 3 x 3 convolutions.
+  """
   stages = (64,), (128,), (256, 256), (512, 512), (512, 512)
   return VGG(num_classes, stages, options)

@@ -1,4 +1,4 @@
-"""The pixels under windows that slide over images, and back."""
+"""Gathers the pixels under sliding windows, and scatters them back."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,16 +17,19 @@ class Windows(NamedTuple):
 
   @property
   def num(self) -> tuple[int, int]:
-    """Windows along height and width."""
+    """The number of windows along height and width."""
     return tuple(  # type: ignore[return-value]
       (n + sum(pad) - k) // self.stride + 1
       for n, pad, k in zip(self.image, self.padding, self.size)
     )
 
   def gather(self, x: jax.Array) -> jax.Array:
-    """[B, windows down, windows across, h * w * I] their pixels.
+    """Gathers the windows' pixels.
 
-    Sideways first: the second copy moves w * I channels at a time.
+    Returns [B, windows down, windows across, h * w * I].
+
+    Columns are gathered first, so that the second copy moves w * I channels at
+    a time.
     """
     x = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
     for axis in (2, 1):
@@ -36,19 +39,21 @@ class Windows(NamedTuple):
     return x
 
   def scatter(self, x: jax.Array) -> jax.Array:
-    """[B, *image, I], the transpose of `gather`."""
+    """Adds up windows' pixels to images [B, *image, I]: `gather` transposed."""
     num_channels = x.shape[-1] // (self.size[0] * self.size[1])
     image = jax.ShapeDtypeStruct((len(x), *self.image, num_channels), x.dtype)
     return jax.linear_transpose(self.gather, image)(x)[0]
 
 
 def taps(x, axis, size, stride):
-  """The first, second ... pixel of each window of `size` pixels along
-  `axis`."""
+  """Returns the first, second, ... pixel of each window along `axis`.
+
+  Each window has `size` pixels.
+  """
   num = (x.shape[axis] - size) // stride + 1
   if stride == 1:
     phases = [x]
-  else:  # split, not strided slices: the gradient is one concatenation
+  else:  # unlike with strided slices, the gradient is one concatenation
     padding = [(0, 0)] * x.ndim
     padding[axis] = 0, -x.shape[axis] % stride
     shape = (*x.shape[:axis], -1, stride, *x.shape[axis + 1 :])
@@ -67,9 +72,10 @@ def taps(x, axis, size, stride):
 
 
 def add_taps(arrays, axis: int, length: int, stride: int) -> jax.Array:
-  """The transpose of `taps`: [..., length, ...] from one array per tap.
+  """Adds one array per tap up to [..., length, ...]: `taps` transposed.
 
-  Written out: JAX's own adds padded arrays of the whole length for each tap.
+  It is written out because the transpose that JAX derives adds padded arrays of
+  the whole length for each tap.
   """
   num = arrays[0].shape[axis]
   each = num + (len(arrays) - 1) // stride
@@ -89,13 +95,13 @@ def add_taps(arrays, axis: int, length: int, stride: int) -> jax.Array:
 
 
 def block_size(batch: int, each: int, most: int, at_once: int = 0) -> int:
-  """How many images to work on at a time, so that they stay in the cache.
+  """Returns how many images to work on at a time so that they fit the cache.
 
   Args:
-    batch: images.
-    each: numbers that one image takes up on the way.
-    most: numbers in a block; one image at least.
-    at_once: so many numbers are not split.
+    batch: number of images.
+    each: numbers that one image needs in between.
+    most: largest number of numbers in a block; a block has at least one image.
+    at_once: up to so many numbers are not divided into blocks.
 
   Returns:
     A divisor of `batch`.
@@ -113,7 +119,7 @@ def over_blocks(function: Callable, size: int, *images: jax.Array):
   """Applies `function(*images) -> (summed, mapped)` to `size` images at a time.
 
   Returns:
-    The sum of the first over blocks, and the second of all images.
+    The sum of `summed` over the blocks, and `mapped` for all images.
   """
   if size == len(images[0]):
     return function(*images)

@@ -1,4 +1,4 @@
-"""Convolutions of stride 1 with several times fewer multiplications.
+"""Winograd convolutions of stride 1, with several times fewer multiplications.
 
 Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016,
 arXiv:1509.09308: F(m x m, k x k) computes m x m outputs from a tile of a x a
@@ -10,8 +10,8 @@ with a^2 products per pair of channels instead of m^2 k^2. Over channels the
 products are a^2 matrix products. The matrices are those of Toom and Cook:
 interpolation at a - 1 points and at infinity.
 
-In float32 the error relative to the largest output is about 1e-5 (a plain
-convolution's is about 1e-6), see `models_test`.
+In float32 the error relative to the largest output is about 1e-5 (that of a
+plain convolution is about 1e-6), see `models_test`.
 """
 
 import functools
@@ -25,22 +25,23 @@ from fedftg_jax.models import windows
 
 _POINTS = 0, 1, -1, 2, -0.5, -2, 0.5
 _TILES = 4, 2  # m, the preferred first
-_FEW_CHANNELS = 16  # with fewer, transforms cost more than products save
-_SAVES = 0.6  # at most this share of the products
+_FEW_CHANNELS = 16  # with fewer, transforms cost more than they save
+_SAVES = 0.6  # used if at most this share of the products remains
 _BLOCK = 2**20  # numbers in the cache, see `windows.block_size`
 
 
 class Tiling(NamedTuple):
-  """How an image is cut up: hashable, all numbers known when traced."""
+  """The division of an image into tiles; hashable and known at trace time."""
 
   tile: int  # m
   size: int  # k
-  num: tuple[int, int]  # tiles down and across
-  image: tuple[int, int]  # height and width with the zeros around
-  block: int  # images at once
+  num: tuple[int, int]  # number of tiles down and across
+  image: tuple[int, int]  # height and width including padding
+  block: int  # number of images computed at once
 
   @property
   def area(self) -> int:
+    """The height and width a of a tile of inputs."""
     return self.tile + self.size - 1
 
 
@@ -50,13 +51,13 @@ def tiling(
   size: tuple[int, int],
   channels: tuple[int, int],
 ) -> Tiling | None:
-  """The way to compute a convolution so, None where it does not pay.
+  """Chooses the tiling of a convolution; None if it does not pay.
 
   Args:
-    batch: images.
+    batch: number of images.
     outputs: height and width of the result.
-    size: of the kernel.
-    channels: in and out.
+    size: height and width of the kernel.
+    channels: number of channels in and out.
   """
   k = size[0]
   if size != (k, k) or k not in (3, 4, 5) or min(channels) < _FEW_CHANNELS:
@@ -79,12 +80,12 @@ def tiling(
 def convolve(
   x: jax.Array, kernel: jax.Array, padding, plan: Tiling
 ) -> jax.Array:
-  """The convolution that `plan` was made for.
+  """Computes the convolution for which `plan` was made.
 
   Args:
     x: [B, H, W, I] images.
     kernel: [k, k, I, O].
-    padding: zeros before and after, of height and of width.
+    padding: zeros before and after, along height and width.
     plan: from `tiling`.
 
   Returns:
@@ -103,7 +104,7 @@ def convolve(
 
 
 def _plain_tiles(plan, x, kernel):
-  """All tiles' outputs [B, tiles * m, tiles * m, O]."""
+  """Computes the outputs of all tiles, [B, tiles * m, tiles * m, O]."""
   kernel = _widen(plan, kernel)
 
   def some(x):
@@ -127,7 +128,7 @@ def _tiles_backward(plan, saved, cotangent):
   return images, _widen_back(plan, kernel)
 
 
-# Its rules are plain operations, which `jax.jvp` can pass through.
+# Its gradient rules are plain operations, which `jax.jvp` can pass through.
 _tiles = jax.custom_vjp(_plain_tiles, nondiff_argnums=(0,))
 _tiles.defvjp(
   lambda plan, x, kernel: (_plain_tiles(plan, x, kernel), (x, kernel)),
@@ -136,7 +137,7 @@ _tiles.defvjp(
 
 
 def _spread(plan, x):
-  """B^T X B of every tile: [a * a, B * tiles, I]."""
+  """Computes B^T X B of every tile: [a * a, B * tiles, I]."""
   _, _, rows = _matrices(plan.tile, plan.size)
   x = _combine(rows, windows.taps(x, 1, plan.area, plan.tile))
   x = _combine(rows, windows.taps(x, 3, plan.area, plan.tile))
@@ -144,7 +145,7 @@ def _spread(plan, x):
 
 
 def _collect(plan, y):
-  """A^T Y A of every tile: [B, tiles * m, tiles * m, O]."""
+  """Computes A^T Y A of every tile: [B, tiles * m, tiles * m, O]."""
   rows, _, _ = _matrices(plan.tile, plan.size)
   y = y.reshape(plan.area, plan.area, -1, *plan.num, y.shape[-1])
   y = _combine(rows, y)
@@ -154,13 +155,14 @@ def _collect(plan, y):
 
 
 def _widen(plan, kernel):
-  """G K G^T for every pair of channels: [a * a, I, O]."""
+  """Computes G K G^T for every pair of channels: [a * a, I, O]."""
   _, rows, _ = _matrices(plan.tile, plan.size)
   kernel = _combine(rows, _combine(rows, kernel).swapaxes(0, 1))
   return kernel.reshape(-1, *kernel.shape[2:])
 
 
-# The transposes of the three, written out: JAX's own take several times longer.
+# The transposes of these three are written out, because those that JAX derives
+# take several times longer.
 
 
 def _widen_back(plan, kernel):
@@ -186,7 +188,7 @@ def _collect_back(plan, y):
 
 
 def _combine(matrix, arrays):
-  """Sums of arrays: matrix [n, len(arrays)], result [n, ...]."""
+  """Computes sums of arrays: matrix [n, len(arrays)], result [n, ...]."""
 
   def combined(row):
     terms = [a if c == 1 else float(c) * a for c, a in zip(row, arrays) if c]
@@ -197,7 +199,7 @@ def _combine(matrix, arrays):
 
 @functools.lru_cache
 def _matrices(tile, size):
-  """A^T [m, a], G [a, k] and B^T [a, a]."""
+  """Computes A^T [m, a], G [a, k] and B^T [a, a]."""
   area = tile + size - 1
 
   def powers(n):  # at the points, and at infinity the highest

@@ -1,9 +1,10 @@
-"""Codecs of what clients send, one file each, for `federation(uplink=...)`.
+"""Codecs for what clients send, one file each, for `federation(uplink=...)`.
 
 An uplink is an optax transformation of the change of the parameters. Its state,
 kept per client, has `bits`, the length of the message, and `columns`, numbers
-that the engine reports. A client and the server know the same key, that of
-`keys.client_keys(...).encode`, so that what is drawn with it need not be sent.
+that the engine reports. A client and the server share a key, that of
+`keys.client_keys(...).encode`, so random numbers that are drawn with it need
+not be sent.
 """
 
 import optax
@@ -11,12 +12,12 @@ import optax
 from fedftg_jax.uplinks import qsgd, rotated, top_k, uveqfed
 from fedftg_jax.uplinks.lattices import LATTICES
 
-# What each does, in a line.
+# One line on each, for --help.
 HELP = {
-  'none': 'as it is, in float32',
+  'none': 'float32, without coding',
   'uveqfed': 'subtractive dithered lattice quantisation',
   'qsgd': 'stochastic rounding',
-  'top_k': 'the largest entries, the rest kept for later',
+  'top_k': 'the largest entries, with the rest kept for later',
   'rotated': 'stochastic rounding to equal levels after a rotation',
 }
 
@@ -24,12 +25,15 @@ HELP = {
 def build(
   name: str, rate: float, lattice: str
 ) -> optax.GradientTransformationExtraArgs | None:
-  """An uplink by name; None for 'none'.
+  """Builds an uplink by name; None for 'none'.
 
   Args:
     name: a key of `HELP`.
     rate: bits per parameter.
     lattice: for uveqfed, see there.
+
+  Returns:
+    The uplink, or None.
 
   Raises:
     ValueError: for an unknown name or a value out of range.

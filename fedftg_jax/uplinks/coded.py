@@ -1,4 +1,4 @@
-"""What codecs have in common: their state, and how a code becomes a codec."""
+"""Shared parts of the codecs: their state, and the step from code to codec."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -9,15 +9,15 @@ import optax
 
 from fedftg_jax.base import PyTree
 
-MOST_BITS = 32  # of a float32
+MOST_BITS = 32  # size of a float32
 
 
 class Message(NamedTuple):
-  """What becomes of a vector."""
+  """The result of coding a vector."""
 
-  decoded: jax.Array  # [P], what the server makes of it
-  bits: jax.Array | int  # its length, as it is billed
-  elias: jax.Array | int  # its length in Elias' code
+  decoded: jax.Array  # [P], the vector as the server decodes it
+  bits: jax.Array | int  # length of the message, as it is reported
+  elias: jax.Array | int  # length of the message in Elias' gamma code
 
 
 class Code(Protocol):
@@ -29,22 +29,22 @@ class Code(Protocol):
 class Coded(NamedTuple):
   """A codec's state on one client."""
 
-  bits: jax.Array  # [] uint32, of the last message
-  # Scalars that the engine reports, means over the clients that arrived: bits
-  # per parameter, as billed and in Elias' code.
+  bits: jax.Array  # [] uint32, length of the last message
+  # Scalars that the engine reports, as means over the clients that arrived:
+  # bits per parameter of `Message.bits` and of `Message.elias`.
   columns: dict[str, jax.Array]
-  residual: PyTree = ()  # of error feedback: what is still to be sent
+  residual: PyTree = ()  # for error feedback: what has not been sent yet
 
 
 def codec(
   code: Code, error_feedback: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-  """Makes an uplink of a code.
+  """Makes an uplink from a code.
 
   Args:
-    code: works on all parameters as one vector.
-    error_feedback: whether what was not sent is added to what is sent the next
-      time. A client then keeps as many numbers as the model has.
+    code: codes all parameters as one vector.
+    error_feedback: whether what was not sent is added to the next message. A
+      client then keeps as many numbers as the model has.
 
   Returns:
     The uplink; its `update` takes a `key`.
@@ -84,7 +84,11 @@ def codec(
 
 
 def check_rate(rate: float, least: float = 0.0) -> None:
-  """Raises ValueError for bits per parameter that are out of range."""
+  """Checks a number of bits per parameter.
+
+  Raises:
+    ValueError: if it is out of range.
+  """
   if not (0 < rate <= MOST_BITS and rate >= least):
     above = f'at least {least:g}' if least else 'above 0'
     raise ValueError(
@@ -94,5 +98,5 @@ def check_rate(rate: float, least: float = 0.0) -> None:
 
 
 def in_blocks(vector: jax.Array, size: int) -> jax.Array:
-  """A vector [P] as rows [ceil(P / size), size], filled up with zeros."""
+  """Reshapes a vector [P] to rows [ceil(P / size), size], padded with zeros."""
   return jnp.pad(vector, (0, -len(vector) % size)).reshape(-1, size)

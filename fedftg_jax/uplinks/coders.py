@@ -1,9 +1,9 @@
-"""Writes the messages that codecs only count, and reads them: on the host.
+"""Writes and reads, on the host, the messages whose bits codecs only count.
 
-A run needs neither: codecs count bits and decode without a stream. These coders
-are what the counts are tested against. Elias' are lists of bits; the range
-coder's, from the package `constriction` (pip install "fedftg_jax[codecs]"), 32
-bits a word.
+A run does not need these coders: codecs count bits and decode without a stream.
+The counts are tested against them. Elias' messages are arrays of bits; those of
+the range coder, from the package `constriction` (pip install
+"fedftg_jax[codecs]"), are arrays of 32-bit words.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,11 @@ _LAST = entropy.LAST
 
 
 def gamma_encode(values: np.ndarray) -> np.ndarray:
-  """Integers from 1 on in Elias' gamma code, as bits [B] uint8: as many zeros
-  as the binary number has digits after the first, then the number."""
+  """Writes integers (at least 1) in Elias' gamma code, as bits [B] uint8.
+
+  Each is written as a number of zeros, one fewer than the binary number has
+  digits, and then the binary number.
+  """
   lengths = np.array([int(v).bit_length() for v in values])
   ends = np.cumsum(2 * lengths - 1)
   bits = np.zeros(ends[-1] if len(ends) else 0, np.uint8)
@@ -33,7 +36,7 @@ def gamma_encode(values: np.ndarray) -> np.ndarray:
 
 
 def gamma_decode(bits: Iterator[int], num: int) -> np.ndarray:
-  """Takes `num` integers in Elias' gamma code from `bits`."""
+  """Reads `num` integers in Elias' gamma code from `bits`."""
   values = np.empty(num, np.int64)
   for i in range(num):
     zeros = 0
@@ -47,7 +50,7 @@ def gamma_decode(bits: Iterator[int], num: int) -> np.ndarray:
 
 
 def elias_encode(codes: np.ndarray, step: float, lattice: Lattice):
-  """A message without a table, as bits: the step, then the codes."""
+  """Writes a message without a table, as bits: the step, then the codes."""
   values = entropy.zigzag(entropy.reduced(codes, lattice))
   return np.concatenate(
     [_float_bits(step), gamma_encode(np.asarray(values).ravel())]
@@ -55,7 +58,7 @@ def elias_encode(codes: np.ndarray, step: float, lattice: Lattice):
 
 
 def elias_decode(bits: np.ndarray, num_blocks: int, lattice: Lattice):
-  """The codes [num_blocks, n] of `elias_encode`, and the step."""
+  """Reads the codes [num_blocks, n] and the step from `elias_encode`."""
   stream = iter(bits.tolist())
   step = _float_of(np.array([next(stream) for _ in range(32)], np.uint8))
   values = gamma_decode(stream, num_blocks * lattice.dim)
@@ -68,8 +71,10 @@ def elias_decode(bits: np.ndarray, num_blocks: int, lattice: Lattice):
 
 
 def range_encode(codes: np.ndarray, step: float, lattice: Lattice):
-  """A message of a range coder, as 32-bit words: the step, the tables, and the
-  codes [M, n], first those along the first axis."""
+  """Writes a message of a range coder, as 32-bit words.
+
+  It has the step, the tables, and the codes [M, n], axis by axis.
+  """
   coder = constriction.stream.queue.RangeEncoder()
   counts = np.asarray(entropy.counts(codes, lattice))
   _put(coder, _float_bits(step), 2)
@@ -91,7 +96,7 @@ def range_encode(codes: np.ndarray, step: float, lattice: Lattice):
 
 
 def range_decode(words: np.ndarray, num_blocks: int, lattice: Lattice):
-  """The codes [num_blocks, n] of `range_encode`, and the step."""
+  """Reads the codes [num_blocks, n] and the step from `range_encode`."""
   coder = constriction.stream.queue.RangeDecoder(words)
   step = _float_of(_take(coder, 32, 2).astype(np.uint8))
   bits = iter(lambda: int(_take(coder, 1, 2)[0]), None)
@@ -117,8 +122,10 @@ def range_decode(words: np.ndarray, num_blocks: int, lattice: Lattice):
 
 
 def sparse_encode(vector: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """The message of `top_k`, as 32-bit words: the mask of the entries that are
-  sent, and their values in float32."""
+  """Writes a message of `top_k`, as 32-bit words.
+
+  It has the mask of the entries that are sent, and their values in float32.
+  """
   coder = constriction.stream.queue.RangeEncoder()
   frequency = constriction.stream.model.Bernoulli(mask.mean())
   coder.encode(mask.astype(np.int32), frequency)
@@ -127,7 +134,7 @@ def sparse_encode(vector: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def sparse_decode(words: np.ndarray, size: int, num: int) -> np.ndarray:
-  """The vector [size] of `sparse_encode`, which has `num` entries."""
+  """Reads the vector [size] with `num` entries from `sparse_encode`."""
   coder = constriction.stream.queue.RangeDecoder(words)
   frequency = constriction.stream.model.Bernoulli(num / size)
   mask = coder.decode(frequency, size).astype(bool)
@@ -137,8 +144,11 @@ def sparse_decode(words: np.ndarray, size: int, num: int) -> np.ndarray:
 
 
 def levels_encode(codes: np.ndarray, ranges: np.ndarray, levels: int):
-  """The message of `rotated`, as 32-bit words: the ranges of the blocks
-  [M, 2], and the codes [M, n], each below `levels`."""
+  """Writes a message of `rotated`, as 32-bit words.
+
+  It has the ranges of the blocks [M, 2] and the codes [M, n], each below
+  `levels`.
+  """
   coder = constriction.stream.queue.RangeEncoder()
   _put_words(coder, ranges.astype(np.float32).ravel().view(np.uint32))
   _put(coder, codes.ravel(), levels)
@@ -146,7 +156,7 @@ def levels_encode(codes: np.ndarray, ranges: np.ndarray, levels: int):
 
 
 def levels_decode(words: np.ndarray, shape: tuple[int, int], levels: int):
-  """The codes of `levels_encode`, of that shape, and the ranges [M, 2]."""
+  """Reads codes of the given shape and ranges [M, 2] from `levels_encode`."""
   coder = constriction.stream.queue.RangeDecoder(words)
   ranges = _take_words(coder, 2 * shape[0]).view(np.float32)
   codes = _take(coder, shape[0] * shape[1], levels)
@@ -154,7 +164,7 @@ def levels_decode(words: np.ndarray, shape: tuple[int, int], levels: int):
 
 
 def _table_encode(counts):
-  """Where a table begins, its length and its counts, as bits."""
+  """Writes a table's first entry, its length and its counts, as bits."""
   used = np.flatnonzero(counts)
   first, last = used[0], used[-1]
   start = int(entropy.zigzag(np.int32(first - _LAST)))
@@ -172,8 +182,10 @@ def _table_decode(bits):
 
 
 def _model(counts, modulus, residue):
-  """The entries that may occur where a residue is known, and their model; None
-  where there is no choice."""
+  """Returns the entries that are possible given a residue, and their model.
+
+  The model is None if there is only one possible entry.
+  """
   weights = counts * entropy.allowed(modulus)[residue]
   places = np.flatnonzero(weights)
   if len(places) < 2:
@@ -185,8 +197,10 @@ def _model(counts, modulus, residue):
 
 
 def _codes_of(entries):
-  """Of entries of a table their sign, the size of their first code, and how
-  many bits say which of their codes is meant."""
+  """Returns each entry's sign, the size of its first code, and its spare bits.
+
+  The spare bits tell which of the entry's codes is meant.
+  """
   size = np.abs(entries)
   wide = np.maximum(size - entropy.EXACT, 0)
   spare = wide // entropy.WITHIN + entropy.EXACT_BITS - entropy.WITHIN_BITS
@@ -212,7 +226,7 @@ def _float_of(bits):
 
 
 def _put(coder, values, size):
-  """Writes integers below `size`, each in log2 of it bits."""
+  """Writes integers below `size`, each in log2(size) bits."""
   if size > 1 and len(values):
     model = constriction.stream.model.Uniform(int(size))
     coder.encode(np.asarray(values, np.int32), model)

@@ -1,13 +1,13 @@
-"""Counts the bits of lattice codes while they are made, without coding them.
+"""Counts the bits of lattice codes without coding them.
 
-A message is a step (one float32), a table of how often each code occurs, and
-the codes, which a range coder shortens to their entropy. `coders` has the coder
-itself; its output is as long as is counted here, but for 1 % and 64 bits.
+A message has a step (one float32), a table of how often each code occurs, and
+the codes, which a range coder compresses to their entropy. The coder itself is
+in `coders`; its output has the length counted here, up to 1 % and 64 bits.
 
-Codes have no bound. Up to `EXACT` in absolute value each has an entry of its
-own in the table; above, an entry stands for 1/64 of an octave, and which of its
-codes is meant is sent as it is. Where a lattice says what a code is modulo m,
-the coder leaves out the codes that cannot be.
+Codes are unbounded. A code of at most `EXACT` in absolute value has its own
+entry in the table. Above, an entry stands for 1/64 of an octave, and the
+position of the code within its entry is sent uncompressed. If a lattice
+determines a code modulo m, the coder leaves out the codes that are impossible.
 """
 
 from collections.abc import Callable
@@ -22,17 +22,21 @@ from fedftg_jax.uplinks.lattices import Lattice
 EXACT_BITS, WITHIN_BITS = 8, 6
 EXACT, WITHIN = 2**EXACT_BITS, 2**WITHIN_BITS
 LAST = EXACT + WITHIN * (31 - EXACT_BITS)  # bins are -LAST to LAST
-SCALAR_BITS = 32  # of the step
-_SEARCHED = 2**16  # parameters on which a step is looked for, at most
+SCALAR_BITS = 32  # size of the step
+_SEARCHED = 2**16  # largest number of parameters used to find a step
 _ITERATIONS = 16
-# Logarithms of steps: the smallest of the largest entry's size, whose code then
-# is exact in float32; the largest of the entries' root mean square.
+# Logarithms of the smallest and the largest step. The smallest is relative to
+# the largest entry, whose code is then exact in float32; the largest is
+# relative to the entries' root mean square.
 _SMALLEST, _LARGEST = -22.0, 12.0
 
 
 def bins(codes: base.Array) -> tuple[jax.Array, jax.Array]:
-  """The entry of the table that each code belongs to, and how many bits say
-  which of the entry's codes it is."""
+  """Finds the table entry of each code.
+
+  Returns:
+    The entries, and how many bits tell which of the entry's codes it is.
+  """
   size = jnp.abs(codes)
   spare = jnp.maximum(_floor_log2(size) - WITHIN_BITS, 0)
   spare = jnp.where(size < EXACT, 0, spare)
@@ -43,7 +47,7 @@ def bins(codes: base.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def counts(codes: base.Array, lattice: Lattice) -> jax.Array:
-  """How often each entry of each table occurs: [tables, 2 LAST + 1] int32."""
+  """Counts how often each entry occurs, [tables, 2 LAST + 1] int32."""
   entries, _ = bins(codes)
   tables = jnp.broadcast_to(jnp.array(lattice.table), entries.shape)
   empty = jnp.zeros((max(lattice.table) + 1, 2 * LAST + 1), jnp.int32)
@@ -51,8 +55,13 @@ def counts(codes: base.Array, lattice: Lattice) -> jax.Array:
 
 
 def allowed(modulus: int) -> np.ndarray:
-  """By residue the share of an entry's codes that have it, [modulus, 2 LAST +
-  1]. An entry for several codes has equally many of each residue."""
+  """Computes, by residue, the share of an entry's codes that have it.
+
+  An entry for several codes has equally many of each residue.
+
+  Returns:
+    [modulus, 2 LAST + 1].
+  """
   entries = np.arange(-LAST, LAST + 1)
   residues = np.arange(modulus)[:, None]
   alone = np.where(entries % modulus == residues, 1.0, 0.0)
@@ -60,11 +69,12 @@ def allowed(modulus: int) -> np.ndarray:
 
 
 def code_bits(codes: jax.Array, lattice: Lattice) -> jax.Array:
-  """The length of codes [M, n] under a range coder, without table and step.
+  """Computes the length of codes [M, n] under a range coder.
 
-  With p the table's frequencies, a code of entry i and `spare` further bits
-  takes -log2(p_i) + spare bits. Where its residue r modulo m is known, the
-  coder renormalises p to what is possible, which saves -log2 P(r).
+  The table and the step are not included. With p the table's frequencies, a
+  code of entry i with `spare` further bits takes -log2(p_i) + spare bits. If
+  its residue r modulo m is known, the coder renormalises p to the possible
+  codes, which saves -log2 P(r).
   """
   found = counts(codes, lattice).astype(jnp.result_type(float))
   _, spare = bins(codes)
@@ -82,8 +92,10 @@ def code_bits(codes: jax.Array, lattice: Lattice) -> jax.Array:
 
 
 def table_bits(codes: jax.Array, lattice: Lattice) -> jax.Array:
-  """The length of the tables: where each begins, how long it is, and its
-  counts, in Elias' gamma code."""
+  """Computes the length of the tables in Elias' gamma code.
+
+  A table consists of its first entry, its length and its counts.
+  """
   found = counts(codes, lattice)
   used = found > 0
   first, last = (
@@ -102,24 +114,24 @@ def table_bits(codes: jax.Array, lattice: Lattice) -> jax.Array:
 
 
 def message_bits(codes: jax.Array, lattice: Lattice) -> jax.Array:
-  """The length of a whole message, [] uint32."""
+  """Computes the length of a whole message, [] uint32."""
   codes_alone = jnp.ceil(code_bits(codes, lattice)).astype(jnp.uint32)
   return codes_alone + table_bits(codes, lattice) + jnp.uint32(SCALAR_BITS)
 
 
 def elias_bits(codes: jax.Array, lattice: Lattice) -> jax.Array:
-  """The length of a message in Elias' gamma code, which needs no table.
+  """Computes the length of a message in Elias' gamma code, without a table.
 
   Elias, Universal Codeword Sets and Representations of the Integers, IEEE
-  Transactions on Information Theory 21(2), 1975; of `reduced` codes, 0, -1, 1,
-  -2 ... as 1, 2, 3, 4 ...
+  Transactions on Information Theory 21(2), 1975. It codes the `reduced` codes,
+  with 0, -1, 1, -2 ... as 1, 2, 3, 4 ...
   """
   lengths = gamma_bits(zigzag(reduced(codes, lattice)))
   return jnp.sum(lengths, dtype=jnp.uint32) + jnp.uint32(SCALAR_BITS)
 
 
 def reduced(codes: base.Array, lattice: Lattice) -> jax.Array:
-  """Codes without what is known of them: (code - residue) / modulus."""
+  """Removes what is known of codes: (code - residue) / modulus."""
   each = [
     jnp.floor_divide(codes[..., j] - lattice.residue(codes, j), modulus)
     for j, modulus in enumerate(lattice.modulus)
@@ -128,12 +140,12 @@ def reduced(codes: base.Array, lattice: Lattice) -> jax.Array:
 
 
 def zigzag(values: jax.Array) -> jax.Array:
-  """0, -1, 1, -2 ... as 1, 2, 3, 4 ..."""
+  """Maps 0, -1, 1, -2 ... to 1, 2, 3, 4 ..."""
   return jnp.where(values < 0, -2 * values, 2 * values + 1)
 
 
 def gamma_bits(values: jax.Array) -> jax.Array:
-  """The length of each value from 1 on in Elias' gamma code."""
+  """Computes the length of each value (at least 1) in Elias' gamma code."""
   return 2 * _floor_log2(values) + 1
 
 
@@ -150,20 +162,21 @@ def find_step(
 ) -> jax.Array:
   """Finds the step at which codes take `rate` bits per entry.
 
-  Bisection of its logarithm. The dither is another one than that of the
-  message, so that the step does not depend on the latter, and with it the error
-  not on what is coded. Of more than 65,536 entries so many are drawn.
+  It bisects the logarithm of the step. The dither is not that of the message,
+  so the step does not depend on the message's dither, and the error does not
+  depend on what is coded. If there are more than 65,536 entries, that many are
+  sampled.
 
   Args:
     blocks: [M, n] what is coded.
-    lattice: whose scale is looked for.
+    lattice: the lattice to be scaled.
     rate: bits per entry, of the codes alone.
-    code: codes [M, n] of blocks and dither, at step 1.
-    key: of the draws.
+    code: computes the codes [M, n] of blocks and dither, at step 1.
+    key: for the random draws.
 
   Returns:
-    The step, a scalar; 0 for blocks of zeros. Where even the smallest one takes
-    fewer bits, as where most entries are 0, the smallest.
+    The step, a scalar; 0 for blocks of zeros. If even the smallest step takes
+    fewer bits, as when most entries are 0, it is the smallest step.
   """
   key_rows, key_dither = jax.random.split(key)
   size = jnp.sqrt(jnp.mean(jnp.square(blocks)))
@@ -187,5 +200,5 @@ def find_step(
 
 
 def divide(blocks: jax.Array, step: jax.Array) -> jax.Array:
-  """`blocks` in steps; zeros where the step is 0."""
+  """Divides `blocks` by the step; zeros if the step is 0."""
   return blocks / jnp.where(step == 0, 1, step)

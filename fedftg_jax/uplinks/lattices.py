@@ -1,13 +1,13 @@
-"""Lattices to quantise with: nearest points, and dither on their cells.
+"""Lattices for quantisation: nearest points, and dither on their cells.
 
 Conway and Sloane, Fast Quantizing and Decoding Algorithms for Lattice
-Quantizers and Codes, IEEE Transactions on Information Theory 28(2), 1982.
-Z and A2 (hexagonal) are in UVeQFed's paper, D4 and E8 are not.
+Quantizers and Codes, IEEE Transactions on Information Theory 28(2), 1982. Z and
+A2 (hexagonal) are in UVeQFed's paper, D4 and E8 are not.
 
 A lattice has n dimensions. Its points are written as integer codes along
-orthogonal axes, point = code * unit. Not all integers are points: code j is
-known modulo `modulus[j]` from the codes before it, see `residues`. A coder that
-uses this loses next to nothing against a joint table of all n codes.
+orthogonal axes, point = code * unit. Not every tuple of integers is a point:
+code j is known modulo `modulus[j]` from the codes before it, see `residues`. A
+coder that uses this loses next to nothing against a joint table of all n codes.
 """
 
 from collections.abc import Callable
@@ -27,32 +27,35 @@ class Lattice(NamedTuple):
   nearest: Callable[[jax.Array], jax.Array]  # [..., n] -> codes [..., n] int32
   unit: tuple[float, ...]  # [n], a point is codes * unit
   basis: tuple[tuple[float, ...], ...]  # n vectors
-  second_moment: float  # of the cell, per dimension and normalised: G
+  second_moment: float  # G, of the cell, per dimension and normalised
   modulus: tuple[int, ...]  # [n], 1 where nothing is known
   check: tuple[tuple[int, ...], ...]  # [n, n], below the diagonal
-  table: tuple[int, ...]  # [n], axes of one number are distributed alike
+  table: tuple[int, ...]  # [n], axes with equal numbers share a distribution
 
   @property
   def dim(self) -> int:
+    """The number of dimensions n."""
     return len(self.unit)
 
   @property
   def volume(self) -> float:
-    """Of a cell."""
+    """The volume of a cell."""
     return float(abs(np.linalg.det(np.array(self.basis))))
 
   @property
   def variance(self) -> float:
-    """Per dimension, of what is uniform on a cell: G V^(2 / n)."""
+    """The variance per dimension of a uniform point on a cell: G V^(2 / n)."""
     return self.second_moment * self.volume ** (2 / self.dim)
 
   def points(self, codes: jax.Array) -> jax.Array:
-    """The points of codes [..., n]."""
+    """Converts codes [..., n] to points."""
     return codes * jnp.array(self.unit)
 
   def residue(self, codes: base.Array, j: int) -> jax.Array:
-    """What is known of code j of [..., n] from those before: it is congruent to
-    sum_i check[j, i] code_i modulo `modulus[j]`."""
+    """Computes what the codes before code j of [..., n] tell about it.
+
+    Code j is congruent to sum_i check[j, i] code_i modulo `modulus[j]`.
+    """
     known = jnp.zeros(codes.shape[:-1], codes.dtype)
     for i, factor in enumerate(self.check[j]):
       if factor:
@@ -60,15 +63,16 @@ class Lattice(NamedTuple):
     return jnp.remainder(known, self.modulus[j])
 
   def residues(self, codes: base.Array) -> jax.Array:
-    """`residue` of all codes, [..., n]."""
+    """Computes `residue` for all codes, [..., n]."""
     each = [self.residue(codes, j) for j in range(self.dim)]
     return jnp.stack(each, axis=-1)
 
   def dither(self, key: jax.Array, num: int) -> jax.Array:
     """Draws [num, n] uniformly on the cell around 0.
 
-    A draw p from the parallelepiped of the basis, less the point next to it, is
-    uniform on the cell: p runs through every coset of the lattice once.
+    A point p drawn from the parallelepiped of the basis, minus the nearest
+    lattice point, is uniform on the cell, because p runs through every coset of
+    the lattice once.
     """
     uniform = jax.random.uniform(key, (num, self.dim), jnp.result_type(float))
     inside = uniform @ jnp.array(self.basis)
@@ -80,8 +84,8 @@ def _round(x):
 
 
 def _nearest_hexagonal(x):
-  """The nearer of two rectangular lattices, whose union A2 is."""
-  # An axis at a time: one of two numbers is too short to be worked along.
+  """Finds the nearest point of A2, the union of two rectangular lattices."""
+  # Works on one axis at a time: an array axis of length 2 is slow.
   scaled = 2 * x[..., 0], 2 / math.sqrt(3) * x[..., 1]
   even = [2 * _round(a / 2) for a in scaled]
   odd = [2 * _round((a - 1) / 2) + 1 for a in scaled]
@@ -95,8 +99,11 @@ def _nearest_hexagonal(x):
 
 
 def _nearest_even_sum(x):
-  """D_n, integers with an even sum: where rounding gives an odd one, the
-  coordinate with the largest error is rounded the other way."""
+  """Finds the nearest point of D_n, the integers with an even sum.
+
+  If rounding gives an odd sum, the coordinate with the largest error is rounded
+  the other way.
+  """
   rounded = jnp.round(x)
   error = x - rounded
   worst = jnp.argmax(jnp.abs(error), axis=-1, keepdims=True)
@@ -107,7 +114,7 @@ def _nearest_even_sum(x):
 
 
 def _nearest_e8(x):
-  """The nearer of D8 and D8 + 1/2."""
+  """Finds the nearest point of E8, the union of D8 and D8 + 1/2."""
   whole = 2 * _nearest_even_sum(x)
   half = 2 * _nearest_even_sum(x - 0.5) + 1
   far, near = (
@@ -118,7 +125,7 @@ def _nearest_e8(x):
 
 
 def _last_row(*last):
-  """A check whose rows but the last are 0."""
+  """Makes a check matrix in which all rows but the last are 0."""
   n = len(last)
   return (*(((0,) * n,) * (n - 1)), last)
 
@@ -150,8 +157,8 @@ LATTICES = {
     _last_row(1, 1, 1, 0),
     (0,) * 4,
   ),
-  # Codes are all even or all odd, with a sum that is divisible by 4; each
-  # stands for half of itself.
+  # The codes of a point are all even or all odd, and their sum is divisible by
+  # 4; each stands for half of itself.
   'e8': Lattice(
     _nearest_e8,
     _HALF,

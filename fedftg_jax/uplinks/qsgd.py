@@ -1,17 +1,17 @@
 """QSGD: stochastic rounding of every parameter.
 
 Alistarh, Grubic, Li, Tomioka and Vojnovic, QSGD: Communication-Efficient SGD
-via Gradient Quantization and Encoding, NeurIPS 2017, arXiv:1610.02132. With
-s levels up to the norm of the vector v, and step = ||v|| / s,
+via Gradient Quantization and Encoding, NeurIPS 2017, arXiv:1610.02132. With s
+levels up to the norm of the vector v, and step = ||v|| / s,
 
   decoded v_i = step (floor(v_i / step) + b_i),   P(b_i = 1) = frac(v_i / step),
 
 which is unbiased. Its error depends on v, and is twice that of rounding whose
 dither is subtracted again (`uveqfed` on 'z').
 
-Deviations: one norm for the whole vector, no buckets; s need not be an integer,
-but is what gives the asked entropy; billed is a range coder, with Elias' code,
-which is the paper's, beside it.
+Deviations: there is one norm for the whole vector, without buckets; s need not
+be an integer, and is chosen to give the requested entropy; the reported length
+is that of a range coder, beside that of Elias' code, which is the paper's.
 """
 
 import jax
@@ -22,11 +22,11 @@ from fedftg_jax.uplinks.lattices import LATTICES
 
 
 def qsgd(rate: float = 2.0) -> optax.GradientTransformationExtraArgs:
-  """Stochastic rounding, with an entropy coder.
+  """Builds QSGD: stochastic rounding with an entropy coder.
 
   Args:
     rate: bits per parameter, measured as the entropy of the codes. A message
-      has its table and its step on top.
+      also has a table and a step.
 
   Returns:
     The uplink.

@@ -2,16 +2,16 @@
 
 Suresh, Yu, Kumar and McMahan, Distributed Mean Estimation with Limited
 Communication, ICML 2017, arXiv:1611.00429: stochastic rounding to k levels
-between the smallest and the largest entry, after a rotation that makes entries
-alike. With signs d of fair coins and Hadamard's matrix H,
+between the smallest and the largest entry, after a rotation that makes the
+entries similar in size. With random signs d and Hadamard's matrix H,
 
-  v = H diag(d) h / sqrt(n),   step = (max v - min v) / (k - 1),
+  v = H diag(d) h / sqrt(n),   step = (max v - min v) / (k - 1).
 
-unbiased, and turned back by the server. Every entry takes log2 k bits.
+It is unbiased, and the server rotates back. Every entry takes log2 k bits.
 
-Deviation: blocks of 4,096 entries are rotated, each with its own smallest and
-largest entry (64 bits), instead of the whole vector at once, so that less is
-filled up with zeros, which are sent, too.
+Deviation: instead of the whole vector, blocks of 4,096 entries are rotated,
+each with its own smallest and largest entry (64 bits). This needs less padding
+with zeros, which are sent, too.
 """
 
 import math
@@ -24,16 +24,17 @@ from fedftg_jax.uplinks import coded, entropy
 
 _BLOCK = 4096
 _BLOCK_BITS = 64
-_MOST_LEVELS = 2**20  # float32 has as many and some bits of a fraction
+_MOST_LEVELS = 2**20  # leaves float32 some bits for the fraction
 
 
 def rotated(rate: float = 2.0) -> optax.GradientTransformationExtraArgs:
-  """Stochastic rounding to equal levels after a rotation, without an entropy
-  coder.
+  """Builds rotated stochastic rounding to equal levels.
+
+  There is no entropy coder.
 
   Args:
-    rate: bits per parameter: there are floor(2^rate) levels, so at least 1. The
-      range of each block comes on top.
+    rate: bits per parameter, at least 1: there are floor(2^rate) levels. The
+      range of each block is sent in addition.
 
   Returns:
     The uplink.
@@ -71,13 +72,15 @@ def rotated(rate: float = 2.0) -> optax.GradientTransformationExtraArgs:
 
 
 def num_bits(size: int, levels: int) -> int:
-  """The length of `size` codes, of which each is one of `levels`."""
+  """Computes the length of `size` codes with `levels` possible values each."""
   return math.ceil(size * math.log2(levels))
 
 
 def rotate(blocks: jax.Array) -> jax.Array:
-  """Multiplies each row of [M, n] by Hadamard's matrix over sqrt(n), for n a
-  power of 2; twice is the identity."""
+  """Multiplies each row of [M, n] by Hadamard's matrix over sqrt(n).
+
+  n must be a power of 2. Applied twice it is the identity.
+  """
   size = blocks.shape[1]
   turned = blocks[..., None]  # [M, half, done]
   while turned.shape[1] > 1:

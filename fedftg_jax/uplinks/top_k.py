@@ -1,15 +1,15 @@
-"""Top-k: only the largest entries are sent, the rest is kept for later.
+"""Top-k: only the largest entries are sent; the rest is kept for later.
 
 Stich, Cordonnier and Jaggi, Sparsified SGD with Memory, NeurIPS 2018,
-arXiv:1809.07599. With what client k has not sent yet, e_k,
+arXiv:1809.07599. With e_k what client k has not sent yet,
 
-  v = w_k - w + e_k,   sent: the k entries of v with the largest size,
-  e_k <- v less what is sent.
+  v = w_k - w + e_k,   sent: the k entries of v of largest magnitude,
+  e_k <- v minus what is sent.
 
-k is the most that fits the asked bits, which both sides know: an entry's value
-takes 32, and where the entries are takes P H(k / P), the entropy of a mask.
-What a client sends and what then does not arrive is lost: e_k has been lowered
-by it.
+k is the largest number that fits the requested bits, which both sides know: the
+value of an entry takes 32 bits, and the positions of the entries take P H(k /
+P), the entropy of a mask. What a client sends but does not arrive is lost,
+since e_k no longer has it.
 """
 
 import math
@@ -24,7 +24,7 @@ _VALUE_BITS = 32
 
 
 def top_k(rate: float = 2.0) -> optax.GradientTransformationExtraArgs:
-  """The largest entries, with error feedback.
+  """Builds top-k sparsification with error feedback.
 
   Args:
     rate: bits per parameter, of the whole message.
@@ -55,15 +55,17 @@ def top_k(rate: float = 2.0) -> optax.GradientTransformationExtraArgs:
 
 
 def num_bits(size: int, num: int) -> int:
-  """The length of a message of `num` of `size` entries."""
+  """Computes the length of a message with `num` of `size` entries."""
   share = num / size
   mask = sum(-p * math.log2(p) for p in (share, 1 - share) if p > 0)
   return _VALUE_BITS * num + math.ceil(size * mask)
 
 
 def num_kept(size: int, rate: float) -> int:
-  """The most entries of `size` whose message is no longer than `rate` bits per
-  entry; at least 1."""
+  """Computes how many entries fit a message of `rate` bits per entry.
+
+  It is the largest number, but at least 1, of the `size` entries.
+  """
   low, high = 1, size
   while low < high:
     middle = (low + high + 1) // 2

@@ -2,23 +2,23 @@
 
 Shlezinger, Chen, Eldar, Poor and Cui, UVeQFed: Universal Vector Quantization
 for Federated Learning, IEEE Transactions on Signal Processing 69, 2021,
-arXiv:2006.03262. The vector h is cut into blocks h_i as long as the lattice has
-dimensions. With step s and a dither z_i, uniform on the lattice's cell and
-known to client and server,
+arXiv:2006.03262. The vector h is cut into blocks h_i, each with as many entries
+as the lattice has dimensions. With step s and a dither z_i, uniform on the
+lattice's cell and known to client and server,
 
   q_i = Q(h_i / s + z_i)         (Q: the nearest point of the lattice)
   decoded h_i = s (q_i - z_i).
 
-The error is then uniform on the cell, whatever h is, with mean 0, so that it
-averages out over clients. s is what the paper writes as zeta ||h|| times the
-lattice's scale.
+The error is then uniform on the cell, whatever h is, and has mean 0, so it
+averages out over clients. s is the paper's zeta ||h|| times the lattice's
+scale.
 
-Deviations from the paper: s is found by bisection, so that the codes' entropy
-is the asked number of bits per parameter, where the paper takes zeta = (2 +
+Deviations from the paper: s is found by bisection so that the codes' entropy is
+the requested number of bits per parameter, while the paper chooses zeta = (2 +
 rate / 5) / sqrt(number of blocks) and a cell of volume 2^(-rate n), and reports
-the rate that comes of it; the lattices D4 and E8. Deviations from the released
-code, whose dither is smaller than the cell and whose code book is bounded: none
-of both is here.
+the resulting rate; and there are the lattices D4 and E8. Deviations from the
+released code: its dither is smaller than the cell and its code book is bounded;
+neither is the case here.
 """
 
 import jax
@@ -31,11 +31,11 @@ from fedftg_jax.uplinks.lattices import LATTICES, Lattice
 def uveqfed(
   rate: float = 2.0, lattice: str = 'a2'
 ) -> optax.GradientTransformationExtraArgs:
-  """Subtractive dithered quantisation, with an entropy coder.
+  """Builds UVeQFed: subtractive dithered quantisation with an entropy coder.
 
   Args:
     rate: bits per parameter, measured as the entropy of the codes. A message
-      has its table and its step on top.
+      also has a table and a step.
     lattice: a name in `LATTICES`: 'z', 'a2' (the paper's), 'd4' or 'e8'.
 
   Returns:
@@ -71,12 +71,12 @@ def uveqfed(
 
 
 def encode(scaled: jax.Array, dither: jax.Array, lattice: Lattice) -> jax.Array:
-  """The codes of blocks [M, n], given in steps, with their dither [M, n]."""
+  """Codes blocks [M, n], divided by the step, with their dither [M, n]."""
   return lattice.nearest(scaled + dither)
 
 
 def decode(
   codes: jax.Array, dither: jax.Array, step: jax.Array, lattice: Lattice
 ) -> jax.Array:
-  """The blocks [M, n] that codes stand for."""
+  """Decodes codes to blocks [M, n]."""
   return step * (lattice.points(codes) - dither)

@@ -191,7 +191,7 @@ class TrainTest(ProgramCase):
     self.assertLen(self.parts('b'), 3)
     for changes, message in (
       ([data, '--cohort=4'], r'--cohort=4: .*number of clients \(3\), got 4'),
-      ([], '--partition=natural: the data do not say whose'),
+      ([], '--partition=natural: the data do not name the client'),
     ):
       status, _, err = call(
         train,

@@ -52,7 +52,7 @@ class SchedulesTest(parameterized.TestCase):
     np.save(path, [[3, 1], [0, -1], [2, 0]])
     rows = schedules.load(path, 2, 5)
     np.testing.assert_array_equal(rows.client_id, [[1, 3], [0, 5]])
-    with self.assertRaisesRegex(ValueError, 'has 3 rounds, 4 are asked'):
+    with self.assertRaisesRegex(ValueError, 'has 3 rounds, but 4 are needed'):
       schedules.load(path, 4, 5)
     np.save(path, np.zeros(4))
     with self.assertRaisesRegex(ValueError, 'integers .rounds, cohort'):
@@ -136,7 +136,7 @@ class SchedulesTest(parameterized.TestCase):
 
   @parameterized.parameters(schedules.exact, schedules.bernoulli)
   def test_nobody_is_ever_available(self, make):
-    with self.assertRaisesRegex(ValueError, 'at least 1e-4 .*, is at most 0'):
+    with self.assertRaisesRegex(ValueError, 'at least 1e-4 .*, got at most 0'):
       make(1, 3, 2, 0, np.zeros(3))
 
   def test_availability(self):

@@ -116,7 +116,7 @@ class DatasetsTest(parameterized.TestCase):
     ),
     (dict(train_x=np.zeros((12, 4, 4, 2))), 'uint8 or float32.*float64'),
     (dict(train_y=np.arange(11)), 'train_y must be one integer for each'),
-    (dict(train_y=np.arange(12) - 1), 'train_y must be 0 or more, has -1'),
+    (dict(train_y=np.arange(12) - 1), 'train_y must be at least 0, has -1'),
     (dict(test_y=np.zeros(6)), 'test_y must be one integer for each'),
     (dict(test_x=np.zeros((6, 4, 5, 2), np.uint8)), 'differ in image shape'),
     (dict(train_x=np.full((12, 4, 4, 2), np.nan, np.float32)), 'not finite'),
@@ -297,7 +297,7 @@ class OriginalFilesTest(parameterized.TestCase):
       ),
       ('emnist', 'must be emnist/ and one of byclass, .*balanced'),
       ('emnist/no', 'must be emnist/ and one of byclass, .*balanced'),
-      ('mnist/no', 'mnist has no parts; did you mean --dataset=mnist'),
+      ('mnist/no', 'mnist has no configurations; did you mean --dataset=mnist'),
       (
         'svhn_cropped',
         f'is not prepared in {self.data_dir}; where TensorFlow '
@@ -340,12 +340,12 @@ class OriginalFilesTest(parameterized.TestCase):
     for name in (images_file, labels_file):
       whole[name] = (self.manual / name).read_bytes()
     for name, content, message in (
-      (images_file, b'<html>', 'is no IDX file of bytes'),
+      (images_file, b'<html>', 'is not an IDX file of bytes'),
       (images_file + '.gz', b'<html>', r'cannot be read \(Not a gzipped file'),
       (
         images_file,
         whole[images_file][:-1],
-        'says that it holds 30 x 28 x 28 bytes, has 23519',
+        'should hold 30 x 28 x 28 bytes .*, has 23519',
       ),
       (
         labels_file,
@@ -497,9 +497,9 @@ class PreparedTest(parameterized.TestCase):
     odd[3]['image'] = images.encode(self.x[3, :4])
     write_tfds(self.folder, 'odd', {'image': self.image, **label}, odd)
     for name, message in (
-      ('no_images', 'no_images/1.2.3: is no image classification'),
+      ('no_images', 'no_images/1.2.3: is not an image'),
       ('no_test', r'splits train and test \(or validation\), has train'),
-      ('odd', 'must have one size, got 4 x 4, 5 x 4'),
+      ('odd', 'must have the same size, got 4 x 4, 5 x 4'),
     ):
       with self.assertRaisesRegex(ValueError, message):
         datasets.load(name, self.folder)
@@ -571,7 +571,7 @@ class FolderTest(parameterized.TestCase):
       )
 
   @parameterized.parameters(
-    ('test/owl/a.png', 'test: classes must be those of .*train, has owl'),
+    ('test/owl/a.png', 'test: classes must be those of .*train, has also owl'),
     ('train/cat/notes.txt', 'notes.txt: is not a readable image'),
   )
   def test_what_does_not_belong(self, place, message):
@@ -583,7 +583,7 @@ class FolderTest(parameterized.TestCase):
 
   def test_unfit_images(self):
     self.write('train/cat/odd.png', Image.new('L', (9, 9)))
-    with self.assertRaisesRegex(ValueError, 'one size, got 6 x 5, 9 x 9'):
+    with self.assertRaisesRegex(ValueError, 'the same size, got 6 x 5, 9 x 9'):
       self.load()
     self.write('train/cat/odd.png', Image.new('I;16', (5, 6)))
     with self.assertRaisesRegex(

@@ -45,8 +45,8 @@ class FlipTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (0.0, 1, 4, 'the share must be above 0'),
-    (0.5, 3, 4, 'the clients must be 1 to 2'),
-    (0.5, 1, 1, 'there is no other class'),
+    (0.5, 3, 4, 'clients must be 1 to 2'),
+    (0.5, 1, 1, 'at least 2 classes, got 1'),
   )
   def test_errors(self, share, num, classes, message):
     with self.assertRaisesRegex(ValueError, message):
@@ -291,7 +291,7 @@ class ProgramTest(parameterized.TestCase):
     (['--leave_out=all'], '--leave_out=all: must be different ids'),
     (['--flip_labels=2,1'], '--flip_labels=2,1: must be SHARE,CLIENTS'),
     (['--flip_labels=0.5'], '--flip_labels=0.5: must be SHARE,CLIENTS'),
-    (['--flip_labels=0.5,9'], 'the clients must be 1 to 4'),
+    (['--flip_labels=0.5,9'], 'clients must be 1 to 4'),
     (['--client_state=host'], '--track=all: needs --client_state=device'),
     (['--secure_aggregation'], '--track=all: is not with --secure_aggregation'),
     (['--uplink=top_k'], '--curvature=exact: must be none or retraining with'),

@@ -365,7 +365,7 @@ class SchemesTest(parameterized.TestCase):
   def test_natural(self):
     parts = partition.natural(np.array([2, 0, 2, 0, 4]), 5)
     self.assertEqual([list(p) for p in parts], [[1, 3], [], [0, 2], [], [4]])
-    with self.assertRaisesRegex(ValueError, 'do not say.*train_client_id'):
+    with self.assertRaisesRegex(ValueError, 'do not name.*train_client_id'):
       partition.natural(None, 5)
 
   @parameterized.parameters('dirichlet_class', 'shards', 'classes', 'quantity')

@@ -623,7 +623,7 @@ class ErrorsTest(parameterized.TestCase):
       ([f'--dataset=npz:{odd}', '--method=fed_ftg'], 'divisible by 4.*6, 6, 1'),
       ([f'--partition=file:{broken}'], '--partition=file:.*not a readable'),
       ([f'--schedule=file:{ids}'], 'client 0 is twice in round 0'),
-      ([f'--schedule=file:{ids}', '--rounds=9'], 'has 3 rounds, 9 are asked'),
+      ([f'--schedule=file:{ids}', '--rounds=9'], 'has 3 rounds, but 9 are'),
       (['--num_clients=61'], '--num_clients=61: .*number of examples'),
     ):
       status, _, err = call(

@@ -1,4 +1,4 @@
-"""Arrays from files, without pickle, with errors that name the file."""
+"""Reads arrays from files without pickle; errors name the file."""
 
 from typing import IO
 import zipfile
@@ -10,16 +10,19 @@ import numpy as np
 def read(
   path: str | IO[bytes], single: str | None = None, prefix: str = ''
 ) -> dict[str, np.ndarray]:
-  """All arrays of an .npz by name.
+  """Reads all arrays of an .npz file by name.
 
   Args:
-    path: the file, or one that is open.
-    single: if given, a .npy file is read too, as the one array of this name.
+    path: the file, or an open file.
+    single: if given, a .npy file is accepted too, as one array of this name.
     prefix: only arrays whose names begin with it are read.
 
+  Returns:
+    The arrays by name.
+
   Raises:
-    ValueError: if the file cannot be read, is of another kind, or holds
-      Python objects.
+    ValueError: if the file cannot be read, is of another kind, or holds Python
+      objects.
   """
   kinds = (
     '.npz file' if single is None else f'.npz (with {single}) or .npy file'
@@ -46,6 +49,6 @@ def read(
   ) as error:
     reason = ' '.join(str(error).split())
     if 'allow_pickle' in reason:
-      reason = 'no NumPy file, or it holds Python objects'
+      reason = 'it is not a NumPy file, or holds Python objects'
     name = getattr(path, 'name', path)
     raise ValueError(f'{name}: not a readable {kinds} ({reason})') from error

@@ -1,9 +1,9 @@
-"""Augmentation of training images, on the device, inside the step.
+"""Augments training images on the device, inside the local step.
 
-As the official FedFTG code does it, on normalised images, so that what is
-padded is the mean colour: each image is mirrored left to right with probability
-1/2; with probability 1/2 it is padded by 4 zeros on each side and cropped to
-its size at an offset in {0 .. 8}^2. Evaluation sees the images as they are.
+As in the official FedFTG code, images are augmented after normalisation, so
+that padding has the mean colour. Each image is mirrored left to right with
+probability 1/2. With probability 1/2 it is padded by 4 zeros on each side and
+cropped to its size at an offset in {0 .. 8}^2. Evaluation does not augment.
 """
 
 from typing import NamedTuple
@@ -16,14 +16,14 @@ _PAD = 4
 
 
 class Draws(NamedTuple):
-  """What becomes of each image of a batch."""
+  """The random transformation of each image of a batch."""
 
   flip: jax.Array  # [B] bool
   offset: jax.Array  # [B, 2] int32 in [0, 8], down and right; 4 is no shift
 
 
 def draw(key: jax.Array, num: int) -> Draws:
-  """Draws for `num` images."""
+  """Draws transformations for `num` images."""
   key_flip, key_crop, key_offset = jax.random.split(key, 3)
   flip = jax.random.bernoulli(key_flip, shape=(num,))
   crop = jax.random.bernoulli(key_crop, shape=(num, 1))
@@ -32,11 +32,11 @@ def draw(key: jax.Array, num: int) -> Draws:
 
 
 def apply(x: jax.Array, draws: Draws) -> jax.Array:
-  """The augmented images.
+  """Applies transformations to images.
 
   Args:
     x: [B, H, W, channels] normalised images.
-    draws: of each.
+    draws: the transformation of each image.
 
   Returns:
     Images of the same shape.
@@ -51,6 +51,5 @@ def apply(x: jax.Array, draws: Draws) -> jax.Array:
 
 
 def flip_crop(key: jax.Array, x: jax.Array) -> jax.Array:
-  """Normalised images [B, H, W, channels], each augmented by draws of its
-  own."""
+  """Augments normalised images [B, H, W, channels], each independently."""
   return apply(x, draw(key, len(x)))

@@ -1,8 +1,9 @@
-"""CIFAR-10 and CIFAR-100 from their binary files, for TFDS without TensorFlow.
+"""TFDS builders of CIFAR-10 and CIFAR-100 that need no TensorFlow.
 
-Each record is one byte per kind of label (CIFAR-100: coarse, then fine) and
-3 x 32 x 32 bytes of pixels, channel by channel. As in `idx`, the builders are
-those of TensorFlow Datasets but for where they read and how they store.
+They read the binary files, in which a record is one byte per kind of label
+(CIFAR-100: coarse, then fine) and 3 x 32 x 32 bytes of pixels, channel by
+channel. As in `idx`, the builders are those of TensorFlow Datasets except for
+where they read and how they store.
 """
 
 import numpy as np
@@ -14,7 +15,7 @@ _SHAPE = 3, 32, 32
 
 
 class _FromBinary(originals.FromFiles):
-  """Reads the files of TFDS's builder of the same name."""
+  """Reads the files of the TFDS builder of the same name."""
 
   @classmethod
   def file_names(cls, config, split):
@@ -39,7 +40,7 @@ class _FromBinary(originals.FromFiles):
 
 
 class Cifar10(_FromBinary, cifar.Cifar10, skip_registration=True):  # type: ignore[call-arg]
-  """`cifar10`."""
+  """The data set `cifar10`."""
 
   FILES = {
     'train': tuple(f'data_batch_{i}.bin' for i in range(1, 6)),
@@ -50,7 +51,7 @@ class Cifar10(_FromBinary, cifar.Cifar10, skip_registration=True):  # type: igno
 
 
 class Cifar100(_FromBinary, cifar.Cifar100, skip_registration=True):  # type: ignore[call-arg]
-  """`cifar100`, with the fine labels as `label`."""
+  """The data set `cifar100`, with the fine labels as `label`."""
 
   FILES = {'train': ('train.bin',), 'test': ('test.bin',)}
   LABELS = ('coarse_label', 'label')

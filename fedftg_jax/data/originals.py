@@ -1,8 +1,8 @@
-"""What TFDS builders share that read a data set's original files from a folder.
+"""Shared parts of TFDS builders that read original files from a folder.
 
-TFDS can write array_record files without TensorFlow as long as images come as
-PNG bytes; its own builders of MNIST and CIFAR give arrays, which only
-TensorFlow could encode, and read through TensorFlow.
+TFDS can write array_record files without TensorFlow if images are given as PNG
+bytes. Its own builders of MNIST and CIFAR yield arrays, which only TensorFlow
+could encode, and read through TensorFlow.
 """
 
 import gzip
@@ -15,14 +15,14 @@ SPLITS = ('train', 'test')
 
 
 class FromFiles:
-  """Goes in front of a builder of TFDS: examples come from its `manual_dir`.
+  """A mixin for a TFDS builder that reads examples from its `manual_dir`.
 
-  A subclass says which files a split has, and how they are read.
+  A subclass defines which files a split has, and how they are read.
 
   Attributes:
-    ARCHIVE: the folder in the archive that the files are published in.
+    ARCHIVE: the folder in the archive in which the files are published.
     PLACES: folders where a system's package puts the files.
-    INSTALL: what to do to have them there.
+    INSTALL: how to get them there.
   """
 
   ARCHIVE = ''
@@ -33,22 +33,25 @@ class FromFiles:
 
   @classmethod
   def file_names(cls, config: str | None, split: str) -> tuple[str, ...]:
-    """Names of a split's files; each may have .gz behind it."""
+    """Returns the names of a split's files; each may also end in .gz."""
     raise NotImplementedError
 
   def _read(self, paths):
-    """A split's images [M, H, W, channels], and its labels [M] by feature."""
+    """Reads a split's images [M, H, W, channels] and its labels by feature.
+
+    Each array of labels is [M].
+    """
     raise NotImplementedError
 
   def _more(self, split, number):
-    """Further features of an example."""
+    """Returns further features of an example."""
     del split, number
     return {}
 
   def _split_generators(self, dl_manager):
     config = self.builder_config and self.builder_config.name
     folder = pathlib.Path(dl_manager.manual_dir)
-    # Everything is read and checked before a first example is written.
+    # Everything is read and checked before the first example is written.
     content = {
       split: self._read(_paths(folder, self.file_names(config, split)))
       for split in SPLITS
@@ -73,20 +76,23 @@ def find_folder(
   manual_dir: str | None,
   default_dir: str,
 ) -> pathlib.Path:
-  """The folder with all original files of a data set.
+  """Finds the folder with all original files of a data set.
 
-  That is `manual_dir`, or else `default_dir` or where a system's package puts
-  the files; or a subfolder that has the name of the data set (`fashion_mnist`)
-  or of the published archive (`cifar-10-batches-bin`).
+  It is `manual_dir`, or, if that is None, `default_dir` or a folder where a
+  system's package puts the files; or a subfolder with the name of the data set
+  (`fashion_mnist`) or of the published archive (`cifar-10-batches-bin`).
 
   Args:
-    builder: of the data set.
-    config: such as 'balanced'; None for a data set without.
-    manual_dir: where the user says they are; None if nowhere.
-    default_dir: where TFDS has files that are put there by hand.
+    builder: that of the data set.
+    config: such as 'balanced'; None for a data set without configurations.
+    manual_dir: the folder that the user gives; None if none is given.
+    default_dir: where TFDS looks for files that are put there by hand.
+
+  Returns:
+    The folder.
 
   Raises:
-    ValueError: says which files are missing and where to put them.
+    ValueError: names the files that are missing and where to put them.
   """
   names = [
     name for split in SPLITS for name in builder.file_names(config, split)
@@ -103,8 +109,8 @@ def find_folder(
     ]
     for folder in folders
   }
-  # The folder itself comes last, since several data sets name their files
-  # alike; but it is what the user has named.
+  # The folder itself comes last, since several data sets use the same names for
+  # their files. If the user gave it, the error should name it.
   best = min(
     reversed(folders) if manual_dir else folders,
     key=lambda folder: len(lacks[folder]),
@@ -126,7 +132,7 @@ def find_folder(
 
 
 def read_bytes(path: pathlib.Path) -> bytes:
-  """The bytes of a file, unpacked if its name ends in .gz.
+  """Reads a file, and decompresses it if its name ends in .gz.
 
   Raises:
     ValueError: if it cannot be read.
@@ -139,8 +145,7 @@ def read_bytes(path: pathlib.Path) -> bytes:
 
 
 def _paths(folder, names):
-  """The path of each file, plain or gzipped; None for those that are
-  missing."""
+  """Returns the path of each file, plain or gzipped; None if it is missing."""
 
   def one(name):
     either = folder / name, folder / f'{name}.gz'

@@ -1,13 +1,13 @@
-"""Who holds which examples: lists of index arrays, one per client.
+"""Partitions: the examples of each client, as lists of index arrays.
 
-Every example is used once, all draws come from NumPy's legacy generator, whose
-stream is frozen, and no scheme can go on drawing for ever: redraws are bounded,
-and what has to hold (such as a least size) is made to hold, not waited for.
+Every example is used once. All draws come from NumPy's legacy generator, whose
+stream is frozen. No scheme can draw forever: the number of redraws is bounded,
+and requirements (such as a smallest size) are enforced instead of waited for.
 
 `dirichlet` is the scheme of the official FedDyn and FedFTG code, draw by draw:
 class proportions are drawn per CLIENT, and client sizes and class totals are
-exact. `dirichlet_class` is that of most other codes: proportions of clients are
-drawn per CLASS.
+exact. `dirichlet_class` is the scheme of most other codes: proportions of
+clients are drawn per CLASS.
 """
 
 import heapq
@@ -23,12 +23,12 @@ MAX_REDRAWS = 10_000
 def iid(
   labels: np.ndarray, num_clients: int, *, seed: int = 0, sigma: float = 0.0
 ) -> list[np.ndarray]:
-  """Contiguous slices of a random permutation.
+  """Splits a random permutation into contiguous slices.
 
   Args:
     labels: [M]; only its length is used.
     num_clients: N.
-    seed: of the partition.
+    seed: seed of the partition.
     sigma: spread of the sizes, see `client_sizes`.
 
   Returns:
@@ -49,25 +49,26 @@ def dirichlet(
   sigma: float = 0.0,
   max_redraws: int = MAX_REDRAWS,
 ) -> list[np.ndarray]:
-  """Class proportions of every client drawn from Dirichlet(alpha).
+  """Draws the class proportions of every client from Dirichlet(alpha).
 
-  Until all clients are full: a client with room left is drawn uniformly, a
-  class from the client's proportions, redrawn while that class is used up. The
-  official code can redraw forever; here, after `max_redraws`, the class comes
-  from what the redrawing converges to: the proportions renormalised over the
-  classes that are left (uniform where they hold less than 1e-12 of the mass).
-  Partitions that the official code can draw in reasonable time are the same.
+  Until all clients are full, a client that is not full is drawn uniformly, and
+  a class from the client's proportions, which is redrawn while that class is
+  used up. The official code can redraw forever. Here, after `max_redraws`, the
+  class is drawn from the limit distribution of redrawing: the proportions
+  renormalised over the classes that are left (uniform if they have less than
+  1e-12 of the mass). Partitions that the official code can draw in reasonable
+  time are the same.
 
   Args:
     labels: [M] integers in [0, C).
     num_clients: N.
     alpha: concentration; the smaller, the fewer classes a client has.
-    seed: of the partition.
+    seed: seed of the partition.
     sigma: spread of the sizes, see `client_sizes`.
-    max_redraws: of one class draw.
+    max_redraws: largest number of redraws of one class.
 
   Returns:
-    N index arrays, with sizes and class totals exact.
+    N index arrays, with exact sizes and class totals.
 
   Raises:
     ValueError: for a value out of range.
@@ -108,29 +109,29 @@ def dirichlet_class(
   niid_bench: bool = False,
   max_redraws: int = MAX_REDRAWS // 10,
 ) -> list[np.ndarray]:
-  """Shares out each class in proportions drawn from Dirichlet(alpha).
+  """Divides each class among clients in proportions from Dirichlet(alpha).
 
   Yurochkin et al., Bayesian Nonparametric Federated Learning of Neural
   Networks, ICML 2019, arXiv:1905.12022; "distribution-based label imbalance" in
   Li et al., ICDE 2022, arXiv:2102.02079 (NIID-Bench). Both the classes and the
   sizes of clients are skewed.
 
-  NIID-Bench's code, and those that have it from there (Flower's baseline,
-  PFLlib), do three things more: a client that holds its even share, M / N
-  examples, gets none of the classes that follow; the places of the cuts are
-  rounded down; and all is drawn again until each client has `min_size`
-  examples. With `niid_bench` all three are done. Without it, places are rounded
-  to the nearest, and examples are moved to clients that have too few, see
-  `_fill`: for many clients redrawing may never end.
+  NIID-Bench's code, and codes that copy it (Flower's baseline, PFLlib), do
+  three more things: a client that holds its even share of M / N examples gets
+  none of the following classes; the positions of the cuts are rounded down; and
+  everything is drawn again until each client has `min_size` examples. With
+  `niid_bench` all three are done. Without it, positions are rounded to the
+  nearest integer, and examples are moved to clients that have too few, see
+  `_fill`, since with many clients redrawing may never end.
 
   Args:
     labels: [M] integers in [0, C).
     num_clients: N.
     alpha: concentration; the smaller, the fewer clients share a class.
-    seed: of the partition.
-    min_size: examples that each client has at least.
+    seed: seed of the partition.
+    min_size: smallest number of examples of a client.
     niid_bench: whether to draw as NIID-Bench's code does.
-    max_redraws: of `niid_bench`; after so many draws examples are moved.
+    max_redraws: for `niid_bench`: after that many draws examples are moved.
 
   Returns:
     N index arrays.
@@ -150,14 +151,14 @@ def dirichlet_class(
 
 
 def _class_shares(rng, labels, num_clients, alpha, niid_bench):
-  """One draw of `dirichlet_class`, before any client is filled up."""
+  """Draws once for `dirichlet_class`, before examples are moved."""
   order = rng.permutation(len(labels))
   parts = [[] for _ in range(num_clients)]
   sizes = np.zeros(num_clients, int)
   for c in np.unique(labels):
     rows = order[labels[order] == c]
     proportions = rng.dirichlet(np.full(num_clients, alpha))
-    if not np.isfinite(proportions).all():  # all draws were 0: the limit, then
+    if not np.isfinite(proportions).all():  # all draws were 0: take the limit
       proportions = np.eye(num_clients)[rng.randint(num_clients)]
     if niid_bench:
       has_room = sizes < len(labels) / num_clients
@@ -165,7 +166,7 @@ def _class_shares(rng, labels, num_clients, alpha, niid_bench):
       left = left if left.sum() > 0 else has_room
       proportions = left / left.sum()
     places = np.cumsum(proportions)[:-1] * len(rows)
-    # 1e-9: a sum of proportions that is 1 but for rounding counts as 1.
+    # With 1e-9, a sum of proportions that is 1 up to rounding counts as 1.
     cuts = np.floor(places + 1e-9) if niid_bench else np.rint(places)
     pieces = np.split(rows, cuts.astype(int))
     sizes += [len(piece) for piece in pieces]
@@ -177,8 +178,8 @@ def _class_shares(rng, labels, num_clients, alpha, niid_bench):
 def _fill(parts, min_size):
   """Moves examples from the largest clients until all have `min_size`.
 
-  Each example comes from the client that is largest then, the one that stands
-  last there: a random one if their order is random.
+  Each example is the last one of the client that is then the largest, which is
+  a random example if their order is random.
   """
   parts = [list(part) for part in parts]
   largest = [(-len(part), k) for k, part in enumerate(parts)]
@@ -198,21 +199,20 @@ def shards(
   *,
   seed: int = 0,
 ) -> list[np.ndarray]:
-  """Examples sorted by label, cut in equal shards, some of them for each
-  client.
+  """Sorts examples by label, cuts them in equal shards, and deals these out.
 
   McMahan et al., Communication-Efficient Learning of Deep Networks from
   Decentralized Data, AISTATS 2017, arXiv:1602.05629, section 3 ("pathological
   non-IID": 200 shards of 300 MNIST images, 2 for each of 100 clients). A client
-  has about as many classes as shards, more where a shard lies across two
-  classes, fewer where two shards are of one. Shards differ in size by one where
-  they cannot be equal.
+  has about as many classes as shards: more if a shard lies across two classes,
+  fewer if two shards are of the same class. Shards differ in size by at most
+  one.
 
   Args:
     labels: [M].
     num_clients: N.
-    shards_per_client: shards of each client.
-    seed: of the order within a class and of who gets which shards.
+    shards_per_client: number of shards of each client.
+    seed: seed of the order within a class and of the assignment of shards.
 
   Returns:
     N index arrays.
@@ -244,31 +244,32 @@ def classes(
   seed: int = 0,
   niid_bench: bool = False,
 ) -> list[np.ndarray]:
-  """Gives every client exactly k classes, in shares as equal as can be.
+  """Gives every client exactly `classes_per_client` classes.
 
   "Quantity-based label imbalance", #C = k, of Li et al., Federated Learning on
   Non-IID Data Silos, ICDE 2022, arXiv:2102.02079 (NIID-Bench): a class is
-  shared out equally among the clients that have it.
+  divided as equally as possible among the clients that have it.
 
-  In NIID-Bench's code client i has class i modulo C and draws k - 1 others by
-  itself. Some classes then have one client and others many, and with fewer
-  clients than classes one may have none. With `niid_bench` it is done so.
-  Without it, classes get clients in proportion to their examples (at least one
-  each), and who has which is drawn among all ways to do so.
+  In NIID-Bench's code client i has class i modulo C and draws k - 1 other
+  classes independently. Some classes then have one client and others many, and
+  with fewer clients than classes a class may have none. With `niid_bench` it is
+  done in this way. Without it, classes get clients in proportion to their
+  examples (at least one each), and the assignment is drawn from all assignments
+  of this kind.
 
   Args:
     labels: [M].
     num_clients: N.
     classes_per_client: k.
-    seed: of the partition.
+    seed: seed of the partition.
     niid_bench: whether to draw as NIID-Bench's code does.
 
   Returns:
     N index arrays.
 
   Raises:
-    ValueError: for a value out of range, or where some class would be nobody's
-      or too small for its clients.
+    ValueError: for a value out of range, or if a class would have no client or
+      be too small for its clients.
   """
   check_num_clients(len(labels), num_clients)
   present, sizes = np.unique(labels, return_counts=True)
@@ -282,12 +283,12 @@ def classes(
     if num_clients < len(present):
       raise ValueError(
         'num_clients must be at least the number of classes '
-        f"({len(present)}) with niid_bench, so that each class is somebody's, "
+        f'({len(present)}) with niid_bench, so that each class has a client, '
         f'got {num_clients}.'
       )
     owned = _drawn_alone(rng, num_clients, len(present), classes_per_client)
     if (owned.sum(axis=0) > sizes).any():
-      raise ValueError('a class has fewer examples than it has clients.')
+      raise ValueError('a class has fewer examples than clients.')
   else:
     owners = _num_owners(sizes, num_clients, classes_per_client)
     owned = _mixed(rng, _dealt(owners, num_clients))
@@ -302,7 +303,7 @@ def classes(
 
 
 def _drawn_alone(rng, num_clients, num_classes, per_client):
-  """[N, C] who has which class: client i class i modulo C, others at random."""
+  """Assigns class i modulo C to client i, and others at random, [N, C]."""
   owned = np.zeros((num_clients, num_classes), bool)
   for client, row in enumerate(owned):
     first = client % num_classes
@@ -313,22 +314,22 @@ def _drawn_alone(rng, num_clients, num_classes, per_client):
 
 
 def _num_owners(sizes, num_clients, per_client):
-  """[C] how many clients each class gets, `per_client` N in all.
+  """Computes how many clients each class gets, [C]; `per_client` N in all.
 
-  One each, then one at a time for the class with most examples for each of its
-  clients that can have another.
+  Each class gets one. The rest is given one by one to the class with the most
+  examples per client, among those that can have another client.
   """
   num = num_clients * per_client
   most = np.minimum(sizes, num_clients)
   if num < len(sizes):
     raise ValueError(
       'num_clients x classes_per_client must be at least the number of '
-      f"classes ({len(sizes)}), so that each class is somebody's, got {num}."
+      f'classes ({len(sizes)}), so that each class has a client, got {num}.'
     )
   if num > most.sum():
     raise ValueError(
       f'classes_per_client must be at most {most.sum() // num_clients} for '
-      f'{num_clients} clients, as some classes have few examples, got '
+      f'{num_clients} clients, because some classes have few examples, got '
       f'{per_client}.'
     )
   owners = np.ones(len(sizes), int)
@@ -343,8 +344,7 @@ def _num_owners(sizes, num_clients, per_client):
 
 
 def _dealt(owners, num_clients):
-  """[N, C] a way to give each class its number of clients, as cards are
-  dealt."""
+  """Assigns each class its number of clients by dealing them out, [N, C]."""
   owned = np.zeros((num_clients, len(owners)), bool)
   cards = np.repeat(np.arange(len(owners)), owners)
   owned[np.arange(len(cards)) % num_clients, cards] = True
@@ -352,11 +352,11 @@ def _dealt(owners, num_clients):
 
 
 def _mixed(rng, owned, swaps_per_entry=10):
-  """A random table with the same sums of rows and of columns.
+  """Draws a random table with the same sums of rows and of columns.
 
-  Two clients exchange a class that the other lacks, again and again: a Markov
-  chain whose limit is uniform over such tables (Besag and Clifford, Biometrika
-  1989), here for a fixed number of tries.
+  Two clients exchange classes that the other one lacks, again and again: a
+  Markov chain whose limit is uniform over such tables (Besag and Clifford,
+  Biometrika 1989), here for a fixed number of tries.
   """
   client, label = (side.tolist() for side in np.nonzero(owned))
   owned = owned.copy()
@@ -379,20 +379,20 @@ def quantity(
   power: float = 0.0,
   min_size: int = 1,
 ) -> list[np.ndarray]:
-  """Examples at random, clients of unequal sizes: "quantity skew".
+  """Gives clients random examples but unequal sizes: "quantity skew".
 
-  Sizes are `min_size` and a share of the rest in proportion to
-  rank^-power exp(sigma z), z standard normal: a power law (Li et al., Federated
-  Optimization in Heterogeneous Networks, MLSys 2020, arXiv:1812.06127,
-  has sizes that follow one), or lognormal, or both.
+  Sizes are `min_size` plus a share of the rest in proportion to rank^-power
+  exp(sigma z), with z standard normal: a power law (Li et al., Federated
+  Optimization in Heterogeneous Networks, MLSys 2020, arXiv:1812.06127, has
+  sizes that follow one), or lognormal, or both.
 
   Args:
     labels: [M]; only its length is used.
     num_clients: N.
-    seed: of the partition.
-    sigma: spread of the logarithm of the sizes.
-    power: exponent of the power law; ranks go to clients at random.
-    min_size: examples that each client has at least.
+    seed: seed of the partition.
+    sigma: standard deviation of the logarithm of the sizes.
+    power: exponent of the power law; ranks are assigned to clients at random.
+    min_size: smallest number of examples of a client.
 
   Returns:
     N index arrays.
@@ -416,23 +416,23 @@ def quantity(
 
 
 def natural(clients: np.ndarray | None, num_clients: int) -> list[np.ndarray]:
-  """Everyone's own examples, as the data say.
+  """Gives every client its own examples, as the data name them.
 
   Args:
-    clients: [M] whose each example is, in [0, N); None if the data do not say.
+    clients: [M] the client of each example, in [0, N); None if unknown.
     num_clients: N.
 
   Returns:
     N index arrays.
 
   Raises:
-    ValueError: if the data do not say.
+    ValueError: if the clients are unknown.
   """
   if clients is None:
     raise ValueError(
-      'the data do not say whose each example is: an .npz does by the array '
-      'train_client_id, a set of TensorFlow Datasets by a feature client_id, '
-      'writer_id or user_id'
+      'the data do not name the client of each example: an .npz does so with '
+      'the array train_client_id, a set of TensorFlow Datasets with a feature '
+      'client_id, writer_id or user_id'
     )
   order = np.argsort(clients, kind='stable')
   counts = np.bincount(clients, minlength=num_clients)
@@ -442,13 +442,16 @@ def natural(clients: np.ndarray | None, num_clients: int) -> list[np.ndarray]:
 def client_sizes(
   rng: np.random.RandomState, num_examples: int, num_clients: int, sigma: float
 ) -> np.ndarray:
-  """Lognormal client sizes [N] that sum to `num_examples`.
+  """Draws lognormal client sizes [N] that sum to `num_examples`.
 
   Args:
-    rng: the generator; N lognormals are drawn, also with sigma 0.
+    rng: the generator; N lognormals are drawn even if sigma is 0.
     num_examples: M.
     num_clients: N, at most M.
     sigma: standard deviation of the logarithm of the sizes; 0 for equal ones.
+
+  Returns:
+    [N] integers.
 
   Raises:
     ValueError: for a value out of range.
@@ -465,7 +468,11 @@ def client_sizes(
 
 
 def check_num_clients(num_examples: int, num_clients: int) -> None:
-  """Raises ValueError unless every client can have an example."""
+  """Checks that every client can have an example.
+
+  Raises:
+    ValueError: if not.
+  """
   if not 1 <= num_clients <= num_examples:
     raise ValueError(
       f'num_clients must be between 1 and the number of examples '
@@ -477,17 +484,19 @@ def _check_min_size(num_examples, num_clients, min_size):
   check_num_clients(num_examples, num_clients)
   if not 0 <= min_size <= num_examples // num_clients:
     raise ValueError(
-      f'min_size must be between 0 and {num_examples // num_clients}, which is '
-      f'all that {num_examples} examples give {num_clients} clients, got '
-      f'{min_size}.'
+      f'min_size must be between 0 and {num_examples // num_clients}, the '
+      f'largest possible for {num_examples} examples on {num_clients} clients, '
+      f'got {min_size}.'
     )
 
 
 def _draw_class(rng, cumulative, left, max_redraws):
-  """First drawn class with examples left, or None after `max_redraws` redraws.
+  """Draws classes until one has examples left, or returns None.
 
-  Uniforms are drawn one by one at first, then in blocks; the generator ends
-  where single draws would have left it.
+  It returns None after `max_redraws` redraws.
+
+  Uniforms are drawn one by one at first, then in blocks; the generator ends in
+  the state in which single draws would have left it.
   """
   for _ in range(8):
     label = np.argmax(rng.uniform() <= cumulative)
@@ -508,12 +517,12 @@ def _draw_class(rng, cumulative, left, max_redraws):
 
 
 def _draw_left(rng, prior, left):
-  """A class with examples left, with its share of `prior` among those."""
+  """Draws a class with examples left, with its share of `prior` among those."""
   mass = np.where(left > 0, prior, 0.0)
   if mass.sum() < 1e-12:
     mass = (left > 0).astype(float)
   cumulative = np.cumsum(mass / mass.sum())
-  # `cumulative` may end just below 1; the last class left is then meant.
+  # `cumulative` may end just below 1; then it is the last class left.
   label = np.searchsorted(cumulative, rng.uniform(), side='right')
   return min(label, np.flatnonzero(left)[-1])
 
@@ -528,7 +537,7 @@ def save(path: str | os.PathLike[str], parts: list[np.ndarray]) -> None:
 
 
 def load(path: str, num_examples: int) -> list[np.ndarray]:
-  """Reads a partition: one index array per client, in the file's order.
+  """Reads a partition: one index array per client, in the order of the file.
 
   Raises:
     ValueError: for an unreadable file, or an index that is out of range, or
@@ -557,15 +566,15 @@ def load(path: str, num_examples: int) -> list[np.ndarray]:
 def like(
   labels: np.ndarray, train_labels: np.ndarray, parts: list[np.ndarray]
 ) -> list[np.ndarray]:
-  """Shares out other examples so that classes fall to clients as in `parts`.
+  """Divides other examples among clients, with class shares as in `parts`.
 
   Client k gets floor(m_y n_k^y / n^y) of the m_y examples of class y, and the
   remainder goes to the largest fractions: every example of a class that some
-  client has is shared out once.
+  client has is given to one client.
 
   Args:
-    labels: [m] of the examples to share out, such as a test set.
-    train_labels: [M] of those that `parts` points into.
+    labels: [m] labels of the examples to divide, such as a test set.
+    train_labels: [M] labels of the examples that `parts` points into.
     parts: rows of each client.
 
   Returns:
@@ -584,8 +593,11 @@ def like(
 
 
 def largest_remainders(exact: np.ndarray) -> np.ndarray:
-  """Integers that sum to what `exact` sums to: each rounded down, and one more
-  where the fractions are largest."""
+  """Rounds to integers with the same sum, by the method of largest remainders.
+
+  Each number is rounded down, and those with the largest fractions get one
+  more.
+  """
   sizes = np.floor(exact).astype(int)
   left = round(exact.sum()) - sizes.sum()
   sizes[np.argsort(sizes - exact, kind='stable')[:left]] += 1

@@ -1,8 +1,8 @@
-"""Data sets of TensorFlow Datasets, without TensorFlow.
+"""Reads data sets of TensorFlow Datasets without TensorFlow.
 
-TFDS reads array_record files at random places (`as_data_source`) without
-TensorFlow. Those of `BUILDERS` can also be prepared without it; the others have
-to be there, prepared where TensorFlow is.
+TFDS can read array_record files at random positions (`as_data_source`) without
+TensorFlow. The data sets of `BUILDERS` can also be prepared without it; others
+must have been prepared where TensorFlow is installed.
 """
 
 import json
@@ -28,12 +28,16 @@ BUILDERS = {
     cifar.Cifar100,
   )
 }
-# Features that say whose an example is, in the order in which they are taken.
+# Features that name the client of an example; the first one that exists counts.
 CLIENT_FEATURES = ('client_id', 'writer_id', 'user_id')
 
 
 def check(name: str, data_dir: str | None, manual_dir: str | None) -> None:
-  """Raises ValueError unless `read` will find what it needs."""
+  """Checks that `read` will find what it needs.
+
+  Raises:
+    ValueError: if not.
+  """
   builder = _find(name, data_dir)
   if builder is not None:
     _check_features(builder)
@@ -44,11 +48,11 @@ def check(name: str, data_dir: str | None, manual_dir: str | None) -> None:
 def read(
   name: str, data_dir: str | None, manual_dir: str | None
 ) -> dict[str, np.ndarray]:
-  """The splits of a data set, which is prepared before if it has to be.
+  """Reads the splits of a data set, and prepares it first if necessary.
 
-  TFDS stores examples in a shuffled order; here they come in that of their
-  labels, and within a label in that of a digest of the image, so that nothing
-  depends on how TFDS shuffles.
+  TFDS stores examples in a shuffled order. Here they are sorted by label, and
+  within a label by a digest of the image, so that nothing depends on how TFDS
+  shuffles.
 
   Args:
     name: NAME, NAME/CONFIG or NAME:VERSION, as in TFDS.
@@ -56,8 +60,8 @@ def read(
     manual_dir: where the original files are; None for the usual places.
 
   Returns:
-    train_x, train_y, test_x, test_y, and train_client_id where a feature says
-    whose an example is. Where there is no test split, `validation` is taken.
+    train_x, train_y, test_x, test_y, and train_client_id if a feature names the
+    client of an example. Without a test split, `validation` is used.
 
   Raises:
     ValueError: says what is missing and where it belongs.
@@ -68,11 +72,11 @@ def read(
   for split, stored in zip(originals.SPLITS, _splits(builder)):
     try:
       examples = _examples(builder, stored, image)
-    except Exception as error:  # whatever the reader makes of a damaged file
+    except Exception as error:  # the reader raises many types for damaged files
       raise ValueError(
         f'{builder.data_dir}: cannot read the {stored} split '
-        f'({type(error).__name__}: {error}); delete this folder to have it '
-        'prepared again'
+        f'({type(error).__name__}: {error}); delete this folder to prepare it '
+        'again'
       ) from error
     images = images_lib.stack([example[image] for example in examples])
     labels = np.array([example[label] for example in examples], np.int32)
@@ -88,7 +92,7 @@ def read(
 
 
 def _find(name, data_dir):
-  """The builder of what is prepared already, or None.
+  """Returns the builder of a data set that is already prepared, or None.
 
   Raises:
     ValueError: if it is prepared in a form that needs TensorFlow.
@@ -105,18 +109,17 @@ def _find(name, data_dir):
     raise ValueError(
       f'{builder.data_dir}: is prepared as {", ".join(sorted(formats))}, which '
       'only TensorFlow can read; where it is installed, prepare the data with '
-      '--file_format=array_record in another folder, and name that by '
+      '--file_format=array_record in another folder, and name that folder in '
       '--data_dir'
     )
   return builder
 
 
 def _refuse_code(folder: pathlib.Path) -> None:
-  """Refuses features of other classes than TFDS's own, whose modules it
-  imports.
+  """Refuses features of foreign classes, because TFDS imports their code.
 
   Raises:
-    ValueError: with the file and the class.
+    ValueError: names the file and the class.
   """
 
   def classes(value):
@@ -140,15 +143,15 @@ def _refuse_code(folder: pathlib.Path) -> None:
       raise ValueError(f'{path}: cannot be read ({error})') from error
     if foreign:
       raise ValueError(
-        f'{path}: names {foreign[0]}; must have features of '
-        'tensorflow_datasets alone, since others would bring code'
+        f'{path}: names {foreign[0]}; must have only features of '
+        'tensorflow_datasets, since others would execute code'
       )
 
 
 def _original_folder(name, data_dir, manual_dir) -> pathlib.Path | None:
-  """The folder from which a data set can be prepared here, see `find_folder`.
+  """Finds the folder from which a data set can be prepared, see `find_folder`.
 
-  None for mnist5k, which needs none.
+  It is None for mnist5k, which needs none.
   """
   base, _, config = name.partition('/')
   builder = BUILDERS.get(base)
@@ -159,7 +162,9 @@ def _original_folder(name, data_dir, manual_dir) -> pathlib.Path | None:
   if configs and config not in configs:
     raise ValueError(f'must be {base}/ and one of {", ".join(configs)}')
   if config and not configs:
-    raise ValueError(f'{base} has no parts; did you mean --dataset={base}?')
+    raise ValueError(
+      f'{base} has no configurations; did you mean --dataset={base}?'
+    )
   if not issubclass(builder, originals.FromFiles):  # type: ignore[arg-type]
     return None
   return originals.find_folder(
@@ -171,7 +176,11 @@ def _original_folder(name, data_dir, manual_dir) -> pathlib.Path | None:
 
 
 def _explain(name, root):
-  """Raises ValueError for a data set that is not there."""
+  """Explains what to do about a data set that is not there.
+
+  Raises:
+    ValueError: always.
+  """
   base = re.split('[/:]', name)[0]
   if base not in BUILDERS and base not in tfds.list_builders(
     with_community_datasets=False
@@ -182,8 +191,8 @@ def _explain(name, root):
     )
   raise ValueError(
     f'is not prepared in {root}; where TensorFlow is installed, run "tfds '
-    f'build {name} --file_format=array_record", and name the folder it is in '
-    'by --data_dir'
+    f'build {name} --file_format=array_record", and name the resulting '
+    'folder in --data_dir'
   )
 
 
@@ -206,17 +215,17 @@ def _prepare(name, data_dir, manual_dir):
       download_config=tfds.download.DownloadConfig(manual_dir=folder)
     )
   except OSError:
-    builder = make()  # another process may have been first to put it there
+    builder = make()  # another process may have prepared it meanwhile
     if not builder.is_prepared():
       raise
   return builder
 
 
 def _check_features(builder) -> tuple[str, str]:
-  """The names of the image and the label.
+  """Returns the names of the image and the label.
 
   Raises:
-    ValueError: if this is no image classification, or lacks a split.
+    ValueError: if this is not an image classification, or lacks a split.
   """
   features = builder.info.features
   image, label = builder.info.supervised_keys or ('image', 'label')
@@ -230,15 +239,15 @@ def _check_features(builder) -> tuple[str, str]:
     fits = False
   if not fits:
     raise ValueError(
-      f'{builder.data_dir}: is no image classification (an image and one label '
-      'an example)'
+      f'{builder.data_dir}: is not an image-classification set (one image and '
+      'one label per example)'
     )
   _splits(builder)
   return image, label
 
 
 def _splits(builder) -> tuple[str, str]:
-  """What the train and the test split are called."""
+  """Returns the names of the train and the test split."""
   names = list(builder.info.splits)
   test = next((name for name in ('test', 'validation') if name in names), None)
   if 'train' not in names or test is None:
@@ -250,13 +259,13 @@ def _splits(builder) -> tuple[str, str]:
 
 
 def _examples(builder, split, image):
-  """All examples of a split, images decoded."""
+  """Returns all examples of a split, with images decoded."""
   if not isinstance(builder.info.features[image], tfds.features.Image):
     return list(builder.as_data_source(split))
   source = builder.as_data_source(
     split, decoders={image: tfds.decode.SkipDecoding()}
   )
-  # Read together: five times faster than one by one.
+  # Reading all together is five times faster than one by one.
   return [
     {**example, image: images_lib.decode(example[image])}
     for example in source.__getitems__(range(len(source)))
@@ -264,7 +273,7 @@ def _examples(builder, split, image):
 
 
 def _clients(builder, examples) -> np.ndarray | None:
-  """Whose each example is, if a feature says so."""
+  """Returns the client of each example, or None if no feature names it."""
   for name in CLIENT_FEATURES:
     if name in builder.info.features:
       values = [example[name] for example in examples]
@@ -275,11 +284,11 @@ def _clients(builder, examples) -> np.ndarray | None:
 
 
 def _digest(images: np.ndarray) -> np.ndarray:
-  """One integer per image that tells different images apart."""
+  """Computes one integer per image that tells different images apart."""
   flat = images.reshape(len(images), -1).view(np.uint8)
   powers = np.cumprod(np.full(flat.shape[1], 1_099_511_628_211, np.uint64))
   return np.concatenate(
-    [  # in parts: each pixel takes eight bytes meanwhile
+    [  # in parts, since each pixel needs eight bytes here
       some.astype(np.uint64) @ powers
       for some in np.array_split(flat, len(flat) // 4096 + 1)
     ]

@@ -1,8 +1,8 @@
-"""Who takes part in which round, made before anything is trained.
+"""Schedules: which clients take part in which round, drawn before training.
 
-A schedule is a `Cohort` with a leading axis [T]. The rows of a schedule do not
-depend on how many follow: more rounds from the same seed prolong it (and may
-widen a Bernoulli schedule's padding).
+A schedule is a `Cohort` with a leading axis [T]. Its rows do not depend on how
+many rows follow: with the same seed, more rounds extend a schedule (and may
+widen the padding of a Bernoulli schedule).
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ def exact(
   seed: int,
   available: np.ndarray | None = None,
 ) -> Cohort:
-  """`cohort` different clients in every round, uniformly at random.
+  """Draws `cohort` different clients in every round, uniformly at random.
 
   Args:
     num_rounds: T.
     num_clients: N.
-    cohort: S; where fewer can be reached in a round, those take part.
-    seed: of the draws.
-    available: [N] probability that a client can be reached in a round; None
-      for always. A round in which nobody can be reached is drawn again.
+    cohort: S; if fewer clients are available in a round, those take part.
+    seed: seed of the draws.
+    available: [N] probability that a client is available in a round; None for
+      always. A round in which no client is available is drawn again.
 
   Returns:
     The schedule.
@@ -50,12 +50,11 @@ def bernoulli(
   seed: int,
   available: np.ndarray | None = None,
 ) -> Cohort:
-  """Every client takes part with probability cohort / num_clients.
+  """Draws every client with probability cohort / num_clients, at least one.
 
-  The official code's draws: client k is in if the k-th uniform of
-  `RandomState(seed + t + i)` is at most that probability, where i counts the
-  rounds (so far, this one's retries included) that came out empty. Arguments as
-  in `exact`.
+  These are the official code's draws: client k takes part if the k-th uniform
+  of `RandomState(seed + t + i)` is at most that probability, where i counts the
+  empty draws so far, this round's retries included. Arguments as in `exact`.
   """
   _check(num_clients, cohort)
   rows, empty = [], 0
@@ -78,11 +77,11 @@ def poisson(
   seed: int,
   available: np.ndarray | None = None,
 ) -> Cohort:
-  """Every client takes part with probability cohort / num_clients.
+  """Draws every client with probability cohort / num_clients.
 
-  Poisson sampling, as the accounting of differential privacy asks for: each
-  round and client independently, so that a round may have nobody in it.
-  Arguments as in `exact`, but that a round is never drawn again.
+  This is Poisson sampling, as the accounting of differential privacy requires:
+  rounds and clients are independent, so a round may have no client. Arguments
+  as in `exact`, except that a round is never drawn again.
   """
   _check(num_clients, cohort)
   rate = cohort / num_clients * (1 if available is None else available)
@@ -96,7 +95,7 @@ def poisson(
 
 
 def _of_unequal_rounds(rows, num_clients):
-  """The schedule of rounds given as lists of clients."""
+  """Makes a schedule from one list of clients per round."""
   width = max(1, max(map(len, rows), default=1))
   ids = np.full((len(rows), width), num_clients)
   for row, chosen in zip(ids, rows):
@@ -107,9 +106,9 @@ def _of_unequal_rounds(rows, num_clients):
 def availability(
   num_clients: int, lowest: float, seed: int
 ) -> np.ndarray | None:
-  """[N] each client's probability to be reached, uniform in [lowest, 1].
+  """Draws each client's probability [N] of being available, in [lowest, 1].
 
-  None (always) where `lowest` is 1.
+  The distribution is uniform. None (always available) if `lowest` is 1.
   """
   _check_rate('lowest', lowest)
   if lowest == 1:
@@ -120,9 +119,19 @@ def availability(
 def with_dropouts(
   schedule: Cohort, rate: float, seed: int, after_work: bool = False
 ) -> Cohort:
-  """The schedule where a selected client does not arrive, with probability
-  `rate`, independently for each client and round; `after_work`: it has worked
-  nevertheless, and keeps what it learnt for itself."""
+  """Lets each selected client drop out with probability `rate`.
+
+  Args:
+    schedule: leading axis [T].
+    rate: probability that a client does not arrive, independently for each
+      client and round.
+    seed: seed of the draws.
+    after_work: whether a client that drops out has trained all the same, and
+      keeps its new slots.
+
+  Returns:
+    The schedule.
+  """
   _check_rate('rate', rate)
   if not rate:
     return schedule
@@ -134,23 +143,23 @@ def with_dropouts(
 
 
 def with_all_at_work(schedule: Cohort, num_clients: int) -> Cohort:
-  """The schedule where all clients train in every round and keep what they
-  learn for themselves; only those that arrive in `schedule` arrive.
+  """Lets all clients train in every round and keep what they learn.
 
-  A selected client that drops out before its work does not work here, either.
+  Only the clients that arrive in `schedule` arrive. A selected client that
+  drops out before its training does not train here, either.
 
   Args:
     schedule: leading axis [T].
     num_clients: N.
 
   Returns:
-    The schedule, as wide as there are clients.
+    The schedule, with a cohort of all N clients.
   """
   length = len(schedule.client_id)
   rows = np.arange(length)[:, None]
 
   def spread(values, others):
-    """[T, N] of [T, S]; `others` for who is not selected."""
+    """Spreads values [T, S] to [T, N]; `others` is for clients not selected."""
     found = np.full((length, num_clients + 1), others)  # one more for padding
     found[rows, schedule.client_id] = values
     return found[:, :num_clients]
@@ -165,7 +174,7 @@ def with_all_at_work(schedule: Cohort, num_clients: int) -> Cohort:
 
 
 def without(schedule: Cohort, clients: Sequence[int]) -> Cohort:
-  """The schedule where some clients neither work nor arrive."""
+  """Lets some clients neither train nor arrive."""
   stays = ~np.isin(schedule.client_id, clients)
   worked = schedule.worked
   return schedule._replace(
@@ -177,16 +186,16 @@ def without(schedule: Cohort, clients: Sequence[int]) -> Cohort:
 def with_stragglers(
   schedule: Cohort, full_steps: np.ndarray, rate: float, seed: int
 ) -> Cohort:
-  """The schedule where some clients do only some of their local steps.
+  """Lets some clients take only some of their local steps.
 
-  As in FedProx (Li et al., MLSys 2020), a straggler's work is uniform: 1 to as
-  many steps as it would have done, drawn for each client and round.
+  As in FedProx (Li et al., MLSys 2020), the work of a straggler is uniform: 1
+  to as many steps as it would have taken, drawn for each client and round.
 
   Args:
     schedule: leading axis [T].
-    full_steps: [N] steps that each client does otherwise.
+    full_steps: [N] number of steps that each client takes otherwise.
     rate: probability of being a straggler, for each client and round.
-    seed: of the draws.
+    seed: seed of the draws.
 
   Returns:
     The schedule.
@@ -203,7 +212,7 @@ def with_stragglers(
 
 
 def _draws(schedule, seed, purpose):
-  """Uniform draws [T, S] of each client in each round, whoever else is in."""
+  """Draws uniforms [T, S] that depend only on client and round."""
   width = int(schedule.client_id.max(initial=0)) + 1
   return np.array(
     [
@@ -214,12 +223,12 @@ def _draws(schedule, seed, purpose):
 
 
 def _reachable(available, seed, t, num_clients):
-  """[N] who can be reached in round t; never nobody."""
+  """Draws which clients [N] are available in round t; at least one is."""
   if available is None:
     return np.ones(num_clients, bool)
-  if np.max(available) < 1e-4:  # would be drawn again and again
+  if np.max(available) < 1e-4:  # it would be drawn again and again
     raise ValueError(
-      'available must be at least 1e-4 for some client, is at most '
+      'available must be at least 1e-4 for some client, got at most '
       f'{np.max(available)}.'
     )
   rng = np.random.RandomState([seed, t, 0])
@@ -235,11 +244,14 @@ def _check_rate(name, rate):
 
 
 def from_ids(ids: np.ndarray, num_clients: int) -> Cohort:
-  """A schedule in which all selected arrive.
+  """Makes a schedule in which all selected clients arrive.
 
   Args:
     ids: [T, S] client ids; -1 (or N) for padding.
     num_clients: N.
+
+  Returns:
+    The schedule.
 
   Raises:
     ValueError: for an id out of range.
@@ -256,8 +268,11 @@ def from_ids(ids: np.ndarray, num_clients: int) -> Cohort:
 def save(
   path: str | os.PathLike[str], schedule: Cohort, num_clients: int
 ) -> None:
-  """Writes a schedule as ids (-1 for padding), arrived, num_steps and, where
-  it has that, worked [T, S]."""
+  """Writes a schedule as .npz.
+
+  The arrays are ids (-1 for padding), arrived, num_steps and, if the schedule
+  has it, worked, all [T, S].
+  """
   ids = schedule.client_id
   worked = {} if schedule.worked is None else {'worked': schedule.worked}
   np.savez_compressed(
@@ -270,7 +285,7 @@ def save(
 
 
 def load(path: str, num_rounds: int, num_clients: int) -> Cohort:
-  """Reads what `save` wrote, or a .npy with ids [T, S] alone.
+  """Reads a schedule that `save` wrote, or a .npy file with ids [T, S].
 
   Raises:
     ValueError: for an unreadable file, a wrong shape, or too few rounds.
@@ -297,7 +312,7 @@ def load(path: str, num_rounds: int, num_clients: int) -> Cohort:
   ids = file['ids']
   if len(ids) < num_rounds:
     raise ValueError(
-      f'{path}: has {len(ids)} rounds, {num_rounds} are asked for'
+      f'{path}: has {len(ids)} rounds, but {num_rounds} are needed'
     )
   ids = ids[:num_rounds]
   order = np.argsort(np.where(ids < 0, num_clients, ids), axis=1, kind='stable')

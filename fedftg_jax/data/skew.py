@@ -1,4 +1,4 @@
-"""How unequal a partition is: pure functions of class counts [N, C]."""
+"""Measures of how skewed a partition is, from class counts [N, C]."""
 
 import numpy as np
 
@@ -6,27 +6,28 @@ import numpy as np
 def class_counts(
   labels: np.ndarray, parts: list[np.ndarray], num_classes: int
 ) -> np.ndarray:
-  """[N, C] how many examples of each class each client holds."""
+  """Counts the examples of each class on each client, [N, C]."""
   return np.array(
     [np.bincount(labels[part], minlength=num_classes) for part in parts]
   )
 
 
 def total_variation(counts: np.ndarray) -> np.ndarray:
-  """[N] distance of each client's classes from those of all clients together.
+  """Computes each client's distance [N] from the overall class distribution.
 
-  1/2 sum_c |p_k(c) - p(c)|, between 0 (as all) and 1 (nothing in common); NaN
-  for a client without examples.
+  It is 1/2 sum_c |p_k(c) - p(c)|, between 0 (the same distribution) and 1
+  (disjoint), and NaN for a client without examples.
   """
   everybody = counts.sum(0) / counts.sum()
   return np.abs(_shares(counts) - everybody).sum(1) / 2
 
 
 def effective_classes(counts: np.ndarray) -> np.ndarray:
-  """[N] number of classes of each client, rare ones counting less.
+  """Computes each client's effective number of classes, [N].
 
-  The exponential of the entropy of its classes: k for k classes in equal parts
-  (Hill's number of order 1); NaN for a client without examples.
+  This is the exponential of the entropy of its class distribution: k for k
+  equally frequent classes, and rare classes count less (Hill's number of order
+  1). It is NaN for a client without examples.
   """
   shares = _shares(counts)
   logs = np.log(shares, where=shares > 0, out=np.zeros_like(shares))
@@ -34,8 +35,10 @@ def effective_classes(counts: np.ndarray) -> np.ndarray:
 
 
 def gini(sizes: np.ndarray) -> float:
-  """Gini coefficient of the client sizes: 0 for equal ones, (N - 1) / N where
-  one client has everything."""
+  """Computes the Gini coefficient of the client sizes.
+
+  It is 0 for equal sizes, and (N - 1) / N if one client has everything.
+  """
   num, ordered = len(sizes), np.sort(sizes)
   ranks = np.arange(1, num + 1)
   return float(
@@ -44,13 +47,13 @@ def gini(sizes: np.ndarray) -> float:
 
 
 def measures(counts: np.ndarray) -> dict[str, float | int]:
-  """All measures of a partition as scalars.
+  """Computes all measures of a partition as scalars.
 
   Args:
     counts: [N, C] from `class_counts`; means are over clients with examples.
 
   Returns:
-    By name, in the order in which they are read.
+    The measures by name, in the order in which they should be shown.
   """
   sizes = counts.sum(1)
   distance, effective = total_variation(counts), effective_classes(counts)
@@ -70,6 +73,6 @@ def measures(counts: np.ndarray) -> dict[str, float | int]:
 
 
 def _shares(counts):
-  """[N, C] each client's class shares; NaN for a client without examples."""
+  """Computes each client's class shares [N, C]; NaN without examples."""
   sizes = counts.sum(1, keepdims=True).astype(float)
   return counts / np.where(sizes > 0, sizes, np.nan)

@@ -167,6 +167,8 @@ def pfllib_cnn(num_classes: int, options=layers.Variant()) -> nn.Module:
 
 
 def niid_cnn(num_classes: int, options=layers.Variant()) -> nn.Module:
-  """conv5x5x6, pool, conv5x5x16, pool, fc120, fc84, fc, without padding:
-  SimpleCNN of NIID-Bench (Li et al., ICDE 2022, arXiv:2102.02079)."""
+  """Builds conv5x5x6, pool, conv5x5x16, pool, fc120, fc84, fc, without padding.
+
+  It is SimpleCNN of NIID-Bench (Li et al., ICDE 2022, arXiv:2102.02079).
+  """
   return CNN(num_classes, (6, 16), (120, 84), options, valid=True)

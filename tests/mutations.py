@@ -537,8 +537,8 @@ FAULTS = (
   Fault(
     'partition_cuts_rounded_down',
     PARTITION,
-    'np.rint(np.cumsum(proportions)[:-1] * len(rows)).astype(int)',
-    '(np.cumsum(proportions)[:-1] * len(rows)).astype(int)',
+    'else np.rint(places)',
+    'else np.floor(places)',
     OF_PARTITION,
   ),
   Fault(

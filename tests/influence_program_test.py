@@ -284,24 +284,24 @@ class ProgramTest(parameterized.TestCase):
       self.assertNotIn('through_server', retrained)
 
   @parameterized.parameters(
-    (['--track=4'], '--track=4: there are --num_clients=4, ids from 0 on'),
+    (['--track=4'], '--track=4: must be below --num_clients=4'),
     (['--track=0,0'], '--track=0,0: must be all, or different ids'),
     (['--track=a'], '--track=a: must be all, or different ids'),
-    (['--leave_out=9'], '--leave_out=9: there are --num_clients=4'),
+    (['--leave_out=9'], '--leave_out=9: must be below --num_clients=4'),
     (['--leave_out=all'], '--leave_out=all: must be different ids'),
     (['--flip_labels=2,1'], '--flip_labels=2,1: must be SHARE,CLIENTS'),
     (['--flip_labels=0.5'], '--flip_labels=0.5: must be SHARE,CLIENTS'),
     (['--flip_labels=0.5,9'], 'clients must be 1 to 4'),
     (['--client_state=host'], '--track=all: needs --client_state=device'),
-    (['--secure_aggregation'], '--track=all: is not with --secure_aggregation'),
+    (['--secure_aggregation'], '--track=all: must be empty with --secure_aggregation'),
     (['--uplink=top_k'], '--curvature=exact: must be none or retraining with'),
     (['--curvatures=half'], '--curvatures=half: must be of exact, blocks'),
-    (['--curvatures=exact,exact'], 'must be different ones'),
+    (['--curvatures=exact,exact'], 'must be different curvatures'),
     (['--curvatures=retraining', '--cleanse=1'], '--cleanse=1: needs an est'),
     (['--cleanse=4'], '--cleanse=4: must be below the number of tracked'),
     (
       ['--curvatures=fisher', '--model=lenet', '--norm=batch'],
-      '--curvature=fisher: needs another --norm than batch',
+      '--curvature=fisher: needs a --norm other than batch',
     ),
   )
   def test_errors(self, changes, message):

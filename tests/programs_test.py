@@ -560,10 +560,10 @@ class ErrorsTest(parameterized.TestCase):
     ('--df_memory=1', '--df_memory=1.0: must be below 1'),
     ('--ftg_iterations=99999999', '--ftg_iterations=99999999: must be at most'),
     ('--ftg_temperature=0', '--ftg_temperature=0.0: must be above 0'),
-    ('--norm=batch --model=mlp', '--norm=batch: must be none for --model=mlp'),
+    ('--norm=batch --model=mlp', '--norm=batch: must be none with --model=mlp'),
     (
       '--norm=group --model=softmax',
-      '--norm=group: must be none for --model=softmax',
+      '--norm=group: must be none with --model=softmax',
     ),
     ('--server_learning_rate=0', '--server_learning_rate=0.0: must be above 0'),
     ('--flagfile=/no/file', '--flagfile: .*/no/file.*must name a file'),

@@ -394,7 +394,7 @@ class ResumeTest(parameterized.TestCase):
       self.assertIn('already finished', out)
       status, _, err = self.train('a', '--rounds=6')
     self.assertEqual(status, 2)
-    self.assertIn('a folder that one may write to', err)
+    self.assertIn('a folder that you may write to', err)
 
   def test_files_that_were_begun_go(self):
     self.assertEqual(self.train('a', '--rounds=4')[0], 0)

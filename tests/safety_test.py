@@ -215,7 +215,7 @@ class DataTest(parameterized.TestCase):
     store.fs.pipe_file('/safety/run/8/../../../out', b'')
     self.addCleanup(store.fs.store.clear)
     with tempfile.TemporaryDirectory() as here:
-      with self.assertRaisesRegex(OSError, 'leads out of'):
+      with self.assertRaisesRegex(OSError, 'points outside of'):
         files.download(store, pathlib.Path(here, 'a', 'b'))
 
   def test_parts_and_labels_from_python(self):

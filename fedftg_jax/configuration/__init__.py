@@ -1,1 +1,1 @@
-"""From flags to all parts of a run."""
+"""Configuration: from flags to all parts of a run."""

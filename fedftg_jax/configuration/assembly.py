@@ -1,4 +1,4 @@
-"""From a configuration to all parts of a run, built and checked."""
+"""Builds and checks all parts of a run from a configuration."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -38,12 +38,12 @@ from fedftg_jax.system import cli, devices
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Simulation:
-  """What is compiled once: no seed of a run changes it."""
+  """The parts that are compiled once: no seed of a run changes them."""
 
   model: base.Model
   method: base.Method
   federation: base.Federation
-  tracked: list[int]  # clients whose influence its states have
+  tracked: list[int]  # clients whose influence is tracked
 
   @functools.cached_property
   def of_seeds(self) -> base.Federation:
@@ -52,21 +52,21 @@ class Simulation:
 
   @functools.cached_property
   def synthesise(self) -> base.Synthesise | None:
-    """The method's, compiled."""
+    """The method's `synthesise`, compiled."""
     make = self.method.synthesise
     return make and compiling.jit(make, compiling.ONCE)
 
 
 class Problem(NamedTuple):
-  """What differs by the seeds of partition and schedule."""
+  """The parts that depend on the seeds of partition and schedule."""
 
-  dataset: datasets.Dataset  # without what is public or for validation
+  dataset: datasets.Dataset  # without public and validation examples
   parts: list[np.ndarray]  # row indices of each client
   flipped: list[int]  # clients that train on wrong labels
   data: base.Data
   schedule: base.Cohort  # leading axis [T]
   tests: list[np.ndarray]  # rows of the test set by client
-  # The partition as it was drawn: `parts`, if clients keep no tests of it.
+  # The partition as it was drawn: `parts`, unless clients keep tests of it.
   drawn: list[np.ndarray]
 
 
@@ -74,7 +74,7 @@ class Experiment(NamedTuple):
   """All parts of a run, built and checked."""
 
   config: Configuration
-  contents: dict[str, str]  # fingerprints of the files that it names
+  contents: dict[str, str]  # fingerprints of the files that `config` names
   simulation: Simulation
   problem: Problem
 
@@ -84,15 +84,18 @@ def build(
   data_dir: str | None = None,
   manual_dir: str | None = None,
 ) -> Experiment:
-  """Loads the data and builds the federation that `config` asks for.
+  """Loads the data and builds the simulation of a configuration.
 
   Args:
     config: from `resolve.config`, or a run's config.json.
-    data_dir: where data sets are prepared, see `datasets.load`.
-    manual_dir: what they are prepared from.
+    data_dir: where prepared data sets are kept, see `datasets.load`.
+    manual_dir: where their original files are.
+
+  Returns:
+    All parts of the run.
 
   Raises:
-    cli.UsageError: where data and configuration do not fit.
+    cli.UsageError: if data and configuration do not fit.
   """
   config = Configuration(config)
   problem = make_problem(config, data_dir, manual_dir)
@@ -107,7 +110,7 @@ def make_problem(
   data_dir: str | None = None,
   manual_dir: str | None = None,
 ) -> Problem:
-  """Shares out the data and draws who takes part; arguments as in `build`."""
+  """Divides the data and draws the schedule; arguments as in `build`."""
   dataset, public, drawn = share_out(config, load(config, data_dir, manual_dir))
   parts, share = drawn, config['client_test_share']
   if share:
@@ -120,7 +123,7 @@ def make_problem(
       share,
       config['partition_seed'],
     )
-  else:  # classes fall to clients as in training
+  else:  # the classes of a client's tests are distributed as in training
     tests = partition.like(dataset.test_y, dataset.train_y, parts)
   labels, flipped = _labels(config, dataset, parts)
   left_out = ids(config, 'leave_out', len(parts))
@@ -136,7 +139,7 @@ def make_problem(
 
 
 def _labels(config, dataset, parts) -> tuple[np.ndarray, list[int]]:
-  """The labels to train on, and the clients whose are wrong."""
+  """Returns the labels to train on, and the clients whose labels are wrong."""
   if not config['flip_labels']:
     return dataset.train_y, []
   share, num_clients = config['flip_labels'].split(',')
@@ -154,10 +157,10 @@ def _labels(config, dataset, parts) -> tuple[np.ndarray, list[int]]:
 
 
 def ids(config: Configuration, flag: str, num_clients: int) -> list[int]:
-  """The clients that a flag names, such as 'all' or '0,3'.
+  """Returns the clients that a flag names, such as 'all' or '0,3'.
 
   Raises:
-    cli.UsageError: for one that there is not.
+    cli.UsageError: for a client that does not exist.
   """
   text = config[flag]
   if text == 'all':
@@ -228,7 +231,7 @@ def _simulation(config, dataset, num_clients) -> Simulation:
 def _tracking(
   config, fed, make, make_method, uplink, tracked
 ) -> base.Federation:
-  """`fed` with clients tracked, through another where that is asked for."""
+  """Adds tracking of clients to `fed`."""
   at_once, kind = config['track_at_once'], config['curvature']
   if kind == 'retraining':
     return influence.retraining(fed, tracked, at_once=at_once)
@@ -251,7 +254,11 @@ def _tracking(
 
 
 def _check_tracking(config, fed, problem) -> None:
-  """cli.UsageError where a round has no derivative to carry influence with."""
+  """Checks that a round has a derivative to carry influence with.
+
+  Raises:
+    cli.UsageError: if not.
+  """
   key = jax.random.key(0)
   row = jax.tree.map(lambda a: a[0], problem.schedule)
   try:
@@ -269,7 +276,11 @@ def _check_tracking(config, fed, problem) -> None:
 def load(
   config: Configuration, data_dir: str | None, manual_dir: str | None
 ) -> datasets.Dataset:
-  """The data set that `config` names; cli.UsageError if that is impossible."""
+  """Loads the data set that `config` names.
+
+  Raises:
+    cli.UsageError: if that is impossible.
+  """
   return _checked(
     'dataset',
     config,
@@ -296,7 +307,7 @@ def _dtype(config):
 
 
 def matmul_precision(config: Configuration):
-  """A context in which matrix products are as `config` asks for."""
+  """Returns a context with the precision of matrix products in `config`."""
   return jax.default_matmul_precision(
     'highest' if config['precision'] == 'highest' else None
   )
@@ -307,14 +318,14 @@ def _decayed(rate, config):
 
 
 def _optimizer(config) -> optax.GradientTransformation:
-  """The clients', without its learning rate."""
+  """Builds the clients' optimiser, without its learning rate."""
   if not config['momentum']:
     return optax.identity()
   return optax.trace(config['momentum'], config['nesterov'])
 
 
 def _augment(config, dataset) -> dict[str, Any]:
-  """The solver's argument `augment`, if any."""
+  """Returns the solver's argument `augment`, if any."""
   if config['augment'] == 'none':
     return {}
   return {
@@ -327,7 +338,7 @@ def _augment(config, dataset) -> dict[str, Any]:
 def _method(
   config, dataset, model, build_model, num_clients, *last, refining=True
 ) -> base.Method:
-  """The method under the policy for BatchNorm statistics."""
+  """Builds the method, with the policy for BatchNorm statistics."""
   options = {
     part: _options(part, config) for part in recipes.parse(config['method'])
   }
@@ -384,7 +395,7 @@ def _method(
 
 
 def _privacy(config) -> dict[str, Any]:
-  """The arguments of `private_fed_avg`, if anything is to be private."""
+  """Returns the arguments of `private_fed_avg`; empty without privacy."""
   if not (config['dp_clip'] or config['secure_aggregation']):
     return {}
   return {
@@ -396,12 +407,15 @@ def _privacy(config) -> dict[str, Any]:
 
 
 def _prox_decay(config) -> float:
-  """What the official FedProx adds to weight decays, also on the server."""
+  """Returns what the official FedProx adds to weight decays.
+
+  It is added on the server, too.
+  """
   return config['prox_mu'] if config['prox_to_zero'] else 0.0
 
 
 def _options(part, config) -> dict[str, Any]:
-  """The options of a method, from its flags."""
+  """Returns the options of a method, from its flags."""
   values = {
     name: config[flag]
     for flag, name in flags.of_method(part).items()
@@ -417,15 +431,21 @@ def _options(part, config) -> dict[str, Any]:
 def share_out(
   config: Configuration, loaded: datasets.Dataset
 ) -> tuple[datasets.Dataset, np.ndarray | tuple[()], list[np.ndarray]]:
-  """What the clients have: after validation and public images are taken away,
-  and before they keep examples as tests.
+  """Divides the data among the clients.
+
+  Validation and public images are taken away before. Clients do not yet keep
+  examples as tests.
+
+  Args:
+    config: from `resolve.config`.
+    loaded: the whole data set.
 
   Returns:
-    The data set of the clients, the public images (or ()), and the rows of each
+    The clients' data set, the public images (or ()), and the rows of each
     client.
 
   Raises:
-    cli.UsageError: where data and configuration do not fit.
+    cli.UsageError: if data and configuration do not fit.
   """
   if config['merge_test']:
     loaded = datasets.with_test_merged(loaded)
@@ -483,7 +503,7 @@ def _partition(config, dataset) -> list[np.ndarray]:
 
 
 def _public(config, dataset):
-  """The data set without the images that become public, and those."""
+  """Splits off the images that become public."""
   kind, _, rest = config['public_data'].partition(':')
   if kind == 'npz':
     return dataset, _checked(
@@ -496,7 +516,8 @@ def _public(config, dataset):
     raise cli.UsageError(
       'public_data',
       config['public_data'],
-      f'must leave some of the {total} training images to the clients',
+      f'must be fewer than the {total} training images, so that some are left '
+      'for the clients',
     )
   order = np.random.RandomState([config['partition_seed'], 1]).permutation(
     total
@@ -513,7 +534,7 @@ def _schedule(config, parts) -> base.Cohort:
 
 
 def _selected(config, parts) -> base.Cohort:
-  """The schedule of those that are selected."""
+  """Makes the schedule of the selected clients."""
   kind, num_rounds, num_clients = (
     config['schedule'],
     config['rounds'],

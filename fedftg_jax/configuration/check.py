@@ -1,5 +1,4 @@
-"""Checks of a configuration that the type and the bounds of a flag cannot
-make."""
+"""Checks configurations beyond the types and bounds of single flags."""
 
 import importlib.util
 import os
@@ -16,7 +15,11 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 def check(values: dict[str, Any]) -> None:
-  """Checks what a type and a bound cannot say."""
+  """Checks the values of all flags together.
+
+  Raises:
+    cli.UsageError: names the flag, its value, and what would be right.
+  """
 
   def require(flag, condition, right):
     if not condition:
@@ -76,13 +79,13 @@ def check(values: dict[str, Any]) -> None:
   require(
     'merge_test',
     not merged or share,
-    'needs a --client_test_share above 0, as no test set would be left',
+    'needs a --client_test_share above 0, since no test set would be left',
   )
   require(
     'merge_test',
     not merged or values['partition'] != 'natural',
-    'must be false with --partition=natural: nobody knows whose the test '
-    'examples are',
+    'must be false with --partition=natural: the clients of the test examples '
+    'are unknown',
   )
   require(
     'partition',
@@ -94,8 +97,8 @@ def check(values: dict[str, Any]) -> None:
   require('ftg_temperature', values['ftg_temperature'] > 0, 'must be above 0')
   for name in FTG + 'memory', 'df_memory':
     require(name, values[name] < 1, 'must be below 1')
-  # Of methods at hand: their batches may be --batch_size, which is large for
-  # itself.
+  # Only for the methods in use: for the others, their batch size may be that of
+  # --batch_size, which can be large.
   parts = recipes.parse(values['method'])
   for name, batch, users in (
     (FTG + 'iterations', FTG + 'batch_size', {'fed_ftg'}),
@@ -143,7 +146,7 @@ def check(values: dict[str, Any]) -> None:
   require(
     'norm',
     values['norm'] == 'none' or values['model'] not in ('mlp', 'softmax'),
-    f'must be none for --model={values["model"]}, which has no convolutions',
+    f'must be none with --model={values["model"]}, which has no convolutions',
   )
   require('dirichlet_alpha', values['dirichlet_alpha'] > 0, 'must be above 0')
   if not (
@@ -177,8 +180,8 @@ def _check_privacy(values, require):
   require(
     'schedule',
     not noise or values['schedule'] == 'poisson',
-    'must be poisson with --dp_noise: its accounting has every client take '
-    'part with one probability',
+    'must be poisson with --dp_noise: its accounting assumes that every client '
+    'takes part with the same probability',
   )
   for name in ('dp_clip', 'secure_aggregation'):
     if values[name]:
@@ -191,7 +194,7 @@ def _check_privacy(values, require):
 
 
 def _check_personal(values, parts, require):
-  """Of methods at hand with models of the clients' own."""
+  """Checks the flags of methods with personal models, if they are in use."""
   if not {'p_fed_me', 'p_fed_bred'}.isdisjoint(parts):
     for name in 'me_lam', 'me_lr_p', 'me_prox_steps':
       require(name, values[name] > 0, 'must be above 0')
@@ -222,18 +225,19 @@ def _check_tracking(values, require):
     require(
       flag,
       all(word.isdecimal() for word in ids) and len(set(ids)) == len(ids),
-      f'must be {others}different ids of clients with commas between them',
+      f'must be {others}different ids of clients, separated by commas',
     )
     if not is_given(values['partition']):
       require(
         flag,
         all(int(word) < values['num_clients'] for word in ids),
-        f'there are --num_clients={values["num_clients"]}, ids from 0 on',
+        f'must be below --num_clients={values["num_clients"]}; ids begin at 0',
       )
   require(
     'flip_labels',
     not values['flip_labels'] or _is_share_and_number(values['flip_labels']),
-    'must be SHARE,CLIENTS: above 0 and at most 1, and at least 1',
+    'must be SHARE,CLIENTS, with SHARE above 0 and at most 1 and CLIENTS at '
+    'least 1',
   )
   if not values['track']:
     return
@@ -243,20 +247,20 @@ def _check_tracking(values, require):
   require(
     'track',
     not values['secure_aggregation'],
-    'is not with --secure_aggregation, whose rounding has no derivative, and '
-    'which shows nobody what single clients send',
+    'must be empty with --secure_aggregation, whose rounding has no '
+    'derivative, and which hides what single clients send',
   )
   require(
     'curvature',
     values['uplink'] != 'top_k'
     or values['curvature'] in ('none', 'retraining'),
-    'must be none or retraining with --uplink=top_k: what that does not send '
-    'has no derivative',
+    'must be none or retraining with --uplink=top_k: what it does not send has '
+    'no derivative',
   )
   require(
     'curvature',
     values['curvature'] != 'fisher' or values['norm'] != 'batch',
-    'needs another --norm than batch, with which an example has no gradient of '
+    'needs a --norm other than batch, with which an example has no gradient of '
     'its own',
   )
 

@@ -1,7 +1,7 @@
-"""Which methods go together with what, as the checks of the flags say.
+"""Lists which methods can be combined with which flags.
 
-`python -m fedftg_jax.configuration.combinations` prints the table of
-docs/methods.md.
+`python -m fedftg_jax.configuration.combinations` prints the table in the
+documentation. It asks the checks of the flags.
 """
 
 from absl import flags as absl_flags
@@ -10,7 +10,8 @@ from fedftg_jax import recipes
 from fedftg_jax.configuration import resolve
 from fedftg_jax.system import cli
 
-# Flags of each column, beside --method; '+' goes on with its name.
+# Flags of each column, besides --method; a value that begins with '+' is
+# appended to the name of the method.
 COLUMNS: dict[str, dict[str, object]] = {
   '`+fed_ftg`': {'method': '+fed_ftg'},
   '`--batch_norm=aggregate`': {'model': 'resnet20', 'batch_norm': 'aggregate'},
@@ -27,7 +28,7 @@ COLUMNS: dict[str, dict[str, object]] = {
 
 
 def verdicts() -> dict[str, list[str]]:
-  """By method, for each column '' if it goes together, or why it does not."""
+  """Returns, by method, '' for each column that works, or why it does not."""
   found: dict[str, list[str]] = {}
   for name in sorted(recipes.RECIPES):
     found[name] = [
@@ -40,7 +41,7 @@ def _verdict(name, changes):
   further = changes.pop('method', '')
   if further[1:] == name:
     return 'is itself'
-  # What a method cannot do without.
+  # Flags that the method requires.
   needs = recipes.RECIPES[name].needs
   given = {flag: allowed[0] for flag, allowed, _ in needs}
   if name.startswith('fed_zda'):
@@ -55,7 +56,7 @@ def _verdict(name, changes):
 
 
 def table() -> str:
-  """The verdicts in Markdown, reasons in notes below."""
+  """Formats the verdicts in Markdown, with the reasons as notes below."""
   reasons: dict[str, int] = {}
 
   def cell(reason):

@@ -1,4 +1,4 @@
-"""Folders of runs: what they are called, and which run one holds."""
+"""Names the folders of runs, and checks which run a folder holds."""
 
 from collections.abc import Iterator
 import contextlib
@@ -16,12 +16,12 @@ from fedftg_jax.data import image_folder
 from fedftg_jax.system import cli, files, lock, progress
 from fedftg_jax.system import versions as versions_
 
-# What a flag's value begins with where a file or a folder of the user follows.
+# Prefixes of flag values after which the path of a file or a folder follows.
 _NAMES_FILES = ('npz', 'file', 'folder')
 
 
 def contents(config: dict[str, Any]) -> dict[str, str]:
-  """Fingerprints of the files that the configuration names."""
+  """Computes fingerprints of the files that the configuration names."""
   named = {}
   for flag in ('dataset', 'partition', 'schedule', 'public_data'):
     kind, _, path = config.get(flag, '').partition(':')
@@ -33,7 +33,10 @@ def contents(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _fingerprint(path: pathlib.Path) -> str:
-  """Of a file's bytes; of the images in a folder, their names and bytes."""
+  """Computes a digest of a file, or of the images in a folder.
+
+  The digest of a folder covers the images' names and bytes.
+  """
   if path.is_file():
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
   found = sorted(
@@ -53,8 +56,7 @@ def _fingerprint(path: pathlib.Path) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _of_files(folder, found):
-  """Kept while sizes and times stay: it is asked for often, files may be
-  many."""
+  """Computes a digest of files; cached while sizes and times do not change."""
   digest = hashlib.sha256()
   for name, size, _ in found:
     digest.update(f'{name}\0{size}\0'.encode())
@@ -63,24 +65,24 @@ def _of_files(folder, found):
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
-  """What tells runs apart: all but the number of rounds."""
+  """Returns what distinguishes runs: everything but the number of rounds."""
   return {
     k: v for k, v in {**config, **contents(config)}.items() if k != 'rounds'
   }
 
 
 def folder_name(text: str) -> str:
-  """`text` as the name of a folder; a long one is cut and made unique."""
+  """Makes a folder's name from `text`; a long one is shortened and hashed."""
   name = re.sub(r'[^\w+=.,-]', '_', text)
   digest = hashlib.sha256(text.encode()).hexdigest()[:8]
   return name if len(name) <= 80 else f'{name[:70]}-{digest}'
 
 
 def workdir(asked: str | None, config: dict[str, Any], *words: str) -> UPath:
-  """The folder that --workdir names, or the default one.
+  """Returns the folder that --workdir names, or the default one.
 
   Raises:
-    cli.UsageError: where its store is unknown or cannot be reached.
+    cli.UsageError: if its store is unknown or cannot be reached.
   """
   folder = UPath(asked) if asked and '://' not in asked else None
   if folder is not None or not asked:
@@ -88,7 +90,7 @@ def workdir(asked: str | None, config: dict[str, Any], *words: str) -> UPath:
   try:
     folder = UPath(asked)
     folder.exists()
-  except Exception as error:  # whatever the store's package says
+  except Exception as error:  # packages of stores raise many types
     raise cli.UsageError(
       'workdir',
       asked,
@@ -100,7 +102,7 @@ def workdir(asked: str | None, config: dict[str, Any], *words: str) -> UPath:
 
 
 def default_folder(config: dict[str, Any], *words: str) -> UPath:
-  """A folder in runs/ named after the configuration."""
+  """Returns a folder in runs/ that is named after the configuration."""
   digest = hashlib.sha256(
     json.dumps([identity(config), words], sort_keys=True).encode()
   ).hexdigest()
@@ -113,7 +115,7 @@ def default_folder(config: dict[str, Any], *words: str) -> UPath:
 
 
 def is_finished(folder: UPath, config: dict[str, Any]) -> bool:
-  """Whether `folder` holds this run with at least so many rounds, finished.
+  """Returns whether `folder` holds this run, finished, with enough rounds.
 
   Raises:
     cli.UsageError: if it holds anything else.
@@ -123,8 +125,11 @@ def is_finished(folder: UPath, config: dict[str, Any]) -> bool:
 
 
 def rounds_finished(folder: UPath) -> int:
-  """The rounds of a finished run; 0 where it is not, or its summary damaged,
-  which the run writes anew when it goes on."""
+  """Returns the number of rounds of a finished run, or 0.
+
+  It is 0 also if the summary is damaged; the run writes it again when it
+  continues.
+  """
   path = folder / 'summary.json'
   try:
     rounds = files.read_json(path)['rounds'] if path.exists() else 0
@@ -141,7 +146,7 @@ def _check_writable(folder) -> None:
     raise cli.UsageError(
       'workdir',
       folder,
-      f'cannot be written: {nearest} must be a folder that one may write to',
+      f'cannot be written: {nearest} must be a folder that you may write to',
     )
 
 
@@ -150,10 +155,10 @@ def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
 
   Args:
     folder: where to write.
-    ours: what is going to be written there, as in its config.json.
+    ours: what will be written there, as in its config.json.
 
   Raises:
-    cli.UsageError: with what it holds.
+    cli.UsageError: says what it holds.
   """
   path = folder / 'config.json'
   if not path.exists():
@@ -196,31 +201,32 @@ def _shown(config, name) -> str:
 
 @contextlib.contextmanager
 def opened(folder: UPath, ours: dict[str, Any]) -> Iterator[None]:
-  """Holds a folder that `check_folder` lets pass, against other processes.
+  """Checks a folder with `check_folder` and locks it for this process.
 
   Raises:
-    cli.UsageError: as `check_folder`, if one may not write there, or if another
-      process holds it.
+    cli.UsageError: as in `check_folder`, or if the folder cannot be written to,
+      or if another process holds it.
   """
   _check_writable(folder)
   check_folder(folder, ours)
   with lock.held(folder):
-    check_folder(folder, ours)  # another may have been here since
+    check_folder(folder, ours)  # another process may have written meanwhile
     yield
 
 
 def claim_folder(folder: UPath, config: dict[str, Any]) -> None:
-  """Writes config.json, by which `check_folder` knows the folder again.
+  """Writes config.json, by which `check_folder` identifies the folder.
 
-  It keeps the versions that a run began with; where it goes on with others,
-  those are added, and it is said: the same bytes cannot be promised then.
+  It records the versions with which a run began. If the run continues with
+  other versions, they are added and printed, because results are then not
+  guaranteed to be the same bytes.
   """
   path, versions = folder / 'config.json', versions_.current()
   saved = files.read_json(path) if path.exists() else {}
   began, later = saved.get('versions', versions), saved.get('went_on_with', [])
   if versions not in (began, *later):
     progress.say(
-      f'{folder}: was begun with other versions '
+      f'{folder}: was started with other versions '
       f'({_differences(began, versions)})'
     )
     later = [*later, versions]

@@ -1,5 +1,4 @@
-"""The configuration from the flags: defaults and presets resolved, all
-checked."""
+"""Makes the configuration from the flags: defaults and presets filled in."""
 
 from collections.abc import Iterable
 import difflib
@@ -14,7 +13,7 @@ from fedftg_jax.configuration.flags import FTG
 from fedftg_jax.models import convolution
 from fedftg_jax.system import cli, devices
 
-# Where a run writes and how it shows itself is no part of its configuration.
+# Where a run writes, and how it is displayed, is not part of its configuration.
 PRESENTATION = (
   'workdir',
   'data_dir',
@@ -24,8 +23,8 @@ PRESENTATION = (
   'keep_checkpoints',
   'save_personal',
 )
-# Flags that change nothing at 0 or no. They are left out then, so that a folder
-# from before there was such a flag still fits.
+# Flags that change nothing at 0 or no. They are then left out, so that a folder
+# that is older than the flag still fits.
 _OPTIONAL = (
   'num_classes',
   'train_examples',
@@ -55,25 +54,25 @@ _OPTIONAL = (
 class Configuration(dict):
   """The flags that a run's results depend on, by name.
 
-  Any other flag reads as its default: its value makes no difference.
+  Any other flag has its default: its value makes no difference.
   """
 
   def __missing__(self, name: str) -> Any:
     return absl_flags.FLAGS[name].default
 
   def replace(self, **changes: Any) -> 'Configuration':
-    """The same with other values."""
+    """Returns a configuration with some values replaced."""
     return Configuration(self | changes)
 
 
 def config(**changes: Any) -> Configuration:
-  """Makes the configuration from the flags, checked, presets resolved.
+  """Makes the configuration from the flags, checked, with presets resolved.
 
   Args:
     **changes: values that replace those of the flags.
 
   Returns:
-    What the run's results depend on.
+    The flags that the run's results depend on.
 
   Raises:
     cli.UsageError: for a wrong value.
@@ -113,7 +112,10 @@ def config(**changes: Any) -> Configuration:
 
 
 def _num_devices(asked: int | None) -> int:
-  """How many devices share the clients: `asked`, where there are so many."""
+  """Returns the number of devices that share the clients.
+
+  It is `asked`, if there are so many devices.
+  """
   if asked is None:
     return devices.default_num()
   if asked and devices.several_processes():
@@ -127,7 +129,7 @@ def _num_devices(asked: int | None) -> int:
 
 
 def _unused(values: dict[str, Any]) -> set[str]:
-  """Flags that nothing depends on, given the others."""
+  """Returns the flags that have no effect, given the others."""
   unused = set(PRESENTATION)
   parts = recipes.parse(values['method'])
   unused |= {flag for name in recipes.RECIPES for flag in flags.of_method(name)}
@@ -193,12 +195,12 @@ def _unused_by_partition(values: dict[str, Any]) -> set[str]:
 
 
 def _ours() -> list[absl_flags.Flag]:
-  """The flags of a configuration."""
+  """Returns the flags of a configuration."""
   return list(absl_flags.FLAGS.flags_by_module_dict()[flags.__name__])
 
 
 def say_unused(configs: Iterable[Configuration]) -> None:
-  """Says on stderr which flags of the command line change nothing in it."""
+  """Prints, on stderr, the flags of the command line that have no effect."""
   used = set().union(PRESENTATION, *configs)
   idle = sorted(
     f.name
@@ -214,7 +216,11 @@ def say_unused(configs: Iterable[Configuration]) -> None:
 
 
 def parse_value(name: str, text: str) -> Any:
-  """`text` as the value of flag `name`; cli.UsageError if it cannot be."""
+  """Parses `text` as the value of flag `name`.
+
+  Raises:
+    cli.UsageError: if that is impossible.
+  """
   names = [f.name for f in _ours()]
   if name not in names:
     close = difflib.get_close_matches(name, names, 1)

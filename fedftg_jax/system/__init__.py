@@ -1,1 +1,1 @@
-"""What any program needs: its start and end, files, devices, the screen."""
+"""Parts that any program needs: start and end, files, devices, the screen."""

@@ -1,4 +1,4 @@
-"""Seconds of training, evaluation, checkpoints and compilation."""
+"""Measures the time of training, evaluation, checkpoints and compilation."""
 
 import functools
 import time
@@ -6,7 +6,7 @@ import time
 import jax
 
 _COMPILE_EVENT = '/jax/core/compile/'
-_compiling = [0.0]  # seconds of compilation, of the whole process
+_compiling = [0.0]  # seconds of compilation in this process
 
 
 def _count(event: str, duration_secs: float, **_) -> None:
@@ -19,16 +19,18 @@ STAGES = ('train', 'evaluate', 'checkpoint', 'compile')
 
 @functools.cache
 def _listen() -> None:
-  """Has JAX report its compilations from here on."""
+  """Makes JAX report its compilations from now on."""
   jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 class Clock:
-  """Seconds of training, evaluation, checkpoints (in the row after them) and
-  compilation, each by itself."""
+  """A clock for training, evaluation, checkpoints and compilation.
+
+  The time of a checkpoint is reported in the row after it.
+  """
 
   def __init__(self, done: int = 0):
-    """`done`: rounds that are done already."""
+    """Starts the clock; `done` is the number of rounds done before."""
     _listen()
     self._seconds = dict.fromkeys(STAGES, 0.0)
     self._first = self._previous = done
@@ -36,7 +38,7 @@ class Clock:
     self._start, self._compiled = time.perf_counter(), _compiling[0]
 
   def lap(self, name: str) -> None:
-    """Books the time since the last lap under `name`, compilation apart."""
+    """Adds the time since the last lap to `name`, except compilation."""
     now, compiled = time.perf_counter(), _compiling[0]
     compiling = min(compiled - self._compiled, now - self._start)
     self._seconds['compile'] += compiling
@@ -44,11 +46,11 @@ class Clock:
     self._start, self._compiled = now, compiled
 
   def rate(self, done: int) -> float:
-    """Rounds per second of training so far."""
+    """Returns the rounds per second of training so far."""
     return (done - self._first) / max(self._seconds['train'], 1e-9)
 
   def row(self, done: int) -> dict[str, float]:
-    """Seconds since the last row, and rounds per second in them."""
+    """Returns the seconds and the rounds per second since the last row."""
     new = {k: v - self._last[k] for k, v in self._seconds.items()}
     rounds, self._previous = done - self._previous, done
     self._last = dict(self._seconds)

@@ -1,10 +1,10 @@
-"""Before anything is computed: compile cache, processes, devices.
+"""Sets JAX up before anything is computed: cache, processes, devices.
 
-Several hosts run the same command each. On TPU pods and on Slurm, JAX finds the
-others by itself (--distributed); elsewhere --coordinator, --num_processes and
---process_id say who and where they are. Every process loads the data; all hold
-the same arrays, the clients of a round are shared out over all their devices,
-and process 0 alone writes files.
+Several hosts each run the same command. On TPU pods and on Slurm, JAX finds the
+other processes by itself (--distributed); elsewhere --coordinator,
+--num_processes and --process_id tell where they are. Every process loads the
+data. All hold the same arrays, the clients of a round are divided among all
+devices, and only process 0 writes files.
 """
 
 import hashlib
@@ -22,36 +22,41 @@ from fedftg_jax import stacking
 flags.DEFINE_string(
   'compile_cache',
   None,
-  'Where compiled programs are kept for the next run; '
-  "default: the user's cache folder; empty for none.",
+  'Folder in which compiled programs are kept for later runs; empty for none. '
+  "Default: in the user's cache folder.",
 )
 flags.DEFINE_bool(
   'distributed',
   False,
-  'One of several processes that JAX finds by itself (TPU '
-  'pods, Slurm, Open MPI).',
+  'This is one of several processes, which JAX finds by itself (TPU pods, '
+  'Slurm, Open MPI).',
 )
 flags.DEFINE_string(
-  'coordinator', None, 'One of several processes: HOST:PORT of process 0.'
+  'coordinator',
+  None,
+  'This is one of several processes; HOST:PORT of process 0.',
 )
 flags.DEFINE_integer(
   'num_processes',
   None,
-  'With --coordinator: how many there are.',
+  'With --coordinator: number of processes.',
   lower_bound=1,
 )
 flags.DEFINE_integer(
-  'process_id', None, 'With --coordinator: which one this is.', lower_bound=0
+  'process_id',
+  None,
+  'With --coordinator: index of this process, from 0 on.',
+  lower_bound=0,
 )
 FLAGS = flags.FLAGS
 
 
 def start() -> None:
-  """Sets JAX up as the flags ask for; before the first computation.
+  """Sets JAX up according to the flags; call it before the first computation.
 
   Raises:
-    ValueError: with the flag that is missing, or what JAX says where the
-      processes do not find each other.
+    ValueError: names the flag that is missing, or says why the processes cannot
+      find each other.
   """
   _keep_compiled()
   if FLAGS.coordinator is not None:
@@ -73,33 +78,38 @@ def start() -> None:
 
 
 def default_num() -> int:
-  """Devices that share the clients by default: all, but one on a CPU, where
-  they are threads of the same cores, unless there are several processes."""
+  """Returns the default number of devices that share the clients.
+
+  These are all devices, except on a CPU with a single process: there it is 1,
+  because the devices are threads on the same cores.
+  """
   if jax.default_backend() == 'cpu' and not several_processes():
     return 1
   return len(jax.devices())
 
 
 def several_processes() -> bool:
+  """Returns whether several processes train together."""
   return jax.process_count() > 1
 
 
 def is_first() -> bool:
-  """Whether this process is the one that writes files and speaks."""
+  """Returns whether this is process 0, which writes files and prints."""
   return jax.process_index() == 0
 
 
 def agree(value):
-  """What process 0 says: a number, or an array of them."""
+  """Returns the value of process 0, a number or an array of numbers."""
   if not several_processes():
     return value
   return multihost_utils.broadcast_one_to_all(np.asarray(value))
 
 
 def from_first(tree):
-  """The arrays that process 0 has in a tree; all call with equal types.
+  """Returns the arrays of process 0; all processes call it with equal types.
 
-  As bytes, since a broadcast is a sum, which would lose the sign of a zero.
+  They are sent as bytes, because a broadcast is a sum, which would lose the
+  sign of a zero.
   """
   if not several_processes():
     return tree
@@ -114,29 +124,30 @@ def from_first(tree):
 
 
 def any_of(value: bool) -> bool:
-  """Whether it is true in any process."""
+  """Returns whether `value` is true in any process."""
   if not several_processes():
     return value
   return bool(multihost_utils.process_allgather(np.asarray(value)).any())
 
 
 def put(tree, num_devices: int):
-  """`tree` on the devices in use, whole on each."""
+  """Replicates `tree` on the devices in use."""
   return stacking.put(tree, mesh(num_devices))
 
 
 def mesh(num_devices: int) -> jax.sharding.Mesh | None:
-  """Of the devices in use; None for one alone."""
+  """Returns the mesh of the devices in use; None for a single device."""
   return stacking.make_mesh(num_devices) if num_devices > 1 else None
 
 
 def _keep_compiled() -> None:
-  """The persistent compile cache, unless JAX has been given one already."""
+  """Sets the persistent compile cache, unless JAX has one already."""
   if FLAGS.compile_cache is not None:
     jax.config.update('jax_compilation_cache_dir', FLAGS.compile_cache or None)
   elif jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
     root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-    # A home may be shared by machines: code for one CPU is none for another.
+    # Machines may share a home folder, but code for one CPU does not run on
+    # another.
     machine = hashlib.sha256(processor().encode()).hexdigest()[:8]
     jax.config.update(
       'jax_compilation_cache_dir',
@@ -146,7 +157,7 @@ def _keep_compiled() -> None:
 
 
 def processor() -> str:
-  """The name of the CPU, as far as the platform tells."""
+  """Returns the name of the CPU, if the platform gives it."""
   try:
     lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
   except OSError:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, here or in any store of fsspec."""
+"""Writes files atomically, on this machine or in any store of fsspec."""
 
 from collections.abc import Iterator
 import contextlib
@@ -17,23 +17,23 @@ from upath import UPath
 
 from fedftg_jax.data import arrays as arrays_lib
 
-_PART = '.part-'  # begins the name of a file that is being written
+_PART = '.part-'  # prefix of files that are being written
 
 PathLike = str | os.PathLike[str] | UPath
 
 
 def is_local(path: PathLike) -> bool:
-  """Whether `path` is of this machine's file system."""
+  """Returns whether `path` is in this machine's file system."""
   return isinstance(UPath(path), pathlib.Path)
 
 
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[pathlib.Path]:
-  """A temporary local path whose file takes the place of `path` on success.
+  """Yields a temporary local path whose file replaces `path` on success.
 
-  On this machine that is a rename; a store that has none gets the whole file.
-  Where several processes train together all come here, since what is written
-  may have to be computed by all; that of process 0 remains.
+  On this machine it is renamed; in a store that cannot rename, the whole file
+  is written. If several processes train together all of them call this, because
+  computing the content may need all; the file of process 0 is kept.
   """
   path = UPath(path)
   if not is_local(path):
@@ -45,14 +45,14 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
         path.write_bytes(temporary.read_bytes())
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  # Nobody can foresee the name and lay a link there. The suffix stays last:
-  # writers choose their format by it.
+  # The name is unpredictable, so that nobody can put a link there. The suffix
+  # stays at the end, because writers choose their format by it.
   temporary = path.with_name(f'{_PART}{secrets.token_hex(8)}{path.suffix}')
   try:
     yield temporary  # type: ignore[misc]
     if jax.process_index() == 0:
       with temporary.open('rb') as file:
-        os.fsync(file.fileno())  # before it replaces, for a power cut
+        os.fsync(file.fileno())  # before it replaces, in case of a power cut
       os.replace(temporary, path)  # type: ignore[arg-type]
   except OSError as error:
     if error.errno is None or error.filename not in (None, str(temporary)):
@@ -63,31 +63,32 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
 
 
 def remove_parts(folder: PathLike) -> None:
-  """Removes files that a killed process had begun, of a folder of this
-  machine."""
+  """Removes the unfinished files of a killed process from a local folder."""
   if is_local(folder):
     for part in pathlib.Path(str(folder)).glob(_PART + '*'):
       part.unlink(missing_ok=True)
 
 
 def write_text(path: PathLike, text: str) -> None:
+  """Writes a text file atomically."""
   with replacing(path) as temporary:
     temporary.write_text(text)
 
 
 def write_json(path: PathLike, value: Any) -> None:
+  """Writes a value as indented JSON."""
   write_text(path, json.dumps(value, indent=2, allow_nan=False) + '\n')
 
 
 def write_jsonl(path: PathLike, rows: list[dict[str, Any]]):
+  """Writes one line of JSON for each row."""
   write_text(
     path, ''.join(json.dumps(row, allow_nan=False) + '\n' for row in rows)
   )
 
 
 def write_csv(path: PathLike, rows: list[dict[str, Any]]):
-  """Writes flat rows under the columns of all of them; None is an empty
-  cell."""
+  """Writes flat rows as CSV, with the columns of all rows; None is empty."""
   columns = list(dict.fromkeys(name for row in rows for name in row))
   with replacing(path) as temporary:
     with open(temporary, 'w', newline='', encoding='utf-8') as file:
@@ -97,7 +98,11 @@ def write_csv(path: PathLike, rows: list[dict[str, Any]]):
 
 
 def read_json(path: PathLike) -> Any:
-  """The value of a file; ValueError that names it if it is damaged."""
+  """Reads a JSON file.
+
+  Raises:
+    ValueError: names the file if it is damaged.
+  """
   try:
     return json.loads(UPath(path).read_text())
   except (ValueError, RecursionError) as error:
@@ -105,26 +110,36 @@ def read_json(path: PathLike) -> Any:
 
 
 def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
-  """The rows of a file; of one that was cut, the whole ones. ValueError that
-  names the file if it is damaged."""
+  """Reads the rows of a file with one line of JSON each.
+
+  If the last line is incomplete, because writing was interrupted, it is left
+  out.
+
+  Raises:
+    ValueError: names the file if it is damaged.
+  """
   try:
     *lines, last = UPath(path).read_text().split('\n')
     rows = [json.loads(line) for line in lines if line]
   except (ValueError, RecursionError) as error:
     raise ValueError(f'{path} is damaged: {error}') from error
-  with contextlib.suppress(ValueError):  # no end of line: it was cut here
+  with contextlib.suppress(ValueError):  # without a line end it may be cut off
     rows += [json.loads(last)] if last else []
   return rows
 
 
 def read_arrays(path: PathLike) -> dict[str, np.ndarray]:
-  """All arrays of an .npz that we wrote; ValueError if it is damaged."""
+  """Reads all arrays of an .npz written by this package.
+
+  Raises:
+    ValueError: if it is damaged.
+  """
   with UPath(path).open('rb') as file:
     return arrays_lib.read(file)
 
 
 def write_tree(path: PathLike, tree: Any) -> None:
-  """Writes arrays as .npz, named by their place: 'params/conv0/kernel'."""
+  """Writes arrays as .npz, with names such as 'params/conv0/kernel'."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   arrays = {
     jax.tree_util.keystr(place, simple=True, separator='/'): np.asarray(leaf)
@@ -135,13 +150,13 @@ def write_tree(path: PathLike, tree: Any) -> None:
 
 
 def names(folder: PathLike) -> list[str]:
-  """What is in a folder; nothing where there is none."""
+  """Lists the names in a folder; none if it does not exist."""
   folder = UPath(folder)
   return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
 def remove(folder: PathLike) -> None:
-  """A folder with all that is in it."""
+  """Removes a folder with everything in it."""
   if is_local(folder):
     shutil.rmtree(folder)  # type: ignore[arg-type]
   else:
@@ -149,7 +164,7 @@ def remove(folder: PathLike) -> None:
 
 
 def upload(folder: pathlib.Path, to: PathLike) -> None:
-  """Writes a local folder's files, in folders of the same names."""
+  """Copies a local folder's files to a store, with its subfolders."""
   for path in folder.rglob('*'):
     if path.is_file():
       there = UPath(to) / path.relative_to(folder).as_posix()
@@ -158,12 +173,12 @@ def upload(folder: pathlib.Path, to: PathLike) -> None:
 
 
 def download(folder: PathLike, to: pathlib.Path) -> None:
-  """The other way."""
+  """Copies a store's files to a local folder, with its subfolders."""
   folder = UPath(folder)
   for path in folder.rglob('*'):
     if path.is_file():
       here = to / path.path.removeprefix(folder.path).lstrip('/')
       if not here.resolve().is_relative_to(to.resolve()):  # keys may have ..
-        raise OSError(f'{path}: leads out of {folder}')
+        raise OSError(f'{path}: points outside of {folder}')
       here.parent.mkdir(parents=True, exist_ok=True)
       here.write_bytes(path.read_bytes())

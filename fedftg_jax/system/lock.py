@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""Locks a folder, so that only one process at a time uses it."""
 
 from collections.abc import Iterator
 import contextlib
@@ -12,20 +12,21 @@ from upath import UPath
 from fedftg_jax.system import cli, devices, files
 
 FILE = '.lock'
-_held: set[pathlib.Path] = set()  # by this process, which may come again
+_held: set[pathlib.Path] = set()  # locked by this process, which may reenter
 
 
 @contextlib.contextmanager
 def held(folder: UPath) -> Iterator[None]:
-  """Holds a folder, which is made if need be, for this process.
+  """Holds a folder for this process, and creates it if necessary.
 
-  The lock ends with the process, however that ends. Of several processes of one
-  training the first holds it. A store that is no file system of this machine
-  has no locks: there nothing is held. On a shared file system it holds as far
-  as that has `flock` (NFS since Linux 2.6.12).
+  The lock ends with the process, however the process ends. If several processes
+  train together, the first one holds it. A store that is not a file system of
+  this machine has no locks; nothing is held there. On a shared file system the
+  lock works as far as that supports `flock` (NFS since Linux 2.6.12).
 
   Raises:
-    cli.UsageError: if another process holds the folder, with which.
+    cli.UsageError: names the process that holds the folder, if another one
+      does.
   """
   if not files.is_local(folder) or not devices.is_first():
     yield
@@ -41,8 +42,8 @@ def held(folder: UPath) -> Iterator[None]:
     raise cli.UsageError(
       'workdir',
       folder,
-      f'cannot be made ({error.strerror}); must be a folder that one may write '
-      'to',
+      f'cannot be created ({error.strerror}); must be a folder that you may '
+      'write to',
     ) from error
   descriptor = _lock(place / FILE, folder)
   _held.add(place)
@@ -52,7 +53,7 @@ def held(folder: UPath) -> Iterator[None]:
     _held.discard(place)
     (place / FILE).unlink(missing_ok=True)
     os.close(descriptor)
-    with contextlib.suppress(OSError):  # as it was, where nothing was written
+    with contextlib.suppress(OSError):  # removes folders that stayed empty
       for path in made:
         path.rmdir()
 
@@ -75,7 +76,7 @@ def _lock(path, folder) -> int:
       os.truncate(descriptor, 0)
       os.write(descriptor, f'{os.getpid()} on {platform.node()}\n'.encode())
       return descriptor
-    os.close(descriptor)  # its holder has just taken the file away
+    os.close(descriptor)  # its holder has just removed the file
 
 
 def _is_there(path, descriptor) -> bool:

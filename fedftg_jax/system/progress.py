@@ -1,4 +1,4 @@
-"""Shows a run on the screen: bar, lines and tables."""
+"""Shows a run on the screen: progress bar, lines and tables."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ from fedftg_jax.system import devices
 
 
 class Progress(contextlib.AbstractContextManager):
-  """A bar with round, accuracy and rounds per second; lines off a terminal."""
+  """A progress bar with round, accuracy and speed; lines off a terminal."""
 
   def __init__(self, label: str, num_rounds: int, done: int = 0):
     self._label, self._num_rounds, self._done = label, num_rounds, done
@@ -44,6 +44,7 @@ class Progress(contextlib.AbstractContextManager):
       self._bar.stop()
 
   def update(self, done: int, accuracy: float, rate: float) -> None:
+    """Shows the rounds done, the accuracy, and the rounds per second."""
     score = f'accuracy {100 * accuracy:.2f} %  {rate:.2f} rounds/s'
     if self._bar:
       self._bar.update(self._task, completed=done, score=score)
@@ -52,14 +53,13 @@ class Progress(contextlib.AbstractContextManager):
 
 
 def say(text: str) -> None:
-  """Prints a line, at once; of several processes the first speaks."""
+  """Prints a line at once; of several processes only the first prints."""
   if devices.is_first():
     print(text, flush=True)
 
 
 def show(header: list[str], rows: list[list[str]]) -> None:
-  """Prints a table, as wide as it needs to be where nobody's screen wraps
-  it."""
+  """Prints a table; off a terminal it is as wide as necessary."""
   console = rich_console.Console()
   if not console.is_terminal:
     console = rich_console.Console(width=200)

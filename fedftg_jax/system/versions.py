@@ -1,4 +1,4 @@
-"""The current that a figure depends on."""
+"""Finds the versions that a result depends on."""
 
 import importlib.metadata
 import platform
@@ -7,7 +7,7 @@ import jax
 
 
 def current() -> dict[str, str]:
-  """What a figure depends on: packages, Python, device."""
+  """Returns the versions of packages and Python, and the device."""
   packages = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
   return {
     **{p: importlib.metadata.version(p) for p in packages},

@@ -1,5 +1,4 @@
-"""When does FedFTG help? One factor at a time around a centre, paired by
-seed."""
+"""Measures when FedFTG helps, one factor at a time, paired by seed."""
 
 from fedftg_jax.programs import command
 

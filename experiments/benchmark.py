@@ -1,4 +1,4 @@
-"""Times a round of ours and of what one would pick instead, side by side."""
+"""Times a round of this package and of alternatives, side by side."""
 
 from fedftg_jax.programs import command
 

@@ -1,4 +1,4 @@
-"""Accuracy and distortion against bits per parameter, for every codec."""
+"""Measures accuracy and distortion against bits per parameter, by codec."""
 
 from fedftg_jax.programs import command
 

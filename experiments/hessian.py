@@ -1,5 +1,4 @@
-"""Measures the curvature of a run's loss, and how unlike it is across
-clients."""
+"""Measures the curvature of a run's loss, and how it differs across clients."""
 
 from fedftg_jax.programs import command
 

@@ -1,4 +1,4 @@
-"""Ranks clients by what the model would be without them."""
+"""Ranks clients by how the model would differ without them."""
 
 from fedftg_jax.programs import command
 

@@ -1,4 +1,4 @@
-"""Draws a partition and says how unequal it is, before anything is trained."""
+"""Draws a partition and measures how skewed it is, before any training."""
 
 from fedftg_jax.programs import command
 

@@ -133,7 +133,7 @@ class ProgramTest(parameterized.TestCase):
     for name, text in (
       ('nothing', 'must be the folder of a run'),
       ('empty', 'has no model yet'),
-      ('both', 'must be the folder of one, METHOD/seedK'),
+      ('both', 'must be the folder of one run, such as METHOD'),
     ):
       with self.subTest(name):
         status, _, err = self.call(name)

@@ -1,7 +1,7 @@
 """Simulators that `fedftg benchmark` times side by side.
 
 A module here has `PACKAGES`, the distributions that it needs, and
-`prepare(workload) -> Callable[[], None]`: the data on the device, and a
-function that trains one round and returns when it is done. It runs in a process
-of its own. What it cannot do it refuses with NotImplementedError.
+`prepare(workload) -> Callable[[], None]`, which puts the data on the device and
+returns a function that trains one round and waits for it. It runs in a process
+of its own. It raises NotImplementedError for a workload that it cannot do.
 """

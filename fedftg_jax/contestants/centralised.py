@@ -1,5 +1,8 @@
-"""The same model and number of examples without a federation: one set of
-weights, every batch as large as all clients' batches together."""
+"""Training without a federation: the same model and number of examples.
+
+There is one set of weights, and each batch is as large as the batches of all
+clients together.
+"""
 
 from fedftg_jax.contestants import ours
 

@@ -13,7 +13,7 @@ from fedftg_jax.contestants import workloads
 
 PACKAGES = ('fedjax', 'jax')
 
-CONVS = {  # width, size, padding, whether to pool
+CONVS = {  # (width, size, padding, whether to pool)
   'small_cnn': [(32, 3, 'VALID', False), (64, 3, 'VALID', True)],
   'fedavg_cnn': [(64, 5, 'SAME', True), (64, 5, 'SAME', True)],
   'mlp': [],
@@ -22,6 +22,8 @@ DENSES = {'small_cnn': (128,), 'fedavg_cnn': (384, 192), 'mlp': (200, 200)}
 
 
 class Classifier(nn.Module):
+  """The classifier of a workload."""
+
   model: str
 
   @nn.compact

@@ -1,4 +1,4 @@
-"""fedftg_jax itself: what a run does in a round, by the same functions."""
+"""fedftg_jax itself: the functions that a run calls in a round."""
 
 from flax import linen as nn
 import jax
@@ -31,6 +31,7 @@ class SmallCNN(nn.Module):
 
 
 def make_model(workload, conv=None):
+  """Builds the model of a workload."""
   if workload.model == 'small_cnn':
     return models.from_flax(
       SmallCNN(conv or convolution.default()), workload.image_shape

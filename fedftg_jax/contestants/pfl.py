@@ -35,7 +35,7 @@ def prepare(workload):
     torch.optim.SGD,
     torch.optim.SGD(module.parameters(), lr=1.0),
   )
-  # Batches are those of the first shuffle: a Dataset keeps them.
+  # A Dataset is shuffled once and then keeps its batches.
   users = [Dataset((x[k], y[k])) for k in range(workload.cohort)]
   turn = itertools.cycle(range(workload.cohort))
   dataset = FederatedDataset(users.__getitem__, lambda: next(turn))

@@ -1,5 +1,7 @@
-"""JAX without a simulator: a Python loop over clients, one jitted step,
-`lax.conv`."""
+"""JAX without a simulator: a Python loop over clients, one jitted step.
+
+It uses `lax.conv`.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,8 @@
-"""PyTorch, one client after another, as a careful user writes it.
+"""PyTorch, one client after another, as a careful user would write it.
 
-The data lie on the device, images channels-last; one model is loaded again for
-every client, and the mean is accumulated in place. In the server step no
-gradient is taken that is not used.
+The data are on the device, with images channels-last; one model is loaded anew
+for every client, and the mean is accumulated in place. The server step computes
+only gradients that it uses.
 """
 
 import os
@@ -18,6 +18,7 @@ PACKAGES = ('torch',)
 
 
 def device():
+  """Chooses the device and its settings."""
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   if not torch.cuda.is_available():
     return 'cpu'
@@ -27,11 +28,14 @@ def device():
 
 
 def finish():
+  """Waits for the device."""
   if torch.cuda.is_available():
     torch.cuda.synchronize()
 
 
 class MLP(nn.Sequential):
+  """784, 200, 200, classes, with ReLU."""
+
   def __init__(self):
     super().__init__(
       nn.Flatten(),
@@ -44,6 +48,8 @@ class MLP(nn.Sequential):
 
 
 class SmallCNN(nn.Sequential):
+  """conv3x3x32, conv3x3x64 (both without padding), pool, fc128, fc."""
+
   def __init__(self):
     super().__init__(
       nn.Conv2d(3, 32, 3),
@@ -59,6 +65,8 @@ class SmallCNN(nn.Sequential):
 
 
 class FedAvgCNN(nn.Sequential):
+  """conv5x5x64, pool, conv5x5x64, pool, fc384, fc192, fc."""
+
   def __init__(self):
     super().__init__(
       nn.Conv2d(3, 64, 5, padding=2),
@@ -77,6 +85,8 @@ class FedAvgCNN(nn.Sequential):
 
 
 class Block(nn.Module):
+  """A residual block of two 3 x 3 convolutions."""
+
   def __init__(self, before, width, stride):
     super().__init__()
     self.body = nn.Sequential(
@@ -97,7 +107,7 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Sequential):
-  """torchvision's, with the ImageNet stem."""
+  """torchvision's ResNet-18, with the ImageNet stem."""
 
   def __init__(self):
     blocks, before = [], 64
@@ -162,7 +172,7 @@ class Generator(nn.Module):
 
 
 def tensors(workload, where):
-  """The clients' images, channels first, and labels, on the device."""
+  """Puts the clients' images, channels first, and labels on the device."""
   x, y = workloads.examples(workload)
   x = torch.from_numpy(x).to(where).permute(0, 1, 4, 2, 3)
   return x, torch.from_numpy(y).long().to(where)
@@ -204,7 +214,10 @@ def prepare(workload):
 
 
 def server_step(workload, where):
-  """FedFTG's fine-tuning: official losses, one generator step per teacher."""
+  """Prepares FedFTG's server step.
+
+  It uses the official losses, with one generator step per teacher.
+  """
   size, num_teachers = workload.batch_size, workload.cohort
   nets = [
     MODELS[workload.model]().to(where).to(memory_format=torch.channels_last)

@@ -1,10 +1,11 @@
-"""One contestant in a process of its own; `fedftg benchmark` starts it.
+"""Runs one contestant in a process of its own, for `fedftg benchmark`.
 
   python -m fedftg_jax.contestants.worker NAME WORKLOAD COHORT
 
-Prints a line of JSON when it is ready (device, versions, seconds of the first
-round, which compiles), then one with the seconds of a round, and the most
-memory held so far, for every line that it reads; ends when there are no more.
+It prints a line of JSON when it is ready (device, versions, seconds of the
+first round, which compiles). Then, for every line that it reads, it trains a
+round and prints a line with the seconds it took and the peak memory so far. It
+ends when its input ends.
 """
 
 import importlib
@@ -18,7 +19,8 @@ from fedftg_jax.contestants import workloads
 
 
 def main(name: str, workload: str, cohort: str) -> None:
-  # The answers own the real stdout: whatever else prints goes to stderr.
+  """Prepares the contestant, and times a round for every line read."""
+  # Only answers go to the real stdout; all other output goes to stderr.
   answers, sys.stdout = sys.stdout, sys.stderr
   try:
     contestant = importlib.import_module(f'fedftg_jax.contestants.{name}')
@@ -28,7 +30,7 @@ def main(name: str, workload: str, cohort: str) -> None:
     )
     round_()
   except Exception as error:
-    # Whatever it is, the others can still be timed.
+    # Whatever the error is, the others can still be timed.
     text = ' '.join(str(error).split())
     if not isinstance(error, (ImportError, NotImplementedError)):
       text = f'{type(error).__name__}: {text}'
@@ -60,7 +62,7 @@ def main(name: str, workload: str, cohort: str) -> None:
 
 
 def peak_bytes() -> int:
-  """The most memory held: of an accelerator, else of this process."""
+  """Returns the peak memory of the accelerator, or else of this process."""
   if 'torch' in sys.modules and sys.modules['torch'].cuda.is_available():
     return sys.modules['torch'].cuda.max_memory_allocated()
   stats = (
@@ -72,7 +74,7 @@ def peak_bytes() -> int:
 
 
 def device() -> str:
-  """The device in use: an accelerator's name, or 'cpu'."""
+  """Returns the name of the device in use: that of an accelerator, or 'cpu'."""
   if 'torch' in sys.modules and sys.modules['torch'].cuda.is_available():
     return sys.modules['torch'].cuda.get_device_name()
   if 'jax' in sys.modules:

@@ -1,4 +1,4 @@
-"""What is timed: plain FedAvg rounds, and the FedFTG server step."""
+"""Workloads to time: plain FedAvg rounds, and the FedFTG server step."""
 
 from typing import NamedTuple
 
@@ -6,18 +6,18 @@ import numpy as np
 
 
 class Workload(NamedTuple):
-  """A round's work; the same for every contestant.
+  """The work of one round; the same for every contestant.
 
   Attributes:
-    help: in words.
+    help: description.
     model: 'small_cnn', 'fedavg_cnn', 'mlp' or 'resnet18'.
     image_shape: (height, width, channels).
-    cohort: clients in the round; teachers where the server step is timed.
-    num_examples: of each client.
-    batch_size: examples per local step, generated images per server step.
+    cohort: number of clients in the round; of teachers in the server step.
+    num_examples: number of examples of each client.
+    batch_size: examples per local step, or generated images per server step.
     gflop: multiplications and additions of a round, in 10^9; None if not
       counted.
-    iterations: outer iterations of the server step; 0 for local training.
+    iterations: iterations of the server step; 0 for local training.
   """
 
   help: str
@@ -32,7 +32,7 @@ class Workload(NamedTuple):
 
 NUM_CLASSES = 10
 LEARNING_RATE = 0.05
-STUDENT_STEPS = 5  # of an iteration of the server step
+STUDENT_STEPS = 5  # in an iteration of the server step
 GENERATOR_WIDTH = 64  # as in FedFTG's official code
 NOISE_DIM = 100
 
@@ -85,7 +85,7 @@ WORKLOADS = {
     1116,
   ),
   'W0': Workload(
-    'no measure, only whether all start: 2 clients x 4 examples, '
+    'not a measurement, only a check that all start: 2 clients x 4 examples, '
     'batch 2, MLP 200-200',
     'mlp',
     (28, 28, 1),
@@ -97,7 +97,7 @@ WORKLOADS = {
 
 
 def examples(workload: Workload) -> tuple[np.ndarray, np.ndarray]:
-  """Random images [clients, examples, H, W, channels] float32 and labels."""
+  """Draws images [clients, examples, H, W, channels] float32, and labels."""
   rng = np.random.default_rng(0)
   shape = workload.cohort, workload.num_examples
   x = rng.standard_normal((*shape, *workload.image_shape), np.float32)

@@ -1,18 +1,19 @@
-"""One module for each program: `fedftg NAME`.
+"""The programs, one module each: `fedftg NAME`.
 
-A module has `main`, and ARGUMENT, what it takes besides flags, if anything.
+A module has `main`. If a program takes an argument besides flags, ARGUMENT is
+its name.
 """
 
-# What each does, in a line.
+# One line on each program.
 NAMES = {
   'train': 'trains one federated model',
   'compare': 'compares methods over several seeds',
-  'sweep': 'trains all combinations of flag values, and sorts them',
+  'sweep': 'trains all combinations of flag values, and sorts the results',
   'ablation': 'varies one factor at a time, with and without FedFTG',
-  'compression': 'compares codecs of what clients send, by bits per parameter',
-  'influence': 'ranks clients by what the model would be without them',
-  'partition': 'draws a partition and says how unequal it is',
-  'hessian': 'measures the curvature of a run, and how unlike clients are',
-  'report': 'makes report.html of a folder of results anew',
-  'benchmark': 'times a round of ours and of other simulators',
+  'compression': 'compares codecs of client updates, by bits per parameter',
+  'influence': 'ranks clients by how the model would differ without them',
+  'partition': 'draws a partition and measures how skewed it is',
+  'hessian': "measures the curvature of a run's loss, and across clients",
+  'report': 'writes report.html again, from a folder of results',
+  'benchmark': 'times a round of this package and of other simulators',
 }

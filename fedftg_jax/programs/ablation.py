@@ -1,24 +1,24 @@
-"""When does FedFTG help? One factor at a time around a centre, paired by seed.
+"""Measures when FedFTG helps, one factor at a time, paired by seed.
 
   fedftg ablation --budget_hours=2 --seeds=5
   fedftg ablation --factors=dirichlet_alpha,switch --seeds=3
 
-The flags say the centre. In every cell one factor takes another value, and
---base is trained with and without FedFTG, with equal seeds, partitions and
+The flags define the centre. In every cell one factor has another value, and
+--base is trained with and without FedFTG, with the same seeds, partitions and
 schedules. Data, model, participation and base are varied with each of
---presets, FedFTG's own options around --ftg_preset. An effect is the mean over
-seeds of the difference of their final accuracies, with a 95 % interval
+--presets, FedFTG's own options are varied around --ftg_preset. An effect is the
+mean over seeds of the difference of the final accuracies, with a 95 % interval
 (Student's t). Cells are trained in the order of the table until --budget_hours
-are used up; the same command goes on with the rest.
+are used up; the same command continues with the rest.
 
-Beside each effect stand what FedFTG says of itself (means over all rounds): how
-much of its images the ensemble recognises, how far student and ensemble are
-apart before and after, how far the student moves. Their rank correlations with
-the effect, and that of the base's accuracy, over cells and seeds, say which of
-them goes with it; not that it is why.
+Beside each effect are FedFTG's own measurements (means over all rounds): how
+well the ensemble recognises the images, how far student and ensemble are apart
+before and after, and how far the student moves. Their rank correlations with
+the effect, and that of the base's accuracy, over cells and seeds, show what
+goes together with the effect; this does not prove a cause.
 
-Writes into --workdir: table.md, effects.json, effects.png, explained.png, and
-each run's files in CONFIGURATION/seedK/.
+It writes into --workdir: table.md, effects.json, effects.png, explained.png,
+and each run's files in CONFIGURATION/seedK/.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ with epy.lazy_imports():
 
 CENTRE = 'centre'
 CLAIM = {'program': 'ablation'}
-# By factor, what a cell changes: flags of `train`. `base` stands for --base.
+# By factor, the flags of `train` that each cell changes; `base` is --base.
 SETTINGS: Mapping[str, list[dict[str, Any]]] = {
   'norm': [
     dict(norm='group'),
@@ -90,8 +90,8 @@ OWN: Mapping[str, list[dict[str, Any]]] = {
   ],
 }
 FACTORS = {**SETTINGS, **OWN}
-# What may go with an effect: this, and what FedFTG says of itself, see
-# `diagnostics.of_images`.
+# Possible explanations of an effect: the base's accuracy, and FedFTG's own
+# measurements, see `diagnostics.of_images`.
 BASE = 'accuracy of the base'
 DIAGNOSTICS = (
   'recognised',
@@ -102,20 +102,22 @@ DIAGNOSTICS = (
   'moved',
 )
 
-absl_flags.DEFINE_string('base', 'fed_avg', 'The method that FedFTG is put on.')
+absl_flags.DEFINE_string(
+  'base', 'fed_avg', 'The method to which FedFTG is added.'
+)
 absl_flags.DEFINE_list(
   'presets',
   [],
-  'Presets of FedFTG with which data, model, '
-  'participation and base are varied; none for --ftg_preset.',
+  'Presets of FedFTG with which data, model, participation and base are '
+  'varied; empty for --ftg_preset.',
 )
 absl_flags.DEFINE_list(
-  'factors', list(FACTORS), 'What to vary, of: ' + ', '.join(FACTORS) + '.'
+  'factors', list(FACTORS), 'Factors to vary, of: ' + ', '.join(FACTORS) + '.'
 )
 absl_flags.DEFINE_float(
   'budget_hours',
   1.0,
-  'No cell begins later than this; what is finished already does not count.',
+  'No cell starts later than this, in hours; finished cells take no time.',
   lower_bound=0,
 )
 FLAGS = absl_flags.FLAGS
@@ -132,18 +134,17 @@ class Cell(NamedTuple):
 
 
 class Effect(NamedTuple):
-  """What FedFTG changes in a cell; accuracies in points, by seed."""
+  """The effect of FedFTG in a cell; accuracies in points, by seed."""
 
-  final: list[float]  # in the end
+  final: list[float]  # difference of final accuracies
   early: list[float]  # mean over the first third of the evaluations
-  step: list[
-    float
-  ]  # broadcast model less the one it was made from, mean of all
-  base: list[float]  # final accuracy without
+  # Broadcast model minus the aggregated model, mean over all evaluations.
+  step: list[float]
+  base: list[float]  # final accuracy without FedFTG
   said: dict[str, list[float]]  # DIAGNOSTICS
 
 
-Effects = Sequence[tuple[Cell, Effect | None]]  # None where a run diverged
+Effects = Sequence[tuple[Cell, Effect | None]]  # None if a run diverged
 
 
 def main() -> None:
@@ -177,16 +178,14 @@ def _train(cells, folder) -> None:
       effects.append(
         (cell, effect(results[cell.base[0]], results[cell.tuned[0]]))
       )
-      write_results(
-        effects, folder
-      )  # what is there so far survives an interruption
+      write_results(effects, folder)  # so that results survive an interruption
   if effects:
     progress.show(*result_table(effects))
     print(f'pictures: {folder}/effects.png, {folder}/explained.png')
 
 
 def make_cells(base: str, factors: list[str], presets: list[str]) -> list[Cell]:
-  """The centre, and around it a cell for each value that is not the centre's.
+  """Makes the centre, and a cell for each value that differs from it.
 
   Raises:
     cli.UsageError: for an unknown factor or preset, or a wrong configuration of
@@ -221,7 +220,7 @@ def make_cells(base: str, factors: list[str], presets: list[str]) -> list[Cell]:
 
 
 def make_cell(factor: str, base: str, changes: Mapping[str, Any]) -> Cell:
-  """The centre with some flags changed."""
+  """Makes a cell: the centre with some flags changed."""
   changes = {'ftg_preset': FLAGS.ftg_preset, **changes}
   base, preset = changes.pop('base', base), changes['ftg_preset']
 
@@ -251,7 +250,7 @@ def make_cell(factor: str, base: str, changes: Mapping[str, Any]) -> Cell:
 
 
 def effect(base: Sequence, tuned: Sequence) -> Effect | None:
-  """Differences by seed; None if a run diverged.
+  """Computes the differences by seed; None if a run diverged.
 
   Args:
     base: figures and rows of each seed's run, see `suite.figures_of`.
@@ -282,7 +281,7 @@ def _mean_said(run, name) -> float:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-  """Mean, and half of the 95 % interval of it; infinite for a single value."""
+  """Computes the mean and half of its 95 % interval; infinite for one value."""
   mean = float(np.mean(values))
   if len(values) < 2:
     return mean, np.inf
@@ -291,8 +290,11 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def correlations(effects: Effects) -> dict[str, float]:
-  """Spearman's rank correlation of each diagnostic, and of the base's final
-  accuracy, with the effect in the end, over cells and seeds."""
+  """Computes Spearman's rank correlations with the effect on final accuracy.
+
+  They are those of each diagnostic, and of the base's final accuracy, over
+  cells and seeds.
+  """
   found = {}
   for name in (BASE, *DIAGNOSTICS):
     pairs = np.array(_pairs(effects, name))
@@ -302,7 +304,7 @@ def correlations(effects: Effects) -> dict[str, float]:
 
 
 def _pairs(effects, name):
-  """(what FedFTG says, its effect), of all cells and seeds."""
+  """Returns pairs (diagnostic, effect) of all cells and seeds."""
   return [
     pair
     for _, e in effects
@@ -313,7 +315,7 @@ def _pairs(effects, name):
 
 
 def result_table(effects: Effects) -> tuple[list[str], list[list[str]]]:
-  """Header and rows, as text."""
+  """Formats the effects: header and rows, as text."""
   rows = []
   for cell, found in effects:
     if found is None:
@@ -393,7 +395,7 @@ def write_results(effects: Effects, folder) -> None:
 
 
 def _finite(value):
-  """JSON without NaN."""
+  """Replaces numbers that are not finite by None, for JSON."""
   if isinstance(value, dict):
     return {k: _finite(v) for k, v in value.items()}
   if isinstance(value, list):

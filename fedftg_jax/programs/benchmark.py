@@ -1,21 +1,21 @@
-"""Times a round of ours and of what one would pick instead, side by side.
+"""Times a round of this package and of alternatives, side by side.
 
   fedftg benchmark --workloads=W1,W3 --repeat=5
   fedftg benchmark --peer_python=bench/bin/python
   fedftg benchmark --workloads=W2 --cohorts=1,2,4,8 --against=torch
 
-Each contestant keeps a process of its own; they take turns, round by round,
-while the others wait, so that a change of the machine's load meets all of them.
-Shown are medians, how many times longer than ours each takes, and the most
-memory that its process (on an accelerator, its device) held. A contestant whose
-package is missing, or that cannot do a workload, is named and left out.
+Each contestant runs in a process of its own. They take turns, round by round,
+while the others wait, so that a change in the machine's load affects all of
+them. The table shows medians, the ratio of each to ours, and the peak memory of
+the process (on an accelerator, of its device). A contestant whose package is
+missing, or that cannot do a workload, is named and left out.
 
-The peers are packages of their own (requirements-bench.txt), some of which do
-not agree with ours on versions; --peer_python names the interpreter of an
-environment that has them. Pin the program to compare per core: taskset -c 0
+The peers are separate packages (requirements-bench.txt), some of which need
+other versions than this package; --peer_python names the interpreter of an
+environment that has them. To compare per core, pin the program: taskset -c 0
 python -m ...
 
-Writes --out (JSON) and, beside it, a picture of the same name.
+It writes --out (JSON) and, beside it, a picture of the same name.
 """
 
 import json
@@ -37,7 +37,7 @@ from fedftg_jax.results import plots
 from fedftg_jax.system import cli, devices, files, progress
 
 OURS = 'ours'
-# Who runs in our environment; the others in that of --peer_python.
+# Contestants that run in our environment; the others use --peer_python.
 HOME = (OURS, 'plain_jax', 'centralised')
 PEERS = ('torch', 'torch_vmap', 'fedjax', 'pfl', 'plain_jax', 'centralised')
 
@@ -49,19 +49,22 @@ _WORKLOADS = absl_flags.DEFINE_list(
   + '.',
 )
 _AGAINST = absl_flags.DEFINE_list(
-  'against', list(PEERS), 'Whom to time beside ours: ' + ', '.join(PEERS) + '.'
+  'against', list(PEERS), 'Contestants, of: ' + ', '.join(PEERS) + '.'
 )
 _REPEAT = absl_flags.DEFINE_integer(
-  'repeat', 5, 'Rounds of each, after a first that compiles.', lower_bound=1
+  'repeat',
+  5,
+  'Number of timed rounds, after a first one that compiles.',
+  lower_bound=1,
 )
 _COHORTS = absl_flags.DEFINE_list(
   'cohorts',
   [],
-  'Time each workload with so many clients, one after another, '
-  'instead of its own number.',
+  'Numbers of clients with which to time each workload, instead of its own '
+  'number.',
 )
 _PEER_PYTHON = absl_flags.DEFINE_string(
-  'peer_python', sys.executable, "Interpreter that has the peers' packages."
+  'peer_python', sys.executable, "Python interpreter with the peers' packages."
 )
 _OUT = absl_flags.DEFINE_string(
   'out', 'runs/benchmark.json', 'Where to write the figures.'
@@ -96,20 +99,20 @@ def main() -> None:
       rows += time_side_by_side(
         name, cohort, [OURS, *_AGAINST.value], _REPEAT.value, console
       )
-      write_results(rows, out)  # what is there so far survives an interruption
+      write_results(rows, out)  # so that results survive an interruption
   progress.show(*result_table(rows))
   print(f'figures: {out}, {out.with_suffix(".png")}')
 
 
 class Contestant:
-  """A process that trains a round when asked."""
+  """A process that trains a round on request."""
 
   def __init__(self, name: str, workload: str, cohort: int):
     python = sys.executable if name in HOME else _PEER_PYTHON.value
     self.name, self.seconds, self.peak_bytes = name, [], 0
     self._errors = tempfile.TemporaryFile('w+')
-    # The other environment finds this package, and none that is installed
-    # beside it.
+    # The other environment should find this package, but no package that is
+    # installed next to it.
     self._place = tempfile.TemporaryDirectory()
     package = pathlib.Path(__file__).parents[1]
     pathlib.Path(self._place.name, package.name).symlink_to(package)
@@ -131,6 +134,7 @@ class Contestant:
     )
 
   def answer(self) -> dict[str, Any]:
+    """Reads an answer; 'left_out' has the reason if the process has ended."""
     line = self._process.stdout.readline()  # type: ignore[union-attr]
     if line:
       return json.loads(line)
@@ -143,6 +147,7 @@ class Contestant:
     }
 
   def run(self) -> None:
+    """Trains a round and records its time and the peak memory."""
     self._process.stdin.write('\n')  # type: ignore[union-attr]
     self._process.stdin.flush()  # type: ignore[union-attr]
     answer = self.answer()
@@ -152,6 +157,7 @@ class Contestant:
     self.peak_bytes = answer['peak_bytes']
 
   def close(self) -> None:
+    """Ends the process."""
     self._process.kill()
     self._process.communicate()
     self._errors.close()
@@ -161,7 +167,7 @@ class Contestant:
 def time_side_by_side(
   workload, cohort, names, repeat, console
 ) -> list[dict[str, Any]]:
-  """Rows of the report for one workload, ours first."""
+  """Times one workload; returns its rows, ours first."""
   here, about = [], {}
   try:
     for name in names:
@@ -201,7 +207,7 @@ def time_side_by_side(
 def result_table(
   rows: list[dict[str, Any]],
 ) -> tuple[list[str], list[list[str]]]:
-  """Header and rows, as text."""
+  """Formats the results: header and rows, as text."""
   ours = {_title(r): r['seconds'] for r in rows if r['who'] == OURS}
   lines = []
   for r in rows:
@@ -251,7 +257,7 @@ def write_results(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
 
 
 def machine() -> dict[str, Any]:
-  """Where the figures were taken."""
+  """Describes the machine."""
   return {
     'platform': platform.platform(),
     'processor': devices.processor(),

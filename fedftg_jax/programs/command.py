@@ -31,9 +31,10 @@ def launch(name: str, argv: list[str] | None = None) -> None:
   """Runs the program `name`; see `cli.launch`."""
   before = signal.getsignal(signal.SIGINT)
   if before is signal.default_int_handler:  # else it is ignored, as under nohup
-    # An exception would be lost, or turned into another, in what is imported.
+    # Imported modules could swallow an exception or replace it by another.
     signal.signal(signal.SIGINT, _interrupted)
-  # Importing takes a second or two. Only this program: each brings its flags.
+  # Importing takes a second or two. Each program defines its own flags, so only
+  # this one is imported.
   from fedftg_jax.system import cli
 
   program = importlib.import_module(f'fedftg_jax.programs.{name}')
@@ -42,7 +43,7 @@ def launch(name: str, argv: list[str] | None = None) -> None:
 
 
 def _interrupted(number, frame) -> None:
-  """Ends the process at once: nothing has been done yet."""
+  """Ends the process at once, because nothing has been done yet."""
   del number, frame
   os.write(2, b'interrupted before anything was done\n')
   os._exit(130)

@@ -1,21 +1,21 @@
-"""Accuracy and distortion against bits per parameter, for every codec.
+"""Measures accuracy and distortion against bits per parameter, by codec.
 
   fedftg compression --model=mlp --ftg_preset=robust --seeds=3
   fedftg compression --bases=fed_avg --rates=2 --codecs=uveqfed,top_k
 
-The flags say the setting. Each of --bases is trained with models sent as they
-are, and with each of --codecs at each of --rates, with equal seeds, partitions
-and schedules; uveqfed with each of --lattices. Distortion is the error's share
-of what was coded, in squares, mean over rounds.
+The flags define the setting. Each of --bases is trained without coding, and
+with each of --codecs at each of --rates, with the same seeds, partitions and
+schedules; uveqfed with each of --lattices. Distortion is the squared norm of
+the error divided by that of what was coded, mean over rounds.
 
-Beside the runs every codec codes a vector of Gaussian numbers. What the
-lattices gain there over integers at equal rate stands beside what they gain in
-the limit of many bits, which is the ratio of their cells' second moments.
+In addition, every codec codes a vector of Gaussian numbers. The table shows the
+gain of the lattices over integers at the same rate, and their gain in the limit
+of many bits, which is the ratio of their cells' second moments.
 
-Runs that are finished are skipped, so that the same command goes on with the
-rest. A run that diverges is noted, and the others go on.
+Finished runs are skipped, so the same command continues with the rest. If a run
+diverges, this is noted, and the others continue.
 
-Writes into --workdir: table.md, compression.json, compression.png, and each
+It writes into --workdir: table.md, compression.json, compression.png, and each
 run's files in CONFIGURATION/seedK/.
 """
 
@@ -39,9 +39,10 @@ from fedftg_jax.system import cli, files, progress
 CLAIM = {'program': 'compression'}
 GAUSSIAN = 'Gaussian vector'
 CODECS = tuple(name for name in uplinks.HELP if name != 'none')
-# Of the Gaussian vector: as many as a step is looked for on, see `entropy`.
+# Size of the Gaussian vector: as many entries as a step is found on, see
+# `entropy`.
 _ENTRIES = 2**16
-_DRAWS = 8  # of what is random in coding it
+_DRAWS = 8  # number of times that it is coded
 
 absl_flags.DEFINE_list(
   'bases', ['fed_avg', 'fed_avg+fed_ftg'], 'Methods to train with each codec.'
@@ -54,12 +55,14 @@ absl_flags.DEFINE_list(
   list(uplinks.LATTICES),
   'Lattices of uveqfed, of: ' + ', '.join(uplinks.LATTICES) + '.',
 )
-absl_flags.DEFINE_list('rates', ['1', '2', '3', '4'], 'Bits per parameter.')
+absl_flags.DEFINE_list(
+  'rates', ['1', '2', '3', '4'], 'Rates, in bits per parameter.'
+)
 FLAGS = absl_flags.FLAGS
 
 
 class Coding(NamedTuple):
-  """A codec and its rate; the flags that it is asked for by."""
+  """A codec and its rate, as the flags that choose it."""
 
   uplink: str = 'none'
   rate: float | None = None
@@ -67,23 +70,25 @@ class Coding(NamedTuple):
 
   @property
   def name(self) -> str:
+    """The codec's name, with the lattice if it has one."""
     return f'{self.uplink} {self.lattice}' if self.lattice else self.uplink
 
   @property
   def flags(self) -> dict[str, Any]:
+    """The flags that choose it."""
     values = zip(('uplink', 'uplink_rate', 'uplink_lattice'), self)
     return {flag: value for flag, value in values if value is not None}
 
 
 class Row(NamedTuple):
-  """What came of a coding."""
+  """The results with one codec."""
 
   source: str  # a method, or GAUSSIAN
   coding: Coding
-  # By seed, empty where nothing is trained; None where a run diverged.
+  # By seed, empty if nothing is trained; None if a run diverged.
   accuracy: list[float] | None  # final, in percent
-  rate: float = math.nan  # bits per parameter, as billed
-  rate_elias: float = math.nan
+  rate: float = math.nan  # bits per parameter
+  rate_elias: float = math.nan  # likewise, in Elias' gamma code
   distortion: float = math.nan
   megabytes_up: float = math.nan  # of one run
 
@@ -110,11 +115,11 @@ def parse(
   lattices: Sequence[str],
   rates: Sequence[str],
 ) -> dict[str, tuple[str, Coding, Configuration]]:
-  """What is to be trained, by name; arguments as the flags have them.
+  """Makes the configurations to train, by name; arguments as in the flags.
 
   Raises:
-    cli.UsageError: for an unknown codec or lattice, a rate that is no number or
-      out of range, or a method that cannot be trained so.
+    cli.UsageError: for an unknown codec or lattice, a rate that is not a number
+      or out of range, or a method that cannot be trained with a codec.
   """
   for flag, names, known in (
     ('codecs', codecs, CODECS),
@@ -140,7 +145,7 @@ def parse(
 def all_codings(
   codecs: Sequence[str], lattices: Sequence[str], rates: Sequence[float]
 ) -> Iterator[Coding]:
-  """Each codec, uveqfed with each lattice, at each rate."""
+  """Yields each codec, uveqfed with each lattice, at each rate."""
   for codec in codecs:
     for lattice in lattices if codec == 'uveqfed' else [None]:
       for rate in rates:
@@ -152,7 +157,7 @@ def write_results(
   results: statistics.Results,
   folder,
 ) -> None:
-  """Writes and prints what was measured."""
+  """Writes and prints the results."""
   codings = dict.fromkeys(coding for _, coding, _ in entries.values())
   rows = [of_gaussian(coding) for coding in codings if coding.rate]
   rows += [
@@ -175,7 +180,7 @@ def write_results(
 
 
 def of_gaussian(coding: Coding) -> Row:
-  """Codes a vector of independent Gaussian numbers some times."""
+  """Codes a vector of independent Gaussian numbers several times."""
   vector = jax.random.normal(jax.random.key(0), (_ENTRIES,))
   codec = uplinks.build(coding.uplink, coding.rate, coding.lattice)  # type: ignore[arg-type]
   assert codec is not None  # 'none' has no rate
@@ -196,7 +201,7 @@ def of_gaussian(coding: Coding) -> Row:
 
 
 def of_runs(base: str, coding: Coding, runs: Sequence[Any]) -> Row:
-  """Means over the seeds and rounds of figures of `suite.figures_of`."""
+  """Averages figures of `suite.figures_of` over seeds and rounds."""
   if any(run is None for run in runs):
     return Row(base, coding, None)
   accuracy = [100 * run['final_accuracy'] for run in runs]
@@ -220,8 +225,10 @@ def of_runs(base: str, coding: Coding, runs: Sequence[Any]) -> Row:
 
 
 def gain(row: Row, rows: Sequence[Row]) -> float:
-  """By how many decibels a row's distortion is below that of integers at the
-  same rate; NaN where there is none."""
+  """Computes by how many decibels distortion is below that of integers.
+
+  The comparison is at the same rate; NaN if there is none.
+  """
   integers = row.coding._replace(lattice='z')
   for other in rows:
     if row.coding.lattice and (other.source, other.coding) == (
@@ -233,7 +240,7 @@ def gain(row: Row, rows: Sequence[Row]) -> float:
 
 
 def limit(lattice: str | None) -> float:
-  """`gain` in the limit of many bits."""
+  """Computes `gain` in the limit of many bits."""
   if lattice is None:
     return math.nan
   moments = (uplinks.LATTICES[name].second_moment for name in ('z', lattice))
@@ -241,7 +248,7 @@ def limit(lattice: str | None) -> float:
 
 
 def as_json(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-  """A row of compression.json, null where there is no number."""
+  """Formats a row of compression.json, with null where there is no number."""
   values = {
     **row._asdict(),
     'coding': row.coding.flags,
@@ -255,7 +262,7 @@ def as_json(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def result_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-  """Header and rows, as text."""
+  """Formats the results: header and rows, as text."""
 
   def number(value, form):
     return '–' if math.isnan(value) else format(value, form)
@@ -298,7 +305,7 @@ def result_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def pictures(rows: Sequence[Row]) -> list[plots.Panel]:
-  """Accuracy and distortion of every method, then the lattices' gains."""
+  """Makes the panels: accuracy and distortion by method, then lattice gains."""
   trained = [row for row in rows if row.source != GAUSSIAN and row.accuracy]
   sources = list(dict.fromkeys(row.source for row in trained))
   found = []
@@ -344,7 +351,7 @@ def _mean_accuracy(row) -> float:
 
 
 def _curves(rows, value) -> dict[str, list[tuple[float, float]]]:
-  """By codec the points (bits, value)."""
+  """Collects the points (bits, value) by codec."""
   series = {}
   for row in rows:
     series.setdefault(row.coding.name, []).append((row.rate, value(row)))

@@ -1,14 +1,13 @@
-"""Measures the curvature of a run's loss at its last model, and how unlike it
-is across clients.
+"""Measures the curvature of a run's loss, and how it differs across clients.
 
   fedftg hessian runs/demo/fed_avg/seed0
 
-Takes the folder of a run of any method (a comparison has one for each method
-and seed), finished or not. Writes hessian.json there, and the folder's
-report.html anew, which then has a section of it: the largest eigenvalue of the
-Hessian of the mean cross-entropy on some of the training examples, its trace
-and that of each tensor's block, and, over clients that train from this model,
-H_N and H_D of FedAlign (docs/methods.md).
+It takes the folder of a run of any method (a comparison has one for each method
+and seed), finished or not. It writes hessian.json there, and the folder's
+report.html again, which then has a section about it: the largest eigenvalue of
+the Hessian of the mean cross-entropy on some training examples, its trace and
+that of each tensor's block, all at the last model, and, over clients that train
+from this model, H_N and H_D of FedAlign (docs/methods.md).
 """
 
 import functools
@@ -33,19 +32,23 @@ FLAGS = absl_flags.FLAGS
 absl_flags.DEFINE_integer(
   'examples',
   500,
-  'So many training examples, spread over all; 0 for all.',
+  'Number of training examples, evenly spaced among all; 0 for all.',
   lower_bound=0,
 )
 absl_flags.DEFINE_integer(
-  'iterations', 50, 'Products of the power iteration, at most.', lower_bound=1
+  'iterations', 50, 'Largest number of power iterations.', lower_bound=1
 )
 absl_flags.DEFINE_integer(
-  'probes', 20, 'Random vectors that a trace is estimated with.', lower_bound=1
+  'probes',
+  20,
+  'Number of random vectors for the estimate of a trace.',
+  lower_bound=1,
 )
 absl_flags.DEFINE_integer(
   'clients',
   5,
-  'So many clients, spread over all, that train from the model; 0 for none.',
+  'Number of clients, evenly spaced among all, that train from the model; 0 '
+  'for none.',
   lower_bound=0,
 )
 
@@ -53,7 +56,7 @@ absl_flags.DEFINE_integer(
 def main(folder: str) -> None:
   try:
     place = UPath(folder)
-  except (ValueError, ImportError) as error:  # a store that is not known here
+  except (ValueError, ImportError) as error:  # an unknown store
     raise cli.ArgumentError(folder, str(error)) from error
   config = _config(place)
   experiment = assembly.build(config, FLAGS.data_dir, FLAGS.manual_dir)
@@ -73,7 +76,7 @@ def main(folder: str) -> None:
 
 
 def _config(place) -> Configuration:
-  """The configuration of the run in a folder."""
+  """Reads the configuration of the run in a folder."""
   if not (place / 'config.json').exists():
     raise cli.ArgumentError(place, 'must be the folder of a run')
   try:
@@ -85,22 +88,24 @@ def _config(place) -> Configuration:
     raise cli.ArgumentError(place, why) from error
   if 'program' in config:
     raise cli.ArgumentError(
-      place, 'holds several runs; must be the folder of one, METHOD/seedK in it'
+      place,
+      'holds several runs; must be the folder of one run, such as METHOD/seedK '
+      'in it',
     )
   try:
     there = folders.contents(config)
   except OSError as error:
-    why = f'names a file that is gone: {error}'
+    why = f'names a file that no longer exists: {error}'
     raise cli.ArgumentError(place, why) from error
   if there != contents:
     raise cli.ArgumentError(
-      place, f'is of other files: {", ".join(contents)} changed since'
+      place, f'used other files: {", ".join(contents)} changed since then'
     )
   return config
 
 
 def _measure(place, experiment) -> dict:
-  """What hessian.json holds."""
+  """Computes the content of hessian.json."""
   config, problem = experiment.config, experiment.problem
   key_init, key_run = jax.random.split(jax.random.key(config['seed']))
   start = experiment.simulation.federation.init(key_init)
@@ -160,8 +165,10 @@ def _measure(place, experiment) -> dict:
 
 
 def _across_clients(experiment, state, data, key, put, traces) -> dict:
-  """How unlike curvature is at what clients make of the model, each by its own
-  local training."""
+  """Measures how curvature differs between the clients' models.
+
+  Each client trains from the model, by its own local training.
+  """
   fed, parts = experiment.simulation.federation, experiment.problem.parts
   ids = _spread(np.flatnonzero([*map(len, parts)]), FLAGS.clients)
   slots = jax.tree.map(lambda a: np.asarray(a[ids]), state.clients)
@@ -185,15 +192,18 @@ def _across_clients(experiment, state, data, key, put, traces) -> dict:
 
 
 def _spread(values: np.ndarray, num: int) -> np.ndarray:
-  """`num` of the values, evenly spread; 0 or too many: all."""
+  """Returns `num` evenly spaced values; all if `num` is 0 or too large."""
   if not 0 < num < len(values):
     return values
   return values[np.linspace(0, len(values) - 1, num).round().astype(int)]
 
 
 def _state(place, experiment, start):
-  """The last state that the folder has, the rounds done, and whether what
-  clients keep is of then ('kept') or as in the beginning ('initial')."""
+  """Returns the last state in the folder, the rounds done, and its slots' age.
+
+  The last value is 'kept' if the clients' slots are of that round, or 'initial'
+  if they are those of the beginning.
+  """
   seed = experiment.config['seed']
   done, (state,) = resume.newest([place], experiment, [seed], [start])
   finished = folders.rounds_finished(place)

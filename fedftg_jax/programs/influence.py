@@ -1,28 +1,28 @@
-"""Ranks clients by what the model would be without them.
+"""Ranks clients by how the model would differ without them.
 
   fedftg influence --method=fed_avg --model=mlp --num_clients=10 --rounds=5
   fedftg influence --flip_labels=0.5,3 --cleanse=3 --seeds=5 --vary_partition
 
 The simulation is trained once as it is, and once for each of --curvatures while
-the influence of the clients that --track names is estimated (docs/influence.md
-has the equation). Among them, retraining is no estimate: each client is left
-out of a training of its own. The others are compared with it: Pearson's and
-Spearman's correlation over clients, medians over seeds; and what they cost, for
-each client, in rounds.
+the influence of the clients in --track is estimated (docs/influence.md has the
+equation). One of them, retraining, is not an estimate: it leaves each client
+out of a training of its own. The others are compared with it by Pearson's and
+Spearman's correlation over clients (medians over seeds), and by their cost per
+client, in rounds.
 
-A client's influence is the loss of the model without it less the loss of the
-model, on what --validation_share keeps apart, or else on the test set, which
-then says too much where it is also what cleansing is judged by. High is a
-client that helps.
+A client's influence is the loss of the model without it minus the loss of the
+model. It is measured on the validation set if there is one
+(--validation_share), or else on the test set, which is then optimistic if
+cleansing is judged on it, too. A high influence means that the client helps.
 
-With --flip_labels some clients have wrong labels: how well a ranking finds them
-is the area under the ROC curve, beside that of the clients' losses. With
---cleanse the worst clients by the first estimate, by loss and at random are
-left out of a training from the start.
+With --flip_labels some clients have wrong labels. The area under the ROC curve
+measures how well a ranking finds them, compared with a ranking by the clients'
+losses. With --cleanse the worst clients by the first estimate, by loss and at
+random are left out of a training from the start.
 
-Finished runs are skipped: the same command goes on where it was stopped.
+Finished runs are skipped: the same command continues where it was stopped.
 
-Writes into --workdir: report.html, influence.json, scores.csv, scores.npz,
+It writes into --workdir: report.html, influence.json, scores.csv, scores.npz,
 table.md, influence.png, and each run's files in plain/seedK/, CURVATURE/seedK/
 and without_RANKING/seedK/.
 """
@@ -42,12 +42,10 @@ from fedftg_jax.system import cli, devices, files, progress
 absl_flags.DEFINE_list(
   'curvatures',
   [influence.TRUTH, 'exact'],
-  'What --curvature is, one after another, of: '
-  + ', '.join(flags.CURVATURES)
-  + '.',
+  'Values of --curvature to compare, of: ' + ', '.join(flags.CURVATURES) + '.',
 )
 absl_flags.DEFINE_integer(
-  'cleanse', 0, 'So many of the worst clients are left out.', lower_bound=0
+  'cleanse', 0, 'Number of the worst clients to leave out.', lower_bound=0
 )
 FLAGS = absl_flags.FLAGS
 
@@ -74,15 +72,15 @@ def main() -> None:
 def make_configs(
   curvatures: Sequence[str], track: str
 ) -> dict[str, Configuration]:
-  """By name the simulation without tracking, and with each curvature.
+  """Makes the configurations without tracking and with each curvature.
 
   Raises:
-    cli.UsageError: for a curvature that there is not, or is given twice, or
-      another wrong value.
+    cli.UsageError: for an unknown or repeated curvature, or another wrong
+      value.
   """
   text = ','.join(curvatures)
   if not curvatures or len(set(curvatures)) < len(curvatures):
-    raise cli.UsageError('curvatures', text, 'must be different ones')
+    raise cli.UsageError('curvatures', text, 'must be different curvatures')
   configs = {PLAIN: resolve.config(track='')}
   for name in curvatures:
     if name not in flags.CURVATURES:
@@ -112,7 +110,7 @@ def _check_cleansing(curvatures, track, config) -> None:
 def summarise(
   results: statistics.Results, configs: Mapping[str, Configuration]
 ) -> dict[str, Any]:
-  """What influence.json holds, but for cleansing."""
+  """Returns the content of influence.json, without cleansing."""
   runs = {name: of_name for name, of_name in results.items() if name != PLAIN}
   some = next(iter(configs[name] for name in runs))
   problems = [
@@ -141,8 +139,8 @@ def cleanse(folder, config, summary, results) -> dict[str, Any]:
   """Trains without the worst clients, by several rankings.
 
   Returns:
-    By ranking, and 'nobody' for the plain runs: the final accuracies, and who
-    is left out, of each seed.
+    By ranking, and 'nobody' for the plain runs: the final accuracies, and the
+    clients that are left out, for each seed.
   """
   worst = influence.worst(summary, FLAGS.cleanse)
   found: dict[str, Any] = {
@@ -171,7 +169,7 @@ def cleanse(folder, config, summary, results) -> dict[str, Any]:
 
 
 def write_results(summary: Mapping[str, Any], folder) -> None:
-  """Writes and prints what the runs came to."""
+  """Writes and prints the results."""
   files.write_json(folder / 'influence.json', summary)
   scores = influence.score_rows(summary)
   files.write_csv(folder / 'scores.csv', scores)

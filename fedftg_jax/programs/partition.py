@@ -1,13 +1,14 @@
-"""Draws a partition and says how unequal it is, before anything is trained.
+"""Draws a partition and measures how skewed it is, before any training.
 
   fedftg partition --partition=dirichlet --dirichlet_alpha=0.1
   fedftg partition --partition=classes --num_clients=100
 
-Takes the flags of `train`, of which those count that say who holds what. Prints
-the measures as a table and writes them into --workdir (default: a folder in
-runs/ named after the configuration): measures.json, heatmap.png (who has how
-many examples of which class), partition.npz (for --partition=file:PATH) and
-config.json. What clients keep as tests (--client_test_share) is in it.
+It takes the flags of `train`; those about data and partition have an effect. It
+prints the measures as a table and writes them into --workdir (default: a folder
+in runs/ named after the configuration): measures.json, heatmap.png (the number
+of examples by client and class), partition.npz (for --partition=file:PATH) and
+config.json. The partition includes what clients keep as tests
+(--client_test_share).
 """
 
 from absl import flags as absl_flags
@@ -19,7 +20,7 @@ from fedftg_jax.system import files, progress
 
 FLAGS = absl_flags.FLAGS
 
-# What a partition depends on.
+# The flags that a partition depends on.
 _USED = (
   'dataset',
   'train_examples',
@@ -33,7 +34,7 @@ _USED = (
 
 
 def main() -> None:
-  config = resolve.config(cohort=1)  # whatever it is: nobody takes part
+  config = resolve.config(cohort=1)  # without rounds, any cohort will do
   _, arguments = flags.PARTITIONS.get(config['partition'], (None, ()))
   claim = {
     'program': 'partition',
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def _draw(folder, config, claim) -> None:
-  """Draws the partition and writes what it comes to."""
+  """Draws the partition and writes the results."""
   dataset, _, parts = assembly.share_out(
     config, assembly.load(config, FLAGS.data_dir, FLAGS.manual_dir)
   )

@@ -5,21 +5,21 @@
   fedftg sweep \\
     --list=learning_rate=0.1:local_epochs=5,learning_rate=0.03:local_epochs=10
 
-Any flag of `train` can be swept but --seed, for which there is --seeds; the
-others hold for all. A flag that a method does not have does not multiply its
-runs (--grid=method=fed_avg,fed_prox --grid=prox_mu=0.01,0.1 is three
-configurations). With both, every entry of the list meets every combination of
-the grid.
+Any flag of `train` can be swept except --seed, for which there is --seeds; the
+other flags apply to all runs. A flag that a method does not use does not
+multiply its runs (--grid=method=fed_avg,fed_prox --grid=prox_mu=0.01,0.1 is
+three configurations). If both are given, every entry of the list is combined
+with every point of the grid.
 
-Everything is checked before anything is trained. Runs that are finished are
-skipped: a sweep that was stopped goes on by the same command, and one with more
-values in the same --workdir trains those that are new. A run that diverges is
-noted, and the others go on.
+Everything is checked before any training. Finished runs are skipped: the same
+command continues a sweep that was stopped, and a sweep with more values in the
+same --workdir trains only the new ones. If a run diverges, this is noted, and
+the others continue.
 
-With --validation_share the order is that of the accuracy on what is kept apart;
-else it is that on the test set, which then says too much about the best.
+With --validation_share results are sorted by validation accuracy; otherwise by
+test accuracy, which then overestimates the best configuration.
 
-Writes into --workdir: report.html, table.md, table.csv and summary.json,
+It writes into --workdir: report.html, table.md, table.csv and summary.json,
 sorted; for one or two flags sweep.png (accuracy by their values); and each
 run's files in CONFIGURATION/seedK/.
 """
@@ -40,14 +40,14 @@ from fedftg_jax.system import cli, files, progress
 absl_flags.DEFINE_multi_string(
   'grid',
   [],
-  'A flag and its values: FLAG=VALUE,VALUE; may be given several '
-  'times, for all combinations.',
+  'A flag and its values: FLAG=VALUE,VALUE. Give it several times for all '
+  'combinations.',
 )
 absl_flags.DEFINE_list(
   'list',
   [],
-  'Configurations, with commas between them: each is flags with '
-  'colons between them, FLAG=VALUE:FLAG=VALUE.',
+  'Configurations, separated by commas. In each, flags are separated by '
+  'colons: FLAG=VALUE:FLAG=VALUE.',
 )
 FLAGS = absl_flags.FLAGS
 
@@ -60,7 +60,7 @@ Settings = Mapping[str, Any]
 class Entry(NamedTuple):
   """One configuration of a sweep."""
 
-  settings: Settings  # its values of all swept flags that it depends on
+  settings: Settings  # values of the swept flags that have an effect in it
   config: Configuration  # from `resolve.config`
 
 
@@ -82,11 +82,11 @@ def main() -> None:
 
 
 def parse(grid: Sequence[str], listed: Sequence[str]) -> dict[str, Entry]:
-  """The configurations of --grid and --list by name, each once.
+  """Makes the configurations of --grid and --list, by name, each once.
 
   Raises:
-    cli.UsageError: for an unknown flag, a wrong value, or one that does
-    nothing.
+    cli.UsageError: for an unknown flag, a wrong value, or a flag without
+      effect.
   """
   axes, chosen = parse_grid(grid), parse_list(listed)
   for flag in axes:
@@ -117,7 +117,7 @@ def parse(grid: Sequence[str], listed: Sequence[str]) -> dict[str, Entry]:
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
-  """The values of each flag, from 'FLAG=VALUE,VALUE' each."""
+  """Parses the values of each flag, from 'FLAG=VALUE,VALUE' each."""
   axes = {}
   for text in texts:
     flag, _, values = text.partition('=')
@@ -133,7 +133,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def parse_list(texts: Sequence[str]) -> list[Settings]:
-  """What each 'FLAG=VALUE:FLAG=VALUE' chooses."""
+  """Parses the settings of each 'FLAG=VALUE:FLAG=VALUE'."""
   chosen: list[Settings] = []
   for text in texts:
     settings = {}
@@ -166,24 +166,27 @@ def _config(settings) -> Configuration:
 
 
 def name_of(settings: Settings) -> str:
-  """'learning_rate=0.1,method=fed_avg'."""
+  """Returns a name such as 'learning_rate=0.1,method=fed_avg'."""
   return ','.join(
     f'{k}={statistics.value_text(v)}' for k, v in settings.items()
   )
 
 
 def _union(configs) -> dict[str, Any]:
-  """All that some run depends on; names tell the values that differ."""
+  """Returns all values that some run depends on.
+
+  Of values that differ between runs, one is taken; the names tell them apart.
+  """
   return {name: value for config in configs for name, value in config.items()}
 
 
 def write_results(
   entries: Mapping[str, Entry], results: statistics.Results, folder
 ) -> None:
-  """Writes and prints what the runs came to, the best first.
+  """Writes and prints the results, the best first.
 
   Raises:
-    cli.RunError: if there is nothing to show but diverged runs.
+    cli.RunError: if all runs diverged.
   """
   summary = summarise(entries, results)
   rows, swept = summary['configurations'], summary['swept']
@@ -208,7 +211,7 @@ def write_results(
 def summarise(
   entries: Mapping[str, Entry], results: statistics.Results
 ) -> dict[str, Any]:
-  """What summary.json holds; what diverged comes last."""
+  """Returns the content of summary.json, with diverged configurations last."""
   ended = {name: runs for name, runs in results.items() if None not in runs}
   target = FLAGS.target_accuracy or (
     statistics.common_target(ended, share=0.5) if ended else 0.0
@@ -242,7 +245,7 @@ def summarise(
 
 
 def csv_row(row: Mapping[str, Any], swept: Sequence[str]) -> dict[str, Any]:
-  """A configuration of summary.json as flat figures."""
+  """Flattens a configuration of summary.json."""
   flat = {flag: row['settings'].get(flag) for flag in swept}
   for name in (_VALIDATION, _TEST, 'best_accuracy', 'train_seconds'):
     if name in row:

@@ -585,6 +585,7 @@ RECIPES = {
       ('train_all', (False,), 'its rounds have as many clients as models'),
       ('server_optimizer', ('sgd',), 'no mean is trained further'),
       ('server_learning_rate', (None, 1.0), 'no mean is trained further'),
+      ('weighting', ('uniform',), 'its models count alike'),
     ),
     reveals="keeps every client's model",
   ),

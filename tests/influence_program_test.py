@@ -293,7 +293,10 @@ class ProgramTest(parameterized.TestCase):
     (['--flip_labels=0.5'], '--flip_labels=0.5: must be SHARE,CLIENTS'),
     (['--flip_labels=0.5,9'], 'clients must be 1 to 4'),
     (['--client_state=host'], '--track=all: needs --client_state=device'),
-    (['--secure_aggregation'], '--track=all: must be empty with --secure_aggregation'),
+    (
+      ['--secure_aggregation'],
+      '--track=all: must be empty with --secure_aggregation',
+    ),
     (['--uplink=top_k'], '--curvature=exact: must be none or retraining with'),
     (['--curvatures=half'], '--curvatures=half: must be of exact, blocks'),
     (['--curvatures=exact,exact'], 'must be different curvatures'),

@@ -10,7 +10,8 @@ every layer l,
 The plain, unweighted mean of the models is broadcast: it is deployed and
 evaluated, but no client trains it. Recombination does not change it. Before
 round `first_rounds` all models become their mean instead, which is FedAvg with
-uniform weights.
+uniform weights: bit for bit, if the federation weights clients uniformly and
+all of them arrive.
 
 A client gets the model of its position in the cohort; after uniform
 permutations that is a random one. The model of a client that does not arrive
@@ -93,7 +94,12 @@ def fed_mr(
     models = jax.vmap(trees.where)(
       received.arrived, received.stacked, shared.models
     )
-    mean = jax.tree.map(lambda a: jnp.mean(a, axis=0), models)
+    # One model was sent to all, so FedAvg's mean is the same but for rounding.
+    mean = trees.where(
+      (received.round < first_rounds) & jnp.all(received.arrived),
+      received.average,
+      jax.tree.map(lambda a: jnp.mean(a, axis=0), models),
+    )
     distance = optax.tree.sub(models.params, mean.params)
     spread = optax.tree.norm(distance, squared=True)
     models = trees.where(

@@ -302,9 +302,10 @@ def _fed_ftg(model, generator, num_classes, preset='official', **changes):
   """Builds FedFTG from `FtgOptions`.
 
   Args:
-    preset: a set of options. official: the released code; paper: the equations
-      of the paper, as far as they are known; intended: the code with its
-      defects fixed; robust: what was found to help, see docs/when_it_pays.md.
+    preset: a preset of options. official: the released code; paper: the
+      equations of the paper, as far as they are known; intended: the code with
+      its defects fixed; robust: what was found to help, see
+      docs/when_it_pays.md.
   """
   o = ftg_options(preset, **changes)
   part = {

@@ -574,7 +574,7 @@ class ErrorsTest(parameterized.TestCase):
     ('--server_optimizer=lion', '--server_optimizer=lion: .*adam'),
     ('--vary_partition=7', '--vary_partition=7: '),
     ('--round=3', '--round=3: no such flag; did you mean --rounds'),
-    ('--xyzzy', '--xyzzy: no such flag; --help lists all'),
+    ('--xyzzy', '--xyzzy: no such flag; --helpfull lists all flags'),
     ('stray', 'stray: not understood; values are given as --flag=value'),
     ('--data_dir=/dev/null', '--data_dir=/dev/null: must be a folder'),
     ('--workdir=/dev/null/w', '--workdir=/dev/null/w: cannot be written'),
@@ -675,8 +675,8 @@ class ErrorsTest(parameterized.TestCase):
       capture_output=True,
       check=False,
     )
+    self.assertEqual(help_.returncode, 0)
     self.assertIn('Concentration of the Dirichlet', help_.stdout)
-    self.assertIn('--ftg_student_bn', help_.stdout)
 
   @pytest.mark.slow
   def test_interruption(self):
@@ -711,7 +711,7 @@ class ErrorsTest(parameterized.TestCase):
     _, err = process.communicate(timeout=60)
     self.assertEqual(process.returncode, 130, err)
     self.assertEqual(
-      err, 'interrupted; the same command goes on from the last checkpoint\n'
+      err, 'interrupted; the same command continues from the last checkpoint\n'
     )
     rows = metrics.read_text().splitlines()
     self.assertEqual(json.loads(rows[-1])['round'], len(rows))

@@ -263,7 +263,7 @@ class ResumeTest(parameterized.TestCase):
       status, _, err = self.train('cut')
     self.assertEqual(status, 143)
     self.assertEqual(
-      err, 'terminated: round 1 of 5 is kept; the same command goes on\n'
+      err, 'terminated: round 1 of 5 is kept; the same command continues\n'
     )
     status, out, _ = self.train('cut')
     self.assertEqual(status, 0)

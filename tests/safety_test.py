@@ -252,7 +252,7 @@ class DataTest(parameterized.TestCase):
     program = types.SimpleNamespace(main=main)
     status, _, err = programs.call(program, *programs.small(data))
     self.assertEqual(status, 1)
-    self.assertRegex(err, r'^error: the memory does not suffice \(Unable.*\n$')
+    self.assertRegex(err, r'^error: not enough memory \(Unable.*\n$')
 
   def test_numbers_that_cannot_be_meant(self):
     data = programs.write_data(self.create_tempdir().full_path)

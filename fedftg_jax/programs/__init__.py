@@ -1,7 +1,8 @@
 """The programs, one module each: `fedftg NAME`.
 
 A module has `main`. If a program takes an argument besides flags, ARGUMENT is
-its name.
+its name. If --help should not show all groups of common flags, GROUPS has those
+that it should show.
 """
 
 # One line on each program.

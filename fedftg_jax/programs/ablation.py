@@ -108,16 +108,18 @@ absl_flags.DEFINE_string(
 absl_flags.DEFINE_list(
   'presets',
   [],
-  'Presets of FedFTG with which data, model, participation and base are '
-  'varied; empty for --ftg_preset.',
+  'Presets of FedFTG; empty for --ftg_preset. Data, model, participation and '
+  'base are varied with each of them.',
 )
 absl_flags.DEFINE_list(
-  'factors', list(FACTORS), 'Factors to vary, of: ' + ', '.join(FACTORS) + '.'
+  'factors',
+  list(FACTORS),
+  'Factors to vary. They are ' + ', '.join(FACTORS) + '.',
 )
 absl_flags.DEFINE_float(
   'budget_hours',
   1.0,
-  'No cell starts later than this, in hours; finished cells take no time.',
+  'Hours after which no cell is started. Finished cells take no time.',
   lower_bound=0,
 )
 FLAGS = absl_flags.FLAGS

@@ -36,6 +36,7 @@ from fedftg_jax.contestants import workloads
 from fedftg_jax.results import plots
 from fedftg_jax.system import cli, devices, files, progress
 
+GROUPS = ()  # of common flags in --help
 OURS = 'ours'
 # Contestants that run in our environment; the others use --peer_python.
 HOME = (OURS, 'plain_jax', 'centralised')
@@ -44,24 +45,22 @@ PEERS = ('torch', 'torch_vmap', 'fedjax', 'pfl', 'plain_jax', 'centralised')
 _WORKLOADS = absl_flags.DEFINE_list(
   'workloads',
   ['W1', 'W2', 'W3', 'W4', 'W5'],
-  'What to time: '
+  'Workloads to time. They are '
   + '; '.join(f'{k}: {w.help}' for k, w in workloads.WORKLOADS.items())
   + '.',
 )
 _AGAINST = absl_flags.DEFINE_list(
-  'against', list(PEERS), 'Contestants, of: ' + ', '.join(PEERS) + '.'
+  'against',
+  list(PEERS),
+  'Contestants to compare with. They are ' + ', '.join(PEERS) + '.',
 )
 _REPEAT = absl_flags.DEFINE_integer(
-  'repeat',
-  5,
-  'Number of timed rounds, after a first one that compiles.',
-  lower_bound=1,
+  'repeat', 5, 'Number of timed rounds. A first one compiles.', lower_bound=1
 )
 _COHORTS = absl_flags.DEFINE_list(
   'cohorts',
   [],
-  'Numbers of clients with which to time each workload, instead of its own '
-  'number.',
+  'Numbers of clients to time with. They replace those of the workloads.',
 )
 _PEER_PYTHON = absl_flags.DEFINE_string(
   'peer_python', sys.executable, "Python interpreter with the peers' packages."

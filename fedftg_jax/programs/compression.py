@@ -48,12 +48,14 @@ absl_flags.DEFINE_list(
   'bases', ['fed_avg', 'fed_avg+fed_ftg'], 'Methods to train with each codec.'
 )
 absl_flags.DEFINE_list(
-  'codecs', list(CODECS), 'Codecs, of: ' + ', '.join(CODECS) + '.'
+  'codecs',
+  list(CODECS),
+  'Codecs to compare. They are ' + ', '.join(CODECS) + '.',
 )
 absl_flags.DEFINE_list(
   'lattices',
   list(uplinks.LATTICES),
-  'Lattices of uveqfed, of: ' + ', '.join(uplinks.LATTICES) + '.',
+  'Lattices of uveqfed. They are ' + ', '.join(uplinks.LATTICES) + '.',
 )
 absl_flags.DEFINE_list(
   'rates', ['1', '2', '3', '4'], 'Rates, in bits per parameter.'

@@ -27,28 +27,26 @@ from fedftg_jax.runs import resume
 from fedftg_jax.system import cli, devices, files, progress
 
 ARGUMENT = 'FOLDER'
+GROUPS = ()  # of common flags in --help: a run has its own
 FLAGS = absl_flags.FLAGS
 
 absl_flags.DEFINE_integer(
   'examples',
   500,
-  'Number of training examples, evenly spaced among all; 0 for all.',
+  'Number of training examples; 0 for all. They are evenly spaced.',
   lower_bound=0,
 )
 absl_flags.DEFINE_integer(
   'iterations', 50, 'Largest number of power iterations.', lower_bound=1
 )
 absl_flags.DEFINE_integer(
-  'probes',
-  20,
-  'Number of random vectors for the estimate of a trace.',
-  lower_bound=1,
+  'probes', 20, 'Number of random vectors to estimate a trace.', lower_bound=1
 )
 absl_flags.DEFINE_integer(
   'clients',
   5,
-  'Number of clients, evenly spaced among all, that train from the model; 0 '
-  'for none.',
+  'Number of clients to train; 0 for none. They are evenly spaced, and train '
+  'from the last model.',
   lower_bound=0,
 )
 

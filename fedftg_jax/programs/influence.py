@@ -42,7 +42,9 @@ from fedftg_jax.system import cli, devices, files, progress
 absl_flags.DEFINE_list(
   'curvatures',
   [influence.TRUTH, 'exact'],
-  'Values of --curvature to compare, of: ' + ', '.join(flags.CURVATURES) + '.',
+  'Values of --curvature to compare. They are '
+  + ', '.join(flags.CURVATURES)
+  + '.',
 )
 absl_flags.DEFINE_integer(
   'cleanse', 0, 'Number of the worst clients to leave out.', lower_bound=0

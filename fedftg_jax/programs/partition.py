@@ -19,6 +19,7 @@ from fedftg_jax.results import plots
 from fedftg_jax.system import files, progress
 
 FLAGS = absl_flags.FLAGS
+GROUPS = ('Data', 'Partition')  # of common flags in --help
 
 # The flags that a partition depends on.
 _USED = (

@@ -1,8 +1,8 @@
-"""How a program begins and ends: flags parsed, errors as one line.
+"""Starts and ends programs: flags are parsed, and errors become one line.
 
-A wrong value, unknown flag or missing file gets one line on stderr that names
-the flag, the value and what would be right, and exit status 2, before any data
-is loaded or anything compiled.
+A wrong value, an unknown flag or a missing file gives one line on stderr that
+names the flag, the value and what would be right, and exit status 2, before any
+data is loaded or anything is compiled.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +24,9 @@ from fedftg_jax.system import devices
 from fedftg_jax.system import help as help_
 
 PRESETS = pathlib.Path(__file__).parents[1] / 'presets'
-# A path of the user's in a flag; a shell leaves its ~ as it is.
+# A flag's value that begins with ~, which shells do not expand there.
 _HOME = re.compile(r'^(--?\w+=(?:npz:|file:|folder:)?)~(?=/|$)')
-# What papers and other codes call some flags.
+# Names that papers and other codes use for some flags.
 _ELSEWHERE = {
   'alpha': 'dirichlet_alpha',
   'epochs': 'local_epochs',
@@ -35,13 +35,13 @@ _ELSEWHERE = {
   'participation': 'cohort',
   'wd': 'weight_decay',
 }
-_HELP = ('--help', '-help', '--helpshort', '-helpshort', '-h', '-?')
+_HELP = re.compile(r'--?(help|helpshort|helpfull|h|\?)(?:=(.*))?')
 
 flags.DEFINE_string(
   'preset',
   None,
-  'Flags by the name of a file in '
-  'experiments/presets, such as demo; further flags replace its.',
+  'Name of a file with flags, such as demo. The files are in '
+  'experiments/presets; further flags take precedence.',
 )
 
 
@@ -49,23 +49,22 @@ _given: frozenset[str] = frozenset()
 
 
 class RunError(Exception):
-  """What went wrong after all flags were right, such as a diverged run."""
+  """An error that occurs although all flags are right, such as divergence."""
 
 
 class Terminated(Exception):
-  """The process was asked to end (SIGTERM), and has left all in order."""
+  """The process was asked to end (SIGTERM) and has saved its work."""
 
 
 class UsageError(Exception):
-  """A flag that is wrong: which, its value, and what would be right."""
+  """A wrong flag, with its value and what would be right."""
 
   def __init__(self, flag: str, value: Any, right: str):
     super().__init__(f'--{flag}={value}: {right}')
 
 
 class ArgumentError(UsageError):
-  """An argument that is no flag and is wrong: its value, what would be
-  right."""
+  """A wrong argument that is not a flag, with what would be right."""
 
   def __init__(self, value: Any, right: str):
     Exception.__init__(self, f'{value}: {right}')
@@ -74,14 +73,14 @@ class ArgumentError(UsageError):
 def launch(
   program: types.ModuleType, argv: Sequence[str] | None = None
 ) -> None:
-  """Runs a program: parses the flags in our manner, then calls its `main`.
+  """Runs a program: parses its flags, then calls its `main`.
 
   Args:
     program: a module of `fedftg_jax.programs`. Its docstring is shown by
-      --help. If it takes an argument besides flags, ARGUMENT is what that is
-      called.
-    argv: the command line, with the program's name first; default: this
-      process's.
+      --help. If it takes an argument besides flags, ARGUMENT is that argument's
+      name.
+    argv: the command line, with the program's name first; default: that of this
+      process.
   """
   app.run(
     lambda argv: guarded(functools.partial(program.main, *argv[1:])),
@@ -91,7 +90,7 @@ def launch(
 
 
 def guarded(main: Callable[[], None]) -> None:
-  """Calls `main`; a wrong flag, a failure or Ctrl-C ends it with one line."""
+  """Calls `main`, and turns errors and interruptions into one line."""
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)
   try:
@@ -113,40 +112,47 @@ def guarded(main: Callable[[], None]) -> None:
       raise
     _fail(_memory(error), status=1)
   except Terminated as stop:
-    _fail(f'{stop}; the same command goes on', status=143, what='terminated')
+    _fail(f'{stop}; the same command continues', status=143, what='terminated')
   except KeyboardInterrupt:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end is near
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends now
     print(
-      'interrupted; the same command goes on from the last checkpoint',
+      'interrupted; the same command continues from the last checkpoint',
       file=sys.stderr,
     )
     sys.exit(130)
 
 
 def _os_error(error: OSError) -> str:
-  """PATH: what the system says; with a full disk, how it goes on."""
+  """Formats an error of the system as PATH: message."""
   if not (error.filename and error.strerror):
     return str(error)
   text = f'{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}'
   if error.errno in (errno.ENOSPC, errno.EDQUOT):
-    text += '; with more room the same command goes on'
+    text += '; the same command continues once there is room'
   return text
 
 
 def _memory(error: Exception) -> str:
   return (
-    f'the memory does not suffice ({str(error)[:200]}); a smaller '
-    '--batch_size, --client_chunk or --seeds_at_once needs less'
+    f'not enough memory ({str(error)[:200]}); a smaller --batch_size, '
+    '--client_chunk or --seeds_at_once needs less'
   )
 
 
 def parse(
   argv: Sequence[str], program: types.ModuleType | None = None
 ) -> list[str]:
-  """Parses the command line; exits with status 2 and a line if it is wrong."""
-  if program and any(arg in _HELP for arg in argv[1:]):
-    print(help_.text(program))
-    sys.exit(0)
+  """Parses the command line; exits with status 2 and one line if it is wrong.
+
+  Args:
+    argv: the command line, with the program's name first.
+    program: the program, for --help.
+
+  Returns:
+    The arguments that are not flags, with the program's name first.
+  """
+  if program:
+    _help(program, argv[1:])
   if '--version' in argv[1:]:
     print(fedftg_jax.__version__)
     sys.exit(0)
@@ -156,7 +162,7 @@ def parse(
   try:
     rest = flags.FLAGS(_with_files(argv))
   except flags.UnrecognizedFlagError as error:
-    given = next(  # as it was typed, with its value
+    given = next(  # as it was typed, including its value
       (
         arg.lstrip('-')
         for arg in argv[1:]
@@ -169,7 +175,7 @@ def parse(
       guess and guess[1].split(',')[0].strip()
     )
     hint = f'did you mean --{name}? ' if name else ''
-    _fail(f'--{given}: no such flag; {hint}--help lists all')
+    _fail(f'--{given}: no such flag; {hint}--helpfull lists all flags')
   except flags.CantOpenFlagFileError as error:
     _fail(
       f'--flagfile: {str(error).removeprefix("ERROR:: ")}; must name a file '
@@ -177,7 +183,7 @@ def parse(
     )
   except flags.Error as error:
     _fail(_plain(error))
-  except SystemExit as stop:  # --helpfull and its like are absl's failure 1
+  except SystemExit as stop:  # absl's --helpxml exits with status 1
     sys.exit(0 if stop.code == 1 else stop.code)
   if argument and len(rest) != 2:
     _fail(f'{" ".join(rest[1:]) or "no argument"}: must be one {argument}')
@@ -186,21 +192,36 @@ def parse(
   return rest
 
 
+def _help(program: types.ModuleType, args: Sequence[str]) -> None:
+  """Prints help and exits, if one of the arguments asks for it."""
+  for kind, name in (m.groups() for m in map(_HELP.fullmatch, args) if m):
+    try:
+      if name is not None:
+        print(help_.topic(name))
+      else:
+        print((help_.full if kind == 'helpfull' else help_.short)(program))
+      sys.stdout.flush()
+    except ValueError as error:
+      _fail(UsageError('help', name, str(error)))
+    except BrokenPipeError:  # its reader, such as `head`, has ended
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+
+
 def given() -> frozenset[str]:
-  """The names of the flags that the command line has, those in files apart."""
+  """Returns the names of the flags on the command line, except in files."""
   return _given
 
 
 def _name(arg: str) -> str:
-  """The name of a flag from --name=value, --name or --noname."""
+  """Returns the name of a flag in --name=value, --name or --noname."""
   name = arg.lstrip('-').partition('=')[0]
   short = name.removeprefix('no')
   return short if name not in flags.FLAGS and short in flags.FLAGS else name
 
 
 def _with_files(argv):
-  """The command line with the lines of flag files and presets in their
-  place."""
+  """Replaces flag files and presets in the command line by their lines."""
   while any(
     _name(arg) in ('flagfile', 'preset')
     for arg in argv[1:]
@@ -211,7 +232,7 @@ def _with_files(argv):
 
 
 def _preset(arg: str) -> str:
-  """--preset=NAME as the flag file that it stands for."""
+  """Turns --preset=NAME into the flag file that it names."""
   _, _, name = arg.partition('=')
   if not arg.startswith('-') or _name(arg) != 'preset':
     return arg
@@ -222,7 +243,7 @@ def _preset(arg: str) -> str:
 
 
 def _plain(error: Exception) -> str:
-  """absl's message as one line: --flag=value: what would be right."""
+  """Formats absl's message as one line: --flag=value: what would be right."""
   message = ' '.join(str(error).split())
   match = re.match(r'flag --(\w+)=(.*?): (.*)', message)
   if not match or match[1] not in flags.FLAGS:
@@ -232,7 +253,7 @@ def _plain(error: Exception) -> str:
 
 
 def right(name: str, otherwise: str) -> str:
-  """What flag `name` takes, as its parser describes it."""
+  """Returns what flag `name` accepts, as its parser describes it."""
   text = flags.FLAGS[name].parser.syntactic_help
   return f'must be {text}' if text else otherwise
 

@@ -1,4 +1,4 @@
-"""Cells, paired effects and their intervals."""
+"""Tests of the ablation: cells, paired effects and their intervals."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ from tests import programs
 
 
 def figures_of(final, accuracies, averages, recognised=()):
-  """As `suite.figures_of` gives them."""
+  """Makes figures like those of `suite.figures_of`."""
   rows = [
     {'round': i, 'test_accuracy': a, 'accuracy': {'aggregated': b}}
     for i, (a, b) in enumerate(zip(accuracies, averages))
@@ -41,7 +41,7 @@ class EffectTest(parameterized.TestCase):
     self.assertIsNone(ablation.effect([None], tuned))
 
   def test_interval(self):
-    """Student's t with one degree of freedom: 12.706."""
+    """Compares with Student's t for one degree of freedom: 12.706."""
     mean, half = ablation.interval([1.0, 3.0])
     self.assertEqual(mean, 2.0)
     self.assertAlmostEqual(half, 12.706, delta=0.001)
@@ -49,7 +49,8 @@ class EffectTest(parameterized.TestCase):
     self.assertEqual(ablation.interval([4.0, 4.0, 4.0]), (4.0, 0.0))
 
   def test_correlations(self):
-    """A diagnostic that falls as the effect rises, over two cells and seeds."""
+    """Uses a diagnostic that falls as the effect rises, over two cells and
+    seeds."""
 
     def cell(final, gap):
       nothing = [float('nan')] * 2
@@ -83,8 +84,10 @@ class ProgramTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_an_effect(self):
-    """The difference of two runs of equal seed, in percent; again nothing is
-    trained."""
+    """An effect is the difference of two runs with the same seed, in percent.
+
+    Running the program again trains nothing.
+    """
     args = [*self.args, '--factors=switch', '--ftg_preset=robust']
     with absltest.mock.patch.object(ablation, 'FACTORS', {'switch': []}):
       status, _, err = programs.call(ablation, *args)
@@ -174,7 +177,7 @@ class ProgramTest(parameterized.TestCase):
       self.assertGreater(report['cells'][0]['said']['moved'][0], 0)
       self.assertLen((work / 'table.md').read_text().splitlines(), 7)
       self.assertGreater(Image.open(work / 'effects.png').size[0], 300)
-      # Again: nothing is trained.
+      # Run again: nothing is trained.
       status, out, _ = programs.call(ablation, *args)
       self.assertEqual(status, 0)
       self.assertNotIn('round 1/2', out)
@@ -194,7 +197,7 @@ class ProgramTest(parameterized.TestCase):
 
   @parameterized.parameters(('official', 0.0), ('robust', 0.001))
   def test_the_whole_table(self, preset, other_decay):
-    """Each factor's cells differ from the centre, and are valid."""
+    """The cells of every factor differ from the centre and are valid."""
     factors = [f for f in ablation.FACTORS if f != 'dataset']
     with flagsaver.flagsaver(ftg_preset=preset):
       cells = ablation.make_cells('fed_avg', factors, [])

@@ -1,4 +1,4 @@
-"""Augmentation: against plain NumPy, by its distribution, inside training."""
+"""Tests of augmentation: plain NumPy, its distribution, inside training."""
 
 from absl.testing import absltest, parameterized
 import chex
@@ -14,7 +14,7 @@ KEY = jax.random.key(0)
 
 
 def plainly(x, draws):
-  """The specification, image by image."""
+  """Augments image by image, following the specification."""
   out = []
   for image, flip, (down, right) in zip(np.asarray(x), *map(np.asarray, draws)):
     if flip:
@@ -27,7 +27,7 @@ def plainly(x, draws):
 
 
 def augmented(key, x):
-  """As the programs put it together, for the images of `problems`."""
+  """Augments the images of `problems` in the way that the programs do."""
   return augment.flip_crop(key, models.normalise(x, (0.4,), (0.3,)))
 
 
@@ -60,7 +60,8 @@ class AugmentTest(parameterized.TestCase):
       np.testing.assert_array_equal(augment.apply(x, draws)[0, ..., 0], want)
 
   def test_distribution(self):
-    """Half are mirrored; half are shifted, by each of the 81 offsets alike."""
+    """Half of the images are mirrored and half shifted, all 81 offsets
+    equally."""
     num = 40_000
     flip, offset = map(np.asarray, augment.draw(KEY, num))
     self.assertAlmostEqual(flip.mean(), 0.5, delta=0.01)
@@ -70,14 +71,14 @@ class AugmentTest(parameterized.TestCase):
     self.assertAlmostEqual(share[4, 4], 0.5 + 0.5 / 81, delta=0.01)
     share[4, 4] = 0.5 / 81
     np.testing.assert_allclose(share, 0.5 / 81, atol=0.002)
-    # Neither says anything about the other, nor one axis about the other.
+    # Mirroring and shifting are independent, and so are the two axes.
     moved = (offset != 4).any(1)
     self.assertAlmostEqual(flip[moved].mean(), 0.5, delta=0.015)
     correlation = np.corrcoef(offset[moved].T)[0, 1]
     self.assertAlmostEqual(correlation, 0, delta=0.03)
 
   def test_padded_with_the_mean_colour(self):
-    """0 after normalisation, not black."""
+    """The padding is 0 after normalisation, not black."""
     white = np.full((200, 8, 8, 1), 255, np.uint8)
     values = np.unique(augmented(KEY, jnp.asarray(white)))
     np.testing.assert_allclose(values, [0.0, 0.6 / 0.3], rtol=1e-6)
@@ -107,7 +108,7 @@ class TrainingTest(absltest.TestCase):
     )
 
   def test_without_shifts_it_is_normalisation_alone(self):
-    """Bit for bit what the model does to raw pixels itself."""
+    """Equals, bit for bit, the model's own normalisation of raw pixels."""
     plain, _ = self.after([0, 1, 4], problems.SOLVER)
     same, _ = self.after(
       [0, 1, 4],
@@ -118,7 +119,7 @@ class TrainingTest(absltest.TestCase):
     chex.assert_trees_all_equal(plain, same)
 
   def test_draws_are_the_clients_own(self):
-    """Whoever else is in the round, and however clients are stacked."""
+    """They depend neither on other clients in the round nor on stacking."""
     alone = [self.after([k], AUGMENTED)[0] for k in (1, 3)]
     together, _ = self.after([1, 3], AUGMENTED)
     sizes = np.array([problems.SIZES[k] for k in (1, 3)])
@@ -130,8 +131,10 @@ class TrainingTest(absltest.TestCase):
     chex.assert_trees_all_close(together, chunked, atol=1e-6)
 
   def test_a_new_draw_in_each_step(self):
-    """One image, one step an epoch: what is seen changes, and is the
-    image's."""
+    """With one image and one step per epoch, the augmented image changes.
+
+    It remains an augmentation of that image.
+    """
     seen = []
 
     def record(key, x):
@@ -145,8 +148,7 @@ class TrainingTest(absltest.TestCase):
     self.assertGreater(len({a.tobytes() for a in seen}), 8)
 
   def test_other_draws_stay_as_they_are(self):
-    """Orders and penalties draw what they drew before there was
-    augmentation."""
+    """Augmentation does not change the random draws of orders and penalties."""
     chex.assert_trees_all_equal(
       jax.random.split(KEY, 3)[:2], jax.random.split(KEY)
     )

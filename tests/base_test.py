@@ -1,4 +1,4 @@
-"""Chains, recipes, evaluation."""
+"""Tests of chains, recipes and evaluation."""
 
 from absl.testing import absltest, parameterized
 import jax
@@ -14,7 +14,7 @@ KEY = jax.random.key(0)
 
 
 def part(number):
-  """A method whose every hook leaves a trace of `number`."""
+  """Makes a method in which every hook leaves a trace of `number`."""
   return base.Method(
     init=lambda key, variables: (number, -number),
     broadcast=lambda shared: shared * 10,
@@ -69,8 +69,11 @@ class ChainTest(absltest.TestCase):
     self.assertEqual(info.models, {'model1': 1, 'model2': 13})
 
   def test_training_nests(self):
-    """The first part is outermost; each has its slot, in chains of chains, too;
-    what one that trains by itself does not reach stays."""
+    """The first part is outermost, and each part has its slot.
+
+    This holds in chains of chains, too. Parts that are not reached, because an
+    outer part trains by itself, keep their slots.
+    """
     chained = base.chain(part(1), base.chain(part(2), part(3)), part(4))
     ignores = base.Method(
       train=lambda inner, objective, view, key: (

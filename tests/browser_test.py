@@ -1,5 +1,4 @@
-"""report.html in a real browser: nothing fetched, nothing wider than a
-phone."""
+"""Tests report.html in a real browser, for requests and for its width."""
 
 import contextlib
 import functools
@@ -21,8 +20,8 @@ from fedftg_jax.configuration import folders
 from fedftg_jax.results import page as page_lib
 from fedftg_jax.system import files
 
-# What the page says about itself once it is laid out at a width. A page in a
-# frame has the frame's width as its own.
+# Measurements of the page once it is laid out at a given width. A page in a
+# frame has the width of the frame.
 _PROBE = """<!DOCTYPE html><title>probe</title>
 <link rel="icon" href="data:,"><body style="margin:0">
 <iframe src="report.html" style="border:0;width:%dpx;height:%dpx"></iframe>
@@ -47,7 +46,7 @@ frame.onload = () => {
 
 
 def browser(*argv):
-  """Chromium as a process of its own, with a profile of its own."""
+  """Starts Chromium as a process of its own, with a profile of its own."""
   program = shutil.which('chromium') or shutil.which('google-chrome')
   if program is None:
     raise FileNotFoundError(
@@ -78,7 +77,7 @@ def browser(*argv):
 
 @contextlib.contextmanager
 def served(folder):
-  """The address of `folder`, and what is asked of it."""
+  """Serves `folder`; gives its address and a list of what is requested."""
   asked = []
 
   class Handler(http.server.SimpleHTTPRequestHandler):
@@ -102,7 +101,7 @@ def served(folder):
 
 
 def write_run(folder, method, seed, accuracy, long):
-  """A run's folder with everything a page shows."""
+  """Writes a run's folder with everything that a page can show."""
   rng = np.random.RandomState(seed)
   names = 'average', 'broadcast', 'fine_tuned'
   config = {
@@ -201,7 +200,8 @@ class BrowserTest(absltest.TestCase):
     self.folder = pathlib.Path(self.create_tempdir().full_path)
 
   def look(self, width):
-    """(what the page says of itself, what it asked for, its picture)."""
+    """Returns (the page's measurements, the requested paths, its
+    screenshot)."""
     (self.folder / 'probe.html').write_text(_PROBE % (width, 9000))
     with served(self.folder) as (address, asked):
       dom = browser(
@@ -237,7 +237,7 @@ class BrowserTest(absltest.TestCase):
       self.assertEmpty(page['fetched'])
       self.assertEmpty(complaints)
       self.assertEqual({*asked}, {'/probe.html', '/report.html'})
-      # There is a picture: ink on paper, and the colours of curves.
+      # The screenshot shows something: ink on paper, and the colours of curves.
       colors = np.unique(pixels.reshape(-1, 3), axis=0)
       self.assertGreater(len(colors), 300)
 
@@ -247,7 +247,7 @@ class BrowserTest(absltest.TestCase):
     self.assert_fine(tables=7, pictures=6, images=6 + 2)
 
   def test_comparison(self):
-    """Long names, many methods, several seeds."""
+    """Has long names, many methods and several seeds."""
     long = (
       'fed_ftg:ftg_teacher_weight=uniform:ftg_hard_samples=false' + 'y' * 60
     )
@@ -283,7 +283,7 @@ class BrowserTest(absltest.TestCase):
     )
 
   def test_the_probe_sees_what_is_wrong(self):
-    """A page that is too wide, fetches a picture and complains."""
+    """Uses a page that is too wide, fetches a picture and logs an error."""
     (self.folder / 'report.html').write_text(
       '<p style="width: 2000px">wide</p><img src="missing.png">'
       '<script>console.error("oh")</script>'

@@ -1,4 +1,5 @@
-"""Checkpoints: back bit for bit, and refused by name when they are not ours."""
+"""Tests of checkpoints: exact restoration, and refusals that name the
+reason."""
 
 import os
 import pathlib
@@ -51,7 +52,8 @@ class CheckpointTest(parameterized.TestCase):
     self.assertEqual(checkpoint.rounds(self.folder), [])
     (self.folder / '3.orbax-checkpoint-tmp').mkdir(parents=True)
     self.save(2, 10, 4, keep=2)
-    self.assertEqual(checkpoint.rounds(self.folder), [2, 4, 10])  # up to 4, two
+    # Of the rounds up to 4, two are kept.
+    self.assertEqual(checkpoint.rounds(self.folder), [2, 4, 10])
     self.assertCountEqual(os.listdir(self.folder), ['2', '4', '10'])
     self.save(10, keep=1)
     self.assertEqual(checkpoint.rounds(self.folder), [10])
@@ -90,7 +92,8 @@ class CheckpointTest(parameterized.TestCase):
     )
 
   def test_every_damaged_file_is_noticed(self):
-    """Truncated, emptied or changed in a byte: refused, or without effect."""
+    """A file that is truncated, emptied or changed in a byte is refused or
+    harmless."""
     self.save(2)
     whole = self.folder.parent / 'whole'
     shutil.move(self.folder, whole)
@@ -145,7 +148,8 @@ class CheckpointTest(parameterized.TestCase):
     self.assertCountEqual(os.listdir(self.folder), ['2', '4'])
 
   def test_ctrl_c_lets_it_end(self):
-    """The signal comes while the folder is not whole yet; then it is."""
+    """The signal arrives while the folder is incomplete; it is completed
+    first."""
     self.save(2)
     caught = []
 

@@ -1,4 +1,4 @@
-"""Clients' slots on the host: the same results from a table of a few rows."""
+"""Tests of clients' slots on the host: the same results from a small table."""
 
 from absl.testing import absltest, parameterized
 import chex
@@ -11,7 +11,7 @@ from fedftg_jax.data import schedules
 from tests import problems
 
 KEY = jax.random.key(5)
-# A whole cohort, a small one, a padded one, all others; chunks of two rounds.
+# A full cohort, a small one, a padded one, the others; chunks of two rounds.
 ROWS = [[0, 1], [0, 4], [3, -1], [2, 3], [1, 4]]
 
 
@@ -64,7 +64,7 @@ class HostTest(parameterized.TestCase):
     self.check_same(mapped=True, devices=None)
 
   @parameterized.parameters((False, None), (True, 2), (False, 2))
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_other_places_are_the_same(self, mapped, devices):
     self.check_same(mapped, devices)
 
@@ -89,8 +89,10 @@ class HostTest(parameterized.TestCase):
       self.assertIsInstance(leaf, np.memmap if mapped else np.ndarray)
 
   def test_the_device_holds_the_table_alone(self):
-    """Rows on the device are those of a chunk, however many clients there
-    are."""
+    """The number of rows on the device is that of a chunk.
+
+    It does not depend on the number of clients.
+    """
     sizes = [4] * 60
     data = problems.make_data(sizes)
     fed = make('scaffold', sizes=sizes, client_state='host')

@@ -1,4 +1,4 @@
-"""What goes together: the table of the docs, and that it is true."""
+"""Tests of combinations: the table in the documentation, and that it holds."""
 
 import pathlib
 
@@ -50,8 +50,10 @@ class TableTest(absltest.TestCase):
 
 
 class RunTest(parameterized.TestCase):
-  """Three rounds on a model with BatchNorm, in two settings that between them
-  have everything that the table has: they end finite, and as they should."""
+  """Runs three rounds of each method on a BatchNorm model, in two settings.
+
+  Together the settings cover all columns of the table. Results must be finite.
+  """
 
   @parameterized.parameters(*recipes.RECIPES)
   @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Compiler options for a CPU: where they apply, and where not."""
+"""Tests where compiler options for a CPU apply."""
 
 from unittest import mock
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fedftg_jax import compiling
 
-UNKNOWN = {'xla_no_such_option': True}  # whoever compiles with it is told
+UNKNOWN = {'xla_no_such_option': True}  # compiling with it raises an error
 
 
 class JitTest(absltest.TestCase):
@@ -31,7 +31,7 @@ class JitTest(absltest.TestCase):
     self.assertEqual(jax.jit(lambda x: double(x) + 1)(jnp.float32(3)), 7)
 
   def test_both_kinds_compile(self):
-    """With the options as users have them."""
+    """Uses the options that users have."""
     for options in (compiling.OFTEN, compiling.ONCE):
       with mock.patch.dict('os.environ', XLA_FLAGS=''):
         power = compiling.jit(lambda x, n: x**n, options, static_argnames='n')

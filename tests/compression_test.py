@@ -1,4 +1,4 @@
-"""What is trained with which codec, and what is said of it."""
+"""Tests which codecs are trained with, and what is reported."""
 
 import json
 import math
@@ -69,7 +69,8 @@ class RowsTest(parameterized.TestCase):
     self.assertEqual(line[header.index('final accuracy')], 'diverged')
 
   def test_gain(self):
-    """10 log10 of the ratio of distortions at the same rate, of one source."""
+    """The gain is 10 log10 of the ratio of distortions, of one source and
+    rate."""
     rows = [
       compression.Row(source, compression.Coding('uveqfed', rate, lattice), [])
       for source in ('a', 'b')
@@ -82,7 +83,7 @@ class RowsTest(parameterized.TestCase):
     self.assertAlmostEqual(compression.gain(rows[3], rows), 10.0, places=9)
     self.assertEqual(compression.gain(rows[5], rows), 0)
     self.assertTrue(math.isnan(compression.gain(rows[3], rows[3:])))
-    # The specification's numbers.
+    # Numbers from the specification.
     for lattice, limit in (
       ('z', 0),
       ('a2', 0.167),
@@ -145,7 +146,7 @@ class ProgramTest(parameterized.TestCase):
     self.assertBetween(lattice['rate'], 1.95, 2.1)
     self.assertLen((work / 'table.md').read_text().splitlines(), 2 + 5)
     self.assertGreater(Image.open(work / 'compression.png').size[0], 600)
-    # Again: nothing is trained.
+    # Run again: nothing is trained.
     status, out, _ = programs.call(compression, *args)
     self.assertEqual(status, 0)
     self.assertNotIn('round 3/3', out)

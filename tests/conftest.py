@@ -1,12 +1,13 @@
-"""What all tests share."""
+"""Settings and fixtures that all tests share."""
 
 import gc
 import os
 
-# Most of a test's time is compiling. Without LLVM's optimisation, and with
-# fusions emitted as before MLIR, it takes a third; who names a level gets that
-# and the rest as users have it. The variable is read when JAX is imported, here
-# and in the processes that tests start.
+# Most of a test's time is compiling. It takes a third without LLVM's
+# optimisation and without the MLIR emitters of fusions. If XLA_FLAGS names a
+# level, that level is used, and everything else is as users have it. The
+# variable is read when JAX is imported, here and in the processes that tests
+# start.
 if 'xla_backend_optimization_level' not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = ' '.join(
     [
@@ -17,25 +18,27 @@ if 'xla_backend_optimization_level' not in os.environ.get('XLA_FLAGS', ''):
     ]
   )
 
-gc.disable()  # a tenth of the time of tracing; modules end with a collection
+gc.disable()  # saves a tenth of tracing; each module ends with a collection
 
 from absl import flags
 
-# It defines flags, and TFDS imports it late: within a test's `flagsaver`, whose
-# end would take them away from the tests that follow.
+# It defines flags. TFDS would import it within a test's `flagsaver`, whose end
+# would remove the flags for the tests that follow.
 import jax
 import pytest
 
 # absltest's temporary folders need parsed flags, also under pytest.
 flags.FLAGS.mark_as_parsed()
 
-# For tests of several devices; whatever does not ask for them uses the first.
+# For tests of several devices; other tests use the first device.
 jax.config.update('jax_num_cpu_devices', 8)
 
 
 def pytest_configure(config):
-  """Many tests build the same program anew; it is compiled once, for all
-  workers and for the next time (`pytest --cache-clear` forgets)."""
+  """Sets up a compile cache that all workers and later runs share.
+
+  Many tests build the same program again. `pytest --cache-clear` empties it.
+  """
   jax.config.update(
     'jax_compilation_cache_dir', str(config.cache.mkdir('compiled'))
   )
@@ -44,8 +47,11 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True, scope='module')
 def forget_compiled():
-  """Frees a module's programs: each holds memory maps, of which the system
-  gives a process only so many (65,530; past that the compiler crashes)."""
+  """Frees the compiled programs of a module.
+
+  Each program holds memory maps, and the system gives a process only 65,530 of
+  them; beyond that the compiler crashes.
+  """
   yield
   jax.clear_caches()
   gc.collect()

@@ -1,4 +1,4 @@
-"""Data sets, partitions, augmentation and validation as a user meets them."""
+"""Tests data sets, partitions, augmentation and validation in the programs."""
 
 import json
 import os
@@ -82,7 +82,7 @@ class TrainTest(ProgramCase):
     data = experiment.problem.dataset
     np.testing.assert_array_equal(np.bincount(data.validation_y), [4, 4, 4])
     self.assertLen(data.train_y, 48)
-    # The figures are those of the model that is kept.
+    # The figures are those of the saved model.
     params = {}
     with np.load(self.folder / 'a' / 'params.npz') as file:
       for name in file.files:
@@ -102,11 +102,11 @@ class TrainTest(ProgramCase):
       self.assertAlmostEqual(
         last[f'validation_{name}'], float(scores[name]), places=5
       )
-    # Kept apart the same way where the partition is replayed from its file.
+    # The same examples are held out if the partition is read from its file.
     replay = f'--partition=file:{self.folder}/a/partition.npz'
     self.run_program(train, 'b', *changes, replay)
     self.assertEqual(self.rows('b'), self.rows('a'))
-    # Without it there are no such figures.
+    # Without validation there are no such figures.
     self.run_program(train, 'c')
     self.assertNotIn('validation_accuracy', self.rows('c')[-1])
 
@@ -128,7 +128,7 @@ class TrainTest(ProgramCase):
     held = np.array([*map(len, self.parts('a'))])
     np.testing.assert_array_equal(sizes['test'], -(-held // 4))
     np.testing.assert_array_equal(sizes['train'] + sizes['test'], held)
-    # The test set is that of the clients, whoever is asked.
+    # All figures are about the clients' test sets.
     clients = json.loads((self.folder / 'a' / 'clients.json').read_text())
     of_all = np.average(clients['accuracy']['broadcast'], weights=sizes['test'])
     last = self.rows('a')[-1]
@@ -136,7 +136,7 @@ class TrainTest(ProgramCase):
     for name in ('broadcast', 'personalised'):
       self.assertEqual(clients['test_examples'], sizes['test'].tolist())
       self.assertIn('weighted_mean', last['clients'][name])
-    # The written partition has the tests in it, as the program's has.
+    # The written partition includes the tests, as that of `partition` does.
     self.run_program(partition, 'p', *changes)
     for part, drawn in zip(self.parts('a'), self.parts('p')):
       np.testing.assert_array_equal(part, drawn)
@@ -179,7 +179,7 @@ class TrainTest(ProgramCase):
     self.assertNoCommonElements(
       config, ['num_clients', 'partition_seed', 'dirichlet_alpha']
     )
-    # Nobody vanishes where examples are taken away before.
+    # All clients remain if examples are taken away before.
     self.run_program(
       train,
       'b',
@@ -216,14 +216,15 @@ class TrainTest(ProgramCase):
     status, out, _ = call(train, *self.args, data, f'--workdir={self.folder}/a')
     self.assertEqual(status, 0)
     self.assertIn('already finished', out)
-    # One pixel is other data.
+    # A change of one pixel makes other data.
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(place)
     status, _, err = call(train, *self.args, data, f'--workdir={self.folder}/a')
     self.assertEqual(status, 2)
     self.assertIn('holds another configuration (dataset folder: ', err)
 
   def test_fingerprint_of_a_folder(self):
-    """Names, bytes, and where one file ends and the next begins."""
+    """It depends on names, bytes, and where one file ends and the next
+    begins."""
     found = []
     for i, content in enumerate(
       (
@@ -302,13 +303,13 @@ class PartitionTest(ProgramCase):
     self.assertGreater(
       Image.open(self.folder / 'p' / 'heatmap.png').size[0], 300
     )
-    # What was drawn is what training would draw, and takes.
+    # The partition is the one that training would draw, and it is accepted.
     self.run_program(train, 'a', '--size_sigma=1', '--partition_seed=2')
     self.run_program(
       train, 'b', f'--partition=file:{self.folder}/p/partition.npz'
     )
     self.assertEqual(self.rows('a'), self.rows('b'))
-    # Drawn again, the bytes are the same; anything else is refused.
+    # Drawn again, the bytes are the same; another partition is refused.
     before = (self.folder / 'p' / 'partition.npz').read_bytes()
     self.run_program(partition, 'p', '--size_sigma=1', '--partition_seed=2')
     self.assertEqual((self.folder / 'p' / 'partition.npz').read_bytes(), before)
@@ -348,7 +349,7 @@ class PartitionTest(ProgramCase):
     self.assertLen(self.parts('p'), 4)
 
   def test_measures_are_of_what_clients_get(self):
-    """Without what is public or kept for validation."""
+    """Public and validation examples are not included."""
     self.run_program(
       partition,
       'p',

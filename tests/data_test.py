@@ -1,4 +1,4 @@
-"""Schedules, clients as an index table, and what goes wrong."""
+"""Tests of schedules and of clients as an index table, with their errors."""
 
 import os
 
@@ -79,8 +79,10 @@ class SchedulesTest(parameterized.TestCase):
       np.testing.assert_array_equal(one, other)
 
   def test_all_at_work(self):
-    """Everybody but who drops out before its work; who arrives, and how far a
-    straggler comes, is as it was."""
+    """All clients train, except those that drop out before training.
+
+    Arrivals and stragglers do not change.
+    """
     rows = schedules.from_ids(np.array([[3, 0, -1], [1, 2, 4]]), 5)
     rows = rows._replace(
       arrived=rows.arrived & [[True, True, False], [True, False, False]],
@@ -101,7 +103,7 @@ class SchedulesTest(parameterized.TestCase):
     )
 
   def test_draws_do_not_depend_on_who_else_is_in(self):
-    """Client 3 in round 1 meets the same fate in a smaller cohort."""
+    """Client 3 in round 1 gets the same draws in a smaller cohort."""
     large = schedules.from_ids(np.tile(np.arange(8), (50, 1)), 10)
     small = schedules.from_ids(np.full((50, 2), [3, -1]), 10)
     full = np.full(10, 9)
@@ -113,14 +115,14 @@ class SchedulesTest(parameterized.TestCase):
 
   def test_stragglers(self):
     rows = schedules.exact(400, 10, 4, 0)
-    full = np.arange(1, 11)  # steps of each client
+    full = np.arange(1, 11)  # number of steps of each client
     slow = schedules.with_stragglers(rows, full, 0.6, 1)
     straggles = slow.num_steps < NO_LIMIT
     self.assertAlmostEqual(straggles.mean(), 0.6, delta=0.05)
     limit = np.broadcast_to(full[rows.client_id], slow.num_steps.shape)
     self.assertTrue((slow.num_steps[straggles] >= 1).all())
     self.assertTrue((slow.num_steps <= limit)[straggles].all())
-    for steps in (1, 5, 10):  # every number of steps occurs for client 9
+    for steps in (1, 5, 10):  # all of these occur for client 9
       self.assertIn(steps, slow.num_steps[(rows.client_id == 9) & straggles])
 
   @parameterized.parameters(schedules.exact, schedules.bernoulli)

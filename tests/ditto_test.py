@@ -1,4 +1,4 @@
-"""Ditto: the common model is FedAvg's, own models by hand."""
+"""Tests of Ditto: the common model is FedAvg's; own models by hand."""
 
 from absl.testing import absltest
 import chex
@@ -16,7 +16,8 @@ LAM, RATE = 0.7, 0.2
 
 class DittoTest(absltest.TestCase):
   def test_two_rounds(self):
-    """A step on all data in each; client 3 is absent from the second."""
+    """Each round is one step on all data; client 3 is absent from the
+    second."""
     with enable_x64(True):
       data = problems.make_data()
       solve = solvers.local_sgd(RATE, batch_size=15, epochs=1)

@@ -1,4 +1,4 @@
-"""The Python examples of the documents run, and their files exist."""
+"""Tests that the Python examples of the documents run, and that files exist."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""Scores of models and clients: plain loops, identities, numbers by hand."""
+"""Tests of scores: plain loops, identities, numbers computed by hand."""
 
 import functools
 from unittest import mock
@@ -18,7 +18,7 @@ from tests import problems
 
 KEY = jax.random.key(3)
 NET = problems.LINEAR
-# Another split of other examples; the third client has none.
+# A different split of other examples; the third client has none.
 TEST = problems.make_data((4, 6, 0, 9, 3), seed=1)
 
 
@@ -35,9 +35,9 @@ def _right(apply, variables, x, y):
   return jnp.argmax(apply(variables, x).logits, -1) == y
 
 
-@functools.cache  # several tests look at the same
+@functools.cache  # several tests use the same
 def evaluated(method, chunk=1, num_devices=None):
-  """After one round of the clients 1 and 3: (federation, state, scores)."""
+  """Returns (federation, state, scores) after one round of clients 1 and 3."""
   mesh = num_devices and stacking.make_mesh(num_devices)
   method = recipes.build(method, recipes.Settings(NET, problems.NUM_CLASSES))
   fed = problems.make(NET, method, mesh=mesh)
@@ -96,8 +96,10 @@ class ClientsTest(parameterized.TestCase):
     self.check_personalised('moon')
 
   def check_personalised(self, method):
-    """FedAvg of one client is that client's model; other methods' local models
-    are seen in the mean that a round reports."""
+    """FedAvg of one client equals that client's model.
+
+    The local models of other methods are seen in the reported mean of a round.
+    """
     fed, state, scores = evaluated(method)
     personalise = jax.jit(fed.personalise)
     for k in range(5):
@@ -114,7 +116,8 @@ class ClientsTest(parameterized.TestCase):
       )
 
   def test_personalised_is_plain_gradient_descent(self):
-    """With all examples of a client in one batch, their order is nothing."""
+    """All examples of a client are in one batch, so their order does not
+    matter."""
     solve = problems.solver(
       batch_size=20, epochs=3, weight_decay=0.0, clip_norm=None
     )
@@ -146,7 +149,7 @@ class ClientsTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_slots_on_the_host(self):
-    """Block by block, a last one that is not full included."""
+    """Clients are evaluated in blocks; the last block is not full."""
     method = recipes.build(
       'scaffold', recipes.Settings(NET, problems.NUM_CLASSES)
     )
@@ -172,7 +175,7 @@ class ClientsTest(parameterized.TestCase):
     self.check_chunk(2, 2)
 
   @parameterized.parameters((2, None), (0, None))
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_other_chunks_agree(self, chunk, num_devices):
     self.check_chunk(chunk, num_devices)
 
@@ -202,8 +205,10 @@ class ClientsTest(parameterized.TestCase):
 
 
 class PersonalTest(absltest.TestCase):
-  """A toy part: each client keeps the mean of the models that it trained, and
-  a constant answer, which is of another architecture."""
+  """A part in which each client keeps the mean of the models that it trained.
+
+  It also keeps a model with constant output, of another architecture.
+  """
 
   def part(self):
     def upload(view, local, objective, key):
@@ -276,7 +281,7 @@ class PersonalTest(absltest.TestCase):
       np.testing.assert_array_equal(
         got['personalised_always_1']['per_class'][k], classes == 1
       )
-      # Before the first participation all its logits are 0.
+      # All its logits are 0 before the client's first round.
       np.testing.assert_array_equal(
         got['always_1']['per_class'][k], classes == min(times[k], 1)
       )

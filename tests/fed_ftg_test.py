@@ -1,4 +1,4 @@
-"""FedFTG: the step against plain loops, identities, masks, label sampling."""
+"""Tests of FedFTG: plain loops, identities, masks, label sampling."""
 
 import functools
 
@@ -32,7 +32,7 @@ COUNTS = jnp.array([[4, 0, 2], [1, 3, 0], [2, 2, 0]])
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def teachers(model=problems.LINEAR, num=3):
-  """Models with weights and running statistics of their own."""
+  """Makes models with weights and running statistics of their own."""
   taught = jax.vmap(model.init)(jax.random.split(KEY, num))
   return taught._replace(
     stats=jax.tree.map(
@@ -92,7 +92,8 @@ def inputs(model=problems.LINEAR, num=3, batch_size=6, **settings):
 
 class FineTuneTest(parameterized.TestCase):
   def test_float32_against_float64(self):
-    """With SGD for the generator: Adam blows up the rounding of float32."""
+    """The generator uses SGD, because Adam amplifies rounding errors of
+    float32."""
     given = inputs(generator_optimizer=optax.sgd(0.01))
     single = jax.tree.map(np.asarray, fine_tune(**given)[:2])
     given = {
@@ -119,10 +120,11 @@ class FineTuneTest(parameterized.TestCase):
 
 
 class PlainLoopTest(parameterized.TestCase):
-  """A whole server step against Python loops, written from the spec.
+  """Compares a whole server step with Python loops that follow the spec.
 
-  BatchNorm models with statistics of their own, an absent teacher, two
-  iterations of two generator passes and two student steps, in float64.
+  BatchNorm models have statistics of their own, one teacher is absent, and
+  there are two iterations of two generator passes and two student steps, in
+  float64.
   """
 
   def reference(self, model, options, student, made, taught, counts, z, labels):
@@ -280,8 +282,8 @@ class PlainLoopTest(parameterized.TestCase):
         model, options, student, made, here, of_all, z, labels
       )
       made = after.inner if options.memory else after
-      # Adam's first steps divide a gradient by its own size: where it is zero
-      # but for rounding, the two differ by more.
+      # Adam's first steps divide a gradient by its own size. Where it is zero
+      # up to rounding, the two results differ by more.
       chex.assert_trees_all_close((tuned, made), want, atol=1e-8)
       if options.memory:
         np.testing.assert_allclose(
@@ -304,7 +306,7 @@ class RememberingTest(absltest.TestCase):
     )
 
   def test_one_more_teacher(self):
-    """The last one, with the rounded counts of earlier rounds; of any part."""
+    """It is the last teacher, with the rounded counts of earlier rounds."""
     seen = []
     part = base.Method(
       init=lambda key, variables: (5, ()),
@@ -335,7 +337,7 @@ class RememberingTest(absltest.TestCase):
     )
 
   def test_fed_df(self):
-    """FedDF with a memory learns from one teacher more, by hand."""
+    """FedDF with a memory learns from one more teacher, computed by hand."""
     options = fed_df.Options(generator_steps=1, student_steps=1, batch_size=6)
     plain = fed_df.fed_df(problems.LINEAR, GENERATOR, CLASSES, options)
     method = recipes.RECIPES['fed_df'].build(
@@ -386,7 +388,8 @@ class PiecesTest(parameterized.TestCase):
       np.testing.assert_array_equal(fixed, 0 * t)
 
   def test_student_gradient_is_that_of_the_weighted_kl_over_c(self):
-    """The spec's reading of the official loss: (1 / C) sum_k alpha_k KL_k."""
+    """The official loss, as the spec reads it, is (1 / C) sum_k alpha_k
+    KL_k."""
     with enable_x64(True):
       rng = np.random.RandomState(1)
       student, teacher = (
@@ -429,7 +432,7 @@ class PiecesTest(parameterized.TestCase):
     np.testing.assert_allclose(alpha.sum(0), 1, atol=1e-5)
     np.testing.assert_allclose(alpha[:, 0], [4 / 7, 1 / 7, 2 / 7], atol=1e-6)
     alpha = fed_ftg.class_weights(COUNTS, jnp.array([False, True, True]))
-    np.testing.assert_allclose(alpha[:, 2], 0)  # nobody left holds class 2
+    np.testing.assert_allclose(alpha[:, 2], 0)  # no teacher has class 2
     np.testing.assert_allclose(alpha[0], 0)
     uniform = fed_ftg.uniform_weights(COUNTS, jnp.array([True, False, True]))
     np.testing.assert_allclose(uniform, [[0.5] * 3, [0] * 3, [0.5] * 3])
@@ -440,8 +443,8 @@ class PiecesTest(parameterized.TestCase):
     st.integers(0, 2**31 - 1),
   )
   def test_quota_labels(self, counts, seed):
-    """Counts are exact where products pass 2**32, and no class that nobody has
-    is drawn."""
+    """Counts are exact even if products exceed 2**32; absent classes get
+    none."""
     hypothesis.assume(sum(counts))
     num = 500
     labels = jax.jit(distillation.quota_labels, static_argnums=2)(
@@ -464,8 +467,8 @@ class PiecesTest(parameterized.TestCase):
     np.testing.assert_array_equal(np.bincount(labels), [4, 4, 4])
 
   def test_presets(self):
-    """The options by name are those of the functions; the code's are
-    defaults."""
+    """The options by name match those of the functions; defaults are the
+    code's."""
     self.assertEqual(recipes.ftg_options('official'), recipes.FtgOptions())
     of = lambda name: recipes.ftg_options(name)._asdict()
     changed = lambda name: {
@@ -512,7 +515,8 @@ class PiecesTest(parameterized.TestCase):
       )
 
   def test_no_option_is_ignored(self):
-    """A rate is in the optimiser; elsewhere it is no argument."""
+    """A learning rate belongs to the optimiser and is not accepted
+    elsewhere."""
     given = inputs()
     given.pop('model'), given.pop('settings'), given.pop('arrived')
     with self.assertRaises(TypeError):
@@ -530,8 +534,10 @@ class PiecesTest(parameterized.TestCase):
 
 class DiagnosticsTest(parameterized.TestCase):
   def test_by_hand(self):
-    """Two images: one recognised as asked for, one halved between two classes
-    by an ensemble whose weights sum to a half."""
+    """One image is recognised as requested, one is split between two classes.
+
+    The ensemble's weights sum to a half.
+    """
     target = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.25, 0.25]])
     uniform, exact = (
       jnp.zeros((2, 3)),
@@ -548,8 +554,8 @@ class DiagnosticsTest(parameterized.TestCase):
       np.testing.assert_allclose(measured[name], want, atol=1e-6, err_msg=name)
 
   def test_of_round(self):
-    """Means over iterations and, where there are any, the teachers that
-    came."""
+    """Means are over iterations and, for some, over the teachers that
+    arrived."""
     by_name = {
       'cls': jnp.array([[[1.0, 9.0, 3.0]], [[3.0, 9.0, 5.0]]]),
       'gap': jnp.array([1.0, 2.0]),
@@ -578,7 +584,7 @@ class DiagnosticsTest(parameterized.TestCase):
     )
     self.assertEqual(measured['gap'].shape, (2,))
     self.assertTrue((measured['gap_left'] < measured['gap']).all())
-    # The student's loss is the gap and the entropy, before its first step.
+    # Before its first step, the student's loss is the gap plus the entropy.
     np.testing.assert_allclose(
       measured['gap'] + measured['ensemble_entropy'],
       measured['student'][:, 0],
@@ -635,7 +641,7 @@ class InARoundTest(parameterized.TestCase):
     chex.assert_trees_all_equal(info.models['fine_tuned'], state.variables)
 
   def test_learning_rates_follow_the_round(self):
-    """Both optimisers as functions of it: nothing moves in round 0."""
+    """Both optimisers are functions of the round, with rate 0 in round 0."""
     part = self.part(
       student_lr=lambda r: 0.1 * r,
       generator_lr=lambda r: 0.1 * r,

@@ -1,4 +1,4 @@
-"""The engine: one round against a plain loop, masks, resume, traces, errors."""
+"""Tests of the engine: plain loops, masks, resuming, traces, errors."""
 
 from typing import NamedTuple
 
@@ -20,8 +20,7 @@ KEY = jax.random.key(7)
 
 
 def counter():
-  """A method whose client slot counts participations, whose server slot
-  rounds."""
+  """Makes a method whose slots count a client's rounds and the server's."""
   return base.Method(
     init=lambda key, variables: (jnp.zeros(()), jnp.zeros(2)),
     upload=lambda view, local, objective, key: (view.own + 1, ()),
@@ -34,9 +33,9 @@ def counter():
 
 
 def sequential_round(model, variables, data, limits, key, round_, settings):
-  """FedAvg as a plain Python loop over clients and steps, batches unpadded.
+  """Runs FedAvg as a plain Python loop over clients and steps, without padding.
 
-  `limits` are the most steps that each client of the cohort takes.
+  `limits` are the largest numbers of steps of the cohort's clients.
   """
   total = sum(int(data.count[k]) for k in limits)
   mean = jax.tree.map(jnp.zeros_like, variables)
@@ -89,7 +88,8 @@ class RoundTest(parameterized.TestCase):
     self.check_sequential(problems.LINEAR)
 
   def check_sequential(self, model):
-    """Two rounds; unequal clients, partial batches, a straggler, padding."""
+    """Compares two rounds: unequal clients, partial batches, straggler,
+    padding."""
     settings = dict(epochs=2, clip=0.5, decay=1e-2, lr=0.1, lr_decay=0.9)
     with enable_x64(True):
       data = problems.make_data()
@@ -120,7 +120,7 @@ class RoundTest(parameterized.TestCase):
     self.check_chunk(2)
 
   @parameterized.parameters(1, 4, 5, 7)
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_other_client_chunks(self, chunk):
     self.check_chunk(chunk)
 
@@ -132,7 +132,7 @@ class RoundTest(parameterized.TestCase):
     chex.assert_trees_all_close(a, b, atol=1e-6)
 
   def test_absent_clients_keep_their_slots(self):
-    """Bitwise, after a round that all took part in."""
+    """They are the same bits, after a round in which all took part."""
     fed = problems.make(
       method=base.chain(fed_avg.fed_avg(), counter()), uplink=optax.trace(0.5)
     )
@@ -150,7 +150,7 @@ class RoundTest(parameterized.TestCase):
         self.assertEqual(np.array_equal(new[k], old[k]), k not in (0, 3))
 
   def test_what_the_absent_would_send_is_zero(self):
-    """Also where it would be no number: a message of 1 / steps."""
+    """This holds even for a message of 1 / steps, which would not be finite."""
     method = base.Method(
       upload=lambda view, local, objective, key: (
         view.own,
@@ -251,7 +251,8 @@ class RoundTest(parameterized.TestCase):
     self.assertLess(metrics['train_loss'][1], metrics['train_loss'][0])
 
   def test_uniform_weighting(self):
-    """The mean of equal weights of what each client alone would give."""
+    """The result is the unweighted mean of what each client alone would
+    give."""
     fed = problems.make(weighting='uniform')
     state = fed.init(KEY)
     step = fed.round
@@ -275,7 +276,7 @@ class RoundTest(parameterized.TestCase):
     chex.assert_trees_all_close(a.variables, b.variables, atol=1e-6)
 
   def test_models_that_are_one(self):
-    """The average is what FedAvg broadcasts, but not what momentum does."""
+    """The average is the broadcast model for FedAvg, but not with momentum."""
     for optimizer, want in (
       (None, {'average': 'broadcast'}),
       (optax.sgd(1.0), {}),
@@ -312,7 +313,7 @@ class RoundTest(parameterized.TestCase):
     self.assertEqual(metrics['bits_up'].dtype, np.int64)
 
   def test_bits_of_a_codec(self):
-    """What its state says, and how far it is from what it was given."""
+    """They are what its state says, and the distortion is reported."""
 
     def update(updates, state, params=None, **_):
       del params
@@ -336,7 +337,7 @@ class RoundTest(parameterized.TestCase):
       )
 
   def test_who_worked_and_did_not_arrive(self):
-    """It keeps what it learnt; nobody hears of it."""
+    """The client keeps its new slot, and the server receives nothing."""
     fed = problems.make(method=base.chain(fed_avg.fed_avg(), counter()))
     state = fed.init(KEY)
     cohort = problems.row([0, 1, 2], arrived=[True, False, False])
@@ -350,7 +351,7 @@ class RoundTest(parameterized.TestCase):
     self.assertEqual(info.metrics['bits_up'].tolist()[1:], [0] * 4)
 
   def test_who_worked_in_a_schedule(self):
-    """Through `run`, with a chunk that is padded, as in single rounds."""
+    """`run`, with a padded chunk, equals single rounds."""
     fed = problems.make(method=base.chain(fed_avg.fed_avg(), counter()))
     rows = problems.schedule([[4, 0, 1], [1, 2, -1], [0, 1, 2]])
     arrived = rows.arrived & (rows.client_id != 1)
@@ -378,7 +379,7 @@ class RoundTest(parameterized.TestCase):
       self.assertEqual(state.shared[1], float(always))
 
   def test_rounds_that_select_nobody(self):
-    """They count as rounds; those that fill up a chunk do not."""
+    """They count as rounds; the padding of a chunk does not."""
     ids = np.array([[0, 1], [5, 5], [2, 3]])
     rows = base.Cohort(ids, True, base.NO_LIMIT)
     want = None
@@ -399,7 +400,7 @@ class RoundTest(parameterized.TestCase):
       chex.assert_trees_all_equal(state.variables, want)
 
   def test_what_is_sent_is_what_is_seen(self):
-    """Each client is sent its own model; the average is of what came back."""
+    """Each client is sent its own model; the average is that of the results."""
     seen = {}
     method = base.chain(
       fed_avg.fed_avg(),
@@ -458,7 +459,7 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(metrics['train_loss'].shape, (5,))
 
   def test_one_trace(self):
-    """Chunks, a last partial chunk and a second run share one trace."""
+    """Chunks, a partial last chunk and a second run share one trace."""
     model = problems.LINEAR
     chex.clear_trace_counter()
     traced = chex.assert_max_traces(n=1)(model.apply)
@@ -480,7 +481,8 @@ class RunTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_memory_grows_with_the_clients_that_are_stacked(self):
-    """And not with the cohort, where a chunk bounds how many that are."""
+    """It does not grow with the cohort if a chunk limits the stacked
+    clients."""
 
     def work_space(cohort, client_chunk):
       data = problems.make_data([20] * cohort)
@@ -498,7 +500,7 @@ class RunTest(parameterized.TestCase):
     self.assertLess(capped[1], of_8)
 
   def test_slots_that_hold_the_model(self):
-    """A slot may be the very arrays of the model; the state is donated."""
+    """A slot may hold the model's own arrays, although the state is donated."""
     method = base.Method(init=lambda key, v: (v.params, v.params))
     fed = problems.make(method=base.chain(fed_avg.fed_avg(), method))
     federation.run(

@@ -1,4 +1,4 @@
-"""The flags of methods: made of their functions, and as users know them."""
+"""Tests of the methods' flags, which are made from their functions."""
 
 import inspect
 
@@ -74,7 +74,7 @@ class FlagsTest(parameterized.TestCase):
 
   @parameterized.parameters(*recipes.RECIPES)
   def test_every_argument_is_given_or_an_option(self, method):
-    """Otherwise the function would lack it, or nobody could set it."""
+    """Other arguments could not be set."""
     recipe = recipes.RECIPES[method]
     any_more = inspect.Parameter.VAR_KEYWORD
     for name, argument in inspect.signature(recipe.function).parameters.items():

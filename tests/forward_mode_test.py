@@ -1,4 +1,4 @@
-"""Forward mode (`jax.jvp`) through rounds and convolutions, in float64."""
+"""Tests of forward mode (`jax.jvp`) through rounds, in float64."""
 
 import functools
 
@@ -22,7 +22,7 @@ def step(tree, direction, size):
 
 
 def relative_gap(tree, other):
-  """Largest difference over the largest value of `other`."""
+  """Computes the largest difference over the largest value of `other`."""
   gap, scale = (
     max(float(jnp.abs(a).max()) for a in jax.tree.leaves(t))
     for t in (step(tree, other, -1.0), other)
@@ -31,8 +31,10 @@ def relative_gap(tree, other):
 
 
 def round_along(fed):
-  """Makes a round and the derivative of the new model in the one before, one
-  program for both: (state, cohort, direction) -> (new state, tangent)."""
+  """Makes one program for a round and its derivative along a direction.
+
+  It maps (state, cohort, direction) to (new state, tangent of the new model).
+  """
   data = problems.make_data()._replace(public=methods_test.PUBLIC)
 
   @jax.jit
@@ -51,7 +53,7 @@ def round_along(fed):
 
 
 def lenet(norm='none'):
-  """With the convolutions of the CPU, whose gradients are written by hand."""
+  """Builds a lenet with the CPU's convolutions, with hand-written gradients."""
   model = models.build(
     'lenet', problems.IMAGE_SHAPE, problems.NUM_CLASSES, norm=norm
   )
@@ -79,11 +81,13 @@ TRAIN, GENERATE = (
 
 
 class RoundTest(parameterized.TestCase):
-  """The new model's derivative in the one before, along a direction."""
+  """The derivative of the new model in the previous one, along a direction."""
 
   def check(self, row, *parts, ids=methods_test.Contract.IDS[0]):
-    """Against central differences, in the second round; `parts` are a model and
-    a generator."""
+    """Compares with central differences, in the second round.
+
+    `parts` are a model and a generator.
+    """
     with enable_x64(True):
       _, _, fed = methods_test.build(row, *parts)
       along = round_along(fed)
@@ -94,7 +98,7 @@ class RoundTest(parameterized.TestCase):
       )
       state, _ = along(state, cohort, direction)
       _, tangent = along(state, cohort, direction)
-      small = 1e-8  # few kinks (of |x|, of a clip) lie within
+      small = 1e-8  # few kinks (of |x|, of a clip) are within this distance
       above, below = (
         along(
           state._replace(variables=step(state.variables, direction, size)),
@@ -112,11 +116,11 @@ class RoundTest(parameterized.TestCase):
     self.check(ROWS['fed_prox'])
 
   def test_convolutions(self):
-    """In training, and in networks that are frozen."""
+    """Covers training and frozen networks."""
     self.check(ROWS['moon'], lenet())
 
   @parameterized.parameters(*(name for name in TRAIN if name != 'moon'))
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_convolutions_of_others(self, name):
     row = ROWS[name]
     norm = 'none' if row.policy == 'aggregate' else 'batch'
@@ -129,20 +133,22 @@ class RoundTest(parameterized.TestCase):
       if not name.endswith('+fed_ftg') or name == 'scaffold+fed_ftg'
     )
   )
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_dense_generator(self, name):
     self.check(ROWS[name])
 
   @parameterized.parameters(
     ('fed_avg+fed_ftg', None), ('fed_avg+fed_ftg', 'im2col'), ('fed_df', None)
   )
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_convolutions_of_a_generator(self, name, conv):
     self.check(ROWS[name], problems.make_model(), image_generator(conv))
 
   def test_no_gradient(self):
-    """The generator has none for classes that the cohort lacks, where Adam has
-    a derivative by its `eps_root`."""
+    """The generator has no gradient for classes that the cohort lacks.
+
+    There Adam has a derivative because of its `eps_root`.
+    """
     options = {'fed_ftg': {**methods_test.FTG, 'eps_root': 1e-12}}
     row = ROWS['fed_avg+fed_ftg']._replace(options=options)
     self.check(row, ids=[2, -1, -1, -1])  # one example
@@ -157,8 +163,10 @@ class RoundTest(parameterized.TestCase):
 class ServerAdamTest(parameterized.TestCase):
   @parameterized.parameters(0.0, 1e-12)
   def test_no_change(self, eps_root):
-    """Where the mean change is 0, Adam's derivative is taken to be 0, or what
-    `eps_root` makes of it; its steps are those of optax."""
+    """Where the mean change is 0, Adam's derivative is 0 or that of `eps_root`.
+
+    Its steps equal those of optax.
+    """
     adam = recipes.server_optimizer('adam', 0.1, eps_root)
     plain = optax.adam(0.1, eps=1e-3, eps_root=eps_root)
 
@@ -182,7 +190,7 @@ class ConvolutionTest(parameterized.TestCase):
     implementation=convolution.IMPLEMENTATIONS, enlarged=(False, True)
   )
   def test_hessian_vector_product(self, implementation, enlarged):
-    """Forward over reverse, through the rules that are written by hand."""
+    """Differentiates forward over reverse, through the hand-written rules."""
     with enable_x64(True):
       size = 3 if enlarged else 5
       x = jax.random.normal(KEY, (2, 8, 8, 16))
@@ -206,8 +214,10 @@ class ConvolutionTest(parameterized.TestCase):
 
   @parameterized.parameters('winograd', 'blocked', 'matmul')
   def test_frozen(self, implementation):
-    """Those whose gradients are written by hand pass where none is taken, if
-    the network is said to be frozen; its values are the same."""
+    """Convolutions with hand-written gradients pass within `frozen`.
+
+    Their values are the same.
+    """
     with enable_x64(True):
       x = jax.random.normal(KEY, (2, 4, 4, 16))
       kernel = jax.random.normal(KEY, (3, 3, 16, 24))
@@ -221,7 +231,7 @@ class ConvolutionTest(parameterized.TestCase):
 
   @parameterized.parameters('im2col', 'slices', 'lax')
   def test_without_a_gradient(self, implementation):
-    """Those whose gradients are left to JAX pass by themselves, too."""
+    """Convolutions whose gradients JAX derives pass by themselves, too."""
     with enable_x64(True):
       x = jax.random.normal(KEY, (2, 4, 4, 16))
       for size in (1, 3):

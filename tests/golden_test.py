@@ -1,7 +1,7 @@
-"""The official PyTorch code's numbers, reproduced.
+"""Reproduces numbers of the official PyTorch code.
 
-`golden/fedftg.npz` holds inputs and what the official code made of them, in
-PyTorch's layouts: images NCHW, convolutions OIHW, linear weights (out, in).
+`golden/fedftg.npz` holds inputs and what the official code computed from them,
+in PyTorch's layouts: images NCHW, convolutions OIHW, linear weights (out, in).
 """
 
 import functools
@@ -44,7 +44,7 @@ _FILE = np.load(pathlib.Path(__file__).parent / 'golden' / 'fedftg.npz')
 
 
 def golden(prefix):
-  """All arrays under `prefix/`, by the rest of their names."""
+  """Returns all arrays under `prefix/`, by the rest of their names."""
   return {
     k[len(prefix) + 1 :]: _FILE[k]
     for k in _FILE.files
@@ -58,12 +58,12 @@ _ZOO = np.load(pathlib.Path(__file__).parent / 'golden' / 'zoo.npz')
 
 
 def images(x):
-  """NCHW to NHWC."""
+  """Converts NCHW to NHWC."""
   return jnp.asarray(np.moveaxis(x, 1, -1))
 
 
 def linear_model():
-  """Softmax regression on channel-major pixels, parameters (out, in)."""
+  """Builds softmax regression on channel-major pixels, parameters (out, in)."""
 
   def apply(variables, x, mask=None, train=False):
     del mask, train
@@ -81,7 +81,7 @@ def linear(weight, bias):
 
 
 def generator_variables(tree, width, size):
-  """The official generator's state_dict as our variables."""
+  """Converts the official generator's state_dict to our variables."""
 
   def channel_last(a):  # rows are (width, size, size), ours (size, size, width)
     return np.moveaxis(a.reshape(width, size, size, -1), 0, 2).reshape(
@@ -301,14 +301,14 @@ class GeneratorTest(absltest.TestCase):
 
 
 def local_problem():
-  """The shared linear problem of the local-training arrays."""
+  """Returns the linear problem that the local-training arrays share."""
   g = golden('ghij')
   data = clients.from_partition(g['X'], g['Y'], [np.arange(len(g['Y']))])
   return data, linear(g['W_start'], g['b_start'])
 
 
 def flat(vector):
-  """[W.ravel(), b] as parameters of the linear problem."""
+  """Flattens parameters of the linear problem to [W.ravel(), b]."""
   return {
     'W': jnp.asarray(vector[:15], float).reshape(3, 5),
     'b': jnp.asarray(vector[15:], float),
@@ -316,12 +316,12 @@ def flat(vector):
 
 
 def start_at(variables):
-  """A part that puts the clients' start elsewhere than what they received."""
+  """Makes a part with which clients start from other variables."""
   return base.Method(start=lambda view, key: variables)
 
 
 class NotTrueTest(parameterized.TestCase):
-  """FedNTD's official loss, and the one of all classes derived from it."""
+  """FedNTD's official loss, and the loss of all classes derived from it."""
 
   @parameterized.parameters(
     (1.0, 1.0, 4.8874500887), (3.0, 1.0, 5.9730347153), (2.0, 0.5, 4.3804273736)
@@ -336,8 +336,8 @@ class NotTrueTest(parameterized.TestCase):
       not_true = losses.not_true_divergence(own, teacher, labels, tau)
       total = cross_entropy + beta * jnp.mean(not_true)
       np.testing.assert_allclose(total, want, atol=1e-9)
-      # By a constant in the true class nothing changes; of two classes none is
-      # left to compare.
+      # A constant added to the true class changes nothing. With two classes
+      # there is no pair left to compare.
       shifted = own + 7 * jax.nn.one_hot(labels, 10)
       np.testing.assert_allclose(
         losses.not_true_divergence(shifted, teacher, labels, tau),
@@ -381,7 +381,10 @@ class NotTrueTest(parameterized.TestCase):
 
 
 def feature_generator(prefix):
-  """FedGen's generator, (params, stats), of a state_dict under `prefix`."""
+  """Converts a state_dict under `prefix` to FedGen's generator.
+
+  Returns (params, stats).
+  """
   get = lambda name: jnp.asarray(_GEN[f'fedgen/{prefix}/{name}'], float)
   stats = {}
   if f'fedgen/{prefix}/fc_layers.1.running_mean' in _GEN.files:
@@ -403,7 +406,7 @@ def feature_generator(prefix):
 
 
 def fedgen_net(prefix):
-  """The official client's net of a state_dict under `prefix`."""
+  """Converts a state_dict under `prefix` to the official client's network."""
   get = lambda name: jnp.asarray(_GEN[f'fedgen/{prefix}/{name}'], float)
   params, stats = {}, {}
   for i, conv, norm in ((0, 0, 1), (1, 4, 5)):
@@ -423,7 +426,7 @@ def fedgen_net(prefix):
         'var': get(f'layers.{norm}.running_var'),
       }
     }
-  # Ours are (2, 2, 16) with channels last, theirs (16, 2, 2).
+  # Our features are (2, 2, 16) with channels last, theirs (16, 2, 2).
   first = linear_layer(get, 'layers.9')
   kernel = first['linear']['kernel'].reshape(16, 2, 2, 32)
   first['linear']['kernel'] = jnp.moveaxis(kernel, 0, 2).reshape(64, 32)
@@ -438,8 +441,10 @@ def linear_layer(get, name):
 
 
 class FedGenTest(parameterized.TestCase):
-  """The official server and client steps; the arrays of its float32 run, and,
-  derived, gradients in float64."""
+  """The official server and client steps.
+
+  The arrays are those of its float32 run, and gradients derived in float64.
+  """
 
   HEAD = base.Head(
     lambda variables: variables.params,
@@ -515,7 +520,7 @@ class FedGenTest(parameterized.TestCase):
         )
 
   def test_student_term(self):
-    """The released code's KL takes the mean over batch and classes."""
+    """The released code's KL is a mean over batch and classes."""
     get = lambda name: jnp.asarray(_GEN[f'fedgen/student/{name}'])
     student = jax.tree.map(lambda a: a[0], self.heads('global'))
     divergence = losses.kl_divergence(
@@ -544,7 +549,7 @@ class FedGenTest(parameterized.TestCase):
       )
 
   def test_client_step(self):
-    """One step of SGD of the official client, its net with max pooling."""
+    """One SGD step of the official client, whose network has max pooling."""
     with enable_x64(True):
       get = lambda name: jnp.asarray(_GEN[f'fedgen/client/{name}'], float)
       model = models.from_flax(
@@ -681,7 +686,7 @@ class CurvatureTest(absltest.TestCase):
 
 
 class StatisticsGapTest(absltest.TestCase):
-  """What Fed-ZDA matches, as derived from its formulas, in float64."""
+  """The gaps that Fed-ZDA minimises, derived from its formulas, in float64."""
 
   def test_values_and_gradient(self):
     with enable_x64(True):
@@ -749,7 +754,7 @@ class RecombinationTest(absltest.TestCase):
       models.build('lenet', (8, 8, 1), 3, norm='batch').init, jax.random.key(0)
     )
     self.assertEqual(different(fed_mr.permutations(key, lenet, 6, 'module')), 4)
-    # Each model comes to each place as often.
+    # Each model gets to each position equally often.
     first = np.array(
       [
         fed_mr.permutations(jax.random.fold_in(key, i), (0.0,), 3)[0]
@@ -881,10 +886,11 @@ class LocalTrainingTest(parameterized.TestCase):
 
 
 class RoundsTest(parameterized.TestCase):
-  """Three rounds of the official outer loops, unequal clients."""
+  """Three rounds of the official outer loops with unequal clients."""
 
   def models_after(self, method, weighting, steps=None, model=linear_model()):
-    """Broadcast, average and all clients' last models after each round."""
+    """Returns broadcast, average and all clients' last models after each
+    round."""
     g = golden('w')
     num_clients = 4
     x = [g[f'x{k}'] for k in range(num_clients)]

@@ -1,4 +1,4 @@
-"""--help: groups, one line a flag, all flags of a method, everything."""
+"""Tests of --help: groups, one line per flag, methods, everything."""
 
 import contextlib
 import importlib
@@ -16,7 +16,7 @@ from fedftg_jax.system import help as help_
 
 
 def call(program, *args):
-  """Exit status, stdout and stderr of a program that is asked for help."""
+  """Returns status, stdout and stderr of a program that is asked for help."""
   out, err = io.StringIO(), io.StringIO()
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     try:

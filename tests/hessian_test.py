@@ -1,4 +1,4 @@
-"""Curvature: identities, and the program on the folder of a run."""
+"""Tests of curvature: identities, and the program on the folder of a run."""
 
 import pathlib
 import shutil

@@ -1,4 +1,4 @@
-"""The program `influence`: flags, what runs come to, files, errors."""
+"""Tests of the program `influence`: flags, results, files, errors."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ class FlipTest(parameterized.TestCase):
       labels, PARTS, 4, share=share, num_clients=1, seed=3
     )
     (client,) = clients
-    self.assertIn(client, (0, 2))  # the other has no examples
+    self.assertIn(client, (0, 2))  # the other client has no examples
     wrong = np.flatnonzero(found != labels)
     self.assertLen(wrong, round(share * len(PARTS[client])))
     self.assertTrue(np.isin(wrong, PARTS[client]).all())
@@ -68,7 +68,7 @@ class FlipTest(parameterized.TestCase):
 
 
 def score(loss, own=(0.1, 0.2, 0.3, 0.4)):
-  """A row of metrics.jsonl."""
+  """Makes a row of metrics.jsonl."""
   return {
     'round': 2,
     'influence': {
@@ -131,7 +131,7 @@ class ResultsTest(parameterized.TestCase):
     self.assertLen(next(iter(results.panels(summary).values())), 7)
 
   def test_constant(self):
-    """A client's influence is 0 for all, as where nobody was selected."""
+    """All influences are 0, as when no client was selected."""
     self.assertEqual(
       results.agreement([0.0, 0.0], [0.0, 1.0]),
       {'pearson': None, 'spearman': None, 'error': 1.0},
@@ -231,7 +231,7 @@ class ProgramTest(parameterized.TestCase):
       self.assertNotIn('round 1/', out)
 
   def test_train_goes_on(self):
-    """A run that tracks clients is continued from its checkpoint."""
+    """A run that tracks clients continues from its checkpoint."""
     args = [*self.args, '--track=0,2', '--checkpoint_every=1']
     for rounds in (1, 2):
       status, out, err = programs.call(train, *args, f'--rounds={rounds}')
@@ -250,7 +250,7 @@ class ProgramTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_fed_ftg_and_the_stage_of_the_clients(self):
-    """What is carried on through the server's step, or around it."""
+    """Influence is carried through the server's step, or around it."""
     args = [
       *self.args,
       '--method=fed_ftg',

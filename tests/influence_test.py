@@ -1,4 +1,4 @@
-"""Influence of clients: against retraining, golden arrays and identities.
+"""Tests of influence: retraining, golden arrays and identities.
 
 `golden/influence.npz` is brute force in NumPy on quadratics: leave-one-out
 retraining (`fi_*`), and layer-wise truncation (`lw_*`).
@@ -37,8 +37,8 @@ ALL = range(len(problems.SIZES))
 
 
 def quadratic(hessian, linear, join):
-  """The local objective of client k becomes w' H_k w / 2 - b_k w, and what
-  penalties it had."""
+  """Replaces the loss of client k by w' H_k w / 2 - b_k w plus its
+  penalties."""
 
   def train(inner, objective, view, key):
     del key
@@ -58,7 +58,7 @@ def quadratic(hessian, linear, join):
 
 
 class Quadratic:
-  """A federation whose rounds are linear in the state, in golden numbers."""
+  """A federation whose rounds are linear in the state, with golden numbers."""
 
   def __init__(self, hessian, linear, sizes, start, rate, steps):
     """`start`: parameters by name."""
@@ -95,7 +95,7 @@ class Quadratic:
     )
 
   def run(self, fed, schedule):
-    """(models [T, P], their changes [C, T, P], states)."""
+    """Returns (models [T, P], their changes [C, T, P], states)."""
     states = []
     federation.run(
       fed,
@@ -113,7 +113,7 @@ class Quadratic:
 
 @functools.cache
 def full():
-  """The golden problem with every client in every round."""
+  """Builds the golden problem with every client in every round."""
   rate = jnp.asarray(GOLDEN['fi_eta'])
   return Quadratic(
     GOLDEN['fi_H'],
@@ -126,8 +126,10 @@ def full():
 
 
 def partial_schedule():
-  """Sole participants, a client that never comes (its id is 1), dropouts, one
-  of which has worked."""
+  """Makes a schedule with sole participants, an absent client and dropouts.
+
+  The absent client has id 1. One of the dropouts has trained.
+  """
   schedule = schedules.from_ids(
     np.array(
       [[0, 2, 3], [2, -1, -1], [0, 3, -1], [3, -1, -1], [0, 2, -1], [0, 2, 3]]
@@ -159,8 +161,10 @@ class GoldenTest(parameterized.TestCase):
       np.testing.assert_allclose(changes, eps, atol=1e-12)
 
   def test_what_approximations_miss(self):
-    """So that no check passes with them: relative errors in the end as the
-    brute force has them."""
+    """The relative errors at the end are those of the brute force.
+
+    No other check would pass with them.
+    """
     true = GOLDEN['fi_full_eps_true'][:, -1]
     for name, low, high in (
       ('firstorder', 0.022, 0.064),
@@ -203,7 +207,7 @@ class GoldenTest(parameterized.TestCase):
 
 
 class RetrainingTest(parameterized.TestCase):
-  """Where a round is linear in the state, the estimate is retraining."""
+  """If a round is linear in the state, the estimate equals retraining."""
 
   def check(self, *parts, weighting='examples'):
     with enable_x64(True):
@@ -219,7 +223,7 @@ class RetrainingTest(parameterized.TestCase):
       np.testing.assert_allclose(models, again, atol=1e-13)
       np.testing.assert_allclose(changes, true, atol=1e-10)
       self.assertGreater(np.abs(true[[0, 2, 3], -1]).min(), 1e-3)
-      # All of the state, slots of clients included.
+      # The whole state, including clients' slots.
       plain = influence.untracked(state)
       estimated = jax.tree.map(
         lambda a, e: a + e, plain, state.shared.tracked.change
@@ -227,7 +231,7 @@ class RetrainingTest(parameterized.TestCase):
       chex.assert_trees_all_close(
         estimated, other.shared.tracked.states, atol=1e-10
       )
-      # Who never comes changes nothing at all.
+      # A client that never takes part has no influence at all.
       for leaf in jax.tree.leaves(state.shared.tracked.change):
         np.testing.assert_array_equal(leaf[1], 0)
 
@@ -253,7 +257,7 @@ class RetrainingTest(parameterized.TestCase):
 
 
 def softmax(kind='exact', method=(), **changes):
-  """Softmax regression on small images; full batches unless asked."""
+  """Builds softmax regression on small images, with full batches by default."""
   return problems.make(method=_chain(kind, *method), solve=_solver(**changes))
 
 
@@ -280,7 +284,8 @@ ROWS = [[0, 1, 4], [2, 3, 4], [0, 2, 1]]
 
 class IdentityTest(parameterized.TestCase):
   def test_sum_rule(self):
-    """Sum over the cohort of (1 - a_c) of what c's absence changes is 0."""
+    """The sum over the cohort of (1 - a_c) times the effect of c's absence
+    is 0."""
     with enable_x64(True):
       fed = influence.tracking(softmax(batch_size=5), ALL)
       state = run(fed, [[0, 1, 4]])
@@ -316,7 +321,7 @@ class IdentityTest(parameterized.TestCase):
       chex.assert_trees_all_close(found, state, rtol=1e-6)
 
   def test_subset_chunks_batches_and_seeds(self):
-    """All give what one by one gives."""
+    """All give the same as one client at a time."""
     with enable_x64(True):
       fed = softmax(batch_size=5)
       tracked = influence.tracking(fed, ALL)
@@ -377,7 +382,7 @@ class IdentityTest(parameterized.TestCase):
     self.assertEqual(scan._cache_size(), before + 1)
 
   def test_on_test(self):
-    """Differences of evaluations, of both kinds of slots."""
+    """Values are differences of evaluations, for both kinds of slots."""
     x, y = problems.DATA.x[:20], problems.DATA.y[:20]
     for make in influence.tracking, influence.retraining:
       state = run(make(softmax(batch_size=5), [0, 3, 4]), ROWS)
@@ -411,8 +416,10 @@ class IdentityTest(parameterized.TestCase):
 
 
 class CurvatureTest(parameterized.TestCase):
-  """The derivative of local training by hand: full batches of softmax
-  regression, a penalty, weight decay."""
+  """The derivative of local training by hand, for softmax regression.
+
+  Batches are full, and there are a penalty and weight decay.
+  """
 
   @parameterized.parameters('blocks', 'fisher', 'first_order')
   def test_products(self, kind):
@@ -474,16 +481,19 @@ class CurvatureTest(parameterized.TestCase):
       chex.assert_trees_all_close(plain.variables, other.variables, atol=1e-13)
 
 
-# A client's absence changes their next round by more than a derivative tells:
-# images are made anew, singular values or BatchNorm statistics are in the loss.
-# Their derivative is right (forward_mode_test.py); the estimate is off by .4 to
-# 3.6 times the change here.
+# For these methods a client's absence changes the next round by more than a
+# derivative can tell: images are made again, or singular values or BatchNorm
+# statistics are in the loss. Their derivative is right (forward_mode_test.py);
+# the estimate is off by .4 to 3.6 times the change here.
 FAR = ('fed_align', 'fed_zdac', 'fed_zdac_own_pools', 'fed_dm', 'p_fed_bred_mh')
 
 
 class MethodsTest(parameterized.TestCase):
-  """Every method whose round has a derivative: near to retraining, its discrete
-  choices included. Steps are large here, and most of the gap is theirs."""
+  """Methods whose round has a derivative: the estimate is near to retraining.
+
+  This includes their discrete choices. Steps are large here, which causes most
+  of the gap.
+  """
 
   def check(self, name):
     with enable_x64(True):
@@ -544,8 +554,7 @@ class RefusalTest(parameterized.TestCase):
         make(fed, [0])
 
   def test_uplink_that_codes(self):
-    """Rounding has no derivative to go on with; retraining has no need of
-    one."""
+    """Rounding has no derivative that could carry on; retraining needs none."""
     rounding = optax.stateless(
       lambda delta, params: jax.tree.map(lambda a: jnp.round(a, 2), delta)
     )
@@ -603,7 +612,7 @@ class RefusalTest(parameterized.TestCase):
 class UplinkTest(parameterized.TestCase):
   @parameterized.parameters('uveqfed', 'qsgd', 'rotated')
   def test_near_to_retraining(self, name):
-    """With equal dithers: rounding is the identity but for its error."""
+    """With equal dithers, rounding is the identity up to its error."""
     uplink = uplinks.build(name, 6.0, 'z')
     fed, through = (
       problems.make(uplink=u)
@@ -623,7 +632,8 @@ class UplinkTest(parameterized.TestCase):
 
 class StageTest(absltest.TestCase):
   def test_client_stage(self):
-    """With FedFTG's step held fixed: what FedAvg's round makes of the state."""
+    """FedFTG's step is held constant: the influence is that of FedAvg's
+    round."""
     options = {'fed_ftg': methods_test.FTG}
     settings = recipes.Settings(
       methods_test.MODEL,

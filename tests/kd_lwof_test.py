@@ -1,4 +1,4 @@
-"""KD + LwoF with unequal models: golden losses, phases, neutral elements."""
+"""Tests of KD + LwoF: golden losses, phases, neutral elements."""
 
 import functools
 import pathlib
@@ -31,7 +31,7 @@ def method(**options):
 
 
 def make(part, **kwargs):
-  """A federation whose clients take two steps on all of their data."""
+  """Builds a federation whose clients take two steps on all of their data."""
   solve = solvers.local_sgd(RATE, batch_size=15, epochs=2)
   return problems.make(
     MODEL, base.chain(fed_avg.fed_avg(), part), solve=solve, **kwargs
@@ -39,7 +39,7 @@ def make(part, **kwargs):
 
 
 def unpacked(state, k):
-  """Client k's own model."""
+  """Returns client k's own model."""
   flat = np.asarray(state.clients[0][1].flat[k])
   packing = kd_lwof._packing(ARCHITECTURES)
   return packing.unpack(k % NUM, flat)
@@ -47,7 +47,7 @@ def unpacked(state, k):
 
 @functools.cache
 def after_one(options, num_steps):
-  """After a round of client 1, of a federation of one architecture."""
+  """Runs a round of client 1, in a federation of one architecture."""
   part = kd_lwof.kd_lwof(MODEL, {'linear': problems.LINEAR}, **dict(options))
   fed = make(part)
   row = problems.row([1], num_steps=[num_steps])
@@ -55,13 +55,13 @@ def after_one(options, num_steps):
 
 
 def flat_of_one(options, num_steps=base.NO_LIMIT):
-  """Its own model."""
+  """Returns its own model."""
   state = after_one(tuple(options.items()), num_steps)
   return np.asarray(state.clients[0][1].flat[1])
 
 
 class LossTest(parameterized.TestCase):
-  """The parts against golden arrays, in float64."""
+  """The parts of the loss against golden arrays, in float64."""
 
   def loss(self, logits, alpha, beta):
     tau = float(G['hp'][0])
@@ -88,7 +88,8 @@ class LossTest(parameterized.TestCase):
       np.testing.assert_allclose(grad, G['grad'], atol=1e-13)
 
   def test_gradient_by_hand(self):
-    """T (softmax(z_s / T) - softmax(z_t / T)) / B; 0 where both are one."""
+    """It is T (softmax(z_s / T) - softmax(z_t / T)) / B, and 0 for equal
+    logits."""
     with enable_x64(True):
       tau, logits = float(G['hp'][0]), jnp.asarray(G['zs'])
       grad = jax.grad(self.loss)(logits, 1.0, 0.0)
@@ -112,11 +113,13 @@ class LossTest(parameterized.TestCase):
 
 
 class PhasesTest(parameterized.TestCase):
-  """Two clients' round against plain gradient descent, written from the
-  docstring."""
+  """Two clients' round against plain gradient descent.
+
+  The descent follows the module's docstring.
+  """
 
   def plain(self, start, own, k, phases, old, alpha, beta, gamma, tau):
-    """(w, u) after two steps each on all of client k's data."""
+    """Returns (w, u) after two steps each on all of client k's data."""
     data = problems.make_data()
     rows = data.index[k][: int(data.count[k])]
     x, y = data.x[rows], data.y[rows]
@@ -201,13 +204,14 @@ class PhasesTest(parameterized.TestCase):
     ('ce_only', dict(alpha=0.0, beta=0.0)),
   )
   def test_terms(self, terms, same):
-    """Names for weights of 0."""
+    """They are names for weights of 0."""
     want, got, whole = map(flat_of_one, (same, dict(terms=terms), {}))
     np.testing.assert_array_equal(got, want)
     self.assertFalse(np.array_equal(got, whole))
 
   def test_fewer_own_steps(self):
-    """One step instead of two; the common model's stay."""
+    """The own model takes one step instead of two, the common model still
+    two."""
     one, full = map(flat_of_one, (dict(own_steps=1), {}))
     limited = flat_of_one({}, num_steps=1)
     np.testing.assert_allclose(one, limited, atol=1e-6)
@@ -217,7 +221,7 @@ class PhasesTest(parameterized.TestCase):
 class EngineTest(parameterized.TestCase):
   @parameterized.parameters('a_b', 'b_a')
   def test_without_teachers_the_common_model_is_fed_avg_s(self, phases):
-    """Bit for bit, whatever the own models are."""
+    """It is the same bits, whatever the own models are."""
     part = method(phases=phases, alpha=0.0, beta=0.0, gamma=0.0)
     rows = problems.schedule([[0, 1, 4], [2, 3, -1]])
     models = []
@@ -229,9 +233,12 @@ class EngineTest(parameterized.TestCase):
     chex.assert_trees_all_equal(*models)
 
   def test_own_models(self):
-    """Each client draws its own at first use, of its architecture; until then
-    that is what is evaluated. Absent clients' stay bit for bit; of one that
-    works and does not arrive only the common model is lost."""
+    """Each client draws its own model at first use, of its architecture.
+
+    Until then the drawn model is evaluated. Absent clients' models do not
+    change a bit. A client that trains but does not arrive loses only the common
+    model.
+    """
     fed = make(method())
     start = fed.init(KEY)
     personal = jax.jit(

@@ -1,7 +1,7 @@
 """The contract that every method and combination keeps, one row each.
 
-A new method is tested by adding a row to `ROWS`. Everything a row checks runs
-through one compiled program, except the plain loop it is compared with.
+A new method is tested by adding a row to `ROWS`. Everything that a row checks
+runs through one compiled program, except the plain loop it is compared with.
 """
 
 import functools
@@ -47,8 +47,8 @@ from tests import problems
 KEY = jax.random.key(5)
 EVERY = 4  # rounds in the compiled chunk; shorter ones are padded to it
 GENERATOR = problems.GENERATOR
-# Adam blows rounding up, and rows are compared with a loop that adds up in
-# another order: a small rate keeps that small.
+# Adam amplifies rounding errors, and rows are compared with a loop that adds up
+# in another order. A small rate keeps the difference small.
 FTG = dict(iterations=1, student_steps=2, batch_size=6, generator_lr=1e-4)
 DF = dict(
   generator_steps=2,
@@ -60,11 +60,11 @@ DF = dict(
 ME = dict(lam=5.0, lr_p=0.1, prox_steps=2)
 LWOF = dict(models='softmax,resnet20')
 PUBLIC = problems.make_data((9,), seed=4).x
-# Its features depend on its parameters, as MOON's contrast needs.
+# A model whose features depend on its parameters, as MOON's contrast needs.
 MODEL = problems.from_flax(classifiers.MLP(problems.NUM_CLASSES, (6,)))
-# Of these names, so that options name them.
+# Architectures by the names that options use.
 ARCHITECTURES = {'softmax': problems.LINEAR, 'resnet20': problems.NORMED}
-WORDS = 64 * 6 + 6 + 6 * 3 + 3  # of this model
+WORDS = 64 * 6 + 6 + 6 * 3 + 3  # size of this model
 NET_WORDS = 64 * 6 + 6 + 2 * 6 + 6 * 3 + 3  # linear, BatchNorm, linear
 CLASSES = problems.NUM_CLASSES
 
@@ -88,14 +88,14 @@ DM = dict(
 
 
 class Row(NamedTuple):
-  """One combination, and what it sends beside the model, in 32-bit words."""
+  """One combination, and what it sends besides the model, in 32-bit words."""
 
   method: str
   down: int = 0
   up: float = 0
   options: dict = {}
   server: optax.GradientTransformation | None = None
-  policy: str = 'aggregate'  # others on a model with BatchNorm
+  policy: str = 'aggregate'  # for others, the model has BatchNorm
   model: base.Model | None = None
   sends_model: bool = True
 
@@ -254,7 +254,7 @@ SLOW = (
 
 
 def build(row, model=None, generator=GENERATOR):
-  """Model, method and federation of a row."""
+  """Builds the model, the method and the federation of a row."""
   if model is None:
     plain = MODEL if row.policy == 'aggregate' else problems.NORMED
     model = row.model or plain
@@ -285,7 +285,7 @@ def build(row, model=None, generator=GENERATOR):
 
 
 def plain_batches(data, rows, key, epochs):
-  """A client's batches, unpadded."""
+  """Yields a client's batches, without padding."""
   batches = []
   for epoch in range(epochs):
     key_epoch = jax.random.fold_in(key, epoch)
@@ -300,7 +300,7 @@ def plain_batches(data, rows, key, epochs):
 
 
 def sequential_round(model, method, weighting, state, data, cohort, key):
-  """A round as Python loops over clients and steps, with unpadded batches."""
+  """Runs a round as Python loops over clients and steps, without padding."""
   shared = method.broadcast(state.shared)
   common = method.common(
     state.variables, shared, state.round, keys.common_key(key, state.round)
@@ -431,7 +431,7 @@ def sequential_round(model, method, weighting, state, data, cohort, key):
 
 
 class Contract(parameterized.TestCase):
-  """What is checked of one row."""
+  """The checks of one row."""
 
   IDS = [[0, 1, 4, -1], [1, 2, 3, 4], [0, 2, -1, -1]]
 
@@ -443,7 +443,7 @@ class Contract(parameterized.TestCase):
     programs = scan._cache_size()
 
     def run(state, rows):
-      state = jax.tree.map(jnp.copy, state)  # it is donated
+      state = jax.tree.map(jnp.copy, state)  # since it is donated
       return federation.run(fed, state, data, rows, KEY, every=EVERY)[0]
 
     def part(first, last):
@@ -504,7 +504,8 @@ class ContractTest(Contract):
 
   @parameterized.named_parameters((name, row) for name, row in ROWS.items())
   def test_bits_down_and_up(self, row):
-    """Of who is selected, and of who arrives; the last has no examples."""
+    """Bits are those of selected and arrived clients; the last has no
+    examples."""
     _, _, fed = build(row)
     state = fed.init(KEY)
     size = trees.num_bits(state.variables)
@@ -529,7 +530,7 @@ class FurtherContractTest(Contract):
 
 
 def after(name, local_steps=None, **options):
-  """The model after three rounds of a method with these options."""
+  """Returns the model after three rounds of a method with these options."""
   settings = recipes.Settings(
     MODEL,
     CLASSES,
@@ -554,7 +555,7 @@ def after_fed_avg(local_steps=None):
 
 
 class NeutralTest(parameterized.TestCase):
-  """Settings that switch a method off give FedAvg."""
+  """Options that switch a method off give FedAvg."""
 
   @parameterized.parameters(
     ('fed_dyn', dict(alpha=0.0)),
@@ -583,7 +584,7 @@ class NeutralTest(parameterized.TestCase):
     ('fed_df', {**DF, 'student_steps': 0}),
     ('fed_df_public', {**DF, 'student_steps': 0}),
   )
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_others_switched_off(self, name, options):
     self.check(name, options)
 
@@ -602,8 +603,10 @@ class FedAlignTest(absltest.TestCase):
   MODEL = problems.STAGED
 
   def penalty(self, part, x):
-    """The term and its gradient on the images `x`, in training mode, and what
-    is to be its value."""
+    """Computes the term, its gradient on the images `x`, and its target value.
+
+    The model is in training mode.
+    """
     variables = self.MODEL.init(KEY)
     y = jnp.arange(len(x)) % CLASSES
     batch = base.Batch(x, y, jnp.arange(len(x)) < len(x) - 1)
@@ -617,8 +620,10 @@ class FedAlignTest(absltest.TestCase):
     return jax.jit(jax.value_and_grad(term, has_aux=True))(variables.params)
 
   def test_value_and_what_it_reaches(self):
-    """The slim stage has 1 of 4 channels of its input and all 6 of its output;
-    the last example is padding."""
+    """The slim stage has 1 of 4 input channels and all 6 output channels.
+
+    The last example is padding.
+    """
     x = jax.random.normal(KEY, (4, *problems.IMAGE_SHAPE))
     part = fed_align.fed_align(self.MODEL, mu=0.3)
     (value, cross_entropy), grads = self.penalty(part, x)
@@ -629,7 +634,7 @@ class FedAlignTest(absltest.TestCase):
     kernel = grads['block1_0']['conv0']['conv']['kernel']
     self.assertEqual(jnp.count_nonzero(kernel[:, :, :1]), 9 * 6)
     self.assertEqual(jnp.count_nonzero(kernel[:, :, 1:]), 0)
-    # Padding counts in nothing.
+    # Padding has no effect.
     _, again = self.penalty(part, x.at[-1].set(7.0))
     chex.assert_trees_all_close(grads, again, atol=1e-5)
 
@@ -641,7 +646,7 @@ class FedAlignTest(absltest.TestCase):
     self.assertEqual(optax.tree.norm(grads), 0)
 
   def test_nothing_to_align(self):
-    """A stage whose output is zero."""
+    """The output of the stage is zero."""
     zero = jnp.zeros((2, 3, 4))
     norm = jax.value_and_grad(lambda m: jnp.sum(fed_align.spectral_norm(m)))
     (value, slope), (_, tangent) = jax.jvp(norm, (zero,), (zero + 1,))
@@ -651,7 +656,7 @@ class FedAlignTest(absltest.TestCase):
     self.assertEqual(fed_align.alignment(target, target, 1.0), 0)
 
   def test_spectral_norm(self):
-    """Exact for matrices of rank one; else from below."""
+    """It is exact for matrices of rank one, and otherwise a lower bound."""
     a, b = (jax.random.uniform(jax.random.key(i), (3, 5)) for i in (0, 1))
     one = jnp.einsum('bc,bd->bcd', a, b)
     want = jnp.linalg.norm(a, axis=1) * jnp.linalg.norm(b, axis=1)
@@ -666,7 +671,8 @@ class FedAlignTest(absltest.TestCase):
     self.assertTrue((found < exact * (1 + 1e-6)).all())
 
   def test_pooling_of_sizes_that_do_not_divide(self):
-    """Windows of PyTorch's adaptive pooling: 0-1, 1-3, 3-4 of five."""
+    """The windows of PyTorch's adaptive pooling are 0-1, 1-3 and 3-4 of
+    five."""
     x = jnp.arange(5.0).reshape(1, 5, 1, 1)
     got = fed_align.transmitting_matrix(x, jnp.ones((1, 3, 1, 1)))
     np.testing.assert_allclose(got, np.mean([0.5, 2, 3.5]), rtol=1e-6)
@@ -700,7 +706,7 @@ class FedGenTest(absltest.TestCase):
     }
 
   def teacher(self, weighting, weight, labels):
-    """The teachers' term of one step on features [6, 4]."""
+    """Computes the teachers' term of one step on features [6, 4]."""
     generator = base.Generator(
       None, lambda variables, z, labels, train: (variables.params * z, ()), 4
     )
@@ -726,7 +732,7 @@ class FedGenTest(absltest.TestCase):
       self.assertAlmostEqual(got, np.mean(each), places=5)
 
   def test_one_class_in_the_batch(self):
-    """Where all weights of a client are equal, the code is right."""
+    """If all weights of a client are equal, the code is right."""
     counts = jnp.array([[1, 7, 2], [5, 1, 1], [1, 2, 9]])
     labels = jnp.full(6, 1)
     weight = fed_gen.label_weights(counts)[:, labels]
@@ -820,8 +826,11 @@ class FedDmTest(parameterized.TestCase):
     np.testing.assert_allclose(slope, 0, atol=1e-6)
 
   def test_one_step_with_the_identity(self):
-    """Where features are pixels and logits nothing, each image of a class moves
-    by -lr 2 / I (mean S - mean X), and the error shrinks by 1 - 2 lr / I."""
+    """Features are pixels and logits vanish, so the step is known.
+
+    Each image of a class moves by -lr 2 / I (mean S - mean X), and the error
+    shrinks by 1 - 2 lr / I.
+    """
     model = base.Model(
       None,
       lambda variables, x: base.Output(
@@ -875,7 +884,7 @@ class FedDmTest(parameterized.TestCase):
     )
 
   def sent(self, client, num_steps=base.NO_LIMIT, **options):
-    """What a client sends, and its data."""
+    """Returns what a client sends, and its data."""
     part = fed_dm.fed_dm(
       MODEL, CLASSES, problems.IMAGE_SHAPE, **{**DM, **options}
     )
@@ -892,8 +901,11 @@ class FedDmTest(parameterized.TestCase):
     return part, local, message, data
 
   def test_a_client_with_one_example(self):
-    """It sends one class, a straggler without a step none, and the ledger has
-    only that; the images begin as, and stay, its only example."""
+    """It sends one class; as a straggler without a step it sends none.
+
+    The bits count only that class. The images start as, and remain, its only
+    example.
+    """
     part, _, message, data = self.sent(2)
     (label,) = {int(data.y[data.index[0]])}
     self.assertEqual(message.owned.tolist(), [c == label for c in range(3)])
@@ -937,7 +949,8 @@ class FedDmTest(parameterized.TestCase):
 
     trained, kept_then, info = update(x, owned, [True, False])
     self.assertEqual(info.metrics['fed_dm/images'], 4)
-    other = x.at[1].set(5.0).at[0, 1].set(-3.0)  # absent, and not owned
+    # Images of an absent client, and of a class that is not owned.
+    other = x.at[1].set(5.0).at[0, 1].set(-3.0)
     chex.assert_trees_all_equal(
       update(other, owned, [True, False])[:2], (trained, kept_then)
     )
@@ -1003,7 +1016,7 @@ class FedZdaTest(parameterized.TestCase):
 
   @parameterized.parameters('l2', 'kl', 'none')
   def test_images(self, bn_term):
-    """They are recognised, and have the statistics, better than noise."""
+    """The model recognises them, and their statistics fit better than noise."""
     variables = self.NET.init(KEY)
     variables = variables._replace(
       stats=jax.tree.map(lambda a: a + 0.5, variables.stats)
@@ -1056,7 +1069,8 @@ class FedZdaTest(parameterized.TestCase):
     np.testing.assert_array_equal(*made)
 
   def test_a_client_s_loss(self):
-    """(n real + r pool) / (n + r), r of two classes that client 2 lacks."""
+    """It is (n real + r pool) / (n + r), with r for two classes client 2
+    lacks."""
     part = fed_zda.fed_zdac(
       self.NET, CLASSES, problems.IMAGE_SHAPE, **dict(ZDAC, ratio=9.0)
     )
@@ -1087,7 +1101,7 @@ class FedZdaTest(parameterized.TestCase):
     logits = self.NET.apply(variables, x, train=True).logits
     of_pool = losses.cross_entropy(logits, y)
     np.testing.assert_allclose(value, 5 + 4 / 5 * (of_pool - 3), rtol=1e-5)
-    # Before the first round nothing is added.
+    # Before `first_round` nothing is added.
     part.train(
       lambda objective, view: seen.append(objective),
       objective,
@@ -1097,7 +1111,7 @@ class FedZdaTest(parameterized.TestCase):
     self.assertEqual(seen[1].loss(variables, None, KEY)[0], 5)
 
   def test_server_tunes_on_what_arrived(self):
-    """The images of who is absent are neither used nor kept."""
+    """Images of absent clients are neither used nor kept."""
     part = fed_zda.fed_zdas(
       self.NET,
       CLASSES,
@@ -1267,7 +1281,7 @@ class FedMrTest(absltest.TestCase):
     )
 
   def test_evaluation_is_of_the_mean(self):
-    """A client is not sent the mean, but is evaluated with it."""
+    """A client receives another model, but is evaluated with the mean."""
     method = base.chain(fed_mr.fed_mr(3))
     fed = problems.make(MODEL, method)
     state, _ = self.run_rounds(method, [[0, 1, 4]])
@@ -1325,16 +1339,16 @@ class ErrorsTest(parameterized.TestCase):
 
 @jax.jit
 def cross_entropy(params, rows):
-  """Of `MODEL` on these examples."""
+  """Computes the cross-entropy of `MODEL` on these examples."""
   logits = MODEL.apply(base.Variables(params, {}), problems.DATA.x[rows]).logits
   return losses.cross_entropy(logits, problems.DATA.y[rows])
 
 
 class ByHandTest(absltest.TestCase):
-  """What two clients send, put together on paper."""
+  """Combines the results of two clients by hand."""
 
   def ends(self, state, ids, num_steps=None):
-    """Each client's model after its local training, by itself."""
+    """Returns each client's model after its own local training."""
     fed = problems.make(MODEL, weighting='uniform')
     num_steps = num_steps or {k: base.NO_LIMIT for k in ids}
     return [
@@ -1371,7 +1385,7 @@ class ByHandTest(absltest.TestCase):
     chex.assert_trees_all_close(got, want, atol=1e-6)
 
   def test_q_fed_avg(self):
-    """Algorithm 2 with q = 2 and weights by examples."""
+    """Follows algorithm 2 with q = 2 and weights by examples."""
     q, lipschitz = 2.0, 1 / 0.1
     plain, got = self.step(q_fed_avg.q_fed_avg(q, batch_size=5), [1, 3])
     w = plain.variables.params
@@ -1391,7 +1405,8 @@ class ByHandTest(absltest.TestCase):
     chex.assert_trees_all_close(got, want, atol=1e-6)
 
   def test_scaffold_option_1(self):
-    """c_k becomes the gradient of the cross-entropy over all of client 1."""
+    """c_k becomes the gradient of the cross-entropy over all data of client
+    1."""
     fed = problems.make(
       MODEL,
       base.chain(fed_avg.fed_avg(), scaffold.scaffold(option=1, batch_size=5)),
@@ -1426,7 +1441,7 @@ class ByHandTest(absltest.TestCase):
     np.testing.assert_array_equal(seen, [False, True, False, True, False])
 
   def test_fed_dyn_s_duals_add_up(self):
-    """Over the rounds of a client; the server has the mean of all clients'."""
+    """A client's duals add up over rounds; the server has their mean."""
     fed = problems.make(
       MODEL, base.chain(fed_avg.fed_avg(), fed_dyn.fed_dyn(0.1))
     )
@@ -1470,7 +1485,7 @@ class ByHandTest(absltest.TestCase):
     self.assertEqual(same, jax.tree.map(lambda _: [True, False], old))
 
   def test_scaffold_compares_with_the_untuned_mean_on_request(self):
-    """The reference moves to the aggregate, before anything refines it."""
+    """The reference becomes the aggregate, before any refinement."""
     shift = base.Method(
       update=lambda v, shared, received, key: (
         jax.tree.map(lambda a: a + 1.0, v),
@@ -1493,7 +1508,7 @@ class ByHandTest(absltest.TestCase):
 
 
 class FedDfTest(parameterized.TestCase):
-  """The server step against plain loops, written from the spec."""
+  """The server step against plain loops that follow the spec."""
 
   def received(self):
     teachers = jax.vmap(MODEL.init)(jax.random.split(KEY, 3))
@@ -1614,7 +1629,7 @@ class FedDfTest(parameterized.TestCase):
 
 
 class BatchNormPolicyTest(absltest.TestCase):
-  """What each policy does with the running statistics."""
+  """The effect of each policy on the running statistics."""
 
   NET = problems.NORMED
 
@@ -1633,7 +1648,7 @@ class BatchNormPolicyTest(absltest.TestCase):
     return states
 
   def test_local_begins_with_its_own(self):
-    """A client that comes back begins where it stopped, not at the mean."""
+    """A client that returns starts where it stopped, not at the mean."""
     part = batch_norm.local_stats()
     _, own = part.init(KEY, base.Variables((), jnp.zeros(2)))
     view = base.View(*[None] * 10)._replace(
@@ -1642,7 +1657,7 @@ class BatchNormPolicyTest(absltest.TestCase):
     first = part.start(view, KEY)
     np.testing.assert_array_equal(
       first.stats, [5.0, 5.0]
-    )  # nothing of its own yet
+    )  # it has no statistics of its own yet
     local = base.Local(base.Variables((), jnp.full(2, 7.0)), 1, 1.0, {})
     own, message = part.upload(view, local, None, KEY)
     self.assertEqual(message, ())
@@ -1650,7 +1665,7 @@ class BatchNormPolicyTest(absltest.TestCase):
     np.testing.assert_array_equal(second.stats, [7.0, 7.0])
 
   def test_local_in_rounds(self):
-    """Slots differ between clients and last while others train."""
+    """Slots differ between clients and stay while others train."""
     _, one, two = self.rounds('local', [[1, 4], [1, 3]])
     *_, (stats, seen) = one.clients[0]
     *_, (later, _) = two.clients[0]
@@ -1661,7 +1676,7 @@ class BatchNormPolicyTest(absltest.TestCase):
       np.testing.assert_array_equal(a[4], b[4])
 
   def test_aggregate_is_the_weighted_mean(self):
-    """Clients 1 (12 examples) and 3 (5), each alone and together."""
+    """Clients 1 (12 examples) and 3 (5) train each alone and together."""
     both = self.rounds('aggregate', [[1, 3]])[1].variables.stats
     one, three = (
       self.rounds('aggregate', [[k, -1]])[1].variables.stats for k in (1, 3)
@@ -1670,14 +1685,14 @@ class BatchNormPolicyTest(absltest.TestCase):
     chex.assert_trees_all_close(both, want, atol=1e-6)
 
   def test_reset_estimates_from_the_client_s_data(self):
-    """Batches of 4 of client 1's 12 images; mean over batches."""
+    """Client 1 has 3 batches of 4 images; the estimate is their mean."""
     part = batch_norm.reset_stats(self.NET, 4)
     variables = self.NET.init(KEY)
     rows = problems.DATA.index[1]
     view = base.View(*[None] * 10)._replace(
       variables=variables._replace(
         stats=jax.tree.map(lambda a: a + 3.0, variables.stats)
-      ),  # must not matter
+      ),  # must have no effect
       data=problems.DATA._replace(index=rows, count=jnp.int32(12)),
     )
     got = jax.jit(lambda view: part.start(view, KEY))(view).stats
@@ -1694,7 +1709,7 @@ class BatchNormPolicyTest(absltest.TestCase):
     chex.assert_trees_all_close(got, want, atol=1e-4)
 
   def test_reset_ignores_padding(self):
-    """A partial last batch, and a client without examples."""
+    """Covers a partial last batch, and a client without examples."""
     part = batch_norm.reset_stats(self.NET, 5)
     variables = self.NET.init(KEY)
     view = base.View(*[None] * 10)._replace(
@@ -1733,7 +1748,7 @@ class BatchNormPolicyTest(absltest.TestCase):
       )
 
   def test_evaluation_with_batch_statistics(self):
-    """The running statistics do not matter."""
+    """The running statistics have no effect."""
     variables = self.NET.init(KEY)
     other = variables._replace(
       stats=jax.tree.map(lambda a: a + 9.0, variables.stats)

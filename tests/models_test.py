@@ -1,4 +1,4 @@
-"""Shapes, counts, convolutions that agree, normalisation under masks."""
+"""Tests of models: shapes, sizes, convolutions, and masked normalisation."""
 
 import functools
 import itertools
@@ -23,7 +23,7 @@ SMALL_RESNET = models.from_flax(
   resnet.ResNet(3, (4, 6), 1, True, True, layers.Variant('batch')), (4, 4, 3)
 )
 DEEP = ('resnet18', 'resnet18_cifar', 'resnet20', 'resnet56', 'vgg11')
-NUM_FEATURES = {'resnet20': 64, 'resnet56': 256}  # of the others 512
+NUM_FEATURES = {'resnet20': 64, 'resnet56': 256}  # the others have 512
 
 
 def _size(params):
@@ -31,7 +31,10 @@ def _size(params):
 
 
 def _random_variables(model, seed=0):
-  """Positive scales and variances, the rest of either sign; no compiling."""
+  """Draws positive scales and variances, and the rest of either sign.
+
+  Nothing is compiled.
+  """
   random = np.random.RandomState(seed)
 
   def fill(path, leaf):
@@ -151,7 +154,7 @@ class ClassifiersTest(parameterized.TestCase):
     ),
   )
   def test_names_of_parameters(self, name, want):
-    """Saved models depend on them."""
+    """Saved models depend on these names."""
     params = jax.eval_shape(models.build(name, (8, 8, 1), 3).init, KEY).params
     paths = [
       jax.tree_util.keystr(path, simple=True, separator='/')
@@ -166,7 +169,7 @@ class ClassifiersTest(parameterized.TestCase):
     self.check_projection(name)
 
   @parameterized.parameters(*DEEP)
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_projection_head_of_deep_nets(self, name):
     self.check_projection(name)
 
@@ -219,7 +222,7 @@ class NormOfFlax(nn.Module):
 
 
 class PiecesTest(parameterized.TestCase):
-  """What some methods need of a model beside its forward pass."""
+  """The pieces of a model that some methods need besides its forward pass."""
 
   @parameterized.parameters(
     ('mlp', 0, jnp.bfloat16), ('lenet', 0, None), ('lenet', 5, None)
@@ -271,7 +274,7 @@ class PiecesTest(parameterized.TestCase):
     self.check_has_head(name)
 
   @parameterized.parameters(*DEEP)
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_every_deep_net_has_a_head(self, name):
     self.check_has_head(name)
 
@@ -300,7 +303,8 @@ class PiecesTest(parameterized.TestCase):
 
   @parameterized.parameters(True, False)
   def test_moments(self, train):
-    """As of NumPy, of the valid examples; running ones normalise as before."""
+    """They equal NumPy's over the valid examples; normalisation does not
+    change."""
     model = models.build('lenet', (8, 8, 1), 3, norm='batch', conv='slices')
     variables = _random_variables(model)
     x = jax.random.normal(KEY, (5, 8, 8, 1))
@@ -334,7 +338,8 @@ class PiecesTest(parameterized.TestCase):
 
   @parameterized.parameters(True, False)
   def test_what_is_not_used_is_free(self, train):
-    """Of the same instructions once compiled, in a gradient or without."""
+    """The compiled program has the same instructions, with and without
+    gradient."""
     module = resnet.ResNet(3, (4, 6), 1, True, True, layers.Variant('batch'))
 
     def plain(variables, x):
@@ -375,7 +380,7 @@ class PiecesTest(parameterized.TestCase):
     np.testing.assert_allclose(last, out.stages[1], atol=1e-6)
 
   def test_slim_stage(self):
-    """As the plain formula with the leading slices of the parameters."""
+    """It equals the plain formula with the leading slices of the parameters."""
     with enable_x64(True):
       module = resnet.ResNet(
         3, (8, 32), 1, False, False, layers.Variant('batch')
@@ -440,7 +445,7 @@ class LinenNet(nn.Module):
 
 
 class NnxNet(nnx.Module):
-  """The same as `LinenNet`."""
+  """The same network as `LinenNet`."""
 
   def __init__(self, rngs):
     self.dense = nnx.Linear(int(np.prod(problems.IMAGE_SHAPE)), 6, rngs=rngs)
@@ -455,7 +460,7 @@ class NnxNet(nnx.Module):
 
 
 def from_nnx(make, mean, std):
-  """A module of `flax.nnx`, as a pair of pure functions."""
+  """Wraps a module of `flax.nnx` as a pair of pure functions."""
   kinds = nnx.Param, nnx.BatchStat
   graph = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), *kinds)[0]
 
@@ -508,7 +513,7 @@ class DeepClassifiersTest(parameterized.TestCase):
   @parameterized.parameters(
     *itertools.product(DEEP, (10, 100), (None, 'batch', 'group', 'instance'))
   )
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_sizes(self, *case):
     self.check_size(*case)
 
@@ -527,7 +532,8 @@ class DeepClassifiersTest(parameterized.TestCase):
     self.assertEqual(bool(variables.stats), norm in (None, 'batch'))
 
   def test_resnet56(self):
-    """As FedAlign's code has it, which also counts the steps of each norm."""
+    """The size is that in FedAlign's code, which also counts each norm's
+    steps."""
     model = models.build('resnet56', (32, 32, 3), 100)
     x = jnp.zeros((2, 32, 32, 3))
     variables = jax.eval_shape(model.init, KEY)
@@ -549,7 +555,7 @@ class DeepClassifiersTest(parameterized.TestCase):
   @parameterized.parameters(
     *itertools.product(DEEP, ((32, 32, 3), (28, 28, 1), (8, 8, 1), (1, 3, 2)))
   )
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_shapes_of_all(self, *case):
     self.check_shapes(*case)
 
@@ -595,7 +601,7 @@ class DeepClassifiersTest(parameterized.TestCase):
     self.check_padding(SMALL_RESNET)
 
   @parameterized.parameters('resnet20', 'vgg11')
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_padding_changes_nothing_in(self, name):
     self.check_padding(models.build(name, (4, 4, 3), 3))
 
@@ -635,12 +641,12 @@ class DeepClassifiersTest(parameterized.TestCase):
     self.check_gradients('batch')
 
   @parameterized.parameters('none', 'group')
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_gradients_of_others_are_finite(self, norm):
     self.check_gradients(norm)
 
   def check_gradients(self, norm):
-    """Also where no example or only one is valid; every kind of layer."""
+    """Covers every kind of layer, with no, one and several valid examples."""
     module = resnet.ResNet(3, (4, 6), 2, True, True, layers.Variant(norm))
     model = models.from_flax(module, (6, 6, 1))
     variables = _random_variables(model)
@@ -663,12 +669,13 @@ class DeepClassifiersTest(parameterized.TestCase):
     self.check_running_variance('lenet')
 
   @parameterized.parameters('resnet20', 'vgg11')
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_running_variance_in_deep_nets(self, name):
     self.check_running_variance(name)
 
   def check_running_variance(self, name):
-    """From 0, PyTorch's is n / (n - 1) of Flax's after a step, in all norms."""
+    """From 0, PyTorch's is n / (n - 1) times Flax's after a step, in all
+    norms."""
     stats = []
     for torch_bn in (True, False):
       model = models.build(name, (4, 4, 2), 3, norm='batch', torch_bn=torch_bn)
@@ -687,7 +694,7 @@ class DeepClassifiersTest(parameterized.TestCase):
           if path[-1].key == 'var'
         }
       )
-    # Pixels behind the convolutions of a stage: vgg11, resnet20, lenet.
+    # Pixels after the convolutions of a stage: vgg11, resnet20, lenet.
     pixels = {
       'conv': (16, 4, 1, 1, 1),
       'block': (16, 4, 1),
@@ -763,7 +770,8 @@ class BasicBlockTest(parameterized.TestCase):
         np.testing.assert_array_equal(params['conv1']['norm'][norm]['bias'], 0)
 
   def test_bottleneck(self):
-    """As the plain formula, at half its channels as with half of them."""
+    """It equals the plain formula; at half its width it has half the
+    channels."""
     with enable_x64(True):
       options = layers.Variant('instance')
       whole = resnet.Bottleneck(32, 2, True, options, 0.5)
@@ -817,12 +825,13 @@ class ConvolutionTest(parameterized.TestCase):
   @parameterized.parameters(
     *itertools.product((1, 3, 4, 5, 6), (1, 2), (2, 4), (False, True))
   )
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_implementations_agree_everywhere(self, *case):
     self.check_implementations(*case)
 
   def check_implementations(self, size, stride, num_out, valid):
-    """In value and gradient; odd and even images, one kernel per client."""
+    """Compares values and gradients, for odd and even images, per-client
+    kernels."""
     with enable_x64(True):
       random = np.random.RandomState(0)
       x = jnp.asarray(random.randn(2, 2, 7, 6, 3))
@@ -862,13 +871,15 @@ class ConvolutionTest(parameterized.TestCase):
   @parameterized.parameters(
     *itertools.product((3, 4, 5), ((16, 13), (9, 8), (5, 6)), (False, True))
   )
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_winograd_everywhere(self, *case):
     self.check_winograd(*case)
 
   def check_winograd(self, size, image, valid):
-    """As the plain one: in value and gradient, all images at once and in
-    blocks."""
+    """Compares with the plain convolution, at once and in blocks.
+
+    Values and gradients are compared.
+    """
 
     def run(compute, x, kernel):
       def both(x, kernel):
@@ -907,9 +918,9 @@ class ConvolutionTest(parameterized.TestCase):
       chex.assert_trees_all_close(chosen, want, rtol=1e-9, atol=1e-9)
 
   @parameterized.parameters(3, 5)
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_winograd_in_single_precision(self, size):
-    """Errors relative to the largest output or gradient."""
+    """Errors are relative to the largest output or gradient."""
     x = jax.random.normal(KEY, (4, 12, 12, 32))
     kernel = jax.random.normal(KEY, (size, size, 32, 32)) / (6 * size)
 
@@ -934,7 +945,8 @@ class ConvolutionTest(parameterized.TestCase):
 
   @parameterized.parameters((4, 3, 5, 2), (1, 2, 2, 3))
   def test_enlarged(self, height, width, num_in, num_out):
-    """In value and gradient, as the convolution of the enlarged image."""
+    """Value and gradient equal those of the convolution of the enlarged
+    image."""
 
     def plain(x, kernel):
       large = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
@@ -989,7 +1001,7 @@ class ConvolutionTest(parameterized.TestCase):
 
 
 class Smooth(nn.Module):
-  """No maximum, whose winner a rounding may change."""
+  """A network without a maximum, whose position rounding could change."""
 
   conv: str
   norm: str
@@ -1005,10 +1017,12 @@ class Smooth(nn.Module):
 
 class PrecisionTest(parameterized.TestCase):
   @parameterized.parameters(('winograd', 'batch'), ('slices', 'group'))
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_bfloat16(self, conv, norm):
-    """Weights, statistics, logits and gradients stay float32; the gradient is
-    that of float32 but for rounding, and not the same."""
+    """Weights, statistics, logits and gradients stay float32.
+
+    The gradient is that of float32 up to rounding, but not the same.
+    """
     x = jax.random.normal(KEY, (12, 8, 8, 16))
     y = jnp.arange(12) % 3
 
@@ -1067,7 +1081,7 @@ class MeanPoolTest(parameterized.TestCase):
 
 class MaxPoolTest(parameterized.TestCase):
   def test_gradient_of_equal_values_and_nan(self):
-    """One of equal values has the whole gradient; NaN is not lost."""
+    """One of several equal values gets the whole gradient; NaN is preserved."""
     pool = lambda x: layers.max_pool(x.reshape(1, 2, 2, 1))[0, 0, 0, 0]
     for values, want in (
       ([1.0, 3.0, 3.0, 3.0], [0, 0, 1, 0]),
@@ -1166,7 +1180,7 @@ class BatchNormTest(parameterized.TestCase):
       )
 
   def test_masked_gradient(self):
-    """Padding takes no part in the gradient, and gets none."""
+    """Padding neither contributes to the gradient nor gets one."""
     with enable_x64(True):
       norm = layers.BatchNorm()
       x = jax.random.normal(KEY, (4, 3))
@@ -1187,7 +1201,7 @@ class BatchNormTest(parameterized.TestCase):
       )
 
   def test_padding_does_not_grow(self):
-    """As it would, by 300 a norm, where all valid values are the same."""
+    """Without care it would, by 300 per norm, if all valid values are equal."""
     norm = layers.BatchNorm()
     x = jnp.array([[2.0, 3.0], [9.0, -9.0]])
     out, _ = norm.apply(

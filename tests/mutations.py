@@ -2,13 +2,14 @@
 
 By hand: .venv/bin/python tests/mutations.py [--only NAME] [--list] [--jobs N]
 
-A fault replaces a text that occurs once in its file; what is left imports and
-trains. The faults were chosen from the sources, without a look at the tests.
-The tests are those of `make test`, up to the first that fails. Before any
-fault (but with --only) comes the copy as it is, which has to pass.
+A fault replaces a text that occurs once in its file; the changed code still
+imports and trains. The faults were chosen from the sources, without looking at
+the tests. The tests are those of `make test`, up to the first that fails.
+Before any fault (except with --only) the unchanged copy is tested, and must
+pass.
 
 Exit status: 0 if the tests catch every fault; 1 if they miss one; 2 if a fault
-does not fit its file, or a run says nothing of it (see UNCLEAR).
+does not fit its file, or a run gives no answer (see UNCLEAR).
 """
 
 import argparse
@@ -35,14 +36,14 @@ PYTEST = (
   'not slow and not browser',
 )
 WHOLE = '-n', '2', '--dist', 'worksteal', 'tests'
-LIMIT = 3600  # seconds for one call of pytest
+LIMIT = 3600  # seconds that one call of pytest may take
 # Pytest's exit status; with -n, -x ends in STOPPED.
 PASSED, FAILED, STOPPED, NO_TESTS = 0, 1, 2, 5
 CAUGHT, MISSED, UNCLEAR = 'caught by', 'MISSED', 'UNCLEAR:'
 
 
 class Fault(NamedTuple):
-  """A text in a file, what is put in its place, and the tests to run first."""
+  """A text in a file, its replacement, and the tests to run first."""
 
   name: str
   path: str
@@ -436,8 +437,8 @@ FAULTS = (
   Fault(
     'mr_mean_of_the_arrived',
     'fedftg_jax/methods/fed_mr.py',
-    'mean = jax.tree.map(lambda a: jnp.mean(a, axis=0), models)',
-    'mean = received.average',
+    'jax.tree.map(lambda a: jnp.mean(a, axis=0), models),',
+    'received.average,',
     OF_METHODS,
   ),
   Fault(
@@ -673,7 +674,7 @@ FAULTS = (
 
 
 def with_fault(root: pathlib.Path, fault: Fault) -> str:
-  """Makes the text of a fault's file with the fault in it.
+  """Returns the text of a fault's file with the fault in it.
 
   Raises:
     ValueError: if the fault does not fit the file.
@@ -696,7 +697,7 @@ def with_fault(root: pathlib.Path, fault: Fault) -> str:
 
 
 def misfits() -> list[str]:
-  """Lists what is wrong with the faults themselves."""
+  """Lists the faults that do not fit, and why."""
   wrong = []
   for fault in FAULTS:
     try:
@@ -727,9 +728,9 @@ def copy_sources(to: pathlib.Path) -> None:
 
 
 def run_pytest(root: pathlib.Path, *arguments: str) -> tuple[int, str]:
-  """Runs tests in the copy `root`: pytest's exit status, and what it prints.
+  """Runs tests in the copy `root`; returns pytest's exit status and output.
 
-  All runs share a cache, where tests/conftest.py keeps compiled programs.
+  All runs share a cache, in which tests/conftest.py keeps compiled programs.
   """
   cache = root.parent / 'cache'
   done = subprocess.run(
@@ -745,7 +746,7 @@ def run_pytest(root: pathlib.Path, *arguments: str) -> tuple[int, str]:
 
 
 def verdict(status: int, output: str) -> str:
-  """Says in words what a run of pytest makes of a fault."""
+  """Describes the result of pytest for a fault."""
   if status == PASSED:
     return MISSED
   # A failed import names a file only; then the fault is not a fair one.
@@ -758,7 +759,8 @@ def verdict(status: int, output: str) -> str:
 
 
 def judge(scratch: pathlib.Path, fault: Fault) -> tuple[Fault, str, float]:
-  """Tests a copy with the fault: the fault, the verdict and the seconds."""
+  """Tests a copy with the fault; returns the fault, the verdict and the
+  seconds."""
   begin = time.monotonic()
   root = scratch / fault.name
   shutil.copytree(scratch / 'sources', root)

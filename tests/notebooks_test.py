@@ -1,4 +1,5 @@
-"""The notebooks run from the first cell to the last, and are kept clean."""
+"""Tests that the notebooks run from the first cell to the last, and are
+clean."""
 
 import pathlib
 import shutil
@@ -21,7 +22,8 @@ TINY = {
   'EVALUATE_EVERY': 1,
 }
 
-# In the kernel, as if the package were not installed (`make` does it editably).
+# Run in the kernel, it hides the installed package (`make` installs it
+# editably).
 HIDDEN = """import sys
 sys.meta_path[:] = [
   finder for finder in sys.meta_path
@@ -36,7 +38,7 @@ def read(name):
 
 
 def with_settings(notebook, **values):
-  """A notebook with a cell after that of its settings, which replaces them."""
+  """Adds a cell after that of the settings, which replaces them."""
   place, cell = next(
     (i, cell)
     for i, cell in enumerate(notebook.cells)
@@ -54,7 +56,7 @@ def with_settings(notebook, **values):
 
 
 def said(notebook):
-  """What the cells print, and how many pictures they show."""
+  """Returns what the cells print, and how many pictures they show."""
   outputs = [o for cell in notebook.cells for o in cell.get('outputs', [])]
   text = ''.join(o.text for o in outputs if o.output_type == 'stream')
   return text, sum('image/png' in o.get('data', {}) for o in outputs)
@@ -87,8 +89,10 @@ class NotebooksTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_without_the_code(self):
-    """Elsewhere, with no address given: what to do is said, nothing is
-    fetched."""
+    """Without the code and an address, the notebook says what to do.
+
+    It fetches nothing.
+    """
     folder = self.create_tempdir().full_path
     notebook = read(NAMES[0])
     first = next(c for c in notebook.cells if c.cell_type == 'code')
@@ -102,7 +106,7 @@ class NotebooksTest(parameterized.TestCase):
         kernel_name='python3',
         resources={'metadata': {'path': folder}},
       ).execute()
-    # With an address it is cloned, beside the notebook.
+    # With an address, the code is cloned next to the notebook.
     address = pathlib.Path(self.create_tempdir().full_path, 'anywhere')
     shutil.copytree(ROOT / 'fedftg_jax', address / 'fedftg_jax')
     shutil.copy(ROOT / 'requirements.txt', address)

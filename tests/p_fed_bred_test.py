@@ -1,4 +1,4 @@
-"""pFedMe and pFedBreD: golden trajectories, the spec's identities, priors.
+"""Tests of pFedMe and pFedBreD: golden trajectories, identities, priors.
 
 `golden/personal.npz` (`pb_*`): three clients with quadratic losses, computed in
 NumPy; full batches, all clients in each round.
@@ -30,8 +30,11 @@ BRED = dict(**PROX, eta=ETA, maml_rate=MAML)
 
 
 def on_losses(loss, method, steps=R, rounds=T, server=None):
-  """Runs a method on losses (k, w) in float64: all w [T + 1, d], all slots of
-  the method, and what is personal of the last state."""
+  """Runs a method on losses (k, w) in float64.
+
+  Returns all w [T + 1, d], all slots of the method, and the personal models of
+  the last state.
+  """
   model = base.Model(
     lambda key: base.Variables(jnp.asarray(G['w0']), {}),
     lambda v, x, mask=None, train=False: base.Output(  # its loss is 0
@@ -86,8 +89,10 @@ def me(**options):
 
 
 def reference(kind, eta=ETA, beta=1.0):
-  """The spec's algorithm on the quadratics: w [T + 1, d], theta [T + 1, K, d],
-  last [K, d]."""
+  """Runs the spec's algorithm on the quadratics.
+
+  Returns w [T + 1, d], theta [T + 1, K, d], last [K, d].
+  """
   w, share = G['w0'], SIZES / SIZES.sum()
   theta, last = np.array([w] * 3), np.array([w] * 3)
   all_w, all_theta = [w], [theta.copy()]
@@ -119,7 +124,7 @@ def reference(kind, eta=ETA, beta=1.0):
 
 class TrajectoryTest(parameterized.TestCase):
   def test_fed_avg(self):
-    """Of the solver that the methods take apart."""
+    """Tests the solver that the methods take apart."""
     with enable_x64(True):
       w, _, _ = on_losses(quadratic, lambda model: base.Method())
     np.testing.assert_allclose(w, G['fedavg_w'], atol=1e-12)
@@ -136,7 +141,7 @@ class TrajectoryTest(parameterized.TestCase):
     ('warm', 'pfedme_w'), ('lg', 'lg_w'), ('none', 'lg_eta0_w')
   )
   def test_reference(self, kind, golden):
-    """What the kinds without golden arrays are compared with."""
+    """Tests the reference that is used for kinds without golden arrays."""
     np.testing.assert_allclose(reference(kind)[0], G[golden], atol=1e-12)
 
   @parameterized.parameters(('lg', 1.0), ('meg', 1.0), ('mh', 1.0), ('mh', 2.0))
@@ -176,7 +181,7 @@ class TrajectoryTest(parameterized.TestCase):
 
 
 class IdentityTest(parameterized.TestCase):
-  """A1, A2 and A5 of the spec."""
+  """Identities A1, A2 and A5 of the spec."""
 
   def test_exact_prox(self):
     """With many steps theta is the prox, and w moves by its envelope's
@@ -191,8 +196,10 @@ class IdentityTest(parameterized.TestCase):
 
   @parameterized.parameters((15.0, 1e-12), (1e7, 1e-7))
   def test_one_step_is_fed_avg(self, lam, tolerance):
-    """lr_p = 1 / lambda and one step: lambda (mu - theta) is the gradient. For
-    a large lambda that is the exact prox."""
+    """With lr_p = 1 / lambda and one step, lambda (mu - theta) is the gradient.
+
+    For a large lambda that is the exact prox.
+    """
     with enable_x64(True):
       w, _, _ = on_losses(
         quadratic, me(lam=lam, lr_p=1 / lam, prox_steps=1, warm=False)
@@ -220,7 +227,7 @@ class IdentityTest(parameterized.TestCase):
 
 
 def rounds(method, model=problems.LINEAR, ids=([0, 1, 4], [1, 3, -1]), **rows):
-  """The state and the metrics after rounds on images."""
+  """Returns the state and the metrics after rounds on images."""
   fed = problems.make(model, base.chain(fed_avg.fed_avg(), method))
   schedule = problems.schedule(ids)._replace(**rows)
   return fed, *federation.run(
@@ -245,8 +252,10 @@ class EngineTest(parameterized.TestCase):
     chex.assert_trees_all_equal(*thetas)
 
   def test_who_does_not_work_keeps_its_slot(self):
-    """Also a client whose steps a limit takes away; one that works and does not
-    arrive does not."""
+    """This includes a client without steps because of a limit.
+
+    A client that trains but does not arrive gets a new slot.
+    """
     fed = problems.make(
       problems.LINEAR,
       base.chain(
@@ -275,7 +284,7 @@ class EngineTest(parameterized.TestCase):
       fed.round(fed.init(KEY), problems.DATA, problems.row([1]), KEY)
 
   def test_batch_norm(self):
-    """theta is evaluated with the statistics that its training left."""
+    """theta is evaluated with the statistics of its own training."""
     model = problems.NORMED
     fed, state, _ = rounds(
       base.chain(p_fed_bred.p_fed_me(model), batch_norm.local_stats()), model
@@ -295,7 +304,7 @@ class EngineTest(parameterized.TestCase):
     )
 
   def test_train_loss_is_that_of_the_model_before_the_step(self):
-    """In the first step of the first round that of the initial model."""
+    """In the first step of the first round it is that of the initial model."""
     whole = dict(batch_size=15, epochs=1)
     want = problems.make(solve=problems.solver(**whole))
     for kind in ('lg', 'meg', 'mh'):
@@ -316,8 +325,10 @@ class EngineTest(parameterized.TestCase):
 
 class PriorTest(parameterized.TestCase):
   def hyperbolic(self):
-    """A family whose curvature is not constant: g* = sum cosh, natural
-    parameters sinh(mean)."""
+    """Makes a family whose curvature is not constant.
+
+    g* = sum cosh, and natural parameters are sinh(mean).
+    """
     total = lambda tree, f: sum(jnp.sum(f(a)) for a in jax.tree.leaves(tree))
     return p_fed_bred.Prior(
       lambda mean: total(mean, jnp.cosh),
@@ -335,8 +346,11 @@ class PriorTest(parameterized.TestCase):
 
   @parameterized.parameters('spherical', 'diagonal', 'hyperbolic')
   def test_conjugates(self, family):
-    """The two gradients undo each other; D is 0 at the mean, positive beside
-    it, and its slope is the difference of natural parameters."""
+    """The two gradients are inverse to each other.
+
+    D is 0 at the mean and positive elsewhere, and its slope is the difference
+    of the natural parameters.
+    """
     with enable_x64(True):
       prior = (
         self.hyperbolic()
@@ -362,7 +376,7 @@ class PriorTest(parameterized.TestCase):
       )
 
   def test_diagonal_by_hand(self):
-    """4 inputs of 12 weights and 1 of 3 biases: in the mean 51 / 15."""
+    """12 weights have 4 inputs, 3 biases have 1: the mean is 51 / 15."""
     theta, mean = self.trees()
     squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), theta, mean)
     want = (4 * squares['kernel'] + squares['bias']) / 2 / (51 / 15)

@@ -1,5 +1,4 @@
-"""The wheel in an environment of its own: programs and README, from
-anywhere."""
+"""Tests the wheel in an environment of its own, from any folder."""
 
 import json
 import os
@@ -26,7 +25,7 @@ class WheelTest(absltest.TestCase):
     temporary = tempfile.TemporaryDirectory()
     cls.addClassCleanup(temporary.cleanup)
     cls.folder = pathlib.Path(temporary.name)
-    # A copy: setuptools leaves its work beside the sources.
+    # A copy, because setuptools leaves files next to the sources.
     sources = cls.folder / 'sources'
     tracked = cls.call('git', 'ls-files', '-z', cwd=ROOT).split('\0')
     for name in filter(None, tracked):

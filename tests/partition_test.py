@@ -1,4 +1,4 @@
-"""Partitions by their properties, and measures of skew by hand."""
+"""Tests of partitions by their properties, and of skew measures by hand."""
 
 import functools
 import os
@@ -23,7 +23,8 @@ class PartitionTest(parameterized.TestCase):
     st.integers(0, 2**31 - 1),
   )
   def test_dirichlet(self, alpha, num_clients, num_classes, extra, sigma, seed):
-    """Every example once, sizes and class totals exact, for any alpha."""
+    """Every example is used once, sizes and class totals are exact, for any
+    alpha."""
     num = num_clients + extra
     labels = np.random.RandomState(seed).randint(num_classes, size=num)
     parts = partition.dirichlet(
@@ -59,7 +60,7 @@ class PartitionTest(parameterized.TestCase):
         self.assertEqual(*[rng.uniform() for rng in rngs])
 
   def test_small_alpha_ends(self):
-    """The setting in which the official loop was seen not to end."""
+    """Uses a setting in which the official loop did not end."""
     labels = np.repeat(np.arange(10), 400)
     parts = partition.dirichlet(labels, 20, 0.05)
     self.assertEqual(sum(map(len, parts)), 4000)
@@ -90,9 +91,10 @@ class PartitionTest(parameterized.TestCase):
     self.assertLessEqual(max(map(len, parts)) - min(map(len, parts)), 3)
 
   def test_like_another_partition(self):
-    """Every test example once; classes go where the training classes are."""
+    """Every test example is used once, and classes go where they are in
+    training."""
     train = np.repeat(np.arange(4), 30)
-    test = np.repeat(np.arange(5), 7)  # nobody trains on class 4
+    test = np.repeat(np.arange(5), 7)  # no client trains on class 4
     parts = partition.dirichlet(train, 6, 0.3)
     shares = partition.like(test, train, parts)
     np.testing.assert_array_equal(
@@ -135,10 +137,10 @@ class PartitionTest(parameterized.TestCase):
 
 
 class SchemesTest(parameterized.TestCase):
-  """The schemes beside the official one."""
+  """The schemes other than the official one."""
 
   def assert_whole(self, parts, labels, num_clients):
-    """Every example once: class totals follow."""
+    """Checks that every example is used once, which implies class totals."""
     self.assertLen(parts, num_clients)
     np.testing.assert_array_equal(
       np.sort(np.concatenate(parts)), np.arange(len(labels))
@@ -169,8 +171,9 @@ class SchemesTest(parameterized.TestCase):
       np.testing.assert_array_equal(a, b)
 
   def test_dirichlet_class_follows_its_draws(self):
-    """By class, shares have mean 1 / N and variance (N - 1) / (N^2 (N a +
-    1))."""
+    """Within a class, shares have mean 1 / N and variance (N - 1) / (N^2 (N a +
+    1)).
+    """
     labels, num = np.repeat(np.arange(200), 100), 5
     for alpha in (0.1, 0.5, 5.0):
       counts = skew.class_counts(
@@ -178,12 +181,12 @@ class SchemesTest(parameterized.TestCase):
       )
       exact = (num - 1) / num**2 / (num * alpha + 1)
       self.assertAlmostEqual(counts.var() / 100**2 / exact, 1, delta=0.08)
-    # Cuts are rounded to the nearest: no client is favoured by its place.
+    # Cuts are rounded to the nearest integer, so no position is favoured.
     even = partition.dirichlet_class(labels, num, 1000.0)
     np.testing.assert_allclose([*map(len, even)], 4000, atol=60)
 
   def test_dirichlet_class_as_niid_bench_draws(self):
-    """No class goes to a client that held its even share before."""
+    """A client that held its even share before gets none of a class."""
     labels = np.random.RandomState(0).permutation(np.repeat(np.arange(10), 70))
     for seed in range(20):
       parts = partition.dirichlet_class(
@@ -230,7 +233,8 @@ class SchemesTest(parameterized.TestCase):
     self.assertGreater(np.max(owners), 6)
 
   def test_only_who_lacks_examples_gets_some(self):
-    """What is filled up is otherwise what would have been drawn."""
+    """Apart from the moved examples, the partition is the one that was
+    drawn."""
     labels = np.repeat(np.arange(10), 40)
     free, filled = (
       partition.dirichlet_class(labels, 50, 0.1, min_size=size)
@@ -243,7 +247,8 @@ class SchemesTest(parameterized.TestCase):
     self.assertEqual(kept, 400 - moved)
     grown = np.array([*map(len, filled)])
     np.testing.assert_array_equal(grown[sizes < 4], 4)
-    # Those who gave were the largest: their sizes end within one of each other.
+    # Examples come from the largest clients, whose final sizes differ by at
+    # most one.
     gave = grown[grown < sizes]
     self.assertLessEqual(gave.max() - gave.min(), 1)
     self.assertLessEqual(sizes[(grown == sizes)].max(), gave.max())
@@ -268,7 +273,8 @@ class SchemesTest(parameterized.TestCase):
       )
 
   def test_shards_of_one_class_each(self):
-    """McMahan's setting in small: 100 clients, 2 shards of 30 each."""
+    """McMahan's setting on a smaller scale: 100 clients, 2 shards of 30
+    each."""
     labels = np.random.RandomState(0).permutation(np.repeat(np.arange(10), 600))
     counts = skew.class_counts(labels, partition.shards(labels, 100), 10)
     self.assertEqual(set(counts.ravel()), {0, 30, 60})
@@ -299,7 +305,7 @@ class SchemesTest(parameterized.TestCase):
       self.assertLessEqual(own.max() - own[own > 0].min(), 1)
     owners = (counts > 0).sum(0)
     self.assertGreaterEqual(owners.min(), 1)
-    # No client could go over to another class and make the fullest less full.
+    # Moving a client to another class cannot reduce the largest share.
     fullest = np.argmax(sizes / owners)
     for c, size in enumerate(sizes):
       if owners[c] > 1 and owners[fullest] < num_clients:
@@ -311,7 +317,7 @@ class SchemesTest(parameterized.TestCase):
     labels = np.repeat(np.arange(10), 40)
     counts = skew.class_counts(labels, partition.classes(labels, 20, 2), 10)
     self.assertEqual(set(counts.ravel()), {0, 10})
-    # Who shares which classes is random: all 45 pairs come, about equally
+    # The assignment of classes is random: all 45 pairs occur, about equally
     # often.
     pairs = np.zeros((10, 10))
     for seed in range(150):
@@ -439,7 +445,7 @@ class SchemesTest(parameterized.TestCase):
 class SkewTest(absltest.TestCase):
   def test_by_hand(self):
     counts = np.array([[4, 0], [1, 1], [0, 2], [0, 0]])
-    # Everybody: 5/8 and 3/8.
+    # All clients together have shares of 5/8 and 3/8.
     np.testing.assert_allclose(
       skew.total_variation(counts), [3 / 8, 1 / 8, 5 / 8, np.nan]
     )

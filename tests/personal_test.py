@@ -1,5 +1,4 @@
-"""Runs of methods with personal models: their files, and what is said of
-them."""
+"""Tests of runs of methods with personal models, their files and pages."""
 
 import pathlib
 import tempfile
@@ -35,8 +34,10 @@ class SavedTest(parameterized.TestCase):
     return run, status, err
 
   def accuracy(self, saved, run, client):
-    """Of a loaded model on the client's test examples, drawn as the run
-    does."""
+    """Computes a loaded model's accuracy on the client's test examples.
+
+    They are drawn as in the run.
+    """
     with np.load(self.path) as data:
       x, y = data['test_x'], data['test_y']
       mean, std = (
@@ -71,8 +72,11 @@ class SavedTest(parameterized.TestCase):
     )
 
   def check_by_client(self, changes, name, architectures):
-    """The same bytes wherever slots lie; loaded, the models have the accuracies
-    that the run says, and the page has a row for each."""
+    """The files are the same bytes wherever slots are.
+
+    Loaded models have the accuracies that the run reports, and the page has a
+    row for each client.
+    """
     architectures = architectures.split()
     run, other = (
       self.train(

@@ -1,5 +1,4 @@
-"""Every preset says its command, time and score, and is a valid
-configuration."""
+"""Tests that every preset is valid and documents command, time and score."""
 
 import contextlib
 import pathlib
@@ -22,7 +21,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob('*.flags'))
 
 
 def write_cifar(folder, files, num_labels, num):
-  """Files of CIFAR's binary version, with random images."""
+  """Writes files of CIFAR's binary version, with random images."""
   folder.mkdir(parents=True)
   for name in files:
     records = (
@@ -35,7 +34,7 @@ def write_cifar(folder, files, num_labels, num):
 
 
 def write_idx(folder, prefix, num):
-  """Files of the MNIST family, with black images."""
+  """Writes files of the MNIST family, with black images."""
   folder.mkdir(exist_ok=True)
   for kind, values in (
     ('images-idx3', np.zeros((num, 28, 28), np.uint8)),
@@ -48,7 +47,7 @@ def write_idx(folder, prefix, num):
 
 
 def configurations(program):
-  """What the parsed flags ask for, by name."""
+  """Returns the configurations of the parsed flags, by name."""
   if program == 'compare':
     return compare.parse_methods(absl_flags.FLAGS.methods)
   if program == 'sweep':
@@ -90,7 +89,7 @@ class PresetsTest(parameterized.TestCase):
 
   @contextlib.contextmanager
   def parsed(self, name):
-    """Inside, the flags are a preset's; gives the program of its command."""
+    """Sets the flags to a preset's within the context; gives its program."""
     text = (FOLDER / f'{name}.flags').read_text()
     command = re.match(
       r'# \.venv/bin/python -m experiments\.(train|compare|sweep|compression) '
@@ -114,7 +113,7 @@ class PresetsTest(parameterized.TestCase):
     self.check(name)
 
   @parameterized.parameters(*(n for n in NAMES if n.startswith('mnist5k')))
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_of_mnist5k_is_valid(self, name):
     self.check(name)
 
@@ -123,8 +122,8 @@ class PresetsTest(parameterized.TestCase):
       self.assertTrue(absl_flags.FLAGS.workdir.startswith('runs/'))
       configs = configurations(program)
     first = next(iter(configs.values()))
-    # Not inside: leaving that would forget flags of modules that are imported
-    # now.
+    # Outside of the context, whose end would forget the flags of modules that
+    # are imported here.
     built = assembly.build(
       first, f'{self.folder}/data', f'{self.folder}/originals'
     )
@@ -146,7 +145,7 @@ class PresetsTest(parameterized.TestCase):
     self.assertLen(set(folders), len(NAMES))
 
   def test_the_official_setting(self):
-    """Numbers by hand, from the official code's scripts."""
+    """The numbers are from the official code's scripts."""
     with self.parsed('cifar100'):
       config = resolve.config()
     self.assertContainsSubset(

@@ -1,4 +1,4 @@
-"""Private sums: clip, noise, masks and accounting."""
+"""Tests of private sums: clip, noise, masks and accounting."""
 
 import pathlib
 
@@ -20,14 +20,14 @@ GOLDEN = np.load(pathlib.Path(__file__).parent / 'golden' / 'privacy.npz')
 
 
 def make(cohort=3, num_clients=5, **options):
-  """A federation with a private sum, clients weighted alike."""
+  """Builds a federation with a private sum and equal weights."""
   more = {k: options.pop(k) for k in ('mesh', 'client_chunk') if k in options}
   method = base.chain(private_fed_avg.private_fed_avg(MODEL, cohort, **options))
   return problems.make(MODEL, method, weighting='uniform', **more)
 
 
 def changes(state, ids):
-  """What each client's training adds to the parameters."""
+  """Returns what each client's training adds to the parameters."""
   plain = problems.make(MODEL, weighting='uniform')
   found = []
   for k in ids:
@@ -79,7 +79,8 @@ class ClipTest(parameterized.TestCase):
     self.assertAlmostEqual(float(info.metrics['dp/clipped']), 1 / 3, places=6)
 
   def test_adaptive_clip(self):
-    """Without noise: from b = 1 and from b = 0."""
+    """There is no noise; it starts with all and with no client below the
+    clip."""
     for clip, share in ((1e3, 1.0), (1e-6, 0.0)):
       fed = make(clip=clip, quantile=0.5)
       state, _ = fed.round(
@@ -173,7 +174,7 @@ class SecureTest(parameterized.TestCase):
     each = [of(k) for k in ids[:3]]
     total = jax.tree.map(lambda *a: sum(a), *each)
     chex.assert_trees_all_equal(total, zero)
-    for mask in each:  # uniform over all 32 bits
+    for mask in each:  # each is uniform over all 32 bits
       self.assertAlmostEqual(np.mean(mask['a'] / 2.0**32), 0.5, delta=0.07)
     other = private_fed_avg.masks(zero, seed, 5, ids[0], ids)
     self.assertFalse(np.any(other['a'] == each[0]['a']))
@@ -185,7 +186,8 @@ class SecureTest(parameterized.TestCase):
     dict(arrived=[False, True, True], mesh=2),
   )
   def test_the_sum_is_exact(self, arrived, mesh=None, client_chunk=0):
-    """Equal to that without masks bit for bit, and to what each client adds."""
+    """It equals the sum without masks bit for bit, and that of single
+    clients."""
     ids = [0, 1, 4]
     options = dict(
       clip=0.5,
@@ -219,7 +221,7 @@ class SecureTest(parameterized.TestCase):
     want = jax.tree.map(
       lambda w, d: w + d / sum(arrived), plain.variables.params, total
     )
-    # Rounded to 2^-16; a change that lies at the edge may round otherwise.
+    # Rounded to 2^-16; a change in the middle may be rounded the other way.
     chex.assert_trees_all_close(got.variables.params, want, atol=2**-15)
     np.testing.assert_array_equal(
       np.asarray(info.metrics['bits_up'])[:3],
@@ -227,7 +229,7 @@ class SecureTest(parameterized.TestCase):
     )
 
   def test_a_lost_client_would_destroy_the_sum(self):
-    """What is taken off is what was left, and far from nothing."""
+    """What is subtracted is what remained, and it is far from 0."""
     seed = jnp.array([3, 4], jnp.uint32)
     ids, arrived = jnp.array([0, 1, 4]), jnp.array([True, False, True])
     codes = {'a': jnp.arange(6, dtype=jnp.uint32)}
@@ -288,7 +290,7 @@ class RefusalTest(parameterized.TestCase):
       private_fed_avg.private_fed_avg(problems.NORMED, 3, clip=1.0)
 
   def test_parts_that_tell_more_than_a_sum(self):
-    """Every part that asks for more of the clients says so in its recipe."""
+    """Every part that needs more from the clients says so in its recipe."""
     models = {  # with BatchNorm
       'fed_align': problems.STAGED,
       'fed_zdac': problems.NORMED,

@@ -57,15 +57,18 @@ class Normed(nn.Module):
 
 
 class DenseGenerator(nn.Module):
-  """A small net with a BatchNorm: compiles in a fraction of a convolutional
-  one."""
+  """A small network with a BatchNorm.
+
+  It compiles in a fraction of the time of a convolutional one.
+  """
 
   @nn.compact
   def __call__(self, z, labels, train=False):
     x = jnp.concatenate(
       [z, jax.nn.one_hot(labels, NUM_CLASSES, dtype=z.dtype)], axis=-1
     )
-    # No bias: its gradient is 0 but for rounding, which Adam would blow up.
+    # Without a bias, whose gradient is 0 up to rounding: Adam would amplify
+    # that.
     x = nn.Dense(6, use_bias=False, param_dtype=jnp.result_type(float))(x)
     x = nn.tanh(layers.BatchNorm()(x, train=train))
     return nn.tanh(layers.Dense(int(np.prod(IMAGE_SHAPE)))(x)).reshape(
@@ -93,8 +96,10 @@ def _generator(noise_dim=4):
 
 
 def quick(pair):
-  """A model or generator with weights of one draw: each draw of its own would
-  take a tenth of a second to compile."""
+  """Makes a model or generator draw its weights from one vector.
+
+  Separate draws would take a tenth of a second each to compile.
+  """
 
   @jax.jit
   def init(key):
@@ -118,14 +123,14 @@ def from_flax(module):
   return quick(models.from_flax(module, IMAGE_SHAPE, (0.4,), (0.3,)))
 
 
-@functools.cache  # equal models are one, so that jit knows them again
+@functools.cache  # equal models are one object, so that jit recognises them
 def make_model(norm='none'):
   return from_flax(Net(norm))
 
 
 GENERATOR = quick(_generator())
 NORMED, LINEAR = from_flax(Normed()), from_flax(Linear())
-# Residual, of two stages.
+# A residual network of two stages.
 STAGED = from_flax(
   resnet.ResNet(
     NUM_CLASSES, (4, 6), 1, False, False, layers.Variant('batch', 'im2col')
@@ -134,7 +139,7 @@ STAGED = from_flax(
 
 
 def make_data(sizes=SIZES, seed=0):
-  """Images whose brightness in one corner tells the class."""
+  """Makes images whose brightness in one corner depends on the class."""
   rng = np.random.RandomState(seed)
   num = sum(sizes)
   y = rng.randint(NUM_CLASSES, size=num)
@@ -157,7 +162,7 @@ SOLVER = solver()
 FED_AVG = base.chain(fed_avg.fed_avg())
 _make = functools.cache(
   federation.federation
-)  # an equal one is compiled already
+)  # an equal one may be compiled already
 
 
 def make(
@@ -168,7 +173,7 @@ def make(
   client_chunk=0,
   **kwargs,
 ):
-  """All clients stacked, whatever the device."""
+  """Builds a federation that stacks all clients on every device."""
   return _make(
     model, method, solve, len(sizes), client_chunk=client_chunk, **kwargs
   )
@@ -179,8 +184,10 @@ def schedule(rows, num_clients=len(SIZES)):
 
 
 def row(ids, arrived=True, num_steps=base.NO_LIMIT, num_clients=len(SIZES)):
-  """One row of a schedule, on the device; as wide as there are clients, so that
-  tests share a program."""
+  """Makes one row of a schedule, on the device.
+
+  It has room for all clients, so that tests share a program.
+  """
   pad = max(num_clients - len(ids), 0)
   ids = np.pad(ids, (0, pad), constant_values=-1)
   fill = lambda value: np.append(

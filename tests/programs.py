@@ -1,4 +1,4 @@
-"""The programs in this process, as a user calls them."""
+"""Runs the programs in this process, as a user calls them."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from fedftg_jax.configuration import assembly, folders
 from fedftg_jax.system import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
-# What no compiled part depends on.
+# Flags on which no compiled part depends.
 _OF_A_RUN = (
   'rounds',
   'seed',
@@ -39,7 +39,7 @@ _SMALL_FTG = (
 
 
 def write_data(folder):
-  """Small images of three classes as a user's own arrays."""
+  """Writes small images of three classes as a user's own arrays."""
   rng = np.random.RandomState(0)
   arrays = {}
   for split, num in (('train', 60), ('test', 30)):
@@ -54,8 +54,11 @@ def write_data(folder):
 
 
 def small(data):
-  """Flags of a run of seconds; with FedAvg, as programs of FedFTG take longest
-  to compile. In a file, which may hold flags of other methods."""
+  """Returns the flags of a run that takes seconds.
+
+  It uses FedAvg, because FedFTG's programs take longest to compile. The flags
+  are in a file, which may hold flags of other methods.
+  """
   path = pathlib.Path(data).parent / '.small.flags'
   path.write_text(
     '\n'.join(
@@ -78,10 +81,10 @@ def small(data):
 
 
 def call(program, *argv, draw=False):
-  """Runs a program; (exit status, stdout, stderr).
+  """Runs a program; returns (exit status, stdout, stderr).
 
-  Runs of one configuration share what is compiled, see `forget`. Pictures,
-  which take as long as a small run, are files without content unless `draw`.
+  Runs of one configuration share what is compiled, see `forget`. Pictures take
+  as long as a small run, so they are empty files unless `draw`.
   """
   out, err = io.StringIO(), io.StringIO()
   shared = functools.partial(_build, assembly.build)
@@ -135,4 +138,4 @@ def _build(build, config, *places):
 
 
 _built = {}
-forget = _built.clear  # so that the next run builds and traces all anew
+forget = _built.clear  # then the next run builds and traces everything again

@@ -1,4 +1,4 @@
-"""The programs as a user meets them: files, repeats, resumption, errors."""
+"""Tests the programs as a user meets them: files, repeats, resuming, errors."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from tests.programs import ROOT, call, forget, small, write_data
 
 
 def write_odd_data(path):
-  """Images whose sides the generator cannot make."""
+  """Writes images with sides that the generator cannot make."""
   np.savez(
     path,
     train_x=np.zeros((9, 6, 6, 1), np.uint8),
@@ -78,7 +78,7 @@ class TrainTest(parameterized.TestCase):
     self.assertNotEqual(a, c)
 
   @parameterized.parameters('local', 'aggregate', 'reset')
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_batch_norm_policy(self, policy):
     status, _, err = self.train(
       'a',
@@ -98,7 +98,7 @@ class TrainTest(parameterized.TestCase):
     self.assertCountEqual(row['accuracy'], ['all', *own])
 
   def test_evaluating_all_changes_no_training(self):
-    """What the other parts draw does not depend on a part more."""
+    """An additional part does not change the draws of the others."""
     for name, *more in (('a',), ('b', '--evaluate_all')):
       status, _, err = self.train(name, '--method=fed_ftg', *more)
       self.assertEqual(status, 0, err)
@@ -148,7 +148,7 @@ class TrainTest(parameterized.TestCase):
     ('fed_ftg', {'ftg_weight_decay': 0.0}, 0.0),
   )
   def test_prox_to_zero_reaches_the_student(self, method, changes, decay):
-    """As in the official code, where it is part of the decay."""
+    """As in the official code, it is part of the student's weight decay."""
     with flagsaver.flagsaver():
       configs = [
         resolve.config(
@@ -177,7 +177,7 @@ class TrainTest(parameterized.TestCase):
     ({'ftg_preset': 'robust', 'ftg_weight_decay': 0.25}, 0.25),
   )
   def test_the_students_weight_decay(self, changes, decay):
-    """That of clients as in the official code, where nothing else is said."""
+    """By default it is that of the clients, as in the official code."""
     with flagsaver.flagsaver():
       config = resolve.config(method='fed_ftg', weight_decay=0.5, **changes)
     options = assembly._options('fed_ftg', config)
@@ -188,12 +188,12 @@ class TrainTest(parameterized.TestCase):
     self.check_precision('bfloat16')
 
   @parameterized.parameters('default', 'highest')
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_other_precisions(self, precision):
     self.check_precision(precision)
 
   def check_precision(self, precision):
-    """What the compiler is asked for; results are near those of the default."""
+    """Checks what the compiler is asked for; results are near the default's."""
     asked = []
     run = federation.run
 
@@ -215,7 +215,7 @@ class TrainTest(parameterized.TestCase):
     self.assertGreater(row['test_accuracy'], 0.8)
 
   def test_files(self):
-    forget()  # what another test has compiled
+    forget()  # programs that another test has compiled
     self.args.append('--method=fed_ftg')
     status, out, err = self.train('a', draw=True)
     self.assertEqual(status, 0, err)
@@ -294,26 +294,26 @@ class TrainTest(parameterized.TestCase):
       for r in (run / 'metrics.jsonl').read_text().split('\n')
       if r
     ]
-    # The same run elsewhere: the same bytes.
+    # The same run in another folder gives the same bytes.
     forget()
     self.train('b')
     for name in ('metrics.jsonl', 'params.npz', 'partition.npz'):
       self.assertEqual(
         (run / name).read_bytes(), (self.folder / 'b' / name).read_bytes(), name
       )
-    # Finished: left alone, and said so.
+    # A finished run is left alone, and this is printed.
     before = (run / 'metrics.jsonl').stat().st_mtime_ns
     status, out, _ = self.train('a')
     self.assertEqual(status, 0)
     self.assertIn('already finished', out)
     self.assertEqual((run / 'metrics.jsonl').stat().st_mtime_ns, before)
-    # More rounds are no other configuration; the first rows stay the same.
+    # More rounds are the same configuration; the first rows stay the same.
     status, out, _ = self.train('a', '--rounds=4')
     self.assertEqual(status, 0)
     longer = (run / 'metrics.jsonl').read_text().split('\n')
     self.assertEqual(json.loads(longer[0]), rows[0])
     self.assertEqual(json.loads(longer[1])['round'], 4)
-    # Another learning rate is.
+    # Another learning rate is another configuration.
     status, out, err = self.train('a', '--learning_rate=0.2')
     self.assertEqual(status, 2)
     self.assertRegex(
@@ -321,7 +321,7 @@ class TrainTest(parameterized.TestCase):
       r'^error: --workdir=.*another configuration \(learning_rate: 0.1, '
       r'not 0.2\); choose another folder\n$',
     )
-    # The saved partition is replayed; a changed file is noticed.
+    # The saved partition can be used again; a changed file is noticed.
     partition = run / 'partition.npz'
     self.train('c', f'--partition=file:{partition}')
     self.assertEqual(
@@ -350,7 +350,7 @@ class TrainTest(parameterized.TestCase):
       (run / 'metrics.jsonl').read_bytes(),
       (self.folder / 'whole' / 'metrics.jsonl').read_bytes(),
     )
-    # A folder with other things in it is not written to.
+    # A folder with other files is not written to.
     (self.folder / 'mine').mkdir()
     (self.folder / 'mine' / 'thesis.tex').write_text('')
     status, _, err = self.train('mine')
@@ -397,7 +397,7 @@ class TrainTest(parameterized.TestCase):
     )['config']
     self.assertEqual(config['prox_mu'], 0.5)
     self.assertTrue(config['prox_to_zero'])
-    # Finished runs are skipped, a missing one is made.
+    # Finished runs are skipped, a missing one is trained.
     kept = work / 'fed_avg/seed0/metrics.jsonl'
     gone = work / 'fed_avg/seed1'
     before, content = (
@@ -410,7 +410,7 @@ class TrainTest(parameterized.TestCase):
     self.assertEqual(kept.stat().st_mtime_ns, before)
     self.assertEqual((gone / 'metrics.jsonl').read_bytes(), content)
     self.assertNotIn('seed 0', out)
-    # Fewer rounds: the table has those alone, of all methods.
+    # With fewer rounds, the table has only those, for all methods.
     call(compare, *args, '--rounds=2')
     shorter = json.loads((work / 'summary.json').read_text())['methods']
     first = json.loads(content.decode().split('\n')[0])
@@ -419,7 +419,7 @@ class TrainTest(parameterized.TestCase):
       shorter['fed_avg']['final_accuracy']['per_seed'][1],
       first['test_accuracy'],
     )
-    # The folder is that of a comparison, and of this one.
+    # The folder belongs to a comparison, and to this one.
     for changes, message in (
       (['--dirichlet_alpha=2'], 'another configuration .dirichlet_alpha: 1.0'),
       (['--methods=fed_avg:batch_size=5', '--batch_size=5'], None),
@@ -430,7 +430,7 @@ class TrainTest(parameterized.TestCase):
     status, _, err = self.train('c')
     self.assertEqual(status, 2)
     self.assertIn('holds a comparison', err)
-    # train's own run of that seed is the same run.
+    # `train` with that seed gives the same run.
     self.train('alone', '--method=fed_avg', '--seed=1')
     self.assertEqual(
       (self.folder / 'alone/metrics.jsonl').read_bytes(), content
@@ -451,7 +451,7 @@ class TrainTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_diverged_student_and_generator(self):
-    """One line, although there are no images to show."""
+    """It ends with one line, although there are no images to show."""
     with warnings.catch_warnings(action='error', category=RuntimeWarning):
       status, _, err = self.train(
         'd',
@@ -504,7 +504,8 @@ class TrainTest(parameterized.TestCase):
 
 
 class ErrorsTest(parameterized.TestCase):
-  """Each wrong value: one line that names flag, value and what is right."""
+  """Each wrong value gives one line with flag, value and what would be
+  right."""
 
   @parameterized.parameters(
     ('--rounds=abc', '--rounds=abc: must be a positive integer'),
@@ -648,9 +649,9 @@ class ErrorsTest(parameterized.TestCase):
     self.assertEqual(status, 0, err)
 
   def test_as_a_process(self):
-    """Status and line are what a shell sees; help is there."""
+    """Checks exit status and output as a shell sees them, also of --help."""
     for name in recipes.FtgOptions._fields:
-      # What it is, and what if it is left out.
+      # Each help has a description and a default.
       self.assertRegex(
         absl_flags.FLAGS[f'ftg_{name}'].help,
         r'\w.*\. (Default: |0 for --batch_size)',
@@ -692,8 +693,8 @@ class ErrorsTest(parameterized.TestCase):
       '--eval_every=1',
       f'--workdir={folder}/w',
     ]
-    # A shell starts its background jobs with this signal ignored, and children
-    # inherit that: the program is to begin as from a terminal.
+    # Background jobs of a shell ignore this signal, and children inherit that.
+    # The program should start as from a terminal.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
       [*command, '--rounds=100000'],
@@ -776,7 +777,7 @@ class DevicesTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_two_processes_agree_with_one(self):
-    """Started as a user starts them, on one machine; one of them writes."""
+    """They are started as by a user, on one machine; one of them writes."""
     with socket.socket() as free:
       free.bind(('localhost', 0))
       port = free.getsockname()[1]
@@ -789,7 +790,7 @@ class DevicesTest(parameterized.TestCase):
       '--num_processes=2',
       f'--coordinator=localhost:{port}',
     ]
-    for rounds in (2, 3):  # and they go on together
+    for rounds in (2, 3):  # the second time they resume together
       together = [
         subprocess.Popen(
           [
@@ -923,7 +924,7 @@ class ReportTest(absltest.TestCase):
     ]
     self.assertEqual(statistics.rounds_to(rows, 0.6), 4)
     self.assertIsNone(statistics.rounds_to(rows, 0.8))
-    # By hand: the classes lose .5 and .1; the third has no test images.
+    # By hand: two classes lose .5 and .1; the third has no test images.
     by_class = [
       [0.2, 0.9, None],
       [0.7, 0.8, None],

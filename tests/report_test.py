@@ -1,5 +1,4 @@
-"""What one looks at after a run: scores of clients and classes, tables, a
-page."""
+"""Tests of results: scores of clients and classes, tables, the page."""
 
 import base64
 import contextlib
@@ -30,7 +29,7 @@ from tests import programs
 
 
 def run_by_hand(accuracy, seed=0, megabytes=1.0, **fields):
-  """A run with one evaluation per round, of the broadcast model."""
+  """Makes a run with one evaluation per round, of the broadcast model."""
   rows = [
     {
       'round': t + 1,
@@ -57,7 +56,7 @@ def run_by_hand(accuracy, seed=0, megabytes=1.0, **fields):
 
 
 class Page(html.parser.HTMLParser):
-  """What a page holds."""
+  """The content of a page."""
 
   def __init__(self, text):
     super().__init__()
@@ -86,7 +85,7 @@ class Page(html.parser.HTMLParser):
 
 
 def make(*argv):
-  """Runs the program `report`; (exit status, stderr)."""
+  """Runs the program `report`; returns (exit status, stderr)."""
   err = io.StringIO()
   with (
     flagsaver.flagsaver(),
@@ -102,7 +101,7 @@ def make(*argv):
 
 
 class RunTest(parameterized.TestCase):
-  """One run that looks at everything, every time."""
+  """A run that evaluates everything, every time."""
 
   @classmethod
   def setUpClass(cls):
@@ -192,7 +191,8 @@ class RunTest(parameterized.TestCase):
     )
 
   def test_tensorboard(self):
-    """Read as TensorFlow writes it: length, its checksum, event, checksum."""
+    """Reads events as TensorFlow writes them: length, checksum, event,
+    checksum."""
     from tensorboardX.proto import event_pb2
 
     (path,) = (self.run_folder / 'tensorboard').iterdir()
@@ -338,7 +338,7 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(path.read_text(), before)
 
   def test_what_is_missing_is_left_out(self):
-    """Folders of runs that did not look at clients, classes or images."""
+    """Uses folders of runs that did not evaluate clients, classes or images."""
     bare = self.folder / 'bare'
     bare.mkdir()
     for name in ('config.json', 'metrics.jsonl'):
@@ -388,7 +388,7 @@ class RunTest(parameterized.TestCase):
     )
     self.assertEqual(status, 0, err)
     self.assertEqual((folder / 'clients.json').exists(), when == 'final')
-    # Looking changes nothing; the rows begin those of a longer run.
+    # Evaluation changes nothing; the rows are the first ones of a longer run.
     for row, watched in zip(
       files.read_jsonl(folder / 'metrics.jsonl'), self.rows
     ):
@@ -458,10 +458,10 @@ class ComparisonTest(absltest.TestCase):
 
 
 class TablesTest(absltest.TestCase):
-  """Numbers on paper."""
+  """Tables of numbers computed by hand."""
 
   def test_on_validation_data(self):
-    """Only the broadcast model is measured on it: mean of the last rounds."""
+    """Only the broadcast model is evaluated on it: mean of the last rounds."""
     run = run_by_hand([0.5, 0.5])
     for row, accuracy in zip(run.rows, (0.6, 0.7)):
       row['validation_accuracy'] = accuracy
@@ -476,7 +476,7 @@ class TablesTest(absltest.TestCase):
         ],
       ),
     )
-    # Models that are one, and several seeds.
+    # Identical models, and several seeds.
     models = rows_lib.different_models(run.rows)
     self.assertEqual(models, {'broadcast = average': 'broadcast'})
     entries = {'a': [(run, 'broadcast')] * 2}
@@ -656,7 +656,7 @@ class TablesTest(absltest.TestCase):
 
 class SvgTest(absltest.TestCase):
   def test_two_pictures_on_a_page(self):
-    """No id is there twice, every reference has its target, labels are text."""
+    """Ids are unique, references have targets, and labels are text."""
 
     def draw(file, color):
       figure = matplotlib.figure.Figure()

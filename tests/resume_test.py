@@ -1,4 +1,4 @@
-"""Runs that are stopped in any way go on to the same bytes."""
+"""Tests that runs that are stopped in any way resume to the same bytes."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from fedftg_jax.runs import personal, resume, scoring, writer
 from fedftg_jax.system import files
 from tests import programs
 
-# Whatever a run ends with, but for what has times in it.
+# All files of a finished run, except those with times.
 SAME = (
   'params.npz',
   'metrics.jsonl',
@@ -37,7 +37,7 @@ SAME = (
 
 
 class PowerCut(BaseException):
-  """Nothing catches it."""
+  """An exception that nothing catches."""
 
 
 class ResumeTest(parameterized.TestCase):
@@ -69,7 +69,7 @@ class ResumeTest(parameterized.TestCase):
       )
 
   def test_stopped_at_any_file(self):
-    """At whichever file the power goes, before or after it is in its place."""
+    """The power may fail before or after any file is in its place."""
     self.assertEqual(self.train('whole')[0], 0)
     replace, count = os.replace, 0
 
@@ -127,7 +127,7 @@ class ResumeTest(parameterized.TestCase):
       ],
     ),
   )
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_all_that_other_runs_hold_comes_back(self, method, changes):
     self.check_all(method, changes)
 
@@ -184,7 +184,8 @@ class ResumeTest(parameterized.TestCase):
       self.assert_same(f'whole/scaffold/seed{seed}', f'cut/scaffold/seed{seed}')
 
   def test_in_a_store_without_rename(self):
-    """Of fsspec: the same files, and a run there goes on as well."""
+    """In a store of fsspec the files are the same, and a run there resumes,
+    too."""
     self.assertEqual(self.train('whole')[0], 0)
     there = UPath('memory://runs') / self.folder.name
     args = [*self.args, '--method=scaffold', f'--workdir={there}']
@@ -233,7 +234,7 @@ class ResumeTest(parameterized.TestCase):
     self.check_more_rounds('bernoulli')
 
   def check_more_rounds(self, kind):
-    """Also where later rounds are fuller, and the schedule wider."""
+    """Covers later rounds with larger cohorts, which widen the schedule."""
     kind = [f'--schedule={kind}', '--schedule_seed=3']
     self.assertEqual(self.train('whole', '--rounds=6', *kind)[0], 0)
     self.assertEqual(self.train('more', '--rounds=4', *kind)[0], 0)
@@ -243,7 +244,7 @@ class ResumeTest(parameterized.TestCase):
     self.assert_same('whole', 'more')
 
   def test_fewer_rounds_than_are_there(self):
-    """Of a run that was stopped: refused, and nothing is lost."""
+    """For a stopped run it is refused, and nothing is lost."""
     self.assertEqual(self.train('a')[0], 0)
     (self.folder / 'a/summary.json').unlink()
     status, _, err = self.train('a', '--rounds=3')
@@ -324,7 +325,7 @@ class ResumeTest(parameterized.TestCase):
   def test_of_rows_that_were_cut_the_whole_ones_count(self):
     self.assertEqual(self.train('whole')[0], 0)
     self.assertEqual(self.train('cut')[0], 0)
-    (self.folder / 'cut/summary.json').write_text('{')  # as good as none
+    (self.folder / 'cut/summary.json').write_text('{')  # counts as missing
     rows = self.folder / 'cut/metrics.jsonl'
     rows.write_text(rows.read_text()[:-20])
     status, out, err = self.train('cut')
@@ -333,7 +334,7 @@ class ResumeTest(parameterized.TestCase):
     self.assert_same('whole', 'cut')
 
   def test_rows_that_cannot_be_read_now(self):
-    """What may pass by ends the run, and costs no checkpoint."""
+    """A problem that may pass ends the run, and costs no checkpoint."""
     self.assertEqual(self.train('a', '--rounds=4')[0], 0)
     with absltest.mock.patch.object(
       files, 'read_jsonl', side_effect=PermissionError('no permission: rows')
@@ -361,7 +362,7 @@ class ResumeTest(parameterized.TestCase):
     self.assertEqual(self.train('a')[0], 0)
 
   def test_seeds_trained_at_once_keep_a_checkpoint_in_common(self):
-    """Wherever it stops, with one checkpoint kept of each."""
+    """Wherever it stops, even if one checkpoint is kept of each."""
     args = (
       *self.args,
       '--methods=fed_avg',
@@ -373,7 +374,7 @@ class ResumeTest(parameterized.TestCase):
     saved, save = [], resume.save
 
     def cut(*run):
-      if len(saved) == 3:  # the first seed's second one is written
+      if len(saved) == 3:  # this is the first seed's second checkpoint
         raise PowerCut
       saved.append(run[3])
       save(*run)
@@ -409,7 +410,7 @@ class ResumeTest(parameterized.TestCase):
     self.assertRegex(err, r'^error: --rounds=3: .* holds 5 rounds; must be')
 
   def test_not_finite(self):
-    """The last finite checkpoint stays, the error names the rounds around."""
+    """The last finite checkpoint stays, and the error names the rounds."""
     self.assertEqual(self.train('a', '--rounds=4')[0], 0)
     with absltest.mock.patch.object(
       scoring, '_all_finite', lambda tree: jnp.array(False)
@@ -435,7 +436,7 @@ class ResumeTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_a_full_disk(self):
-    """One line, and nothing that was written before is lost."""
+    """It ends with one line, and nothing that was written before is lost."""
     self.assertEqual(self.train('whole')[0], 0)
     limit = (
       100_000  # bytes of a file: metrics fit, a checkpoint's models do not
@@ -469,9 +470,10 @@ class ResumeTest(parameterized.TestCase):
     self.assert_same('whole', 'full')
 
   @parameterized.parameters(signal.SIGKILL, signal.SIGTERM)
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_killed_at_random(self, number):
-    """A real process, several times; then the bytes of one that was not."""
+    """Kills a real process several times, and compares with one that was
+    not."""
     cache = {**os.environ, 'XDG_CACHE_HOME': str(self.folder / 'cache')}
     args = [*self.args, '--rounds=400', '--checkpoint_every=3']
     command = [
@@ -499,7 +501,7 @@ class ResumeTest(parameterized.TestCase):
     draw = random.Random(seed)
     for _ in range(4):
       process = start('cut')
-      lines = draw.randrange(1, 80)  # of the screen, whatever they say
+      lines = draw.randrange(1, 80)  # number of lines of output
       for _ in range(lines):
         process.stdout.readline()
       time.sleep(draw.random() / 50)

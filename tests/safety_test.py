@@ -1,5 +1,4 @@
-"""Two processes in one folder, and data that nobody can mean or that do
-harm."""
+"""Tests of two processes in one folder, and of wrong or harmful data."""
 
 import io
 import json
@@ -55,7 +54,7 @@ class LockTest(absltest.TestCase):
 
   def test_names_its_holder_and_ends(self):
     with lock.held(self.folder):
-      with lock.held(self.folder):  # the same process comes again
+      with lock.held(self.folder):  # the same process enters again
         pass
       out = in_another_process(HOLD, self.folder).stdout
       self.assertIn(f'in use by another process ({os.getpid()} on ', out)

@@ -1,4 +1,4 @@
-"""Local training: masks, fixed steps, stragglers, clip and decay in order."""
+"""Tests of local training: masks, steps, stragglers, clipping before decay."""
 
 from absl.testing import absltest, parameterized
 import chex
@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 
 
 def view(count=12, num_steps=base.NO_LIMIT, round_=0, cap=12):
-  """One client that holds rows 0 ... count - 1; its model is one number."""
+  """Makes a client that holds rows 0 ... count - 1; its model is one number."""
   data = base.Data(
     jnp.arange(20.0)[:, None],
     jnp.zeros(20, jnp.int32),
@@ -39,7 +39,8 @@ def view(count=12, num_steps=base.NO_LIMIT, round_=0, cap=12):
 
 
 def objective(gradient, decay=0.0):
-  """A loss with a constant gradient that reports the mean of the batch."""
+  """Makes a loss with a constant gradient that reports the mean of the
+  batch."""
 
   def loss(variables, batch, key):
     del key
@@ -85,7 +86,7 @@ class LocalSgdTest(parameterized.TestCase):
     )
 
   def test_epochs_are_shuffled_anew(self):
-    """The same orders, whether drawn beforehand or where they are used."""
+    """Orders are the same whether drawn beforehand or where they are used."""
     table, lazy = (
       jnp.stack(
         [solvers._orders(KEY, view(11).data, n, 4)(e) for e in range(3)]
@@ -99,7 +100,7 @@ class LocalSgdTest(parameterized.TestCase):
     self.assertFalse(np.array_equal(table[0], table[1]))
 
   def test_clip_then_decay(self):
-    """Gradient 10 is clipped to 1; decay .5 * 2 comes on top, unclipped."""
+    """A gradient of 10 is clipped to 1; decay .5 * 2 is added, unclipped."""
     solve = solvers.local_sgd(
       0.1, batch_size=12, epochs=1, clip_norm=1.0, weight_decay=0.3
     )
@@ -123,7 +124,7 @@ class LocalSgdTest(parameterized.TestCase):
       np.testing.assert_allclose(local.variables.params, 2.0 - 1.0 - 1.5)
 
   def test_optimizer_state_is_given_and_returned(self):
-    """Two rounds of a step each are one round of two."""
+    """Two rounds of one step each equal one round of two steps."""
     one, two = (
       solvers.local_sgd(
         1.0, batch_size=12, epochs=n, optimizer=optax.trace(0.5)
@@ -145,9 +146,11 @@ class LocalSgdTest(parameterized.TestCase):
 
   @parameterized.parameters(dict(epochs=2), dict(steps=6))
   def test_rule(self, **length):
-    """It gets the batches that a descent would, each epoch in two steps of two
-    batches, and what it keeps comes back; clip, decay and rate are the
-    solver's."""
+    """It gets the batches of a descent, two in each step.
+
+    Each epoch is two steps here. What it keeps is returned; clip, decay and
+    learning rate are the solver's.
+    """
     count, num = 11, 2
 
     def step(direction, variables, memory, batches, step_size, key):
@@ -214,10 +217,10 @@ class LocalSgdTest(parameterized.TestCase):
 
 
 class MomentumTest(parameterized.TestCase):
-  """In rounds of the engine, against plain loops over clients and steps."""
+  """Rounds of the engine against plain loops over clients and steps."""
 
   RATE, DECAY, EPOCHS = 0.1, 1e-2, 2
-  # Client 0 is absent in between, 1 in the end, and 3 never arrives.
+  # Client 0 is absent in the middle, 1 at the end, and 3 never arrives.
   ROWS = (
     ([0, 1, 3], [1, 1, 0]),
     ([1, 2, 4], [1, 1, 1]),
@@ -225,14 +228,14 @@ class MomentumTest(parameterized.TestCase):
   )
 
   def engine(self, decay, nesterov, keep, **kwargs):
-    """The model and the slots after all rows."""
+    """Returns the model and the slots after all rows."""
     optimizer = optax.trace(decay, nesterov)
     parts = (solvers.kept_optimizer(optimizer),) if keep else ()
     fed = problems.make(
       method=base.chain(fed_avg.fed_avg(), *parts),
       solve=solvers.local_sgd(
         self.RATE,
-        batch_size=max(problems.SIZES),  # all at once: the order is the same
+        batch_size=max(problems.SIZES),  # one batch, so the order has no effect
         epochs=self.EPOCHS,
         weight_decay=self.DECAY,
         optimizer=optimizer,
@@ -245,7 +248,7 @@ class MomentumTest(parameterized.TestCase):
     return state
 
   def plainly(self, decay, nesterov, keep):
-    """The model, and the clients' velocities, one gradient at a time."""
+    """Returns the model and the clients' velocities, one gradient at a time."""
     model, data = problems.LINEAR, problems.DATA
 
     @jax.jit
@@ -299,7 +302,7 @@ class MomentumTest(parameterized.TestCase):
       apart = optax.tree.norm(optax.tree.sub(got, other))
       self.assertGreater(float(apart), 1e-3)
       if keep:
-        (_, (kept,)), _ = state.clients  # the uplink's are ()
+        (_, (kept,)), _ = state.clients  # the uplink's slots are ()
         chex.assert_trees_all_close(kept, velocities, rtol=0, atol=1e-12)
 
   def test_kept_on_the_host(self):

@@ -1,4 +1,4 @@
-"""The client axis: chunks and devices give what one stack gives."""
+"""Tests that chunks and devices give the results of a single stack."""
 
 import re
 
@@ -14,7 +14,7 @@ from fedftg_jax import federation, recipes, stacking
 from tests import problems
 
 KEY = jax.random.key(3)
-# Adam blows rounding up: a small rate keeps that small.
+# Adam amplifies rounding errors; a small rate keeps them small.
 FTG = dict(iterations=1, student_steps=2, batch_size=6, generator_lr=1e-4)
 DF = dict(generator_steps=2, student_steps=2, batch_size=6, generator_lr=1e-4)
 JOINT = {**FTG, 'gen_step': 'joint'}
@@ -35,7 +35,7 @@ def make(name, model=problems.LINEAR, options=None, **settings):
 
 
 class OverClientsTest(parameterized.TestCase):
-  """Against a Python loop."""
+  """Compares with a Python loop."""
 
   @parameterized.product(chunk=(0, 1, 2, 3, 5, 9), devices=(None, 1, 2, 8))
   def test_sums_and_stacks(self, chunk, devices):
@@ -76,7 +76,7 @@ class OverClientsTest(parameterized.TestCase):
 
 
 class DevicesTest(parameterized.TestCase):
-  """Rounds on 1, 2, 4 and 8 devices, cohorts that they do not divide."""
+  """Rounds on 1, 2, 4 and 8 devices, with cohorts that they do not divide."""
 
   ROWS = [[0, 1, 2, 3, 4], [0, 2, 4, -1, -1], [1, 3, -1, -1, -1]]
 
@@ -112,13 +112,12 @@ class DevicesTest(parameterized.TestCase):
     ('fed_df',),
     ('fed_dyn+fed_nova',),
   )
-  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  @pytest.mark.slow  # below `parameters`: applies to all cases
   def test_every_method_is_the_same_on_any_number(self, *method):
     self.check_same(((1, 0), (2, 1), (4, 0), (8, 0)), *method)
 
   def test_teachers_on_different_devices(self):
-    """Where they work at the same time, each device has its own share of
-    them."""
+    """When teachers run at the same time, each device has its own share."""
     mesh = stacking.make_mesh(4)
     fed = make('fed_ftg', options=JOINT, mesh=mesh)
     state, data = stacking.put((fed.init(KEY), problems.DATA), mesh)
@@ -161,8 +160,11 @@ class DevicesTest(parameterized.TestCase):
     self.check_not_gathered('fed_avg')
 
   def check_not_gathered(self, name):
-    """Devices exchange sums, not clients: a model with a convolution each. What
-    is known of each client afterwards is the number of bits that it sent."""
+    """Checks that devices exchange sums, not clients.
+
+    The model has a convolution per client. Afterwards only the number of bits
+    that it sent is known of each client.
+    """
     mesh = stacking.make_mesh(4)
     fed = make(name, problems.make_model('batch'), mesh=mesh)
     state, data = stacking.put((fed.init(KEY), problems.DATA), mesh)

@@ -1,5 +1,4 @@
-"""Sweeps: what is trained, in which order it is shown, what a wrong flag
-says."""
+"""Tests of sweeps: what is trained, the order of the results, and errors."""
 
 import csv
 import itertools
@@ -59,7 +58,7 @@ class ParseTest(parameterized.TestCase):
       ],
     )
     settings = [entry.settings for entry in entries.values()]
-    # What an entry does not say is as for all.
+    # Flags that an entry does not name are those of all entries.
     base = {'learning_rate': 0.1, 'local_epochs': 5, 'method': 'fed_ftg'}
     self.assertEqual(
       settings,
@@ -149,7 +148,7 @@ class SweepTest(parameterized.TestCase):
     self.assertEqual(status, 0, err)
     self.assertIn('2 configurations', out)
     self.assertIn('Who holds what', (self.folder / 'a/report.html').read_text())
-    # More values in the same folder: only what is new is trained, or missing.
+    # With more values in the same folder, only new or missing runs are trained.
     name = 'learning_rate=0.1,partition_seed=3'
     before = {
       path: path.stat().st_mtime_ns
@@ -190,7 +189,7 @@ class SweepTest(parameterized.TestCase):
       (self.folder / 'alone/metrics.jsonl').read_bytes(),
       (self.folder / f'a/{name}/seed0/metrics.jsonl').read_bytes(),
     )
-    # The tables say the same, in the same order.
+    # The tables have the same rows in the same order.
     table = self.table('a')
     self.assertEqual(
       [
@@ -211,8 +210,8 @@ class SweepTest(parameterized.TestCase):
     page = (self.folder / 'a/report.html').read_text()
     self.assertIn('4 configurations', page)
     self.assertIn('as the best of 4, which flatters it', page)
-    self.assertNotIn('Who holds what', page)  # they hold different things
-    # A folder of something else is refused.
+    self.assertNotIn('Who holds what', page)  # partitions differ
+    # A folder of another kind is refused.
     for changes, message in (
       (['--batch_size=5'], 'another configuration .batch_size: 10, not 5'),
       (['--workdir=' + str(self.folder / 'alone')], 'holds a single run'),
@@ -236,7 +235,7 @@ class SweepTest(parameterized.TestCase):
     self.assertIn(
       'on what is kept apart', (self.folder / 'a/report.html').read_text()
     )
-    # By hand: the better on the test set is the worse on validation data.
+    # By hand: what is better on the test set is worse on validation data.
     spread = lambda *x: statistics.mean_and_std(list(x))
     runs = {
       name: [
@@ -283,18 +282,18 @@ class SweepTest(parameterized.TestCase):
     self.assertEqual([row['diverged'] for row in rows], [0, 2])
     self.assertIn('diverged (2 of 2)', (self.folder / 'a/table.md').read_text())
     self.assertEqual(self.table('a')[1]['final_accuracy'], '')
-    # It is known from then on, but for fewer rounds.
+    # Divergence is remembered, except with fewer rounds.
     status, out, _ = self.sweep('a', *args)
     self.assertEqual(status, 0)
     self.assertNotIn('compiling', out)
     _, out, _ = self.sweep('a', *args, '--rounds=2')
     self.assertIn('learning_rate=1e+30 seed 0,1: compiling', out)
     self.assertNotIn('learning_rate=0.1 seed', out)
-    # What has ended after fewer rounds has not ended after all.
+    # A run that ended after fewer rounds continues.
     place = self.folder / 'a/learning_rate=1e+30/seed0'
     files.write_json(place / 'summary.json', {'rounds': 1})
     self.assertIsNone(suite.figures_of(place, 3))
-    # Where all do there is a table, and an error.
+    # If all runs diverge, there is a table, and an error.
     status, _, err = self.sweep('b', '--grid=learning_rate=1e30', *args[1:2])
     self.assertEqual(status, 1)
     self.assertIn('every configuration diverged', err)

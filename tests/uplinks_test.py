@@ -1,4 +1,4 @@
-"""Codecs: lattices, dither, counted against written bits, rounds with them."""
+"""Tests of codecs: lattices, dither, counted and written bits, rounds."""
 
 import functools
 import itertools
@@ -28,10 +28,11 @@ from tests import methods_test, problems, programs
 
 KEY = jax.random.key(3)
 GOLDEN = np.load(pathlib.Path(__file__).parent / 'golden' / 'uplinks.npz')
-# Those of the specification; the order is that of the golden file.
+# The lattices of the specification, in the order of the golden file.
 NAMES = ('z', 'a2', 'd4', 'e8')
 CODECS = ('uveqfed', 'qsgd', 'top_k', 'rotated')
-WORDS = 64 * problems.NUM_CLASSES + problems.NUM_CLASSES  # of `problems.LINEAR`
+# The number of parameters of `problems.LINEAR`.
+WORDS = 64 * problems.NUM_CLASSES + problems.NUM_CLASSES
 
 
 def golden(name, what):
@@ -39,14 +40,14 @@ def golden(name, what):
 
 
 def coordinates(name, codes):
-  """Codes as coordinates in the golden file's basis."""
+  """Converts codes to coordinates in the golden file's basis."""
   points = np.asarray(LATTICES[name].points(codes))
   return np.linalg.solve(golden(name, 'gen'), points.T).T
 
 
 @functools.cache
 def vectors(name):
-  """Short vectors of a lattice, of all that can be nearer to its cell."""
+  """Returns all short vectors of a lattice that can bound its cell."""
   if name == 'e8':
     sides = itertools.product((-0.5, 0.5), repeat=8)
     half = [v for v in sides if sum(v) % 2 == 0]
@@ -63,7 +64,8 @@ def vectors(name):
 
 
 def of(name, *changes):
-  """A codec by name, compiled: (vector, key, state) -> (decoded, state)."""
+  """Builds a codec by name, compiled: (vector, key, state) -> (decoded,
+  state)."""
   codec = uplinks.build(name, *changes)
 
   @jax.jit
@@ -85,7 +87,7 @@ def gaussian(num, seed=0, scale=1.0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def coded_and_counted(name, x):
-  """Codes of a vector, and the length of their message, twice."""
+  """Returns the codes of a vector, and the length of their message, twice."""
   lattice = LATTICES[name]
   x = coded.in_blocks(x, lattice.dim)
   codes = lattice.nearest(x + lattice.dither(KEY, len(x)))
@@ -97,7 +99,7 @@ def coded_and_counted(name, x):
 
 
 def heavy_tailed(num, seed=0):
-  """As updates are: entries of very unequal size."""
+  """Draws entries of very different size, as updates have."""
   return jnp.asarray(
     np.random.RandomState(seed).standard_t(2.5, num).astype(np.float32)
   )
@@ -116,7 +118,7 @@ class LatticeTest(parameterized.TestCase):
 
   @parameterized.parameters(*NAMES)
   def test_no_point_is_nearer(self, name):
-    """An error is in the cell: no nearer to any short vector than to 0."""
+    """An error is in the cell: no short vector is nearer to it than 0."""
     lattice, near = LATTICES[name], vectors(name)
     x = np.random.RandomState(1).normal(0, 3, (2000, lattice.dim))
     with enable_x64(True):
@@ -141,13 +143,14 @@ class LatticeTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       (codes - known) % np.array(lattice.modulus), 0
     )
-    # As many classes as the codes are sparser than integers along the axes.
+    # The number of classes is the factor by which the codes are sparser than
+    # integers along the axes.
     share = lattice.volume / np.prod(lattice.unit)
     self.assertAlmostEqual(np.prod(lattice.modulus), share, places=9)
 
   @parameterized.parameters(*NAMES)
   def test_dither_fills_the_cell(self, name):
-    """All of it, and nothing else: the variance, and no nearer point."""
+    """Its variance is that of the whole cell, and no point is nearer."""
     lattice = LATTICES[name]
     with enable_x64(True):
       dither = np.asarray(lattice.dither(KEY, 100_000))
@@ -157,7 +160,8 @@ class LatticeTest(parameterized.TestCase):
     self.assertBetween(over.max(), -0.02, 1e-9)
 
   def test_dither_reaches_the_tips_of_the_hexagon(self):
-    """Above and below the row distance's quarter: 1/12 of its area."""
+    """The tips above and below a quarter of the row distance are 1/12 of its
+    area."""
     dither = np.asarray(LATTICES['a2'].dither(KEY, 100_000))
     tips = np.mean(np.abs(dither[:, 1]) > math.sqrt(3) / 4)
     self.assertAlmostEqual(tips, 1 / 12, delta=0.003)
@@ -175,7 +179,7 @@ class ErrorTest(parameterized.TestCase):
   }
 
   def errors(self, name):
-    """By input, [NUM, n]; each with a dither of its own."""
+    """Returns the errors [NUM, n] by input, each with a dither of its own."""
     lattice = LATTICES[name]
 
     @jax.jit
@@ -211,8 +215,10 @@ class ErrorTest(parameterized.TestCase):
         self.assertGreater(found.pvalue, 0.01, kind)
 
   def test_half_of_the_dither_is_seen(self):
-    """The released code's scalar path: its bias and error are those that were
-    derived for it, which the test above would not let pass."""
+    """The released code's scalar path has the bias and error derived for it.
+
+    The test above would not let it pass.
+    """
     grid = (jnp.arange(20_000) + 0.5) / 20_000 - 0.5
     for u, bias, mse in GOLDEN['halfdither_u_bias_mse']:
       dither = grid[:, None] / 2
@@ -239,7 +245,7 @@ class ErrorTest(parameterized.TestCase):
       np.testing.assert_array_equal(np.round(coordinates(name, codes)), coord)
       np.testing.assert_allclose(decoded.ravel()[: len(h)], hhat, atol=1e-12)
 
-      # Theorem 1, over draws of the dither; the padding counts.
+      # Theorem 1, over draws of the dither, including the padding.
       def drawn(key):
         dither = lattice.dither(key, len(blocks))
         codes = uveqfed.encode(blocks / step, dither, lattice)
@@ -257,8 +263,10 @@ class ErrorTest(parameterized.TestCase):
     self.assertAlmostEqual(joint, rate, delta=0.03)
 
   def test_gain_of_the_hexagonal_lattice(self):
-    """Decibels over integers on a Gaussian, both at 2 bits as a coder takes
-    them; and the errors themselves."""
+    """Compares with integers on a Gaussian in decibels, both at 2 bits.
+
+    The bits are those of a coder. The errors themselves are compared, too.
+    """
     h = gaussian(400_000)
 
     def error(name):
@@ -284,14 +292,16 @@ class ErrorTest(parameterized.TestCase):
 
   @parameterized.parameters('uveqfed', 'qsgd', 'rotated')
   def test_errors_average_out(self, name):
-    """Over clients with keys of their own as 1 / K; with one key, where the
-    dither is all that is drawn, not at all."""
+    """Over clients with different keys the error falls as 1 / K.
+
+    With the same key, if nothing but the dither is random, it does not fall.
+    """
     code, h = compiled(name), gaussian(4096)
     keys_ = jax.random.split(KEY, 64)
     decoded = np.asarray(jax.vmap(lambda key: code(h, key)[0])(keys_))
     errors = (decoded - np.asarray(h)).reshape(4, 16, -1)
 
-    def energy(num):  # of the mean of so many
+    def energy(num):  # of the mean of `num` errors
       means = errors.reshape(-1, num, errors.shape[-1]).mean(1)
       return np.mean(means**2)
 
@@ -304,7 +314,8 @@ class ErrorTest(parameterized.TestCase):
 
   @parameterized.parameters(*NAMES)
   def test_no_input_overloads_the_lattice(self, name):
-    """An entry of a thousand times the others is off by no more than they."""
+    """The error of an entry a thousand times larger is no larger than
+    others."""
     lattice = LATTICES[name]
     h = gaussian(4096).at[7].set(1000.0)
     decoded, state = compiled('uveqfed', 4.0, name)(h, KEY)
@@ -317,8 +328,11 @@ class ErrorTest(parameterized.TestCase):
 
 class EntropyTest(parameterized.TestCase):
   def test_by_hand(self):
-    """0, 0, 1, -1: 1.5 bits each. The table: begins at -1 (3 bits), is 3 long
-    (3 bits), counts 1, 2, 1 (3 bits each). Elias: 1, 1, 3, 2."""
+    """The codes 0, 0, 1, -1 take 1.5 bits each.
+
+    The table begins at -1 (3 bits), has length 3 (3 bits) and counts 1, 2, 1 (3
+    bits each). In Elias' code they take 1, 1, 3, 2 bits.
+    """
     codes = jnp.array([[0], [0], [1], [-1]])
     lattice = LATTICES['z']
     self.assertEqual(entropy.code_bits(codes, lattice), 6)
@@ -327,8 +341,10 @@ class EntropyTest(parameterized.TestCase):
     self.assertEqual(entropy.elias_bits(codes, lattice), 8 + 32)
 
   def test_what_is_known_is_not_paid_for(self):
-    """D4: of the last code its parity is known; of integers whose halves are
-    even it saves one bit of a block."""
+    """In D4 the parity of the last code is known.
+
+    For integers whose halves are even, this saves one bit per block.
+    """
     codes = jnp.array(
       [[a, b, c, (a + b + c) % 2] for a, b, c in np.ndindex(2, 2, 2)]
     )
@@ -336,7 +352,8 @@ class EntropyTest(parameterized.TestCase):
     self.assertAlmostEqual(float(bits), 8 * 3, places=4)
 
   def test_bins(self):
-    """Every code belongs to one entry, with as many others as its bits say."""
+    """Every code belongs to one entry, which has as many codes as its bits
+    say."""
     codes = np.arange(-70_000, 70_000)
     entries, spare = map(np.asarray, entropy.bins(jnp.asarray(codes)))
     self.assertTrue((np.diff(entries) >= 0).all())
@@ -379,8 +396,10 @@ class EntropyTest(parameterized.TestCase):
 
   @parameterized.product(name=NAMES, rate=(1.0, 2.0, 4.0))
   def test_the_asked_rate(self, name, rate):
-    """The codes of a message have it, and the message little more; more
-    parameters than the search looks at."""
+    """The codes of a message have the rate, and the message little more.
+
+    There are more parameters than the search uses.
+    """
     h = heavy_tailed(100_001)
     _, state = compiled('uveqfed', rate, name)(h, KEY)
     table = 3000 * rate / len(h)
@@ -395,11 +414,11 @@ class CodecTest(parameterized.TestCase):
   def test_zeros(self, name):
     decoded, state = compiled(name)(jnp.zeros(300), KEY)
     np.testing.assert_array_equal(decoded, 0)
-    self.assertLess(state.bits, 3.7 * 300)  # `rotated` fills 300 up to 512
+    self.assertLess(state.bits, 3.7 * 300)  # `rotated` pads 300 to 512
 
   @parameterized.parameters(*CODECS)
   def test_trees_and_scales(self, name):
-    """The structure stays; a factor of 2 goes through."""
+    """The structure is kept; a factor of 2 passes through."""
     tree = {'a': gaussian(12).reshape(3, 4), 'b': [gaussian(5, 1), gaussian(1)]}
     once, state = compiled(name, 4.0)(tree, KEY)
     twice, _ = compiled(name, 4.0)(optax.tree.scale(2.0, tree), KEY)
@@ -411,7 +430,7 @@ class CodecTest(parameterized.TestCase):
   def test_a_high_rate_is_no_codec(self, name):
     h = heavy_tailed(3000)
     decoded, _ = compiled(name, 32.0)(h, KEY)
-    # A rotation adds the roundings of a block up in its first entry.
+    # A rotation adds up the rounding errors of a block in its first entry.
     tolerance = (2e-6 if name == 'rotated' else 1e-6) * jnp.max(jnp.abs(h))
     np.testing.assert_allclose(decoded, h, rtol=0, atol=float(tolerance))
 
@@ -426,7 +445,7 @@ class CodecTest(parameterized.TestCase):
     self.assertLess(float(jnp.max(jnp.abs(jnp.mean(drawn, 0) - h) / spread)), 5)
 
   def test_twice_the_error_where_dither_stays(self):
-    """QSGD is `uveqfed` on integers without taking the dither away again."""
+    """QSGD is `uveqfed` on integers without subtracting the dither."""
     h = gaussian(100_000)
     (subtractive, _), (plain, _) = (
       compiled(*args)(h, KEY) for args in (('uveqfed', 4.0, 'z'), ('qsgd', 4.0))
@@ -435,7 +454,7 @@ class CodecTest(parameterized.TestCase):
     np.testing.assert_allclose(ratio, 2, rtol=0.01)
 
   def test_top_k_keeps_the_largest_and_the_rest(self):
-    """What is sent and what is left add up, over rounds."""
+    """What is sent and what remains add up, over rounds."""
     code = compiled('top_k')
     h = heavy_tailed(3000)
     num = top_k_lib.num_kept(3000, 2.0)
@@ -473,7 +492,7 @@ class CodecTest(parameterized.TestCase):
     self.assertEqual(state.columns['rate_elias'], np.float32(elias / 20_000))
 
   def test_rotation(self):
-    """Hadamard's matrix, in Sylvester's order; orthogonal."""
+    """It is Hadamard's matrix in Sylvester's order, and orthogonal."""
     x = gaussian(32).reshape(2, 16)
     want = np.asarray(x) @ linalg.hadamard(16) / 4
     np.testing.assert_allclose(rotated_lib.rotate(x), want, atol=1e-6)
@@ -510,7 +529,7 @@ class CodecTest(parameterized.TestCase):
 
 
 def codec_of(name, rate=2.0):
-  """Equal ones are one object, so that federations are compiled once."""
+  """Returns equal codecs as one object, so federations are compiled once."""
   return _codec_of(name, rate)
 
 
@@ -520,8 +539,10 @@ _codec_of = functools.cache(lambda name, rate: uplinks.build(name, rate, 'a2'))
 class RoundTest(parameterized.TestCase):
   @parameterized.parameters(*CODECS)
   def test_a_round(self, name):
-    """What the server gets is what the codec gives of the client's change under
-    its key; bits and columns likewise; an absent client keeps its state."""
+    """The server receives the codec's result for the client's change and key.
+
+    Bits and columns are the codec's, too. An absent client keeps its state.
+    """
     plain, fed = problems.make(), problems.make(uplink=codec_of(name))
     state = fed.init(KEY)
     cohort = problems.row([2])
@@ -550,10 +571,10 @@ class RoundTest(parameterized.TestCase):
     chex.assert_trees_all_equal(absent(after), absent(state))
 
   def test_bits_by_hand(self):
-    """Codecs whose messages have a length that is known beforehand."""
+    """Uses codecs whose messages have a length that is known beforehand."""
     cohort = problems.row([0, 1, 4], arrived=[True, False, True])
     _, info = self.after('rotated', cohort)
-    rotated = 2 * 256 + 64  # 195 parameters, filled up to a power of 2
+    rotated = 2 * 256 + 64  # 195 parameters, padded to a power of 2
     self.assertEqual(
       info.metrics['bits_up'].tolist(), [rotated, 0, rotated, 0, 0]
     )
@@ -607,7 +628,7 @@ class RoundTest(parameterized.TestCase):
     federation.federation(problems.LINEAR, method, problems.SOLVER, 5)
 
   def check_method(self, name):
-    """With a codec that loses nothing the round is the round without one."""
+    """With a lossless codec, the round equals the round without a codec."""
     row = methods_test.ROWS[name]
     model, method, plain = methods_test.build(row)
     data = problems.make_data()._replace(public=methods_test.PUBLIC)
@@ -636,7 +657,7 @@ class RoundTest(parameterized.TestCase):
     *(
       name
       for name in methods_test.ROWS
-      if name not in ('fed_avg', 'scaffold', 'fed_dm')  # it sends no model
+      if name not in ('fed_avg', 'scaffold', 'fed_dm')  # fed_dm sends no model
     )
   )
   @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""How docstrings begin: a verb, the field's nouns, one line, a period."""
+"""Tests how docstrings begin: with a verb, on one line, with a period."""
 
 import ast
 import pathlib
@@ -7,10 +7,10 @@ import re
 from absl.testing import absltest, parameterized
 
 ROOT = pathlib.Path(__file__).parents[1] / 'fedftg_jax'
-# Rooms whose texts are not written anew yet.
+# Rooms whose texts are still to be written.
 LATER = ('results/', 'runs/', 'programs/train', 'programs/compare')
 LATER += ('programs/report', 'programs/evaluate')
-# A first line that begins so is a riddle or a clause, not a description.
+# A first line that begins with one of these words describes nothing.
 RIDDLES = re.compile(r'(What|Who|Whose|Where|How|If|As|So|Of|But|Which)\b')
 VERB = re.compile(r'[A-Z][a-z]+s\b')  # Returns, Builds, Computes
 

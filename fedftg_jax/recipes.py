@@ -480,7 +480,7 @@ _ONE_MOMENTUM = (
   ('keep_momentum', (False,), 'one momentum does not fit two models'),
 )
 # For methods whose local steps follow a rule of their own.
-_OWN_STEPS = (('momentum', (0.0,), 'its local steps have none'),)
+_OWN_STEPS = (('momentum', (0.0,), 'its local steps have no momentum'),)
 
 RECIPES = {
   'fed_avg': Recipe(
@@ -489,26 +489,26 @@ RECIPES = {
   'fed_nova': Recipe(
     'aggregates',
     fed_nova_lib.fed_nova,
-    'mean normalised by local steps',
-    reveals='sends numbers of steps',
+    'mean normalised by the number of local steps',
+    reveals='sends its number of steps',
   ),
   'q_fed_avg': Recipe(
     'aggregates',
     q_fed_avg_lib.q_fed_avg,
-    'fair mean, clients with a larger loss count more',
+    'fair mean, in which clients with a larger loss count more',
     prefix='fair_',
     reveals='sends losses',
   ),
   'fed_prox': Recipe(
     'local',
     fed_prox_lib.fed_prox,
-    'local models are pulled to the received one',
+    'a proximal term pulls local models to the received model',
     prefix='prox_',
   ),
   'moon': Recipe(
     'local',
     moon_lib.moon,
-    "features are contrasted with the client's last model",
+    'features are contrasted with those of the received and the last model',
     prefix='moon_',
   ),
   'fed_dyn': Recipe(
@@ -530,19 +530,19 @@ RECIPES = {
   'fed_ntd': Recipe(
     'local',
     fed_ntd_lib.fed_ntd,
-    'keeps what the received model says of other classes',
+    'distils the received model, except for the true class',
     prefix='ntd_',
   ),
   'fed_lsd': Recipe(
     'local',
     fed_lsd_lib.fed_lsd,
-    'keeps what the received model says of all classes',
+    'distils the received model, for all classes',
     prefix='lsd_',
   ),
   'fed_align': Recipe(
     'local',
     fed_align_lib.fed_align,
-    'a slimmed last stage learns to stretch its input as the full one does',
+    'the slimmed last stage is regularised towards the full one',
     prefix='align_',
     needs=(
       (
@@ -555,14 +555,14 @@ RECIPES = {
   'fed_zdac': Recipe(
     'local',
     fed_zda_lib.fed_zdac,
-    'images made of the model alone are added to what clients lack',
+    "zero-shot images of the model augment the clients' data",
     prefix='zda_',
     needs=(_STATISTICS,),
   ),
   'fed_zdas': Recipe(
     'refines',
     fed_zda_lib.fed_zdas,
-    "the mean is trained further on images made of the clients' models alone",
+    "the mean is trained further on zero-shot images of the clients' models",
     prefix='zda_',
     needs=(_STATISTICS,),
     reveals="reads every client's model",
@@ -570,30 +570,38 @@ RECIPES = {
   'fed_gen': Recipe(
     'local',
     fed_gen_lib.fed_gen,
-    'a generator of features, learnt on the server, steers local training',
+    'a feature generator, trained on the server, guides local training',
     prefix='gen_',
     reveals="reads every client's last layer",
   ),
   'fed_mr': Recipe(
     'aggregates',
     _fed_mr,
-    'keeps a model for each client of a round, recombined by layers',
+    'keeps one model per client of a round, and recombines their layers',
     weighting='uniform',
     prefix='mr_',
     fields=fed_mr_lib.fed_mr,
     needs=(
       ('schedule', ('exact',), 'its rounds have as many clients as models'),
       ('train_all', (False,), 'its rounds have as many clients as models'),
-      ('server_optimizer', ('sgd',), 'no mean is trained further'),
-      ('server_learning_rate', (None, 1.0), 'no mean is trained further'),
-      ('weighting', ('uniform',), 'its models count alike'),
+      (
+        'server_optimizer',
+        ('sgd',),
+        'it has no mean that could be trained further',
+      ),
+      (
+        'server_learning_rate',
+        (None, 1.0),
+        'it has no mean that could be trained further',
+      ),
+      ('weighting', ('uniform',), 'its models have equal weights'),
     ),
     reveals="keeps every client's model",
   ),
   'p_fed_me': Recipe(
     'local',
     p_fed_bred_lib.p_fed_me,
-    'personal models near the common one',
+    'personal models near the common model',
     prefix='me_',
     needs=_OWN_STEPS,
     trains=True,
@@ -601,7 +609,7 @@ RECIPES = {
   'p_fed_bred': Recipe(
     'local',
     p_fed_bred_lib.p_fed_bred,
-    'personal models near what a prior makes of the common one',
+    'personal models near the mean of a prior around the common model',
     prefix='me_',
     needs=_OWN_STEPS,
     trains=True,
@@ -609,7 +617,7 @@ RECIPES = {
   'ditto': Recipe(
     'local',
     ditto_lib.ditto,
-    'own models on the clients, pulled to the common one',
+    'personal models that are pulled towards the common model',
     prefix='ditto_',
     needs=_ONE_MOMENTUM,
     trains=True,
@@ -617,8 +625,7 @@ RECIPES = {
   'kd_lwof': Recipe(
     'local',
     _kd_lwof,
-    'clients have models of several architectures, distilled with the common '
-    'one',
+    'clients have models of several architectures, distilled with a common one',
     prefix='lwof_',
     fields=kd_lwof_lib.kd_lwof,
     needs=_ONE_MOMENTUM,
@@ -627,15 +634,23 @@ RECIPES = {
   'fed_dm': Recipe(
     'aggregates',
     fed_dm_lib.fed_dm,
-    'clients send images that stand for their data, and no model',
+    'clients send images that represent their data, and no model',
     prefix='dm_',
     needs=(
       ('uplink', ('none',), 'no model is sent'),
       ('batch_norm', ('aggregate',), 'clients train no statistics'),
-      ('momentum', (0.0,), 'clients train no model; see --dm_server_momentum'),
+      ('momentum', (0.0,), 'clients train no model (see --dm_server_momentum)'),
       ('augment', ('none',), 'clients train no model'),
-      ('server_optimizer', ('sgd',), 'no mean is trained further'),
-      ('server_learning_rate', (None, 1.0), 'no mean is trained further'),
+      (
+        'server_optimizer',
+        ('sgd',),
+        'it has no mean that could be trained further',
+      ),
+      (
+        'server_learning_rate',
+        (None, 1.0),
+        'it has no mean that could be trained further',
+      ),
     ),
     reveals='sends images of its data',
     alone='its clients train no model and send none',

@@ -139,7 +139,7 @@ class SavedTest(parameterized.TestCase):
       '--server_learning_rate=0',
       '--server_learning_rate=0.0: must be above 0',
     ),
-    ('--method=p_fed_me', '--momentum=0.5', 'its local steps have none'),
+    ('--method=p_fed_me', '--momentum=0.5', 'its local steps have no momentum'),
     (
       '--method=p_fed_me+kd_lwof',
       '--rounds=3',

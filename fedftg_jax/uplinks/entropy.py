@@ -1,13 +1,13 @@
-"""Counts the bits of lattice codes without coding them.
+"""Counts the bits of lattice codes as they are made, without coding them.
 
 A message has a step (one float32), a table of how often each code occurs, and
 the codes, which a range coder compresses to their entropy. The coder itself is
 in `coders`; its output has the length counted here, up to 1 % and 64 bits.
 
-Codes are unbounded. A code of at most `EXACT` in absolute value has its own
-entry in the table. Above, an entry stands for 1/64 of an octave, and the
-position of the code within its entry is sent uncompressed. If a lattice
-determines a code modulo m, the coder leaves out the codes that are impossible.
+Codes are unbounded. A code below `EXACT` in absolute value has its own entry in
+the table. Above, an entry stands for 1/64 of an octave, and the position of the
+code within its entry is sent uncompressed. If a lattice determines a code
+modulo m, the coder leaves out the codes that are impossible.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Builds and checks all parts of a run from a configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from fedftg_jax.data import (
   partition,
   schedules,
 )
+from fedftg_jax.data.parts import Parts
 from fedftg_jax.methods import batch_norm
 from fedftg_jax.system import cli, devices
 
@@ -61,13 +62,13 @@ class Problem(NamedTuple):
   """The parts that depend on the seeds of partition and schedule."""
 
   dataset: datasets.Dataset  # without public and validation examples
-  parts: list[np.ndarray]  # row indices of each client
+  parts: Parts  # row indices of each client
   flipped: list[int]  # clients that train on wrong labels
   data: base.Data
   schedule: base.Cohort  # leading axis [T]
-  tests: list[np.ndarray]  # rows of the test set by client
+  tests: Parts  # rows of the test set by client
   # The partition as it was drawn: `parts`, unless clients keep tests of it.
-  drawn: list[np.ndarray]
+  drawn: Parts
 
 
 class Experiment(NamedTuple):
@@ -430,7 +431,7 @@ def _options(part, config) -> dict[str, Any]:
 
 def share_out(
   config: Configuration, loaded: datasets.Dataset
-) -> tuple[datasets.Dataset, np.ndarray | tuple[()], list[np.ndarray]]:
+) -> tuple[datasets.Dataset, np.ndarray | tuple[()], Parts]:
   """Divides the data among the clients.
 
   Validation and public images are taken away before. Clients do not yet keep
@@ -466,10 +467,10 @@ def share_out(
     config['partition_seed'],
   )
   dataset, public = _public(config, kept)
-  return dataset, public, _partition(config, dataset)
+  return dataset, public, Parts.of(_partition(config, dataset))
 
 
-def _partition(config, dataset) -> list[np.ndarray]:
+def _partition(config, dataset) -> Sequence[np.ndarray]:
   kind, labels = config['partition'], dataset.train_y
   if kind.startswith('file:'):
     return _checked(
@@ -574,7 +575,7 @@ def _selected(config, parts) -> base.Cohort:
   schedule = schedules.with_dropouts(
     schedule, config['dropout_rate'], seed, config['dropout_after_work']
   )
-  batches = -(-np.array([len(part) for part in parts]) // config['batch_size'])
+  batches = -(-parts.sizes // config['batch_size'])
   steps = config['local_steps'] or config['local_epochs'] * batches
   return schedules.with_stragglers(
     schedule,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedftg_jax.base import Batch, Data, PyTree
+from fedftg_jax.data.parts import Parts
 
 
 def from_partition(
@@ -29,25 +30,24 @@ def from_partition(
   Raises:
     ValueError: for invalid labels, or parts that overlap or are out of range.
   """
-  rows = np.concatenate([np.asarray(part, np.int64) for part in parts])
+  parts = Parts.of(parts)
+  rows, num = parts.rows, len(y)
   if len(x) != len(y) or not np.issubdtype(np.asarray(y).dtype, np.integer):
     raise ValueError(f'y must be one integer for each of the {len(x)} images.')
   if len(y) and np.min(y) < 0:
     raise ValueError(f'y must be at least 0, got {np.min(y)}.')
-  if len(rows) and not 0 <= rows.min() <= rows.max() < len(y):
-    raise ValueError(f'parts must hold rows from 0 to {len(y) - 1}.')
-  if len(np.unique(rows)) < len(rows):
+  if len(rows) and not 0 <= rows.min() <= rows.max() < num:
+    raise ValueError(f'parts must hold rows from 0 to {num - 1}.')
+  if parts.num_different(num) < len(rows):
     raise ValueError('parts give an example to more than one client.')
-  cap = max(1, max(len(p) for p in parts))
+  cap = max(1, parts.sizes.max())
   index = np.zeros((len(parts), cap), np.int32)
-  for row, part in zip(index, parts):
-    row[: len(part)] = part
-  count = np.array([len(p) for p in parts], np.int32)
+  index[np.arange(cap) < parts.sizes[:, None]] = rows
   return Data(
     jnp.asarray(x),
     jnp.asarray(y, jnp.int32),
     jnp.asarray(index),
-    jnp.asarray(count),
+    jnp.asarray(parts.sizes, jnp.int32),
     jax.tree.map(jnp.asarray, public),
   )
 

@@ -1,5 +1,6 @@
 """Loads image data sets as NumPy arrays, by name."""
 
+from collections.abc import Sequence
 import os
 import re
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import numpy as np
 
 from fedftg_jax.data import arrays as arrays_lib
 from fedftg_jax.data import image_folder, partition
+from fedftg_jax.data.parts import Parts
 
 _NPZ_ARRAYS = ('train_x', 'train_y', 'test_x', 'test_y')
 _CLIENTS = 'train_client_id'
@@ -172,8 +174,8 @@ def with_test_merged(dataset: Dataset) -> Dataset:
 
 
 def with_client_tests(
-  dataset: Dataset, parts: list[np.ndarray], share: float, seed: int
-) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
+  dataset: Dataset, parts: Sequence[np.ndarray], share: float, seed: int
+) -> tuple[Dataset, Parts, Parts]:
   """Splits off a share of every client's examples, at random, as its test set.
 
   The number is rounded up, as in scikit-learn's `train_test_split`, but at
@@ -194,6 +196,7 @@ def with_client_tests(
   """
   if not 0 < share < 1:
     raise ValueError(f'share must be above 0 and below 1, got {share}.')
+  parts = Parts.of(parts)
   rng = np.random.RandomState([seed, 4])
   tested = np.zeros(len(dataset.train_y), bool)
   for part in parts:
@@ -205,9 +208,13 @@ def with_client_tests(
   apart = dataset.take(np.flatnonzero(~tested))._replace(
     test_x=dataset.train_x[tested], test_y=dataset.train_y[tested]
   )
+  is_test, owners = tested[parts.rows], parts.owners()
   train, test = (
-    [place[part[tested[part] == side]] for part in parts]
-    for side in (False, True)
+    Parts(
+      place[parts.rows[chosen]],
+      np.bincount(owners[chosen], minlength=len(parts)),
+    )
+    for chosen in (~is_test, is_test)
   )
   return apart, train, test
 
@@ -273,6 +280,10 @@ def _natural(ids: np.ndarray | None) -> tuple[np.ndarray | None, int]:
   """Numbers the clients 0 to N - 1; returns each example's client, and N."""
   if ids is None:
     return None, 0
+  if ids.dtype.kind in 'iu' and ids.min() >= 0 and ids.max() < len(ids):
+    num = int(ids.max()) + 1
+    if np.bincount(ids.astype(int)).all():  # numbered already
+      return ids.astype(np.int32, copy=False), num
   names, clients = np.unique(ids, return_inverse=True)
   return clients.astype(np.int32), len(names)
 
@@ -344,20 +355,24 @@ def _check_classes(train_y, labels, where, num_classes):
   Raises:
     ValueError: names a label that is not.
   """
-  largest, seen = int(labels.max()), len(np.unique(train_y))
-  if num_classes and largest >= num_classes:
-    raise ValueError(
-      f'{where} has the label {largest}; must be below --num_classes='
-      f'{num_classes}'
-    )
-  if not num_classes and largest > 9 and largest >= 2 * seen:
+  largest = int(labels.max())
+  if num_classes:
+    if largest >= num_classes:
+      raise ValueError(
+        f'{where} has the label {largest}; must be below --num_classes='
+        f'{num_classes}'
+      )
+    return
+  present = np.unique(train_y)
+  seen = len(present)
+  if largest > 9 and largest >= 2 * seen:
     raise ValueError(
       f'{where} has the label {largest}, but the training labels have only '
       f'{seen} different values; if there are that many classes, set '
       '--num_classes'
     )
-  alone = np.setdiff1d(labels, train_y)
-  if not num_classes and len(alone):
+  alone = np.setdiff1d(labels, present)
+  if len(alone):
     raise ValueError(
       f'{where} has the class {alone[0]}, which is not in the training labels; '
       'if that is intended, set --num_classes'

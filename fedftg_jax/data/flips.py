@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedftg_jax.data.parts import Parts
+
 
 def flip(
   labels: np.ndarray,
@@ -32,7 +34,8 @@ def flip(
   Raises:
     ValueError: for a number out of range, or if there is only one class.
   """
-  able = [k for k, part in enumerate(parts) if len(part)]
+  parts = Parts.of(parts)
+  able = np.flatnonzero(parts.sizes)
   if not 0 < share <= 1:
     raise ValueError(f'the share must be above 0 and at most 1, got {share}.')
   if not 1 <= num_clients <= len(able):

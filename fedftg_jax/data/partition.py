@@ -10,12 +10,14 @@ exact. `dirichlet_class` is the scheme of most other codes: proportions of
 clients are drawn per CLASS.
 """
 
+from collections.abc import Sequence
 import heapq
 import os
 
 import numpy as np
 
-from fedftg_jax.data import arrays
+from fedftg_jax.data import arrays, skew
+from fedftg_jax.data.parts import Parts
 
 MAX_REDRAWS = 10_000
 
@@ -415,7 +417,7 @@ def quantity(
   return np.split(order, np.cumsum(sizes)[:-1])
 
 
-def natural(clients: np.ndarray | None, num_clients: int) -> list[np.ndarray]:
+def natural(clients: np.ndarray | None, num_clients: int) -> Parts:
   """Gives every client its own examples, as the data name them.
 
   Args:
@@ -434,9 +436,7 @@ def natural(clients: np.ndarray | None, num_clients: int) -> list[np.ndarray]:
       'the array train_client_id, a set of TensorFlow Datasets with a feature '
       'client_id, writer_id or user_id'
     )
-  order = np.argsort(clients, kind='stable')
-  counts = np.bincount(clients, minlength=num_clients)
-  return np.split(order, np.cumsum(counts)[:-1])
+  return Parts.by_owner(clients, num_clients)
 
 
 def client_sizes(
@@ -527,45 +527,67 @@ def _draw_left(rng, prior, left):
   return min(label, np.flatnonzero(left)[-1])
 
 
-def save(path: str | os.PathLike[str], parts: list[np.ndarray]) -> None:
-  """Writes a partition as .npz, one array per client, for `load`."""
-  with open(path, 'wb') as file:
-    np.savez_compressed(
+def save(path: str | os.PathLike[str], parts: Sequence[np.ndarray]) -> None:
+  """Writes a partition as .npz, for `load`: all `rows` [M] and `sizes` [N]."""
+  parts = Parts.of(parts)
+  small = parts.rows.max(initial=0) < 2**31
+  with open(path, 'wb') as file:  # permutations hardly compress
+    np.savez(
       file,
-      **{f'client_{k:06d}': part for k, part in enumerate(parts)},  # type: ignore[arg-type]
+      rows=parts.rows.astype(np.int32 if small else np.int64),
+      sizes=parts.sizes,
     )
 
 
-def load(path: str, num_examples: int) -> list[np.ndarray]:
-  """Reads a partition: one index array per client, in the order of the file.
+def load(path: str, num_examples: int) -> Parts:
+  """Reads a partition.
+
+  The file holds the arrays of `save`, or one array of rows per client, in the
+  order of the clients.
+
+  Args:
+    path: an .npz file.
+    num_examples: M, all of which must be given to clients.
 
   Raises:
     ValueError: for an unreadable file, or an index that is out of range, or
       given to two clients or to none.
   """
-  parts = list(arrays.read(path).values())
-  if not parts or any(
-    p.ndim != 1 or not np.issubdtype(p.dtype, np.integer) for p in parts
+  found = arrays.read(path)
+  if not found or any(
+    a.ndim != 1 or not np.issubdtype(a.dtype, np.integer)
+    for a in found.values()
   ):
     raise ValueError(f'{path}: must hold one 1-D integer array per client')
-  used = np.concatenate(parts)
+  if found.keys() == {'rows', 'sizes'}:
+    sizes = found['sizes']
+    if not len(sizes) or sizes.min() < 0 or sizes.sum() != len(found['rows']):
+      raise ValueError(
+        f'{path}: sizes must be at least 0 and sum to the number of rows, '
+        f'{len(found["rows"])}'
+      )
+    parts = Parts(found['rows'].astype(np.int64), sizes)
+  else:
+    parts = Parts.of(found.values())
+  used = parts.rows
   if not len(used) or used.min() < 0 or used.max() >= num_examples:
     raise ValueError(
       f'{path}: indices must lie between 0 and {num_examples - 1}'
     )
-  if len(np.unique(used)) < len(used):
+  num = parts.num_different(num_examples)
+  if num < len(used):
     raise ValueError(f'{path}: an example is given to more than one client')
-  if len(used) < num_examples:
+  if num < num_examples:
     raise ValueError(
-      f'{path}: gives {len(used)} of the {num_examples} training examples to '
+      f'{path}: gives {num} of the {num_examples} training examples to '
       'clients; must give all'
     )
   return parts
 
 
 def like(
-  labels: np.ndarray, train_labels: np.ndarray, parts: list[np.ndarray]
-) -> list[np.ndarray]:
+  labels: np.ndarray, train_labels: np.ndarray, parts: Sequence[np.ndarray]
+) -> Parts:
   """Divides other examples among clients, with class shares as in `parts`.
 
   Client k gets floor(m_y n_k^y / n^y) of the m_y examples of class y, and the
@@ -580,16 +602,22 @@ def like(
   Returns:
     Rows into `labels` for each client; some may be empty.
   """
-  shares = [[] for _ in parts]
-  for label in np.unique(labels):
-    rows = np.flatnonzero(labels == label)
-    held = np.array([np.sum(train_labels[p] == label) for p in parts])
-    if not held.sum():
+  num_clients = len(parts)
+  num_classes = 1 + int(max(labels.max(), train_labels.max()))
+  held = skew.class_counts(train_labels, parts, num_classes)  # [N, C]
+  rows, owners = [], []
+  for label in np.flatnonzero(np.bincount(labels) > 0):
+    of_label = held[:, label]
+    if not of_label.sum():
       continue
-    sizes = largest_remainders(len(rows) * held / held.sum())
-    for share, some in zip(shares, np.split(rows, np.cumsum(sizes)[:-1])):
-      share.append(some)
-  return [np.concatenate(s) if s else np.zeros(0, int) for s in shares]
+    rows.append(np.flatnonzero(labels == label))
+    sizes = largest_remainders(len(rows[-1]) * of_label / of_label.sum())
+    owners.append(np.repeat(np.arange(num_clients), sizes))
+  if not rows:
+    return Parts(np.zeros(0, int), np.zeros(num_clients, int))
+  return Parts.by_owner(
+    np.concatenate(owners), num_clients, np.concatenate(rows)
+  )
 
 
 def largest_remainders(exact: np.ndarray) -> np.ndarray:

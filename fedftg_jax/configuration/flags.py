@@ -138,7 +138,9 @@ def _define_data() -> None:
     'already prepared. folder:PATH: images in train/CLASS/ and test/CLASS/. '
     'npz:PATH: an .npz with train_x, train_y, test_x, test_y (images NHWC, '
     'uint8 or float32) and '
-    'optionally train_client_id.',
+    'optionally train_client_id. synthetic:SETTINGS: made-up images of many '
+    'clients for --partition=natural, such as '
+    'synthetic:clients=1000,examples=10-30,classes=10,size=8,test=2000.',
   )
   flags.DEFINE_string(
     'public_data',

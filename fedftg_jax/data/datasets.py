@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedftg_jax.data import arrays as arrays_lib
-from fedftg_jax.data import image_folder, partition
+from fedftg_jax.data import image_folder, partition, synthetic
 from fedftg_jax.data.parts import Parts
 
 _NPZ_ARRAYS = ('train_x', 'train_y', 'test_x', 'test_y')
@@ -71,6 +71,8 @@ def check_name(
       )
   elif kind == 'folder':
     image_folder.classes(path)
+  elif kind == 'synthetic':
+    synthetic.parse(path)
   else:
     _prepared().check(name, data_dir, manual_dir)
 
@@ -89,7 +91,8 @@ def load(
       test_x [M, H, W, channels] uint8 or float32, train_y and test_y [M]
       integers, and train_client_id [M], integers or strings, if the client of
       each example is known; 'folder:PATH' for images in folders (see
-      `image_folder`).
+      `image_folder`); 'synthetic' or 'synthetic:NAME=VALUE,...' for synthetic
+      images (see `synthetic`).
     data_dir: where TensorFlow Datasets keeps prepared data; None for its
       default.
     manual_dir: folder with a data set's original files, from which it is
@@ -111,6 +114,10 @@ def load(
     arrays, where = _read_npz(path), path
   elif kind == 'folder':
     arrays, where = image_folder.read(path), path
+  elif kind == 'synthetic':
+    spec = synthetic.parse(path)
+    arrays, where = synthetic.make(spec), name
+    num_classes = num_classes or spec.classes
   else:
     arrays, where = _prepared().read(name, data_dir, manual_dir), name
   arrays = _checked(arrays, where, num_classes)

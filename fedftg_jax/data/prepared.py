@@ -186,8 +186,8 @@ def _explain(name, root):
     with_community_datasets=False
   ):
     raise ValueError(
-      f'must be one of {", ".join(BUILDERS)}, npz:PATH, folder:PATH, or '
-      'another image-classification set of TensorFlow Datasets'
+      f'must be one of {", ".join(BUILDERS)}, npz:PATH, folder:PATH, '
+      'synthetic, or another image-classification set of TensorFlow Datasets'
     )
   raise ValueError(
     f'is not prepared in {root}; where TensorFlow is installed, run "tfds '

@@ -1,5 +1,8 @@
 """Tests of clients' slots on the host: the same results from a small table."""
 
+import pathlib
+import resource
+
 from absl.testing import absltest, parameterized
 import chex
 import jax
@@ -57,6 +60,48 @@ class TableTest(parameterized.TestCase):
       np.testing.assert_array_equal(rows['b'], [[1, 2]] * 4)
       self.assertEqual(rows['a'].dtype, np.float32)
       self.assertEqual(isinstance(rows['a'], np.memmap), where is not None)
+
+  def test_rows_of_files(self):
+    """Read and written past the mapping, which shows the same."""
+    slot = {'a': np.float32(3), 'b': np.zeros((2, 3), np.int16), 'c': ()}
+    rows = client_state.allocate(slot, 10, self.create_tempdir().full_path)
+    ids = np.array([7, 8, 2, 4])
+    new = {
+      'a': np.arange(4, dtype=np.float32),
+      'b': np.arange(24, dtype=np.int16).reshape(4, 2, 3),
+      'c': (),
+    }
+    client_state.write(rows, ids, new)
+    chex.assert_trees_all_equal(client_state.read(rows, ids), new)
+    np.testing.assert_array_equal(rows['a'], [3, 3, 2, 3, 3, 3, 3, 0, 1, 3])
+    np.testing.assert_array_equal(rows['b'][ids], new['b'])
+    order = np.array([8, 8, 0, 1])
+    read = client_state.read(rows, order)
+    for name in 'ab':
+      np.testing.assert_array_equal(read[name], rows[name][order])
+
+  def test_files_of_zeros_are_sparse(self):
+    """On the disk are the rows that were written, and not all."""
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    slot = np.zeros(1024, np.float32)  # a page
+    rows = client_state.allocate(slot, 10_000, folder)
+    (file,) = folder.iterdir()
+    self.assertGreater(file.stat().st_size, 40e6)
+    self.assertLess(512 * file.stat().st_blocks, 1e5)
+    client_state.write(rows, np.arange(5000, 5100), np.ones((100, 1024)))
+    self.assertBetween(512 * file.stat().st_blocks, 100 * 4096, 1e6)
+    self.assertEqual(rows[5050].sum(), 1024)
+    self.assertEqual(client_state.read(rows, np.array([9999])).sum(), 0)
+
+  def test_a_file_that_cannot_grow(self):
+    """An error that names the file, and not a crash of the process."""
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    rows = client_state.allocate(np.zeros(1024, np.float32), 1000, folder)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    with self.assertRaisesRegex(OSError, 'too large: .*slot000.npy'):
+      client_state.write(rows, np.array([900]), np.ones((1, 1024)))
 
 
 class HostTest(parameterized.TestCase):

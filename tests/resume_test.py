@@ -14,6 +14,7 @@ import threading
 import time
 
 from absl.testing import absltest, parameterized
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -158,6 +159,42 @@ class ResumeTest(parameterized.TestCase):
         self.assertEqual(whole.files, cut.files)
         for name in whole.files:
           np.testing.assert_array_equal(whole[name], cut[name])
+
+  @parameterized.parameters('host', 'disk')
+  def test_a_checkpoint_has_the_slots_of_who_has_worked(self, place):
+    """Others are as in the beginning; also where all are in it, as before."""
+    changes = (
+      f'--client_state={place}',
+      '--num_clients=12',
+      '--dropout_rate=0.3',
+      '--dropout_after_work',
+    )
+    self.assertEqual(self.train('whole', *changes)[0], 0)
+    self.assertEqual(self.train('cut', '--rounds=4', *changes)[0], 0)
+    worked = np.load(self.folder / 'cut/schedule.npz')['ids']
+    num = len(np.unique(worked[:4]))
+    self.assertLess(num, 9)
+    shapes, restored = [], resume.checkpoint.restore
+
+    def restore(folder, done, like, note):
+      shapes.extend(a.shape[0] for a in jax.tree.leaves(like.clients))
+      return restored(folder, done, like, note)
+
+    with absltest.mock.patch.object(resume.checkpoint, 'restore', restore):
+      status, out, err = self.train('cut', *changes)
+    self.assertEqual(status, 0, err)
+    self.assertEqual(set(shapes), {num})
+    self.assertIn('going on after round 4', out)
+    self.assert_same('whole', 'cut')
+    # As versions before wrote it.
+    with absltest.mock.patch.object(
+      resume, '_worked', lambda *_: np.arange(12)
+    ):
+      self.assertEqual(self.train('old', '--rounds=4', *changes)[0], 0)
+    status, out, err = self.train('old', *changes)
+    self.assertEqual(status, 0, err)
+    self.assertIn('going on after round 4', out)
+    self.assert_same('whole', 'old')
 
   @pytest.mark.slow
   def test_seeds_at_once(self):

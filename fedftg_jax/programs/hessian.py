@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from upath import UPath
 
-from fedftg_jax import second_order
+from fedftg_jax import client_state, second_order
 from fedftg_jax.base import Data, Variables
 from fedftg_jax.configuration import assembly, folders
 from fedftg_jax.configuration.resolve import Configuration
@@ -111,7 +111,7 @@ def _measure(place, experiment) -> dict:
   progress.say(f'the model of round {done}')
   put = functools.partial(devices.put, num_devices=config['num_devices'])
   data, key_run = put((problem.data, key_run))
-  some = _spread(np.concatenate(problem.parts), FLAGS.examples)
+  some = _spread(problem.parts.rows, FLAGS.examples)
   sample = put(Data(data.x, data.y, jnp.asarray(some), jnp.int32(len(some))))
   product = functools.partial(
     second_order.hessian_product, experiment.simulation.model
@@ -168,8 +168,8 @@ def _across_clients(experiment, state, data, key, put, traces) -> dict:
   Each client trains from the model, by its own local training.
   """
   fed, parts = experiment.simulation.federation, experiment.problem.parts
-  ids = _spread(np.flatnonzero([*map(len, parts)]), FLAGS.clients)
-  slots = jax.tree.map(lambda a: np.asarray(a[ids]), state.clients)
+  ids = _spread(np.flatnonzero(parts.sizes), FLAGS.clients)
+  slots = client_state.read(state.clients, ids)
   state = put(state._replace(clients=slots))
   personalise = jax.jit(lambda *args: fed.personalise(*args)[1])
   vectors = []
@@ -210,7 +210,7 @@ def _state(place, experiment, start):
       raise cli.ArgumentError(
         place, 'has no model yet: neither a checkpoint nor params.npz'
       )
-    return state, done, 'kept'
+    return resume.put_back(experiment, done, start, state), done, 'kept'
   arrays = files.read_arrays(place / 'params.npz')
   variables = jax.tree.map_with_path(
     lambda path, leaf: arrays[

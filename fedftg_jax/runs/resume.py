@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from upath import UPath
 
-from fedftg_jax import checkpoint
-from fedftg_jax.base import PyTree
+from fedftg_jax import checkpoint, client_state
+from fedftg_jax.base import State
 from fedftg_jax.configuration import assembly
 from fedftg_jax.system import cli, devices, files, progress
 
@@ -45,9 +45,18 @@ def save(
   experiment: assembly.Experiment,
   seed: int,
   done: int,
-  state: PyTree,
+  state: State,
 ) -> None:
-  """Writes the checkpoint after `done` rounds of one seed's run."""
+  """Writes the checkpoint after `done` rounds of one seed's run.
+
+  Of slots on the host it holds those of the clients that have worked so far.
+  """
+  ids = _worked(experiment, done)
+  if ids is not None:
+    if not devices.is_first():
+      state = state._replace(clients=())
+    else:
+      state = state._replace(clients=client_state.read(state.clients, ids))
   state = jax.device_get(state)
   if not devices.is_first():
     return
@@ -59,6 +68,56 @@ def save(
     checkpoint.save(here, done, state, note)
     files.upload(pathlib.Path(here, str(done)), folder / FOLDER / str(done))
     files.write_text(folder / FOLDER / str(done) / _WHOLE, '')
+
+
+def _worked(experiment, done) -> np.ndarray | None:
+  """Returns the clients that have worked in the first `done` rounds, ascending.
+
+  Only their slots differ from the initial one. None if the slots are on the
+  device: checkpoints hold all of them then.
+  """
+  if experiment.config['client_state'] == 'device':
+    return None
+  rows = experiment.problem.schedule
+  worked = rows.arrived if rows.worked is None else rows.arrived | rows.worked
+  return np.unique(rows.client_id[:done][worked[:done]])
+
+
+def blank(experiment: assembly.Experiment, done: int, state: State) -> State:
+  """Returns `state` in the form of a checkpoint, without the slots' values.
+
+  Args:
+    experiment: what the run runs.
+    done: number of rounds done, at least 1.
+    state: how the run begins.
+  """
+  ids = _worked(experiment, done)
+  if ids is None:
+    return state
+  return state._replace(
+    clients=jax.tree.map(
+      lambda a: np.empty((len(ids), *a.shape[1:]), a.dtype), state.clients
+    )
+  )
+
+
+def put_back(
+  experiment: assembly.Experiment, done: int, state: State, saved: State
+) -> State:
+  """Returns the state of a checkpoint with the slots of all clients.
+
+  Args:
+    experiment: what the run runs.
+    done: number of rounds done.
+    state: how the run begins; slots on the host are changed in place, where
+      they may be mapped from files.
+    saved: what `newest` has found.
+  """
+  ids = _worked(experiment, done)
+  if ids is None:
+    return saved
+  client_state.write(state.clients, ids, saved.clients)
+  return saved._replace(clients=state.clients)
 
 
 def prune(folder: UPath, done: int, keep: int) -> None:
@@ -94,8 +153,8 @@ def newest(
   workdirs: Sequence[UPath],
   experiment: assembly.Experiment,
   seeds: Sequence[int],
-  states: Sequence[PyTree],
-) -> tuple[int, list[PyTree]]:
+  states: Sequence[State],
+) -> tuple[int, list[State]]:
   """The latest round from which all of some runs can go on.
 
   Args:
@@ -105,9 +164,9 @@ def newest(
     states: how each run begins, without a round done.
 
   Returns:
-    Rounds done, and the states then. A checkpoint that cannot be used is named
-    on the screen and renamed, and the one before it tried; 0 where there is
-    none.
+    Rounds done, and the states then, for `put_back`. A checkpoint that cannot
+    be used is named on the screen and renamed, and the one before it tried; 0
+    where there is none.
 
   Raises:
     cli.UsageError: if there are checkpoints, but of more rounds than are asked
@@ -173,23 +232,40 @@ def _restore(folder, seed, state, experiment, done):
     )
   note = _note(experiment, seed, done, rows)
   if files.is_local(folder):
-    return checkpoint.restore(folder / FOLDER, done, state, note)
+    return _restore_from(folder / FOLDER, experiment, done, state, note)
   with tempfile.TemporaryDirectory() as here:
     files.download(folder / FOLDER / str(done), pathlib.Path(here, str(done)))
-    return checkpoint.restore(here, done, state, note)
+    return _restore_from(here, experiment, done, state, note)
+
+
+def _restore_from(folder, experiment, done, state, note):
+  ids = _worked(experiment, done)
+  try:
+    return checkpoint.restore(
+      folder, done, blank(experiment, done, state), note
+    )
+  except checkpoint.Refused:
+    if ids is None or len(ids) == len(experiment.problem.parts):
+      raise
+    # Earlier versions wrote the slots of all clients, also from the host.
+    with contextlib.suppress(checkpoint.Refused):
+      whole = checkpoint.restore(folder, done, state, note)
+      return whole._replace(
+        clients=jax.tree.map(lambda a: a[ids], whole.clients)
+      )
+    raise
 
 
 def _note(experiment, seed, done, results):
   """By what a run knows its checkpoints: configuration, files, who was in."""
-  digest = hashlib.sha256()
   rows, parts = experiment.problem.schedule, experiment.problem.parts
-  arrays = list(parts)
+  digest = parts.digest.copy()
   for t in range(done):  # without padding, whose width depends on later rounds
     selected = rows.client_id[t] < len(parts)
-    columns = (rows.client_id, rows.arrived, rows.num_steps, rows.worked)
-    arrays += [a[t][selected] for a in columns if a is not None]
-  for array in arrays:
-    digest.update(np.array([len(array), *array], np.int64))
+    for column in (rows.client_id, rows.arrived, rows.num_steps, rows.worked):
+      if column is not None:
+        array = column[t][selected]
+        digest.update(np.insert(array.astype(np.int64), 0, len(array)))
   identity = {**experiment.config, **experiment.contents, 'seed': seed}
   del identity['rounds']
   results = [row for row in results if row['round'] <= done]

@@ -183,21 +183,19 @@ def _go_on(experiment, seeds, folders, state, several):
   disk.
   """
   states = [_one_seed(state, r, several) for r in range(len(seeds))]
-  done = 0
+  done, saved = 0, states
   if devices.is_first():
-    done, states = resume.newest(folders, experiment, seeds, states)
+    done, saved = resume.newest(folders, experiment, seeds, states)
   done = int(devices.agree(done))
   if not done:
     return 0, state
   progress.say(f'going on after round {done}')
-  states = devices.from_first(states)
+  if not devices.is_first():
+    saved = [resume.blank(experiment, done, one) for one in states]
+  saved = devices.from_first(saved)
   if several:
-    return done, jax.tree.map(lambda *a: jnp.stack(a), *states)
-  if experiment.config['client_state'] == 'device':
-    return done, states[0]
-  # Into the arrays that are there, which may be mapped from files.
-  jax.tree.map(np.copyto, state.clients, states[0].clients)
-  return done, states[0]._replace(clients=state.clients)
+    return done, jax.tree.map(lambda *a: jnp.stack(a), *saved)
+  return done, resume.put_back(experiment, done, state, saved[0])
 
 
 def _split(key):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedftg_jax import compiling, stacking, trees
+from fedftg_jax import client_state, compiling, stacking, trees
 from fedftg_jax.base import (
   Data,
   Federation,
@@ -71,12 +71,13 @@ def evaluate_clients(
   test: Data,
   key: jax.Array,
   *,
+  ids: np.ndarray | None = None,
   personalise: bool = False,
   by_class: bool = False,
   chunk: int = 1,
   batch_size: int = 500,
 ) -> dict[str, dict[str, jax.Array]]:
-  """Evaluates broadcast and personal models on every client's test examples.
+  """Evaluates broadcast and personal models on the clients' test examples.
 
   'broadcast' is the model that the client's local training would start from;
   its BatchNorm statistics are the client's own if the method keeps them on
@@ -93,20 +94,22 @@ def evaluate_clients(
     data: the clients' training data.
     test: the clients' test data; its `index` and `count` have the same N rows.
     key: base key of the training.
+    ids: [K] the clients to evaluate; None for all N.
     personalise: whether to train locally before a second evaluation; costs one
-      local training of every client.
-    by_class: whether to evaluate every client's models on all of `test`, too.
+      local training of every client that is evaluated.
+    by_class: whether to evaluate these clients' models on all of `test`, too.
     chunk: number of clients stacked at once, see `stacking.over_clients`.
     batch_size: examples in a batch; the last batch is padded and masked.
 
   Returns:
-    By model: {'loss', 'accuracy'}, [N], NaN for clients without test examples
+    By model: {'loss', 'accuracy'}, [K], NaN for clients without test examples
     and for clients of another architecture. With `by_class` also {'per_class'}:
-    [N, C], the accuracy on each class of the whole test set, NaN for a class
+    [K, C], the accuracy on each class of the whole test set, NaN for a class
     without test examples.
   """
-  num = len(test.count)
-  size = num if fed.client_state == 'device' else _HOST_BLOCK
+  if ids is None:
+    ids = np.arange(len(test.count))
+  size = len(ids) if fed.client_state == 'device' else _HOST_BLOCK
   found = [
     _evaluate_some(
       fed,
@@ -114,35 +117,41 @@ def evaluate_clients(
       data,
       test,
       key,
-      ids,
+      some,
       personalise=personalise,
       by_class=by_class,
       chunk=chunk,
       batch_size=batch_size,
     )
-    for ids, part in _blocks(fed, state, num, size)
+    for some, part in _blocks(fed, state, ids, size)
   ]
-  return jax.tree.map(lambda *a: jnp.concatenate(a)[:num], *found)
+  return jax.tree.map(lambda *a: jnp.concatenate(a)[: len(ids)], *found)
 
 
-def _blocks(fed, state, num, size):
-  """Yields blocks of `size` client ids, each with the state of their slots.
+def _blocks(fed, state, ids, size):
+  """Yields blocks of `size` of the client ids, each with the state of a round.
 
-  The slots are in the order of the ids. The last block is filled up with the
-  last client.
+  Slots on the host are those of the block, in its order. The last block is
+  filled up with the last client.
   """
-  for first in range(0, num, size):
-    ids = np.minimum(np.arange(first, first + min(size, num)), num - 1)
+  size = min(size, len(ids))
+  for first in range(0, len(ids), size):
+    some = ids[np.minimum(np.arange(first, first + size), len(ids) - 1)]
     slots = state.clients
     if fed.client_state != 'device':
-      slots = jax.tree.map(lambda a: np.asarray(a[ids]), slots)
-    yield ids, state._replace(clients=slots)
+      slots = client_state.read(slots, some)
+    yield some, state._replace(clients=slots)
 
 
 def personal_models(
-  fed: Federation, state: State, data: Data, key: jax.Array, chunk: int = 1
+  fed: Federation,
+  state: State,
+  data: Data,
+  key: jax.Array,
+  chunk: int = 1,
+  ids: np.ndarray | None = None,
 ) -> Iterator[tuple[int, dict[str, Personal]]]:
-  """Yields every client's personal models before its next local training.
+  """Yields the clients' personal models before their next local training.
 
   It yields nothing if the method has no personal models.
 
@@ -152,18 +161,22 @@ def personal_models(
     data: the clients' training data.
     key: base key of the training.
     chunk: number of clients stacked at once, see `stacking.over_clients`.
+    ids: [K] the clients; None for all.
 
   Yields:
     A client's id and its models by name, without 'broadcast', on the host. The
     models of a block of clients are copied from the device at a time.
   """
-  num = len(data.count)
-  for ids, part in _blocks(fed, state, num, _HOST_BLOCK):
-    found = jax.device_get(_personal_of_some(fed, part, data, key, ids, chunk))
+  if ids is None:
+    ids = np.arange(len(data.count))
+  left = len(ids)
+  for some, part in _blocks(fed, state, ids, _HOST_BLOCK):
+    found = jax.device_get(_personal_of_some(fed, part, data, key, some, chunk))
     if not found:
       return
-    for place in range(min(len(ids), num - ids[0])):
-      yield (int(ids[place]), jax.tree.map(lambda a: a[place], found))
+    for place in range(min(len(some), left)):
+      yield (int(some[place]), jax.tree.map(lambda a: a[place], found))
+    left -= len(some)
 
 
 @functools.partial(
@@ -197,9 +210,10 @@ def _personal_of_some(fed, state, data, key, ids, chunk):
 def _evaluate_some(
   fed, state, data, test, key, ids, *, personalise, by_class, chunk, batch_size
 ):
-  """Evaluates clients `ids`; `state.clients` is in their order."""
+  """Evaluates clients `ids`; slots on the host are in their order."""
   num = len(ids)
   pad = 0, stacking.num_rows(num, chunk, fed.mesh) - num
+  places = jnp.arange(num) if fed.client_state != 'device' else ids
 
   def one(shared, row):
     state, data, flat, key = shared
@@ -222,7 +236,7 @@ def _evaluate_some(
 
   rows = jax.tree.map(
     lambda a: jnp.pad(a, (pad, *[(0, 0)] * (a.ndim - 1))),
-    (ids, jnp.arange(num), test.index[ids], test.count[ids]),
+    (ids, places, test.index[ids], test.count[ids]),
   )
   _, scores = stacking.over_clients(
     one, (state, data, (test.x, test.y), key), rows, chunk, fed.mesh

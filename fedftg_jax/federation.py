@@ -338,13 +338,12 @@ def _pad_cohort(cohort, num_rows, num_clients):
 
 def _rows(state, data, cohort, num_clients, weighting) -> _Row:
   """Collects the data, slots and weights of the cohort's clients."""
-  count = data.count.astype(jnp.result_type(float))
-  share = num_clients * count / jnp.maximum(jnp.sum(count), 1)
+  # A sum of integers: exact for more examples than a float counts.
+  total = jnp.maximum(jnp.sum(data.count), 1)
   place = cohort.client_id if cohort.place is None else cohort.place
   slots = trees.gather(state.clients, place)
-  index, count, share = trees.gather(
-    (data.index, data.count, share), cohort.client_id
-  )
+  index, count = trees.gather((data.index, data.count), cohort.client_id)
+  share = num_clients * count.astype(jnp.result_type(float)) / total
   count = jnp.where(cohort.client_id < num_clients, count, 0)
   arrived = cohort.arrived & (count > 0)
   worked = arrived  # a client that arrived has trained

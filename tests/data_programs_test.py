@@ -5,6 +5,7 @@ import os
 import pathlib
 
 from absl.testing import absltest, flagsaver, parameterized
+from matplotlib import figure
 import numpy as np
 from PIL import Image
 import pytest
@@ -43,7 +44,7 @@ class ProgramCase(parameterized.TestCase):
 
   def parts(self, name):
     with np.load(self.folder / name / 'partition.npz') as file:
-      return [file[k] for k in file.files]
+      return np.split(file['rows'], np.cumsum(file['sizes'])[:-1])
 
   def with_clients(self, ids):
     with np.load(self.data) as file:
@@ -369,6 +370,19 @@ class PartitionTest(ProgramCase):
     picture = Image.open(path)
     self.assertGreater(picture.size[0], min(num_clients, 300))
     self.assertGreater(len(np.unique(np.asarray(picture.convert('L')))), 4)
+
+  def test_heatmap_of_very_many_clients(self):
+    """Drawn as means of groups, on a scale of clients."""
+    counts = np.random.RandomState(0).poisson(1, (2500, 3))
+    with absltest.mock.patch.object(
+      figure.Figure, 'savefig', autospec=True
+    ) as save:
+      plots.heatmap('', counts)
+    (drawn,) = save.call_args.args[0].axes[0].images
+    groups = np.ma.filled(drawn.get_array(), 0)
+    self.assertEqual(groups.shape, (500, 3))
+    np.testing.assert_allclose(groups.mean(0), counts.mean(0))
+    self.assertEqual(drawn.get_extent(), [-0.5, 2.5, 2499.5, -0.5])
 
 
 class ErrorsTest(ProgramCase):

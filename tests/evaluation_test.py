@@ -170,6 +170,31 @@ class ClientsTest(parameterized.TestCase):
           )
         )
     chex.assert_trees_all_close(*got, atol=1e-6)
+    some = np.array([4, 0, 3])
+    with mock.patch.object(evaluation, '_HOST_BLOCK', 2):
+      few = evaluation.evaluate_clients(
+        fed, state, problems.DATA, TEST, KEY, ids=some, personalise=True
+      )
+    chex.assert_trees_all_close(
+      few, jax.tree.map(lambda a: a[some], got[0]), atol=1e-6
+    )
+
+  def test_some_clients(self):
+    fed, state, scores = evaluated('scaffold')
+    some = np.array([4, 0, 3])
+    got = evaluation.evaluate_clients(
+      fed,
+      state,
+      problems.DATA,
+      TEST,
+      KEY,
+      ids=some,
+      personalise=True,
+      batch_size=4,
+    )
+    chex.assert_trees_all_close(
+      got, jax.tree.map(lambda a: a[some], scores), atol=1e-6
+    )
 
   def test_chunks_and_devices_agree(self):
     self.check_chunk(2, 2)

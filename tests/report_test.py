@@ -169,9 +169,10 @@ class RunTest(parameterized.TestCase):
       np.load(self.run_folder / 'counts.npz') as counts,
       np.load(self.run_folder / 'partition.npz') as parts,
     ):
+      rows = np.split(parts['rows'], np.cumsum(parts['sizes'])[:-1])
       np.testing.assert_array_equal(
         counts['train'],
-        [np.bincount(labels[parts[k]], minlength=3) for k in parts.files],
+        [np.bincount(labels[part], minlength=3) for part in rows],
       )
       self.assertEqual(counts['test'].sum(), 30)
 
@@ -396,6 +397,38 @@ class RunTest(parameterized.TestCase):
         row, {k: v for k, v in watched.items() if k != 'clients'}
       )
     self.assertFalse((folder / 'tensorboard').exists())
+
+  @parameterized.parameters(10, 1)
+  def test_clients_of_a_large_federation(self, listed):
+    """Some are evaluated; scores of many are arrays beside clients.json."""
+    folder = self.folder / f'large{listed}'
+    with absltest.mock.patch.object(writer, '_LISTED', listed):
+      status, out, err = programs.call(
+        train, *self.args, '--evaluated_clients=2', f'--workdir={folder}'
+      )
+    self.assertEqual(status, 0, err)
+    self.assertIn('2 of 4 clients are evaluated one by one', out)
+    config = files.read_json(folder / 'config.json')['config']
+    self.assertEqual(config['evaluated_clients'], 2)
+    self.assertNotIn(
+      'evaluated_clients', files.read_json(self.run_folder / 'config.json')
+    )
+    self.assertEqual(listed == 1, (folder / 'clients.npz').exists())
+    clients, every = reader.read(folder).clients, self.json('clients.json')
+    ids = np.asarray(clients['ids'])
+    self.assertEqual(ids.tolist(), [0, 3])
+    self.assertEqual(clients['summary']['broadcast']['clients'], 2)
+    for name in ('train_examples', 'test_examples'):
+      np.testing.assert_array_equal(clients[name], np.take(every[name], ids))
+    for name in ('accuracy', 'loss'):
+      np.testing.assert_allclose(
+        clients[name]['broadcast'],
+        np.take(every[name]['broadcast'], ids),
+        rtol=1e-5,
+      )
+    self.assertIn(
+      'Accuracy of each client', (folder / 'report.html').read_text()
+    )
 
 
 class ScoringTest(parameterized.TestCase):

@@ -720,6 +720,13 @@ def _define_output() -> None:
     "is evaluated on test examples with the client's class shares: never, "
     'after the last round, or at every evaluation.',
   )
+  flags.DEFINE_integer(
+    'evaluated_clients',
+    10_000,
+    'Evaluate at most so many clients, spread evenly over those that have test '
+    'examples; of so many personal models are written, too. 0 for all.',
+    lower_bound=0,
+  )
   flags.DEFINE_bool(
     'personalise',
     False,

@@ -140,6 +140,10 @@ def _unused(values: dict[str, Any]) -> set[str]:
     unused.add('personalise')
   if values['evaluate_clients'] == 'none' or not values['clients_by_class']:
     unused.add('clients_by_class')
+  # Left out, so that a folder from before there was such a flag still fits.
+  name = 'evaluated_clients'
+  if values[name] == absl_flags.FLAGS[name].default:
+    unused.add(name)
   if values['norm'] != 'batch':
     unused |= {'batch_norm', 'torch_bn'}
   unused |= _unused_by_tracking(values)

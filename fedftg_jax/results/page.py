@@ -385,9 +385,11 @@ def _clients(groups: Mapping[str, tables.Entries]) -> dict[str, Any]:
 def _client_values(clients) -> dict[str, np.ndarray]:
   """By name all clients' accuracies in percent, of all seeds."""
   values = {
-    name: np.array(
-      [x for run, model in of_name for x in run.clients['accuracy'][model]],
-      float,
+    name: np.concatenate(
+      [
+        np.array(run.clients['accuracy'][model], float)
+        for run, model in of_name
+      ]
     )
     for name, of_name in clients.items()
   }

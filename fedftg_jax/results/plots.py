@@ -27,6 +27,7 @@ with epy.lazy_imports():
 _POINTS = 400  # of a curve over clients, at most
 _PANEL = (5.4, 3.6)  # inches; a single picture that a phone shows well
 _MANY_CLIENTS = 40  # from here on they are sorted
+_MOST_ROWS = 500  # of a picture of clients; more are drawn as means of groups
 
 
 def curves(
@@ -416,7 +417,8 @@ def heatmap(path: Any, counts: np.ndarray) -> None:
 
   Few clients stand in their order. Many are sorted by the class that they have
   most of, and by how large a part of theirs that is, so that the picture shows
-  the skew whatever order they came in.
+  the skew whatever order they came in. Very many are then drawn as 500 groups
+  of neighbours, each as the mean of its clients.
 
   Args:
     path: where to write.
@@ -427,6 +429,10 @@ def heatmap(path: Any, counts: np.ndarray) -> None:
   if many:
     part = counts.max(1) / np.maximum(counts.sum(1), 1)
     counts = counts[np.lexsort((-part, counts.argmax(1)))]
+  if num_clients > _MOST_ROWS:
+    edges = np.linspace(0, num_clients, _MOST_ROWS + 1).astype(int)
+    sums = np.add.reduceat(counts, edges[:-1])
+    counts = sums / np.diff(edges)[:, None]
   height = min(max(1.2 + 0.16 * num_clients, 2.4), 8)
   figure, (axes, beside) = plt.subplots(
     1,
@@ -437,12 +443,14 @@ def heatmap(path: Any, counts: np.ndarray) -> None:
     layout='constrained',
   )
   most = max(counts.max(), 2)
+  least = min(counts[counts > 0].min(initial=1), 1)
   image = axes.imshow(
     np.ma.masked_equal(counts, 0),
     aspect='auto',
     interpolation='nearest',
     cmap=plt.get_cmap('viridis_r').with_extremes(bad='white'),
-    norm=plt_colors.LogNorm(1, most),
+    norm=plt_colors.LogNorm(least, most),
+    extent=(-0.5, counts.shape[1] - 0.5, num_clients - 0.5, -0.5),
   )
   for axis in (axes.xaxis, axes.yaxis):
     axis.set_major_locator(ticker.MaxNLocator(10, integer=True))
@@ -452,7 +460,7 @@ def heatmap(path: Any, counts: np.ndarray) -> None:
   )
   beside.stairs(
     counts.sum(1),
-    np.arange(num_clients + 1) - 0.5,
+    np.linspace(0, num_clients, len(counts) + 1) - 0.5,
     orientation='horizontal',
     fill=True,
     color='C0',
@@ -463,7 +471,7 @@ def heatmap(path: Any, counts: np.ndarray) -> None:
   bar = figure.colorbar(image, ax=[axes, beside], label='examples of a class')
   bar.set_ticks(ticks, labels=[f'{tick:,}' for tick in ticks])
   bar.minorticks_off()
-  figure.savefig(path, dpi=110 if num_clients <= 500 else 300)
+  figure.savefig(path, dpi=110)
   plt.close(figure)
 
 

@@ -52,6 +52,9 @@ def read(folder: UPath, rounds: int | None = None) -> Recorded:
     arrays = _arrays(folder / name)
     return arrays if arrays.get('round') == rows[-1]['round'] else {}
 
+  clients = last('clients.json')
+  if clients and 'accuracy' not in clients:  # of many clients
+    clients |= _nested(last_arrays('clients.npz'))
   images = {
     int(name.removeprefix('round_')): a
     for name, a in _arrays(folder / 'generated.npz').items()
@@ -61,7 +64,7 @@ def read(folder: UPath, rounds: int | None = None) -> Recorded:
     saved['versions'],
     rows,
     lines('timings.jsonl'),
-    last('clients.json'),
+    clients,
     last('classes.json'),
     _arrays(folder / 'counts.npz'),
     {t: a for t, a in images.items() if t <= rows[-1]['round']},
@@ -69,6 +72,20 @@ def read(folder: UPath, rounds: int | None = None) -> Recorded:
     last_arrays('images.npz'),
     last('hessian.json'),
   )
+
+
+def _nested(arrays):
+  """Makes dictionaries of 'accuracy/broadcast' and the like."""
+  tree: dict[str, Any] = {}
+  for name, array in arrays.items():
+    if name == 'round':
+      continue
+    place, _, model = name.partition('/')
+    if model:
+      tree.setdefault(place, {})[model] = array
+    else:
+      tree[place] = array
+  return tree
 
 
 def _arrays(path):

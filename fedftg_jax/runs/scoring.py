@@ -44,6 +44,24 @@ class Scores(NamedTuple):
   images: np.ndarray | None
 
 
+def evaluated_clients(experiment: Experiment) -> np.ndarray | None:
+  """Returns the clients that are evaluated, ascending; None for all.
+
+  In a large federation they are spread evenly over the clients that have test
+  examples, as many as `--evaluated_clients` says.
+  """
+  tests = experiment.problem.tests
+  most = experiment.config['evaluated_clients']
+  if not 0 < most < len(tests):
+    return None
+  able = np.flatnonzero(tests.sizes)
+  if not len(able):
+    able = np.arange(len(tests))
+  if most < len(able):
+    able = able[np.linspace(0, len(able) - 1, most).round().astype(int)]
+  return able
+
+
 def scorer(experiment: Experiment, data: Data, put: Callable) -> Callable:
   """Prepares the evaluations of a run.
 
@@ -77,6 +95,7 @@ def scorer(experiment: Experiment, data: Data, put: Callable) -> Callable:
     chunk=chunk,
     batch_size=_BATCH,
   )
+  some = evaluated_clients(experiment)
   draw = simulation.synthesise
 
   def of_tracked(state, key):
@@ -113,6 +132,7 @@ def scorer(experiment: Experiment, data: Data, put: Callable) -> Callable:
           data,
           test,
           key,
+          ids=some,
           personalise=asked and config['personalise'],
           by_class=asked and config['clients_by_class'],
         )

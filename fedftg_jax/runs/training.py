@@ -92,6 +92,12 @@ def train(
       for folder, seed in zip(folders, seeds)
     ]
     score = scoring.scorer(experiment, data, put)
+    evaluated = scoring.evaluated_clients(experiment)
+    if evaluated is not None and config['evaluate_clients'] != 'none':
+      progress.say(
+        f'{len(evaluated):,} of {len(experiment.problem.parts):,} clients are '
+        'evaluated one by one (--evaluated_clients)'
+      )
     clock = clock_lib.Clock(first)
     bar = progress.Progress(label, config['rounds'], first)
 
@@ -139,6 +145,7 @@ def train(
         data,
         key,
         chunk=config['client_chunk'] or schedule.client_id.shape[1],
+        ids=evaluated,
       )
       run.finish(one, models if keeping.save_personal else ())
     if devices.any_of(asked.is_set()):

@@ -15,6 +15,8 @@ from fedftg_jax.runs import tensorboard as board
 from fedftg_jax.system import cli, clock, devices, files
 
 _KEPT_IMAGES = 12  # evaluations of which generated images are kept, at most
+_LISTED = 10_000  # clients, at most, whose scores are listed in clients.json
+_SCORES = 'clients.npz'  # the scores of more clients
 
 
 class RunWriter:
@@ -58,7 +60,7 @@ class RunWriter:
         personal.NAME,
       ]
       if not done:
-        stale += ['clients.json', 'generated.npz']
+        stale += ['clients.json', _SCORES, 'generated.npz']
       for name in stale:
         (folder / name).unlink(missing_ok=True)
     with files.replacing(folder / 'partition.npz') as temporary:
@@ -68,7 +70,8 @@ class RunWriter:
         temporary, experiment.problem.schedule, len(experiment.problem.parts)
       )
     self._counts = label_counts(experiment)
-    files.write_tree(folder / 'counts.npz', self._counts)
+    files.write_tree(folder / 'counts.npz', self._counts, compressed=True)
+    self._evaluated = scoring.evaluated_clients(experiment)
     self._board = None
     if tensorboard and devices.is_first():
       self._board = board.start(
@@ -196,61 +199,48 @@ class RunWriter:
     )
 
   def _add_clients(self, done, scores) -> None:
-    """Every client's scores, of the last evaluation of clients.
+    """Adds the clients' scores, of the last evaluation of clients.
 
-    The rows of metrics.jsonl have how evenly they fall only where every
-    evaluation is one of clients: a run's rows begin those of a longer one.
+    The scores of many clients are arrays in a file of their own. The rows of
+    metrics.jsonl have how evenly they fall only where every evaluation is one
+    of clients: a run's rows begin those of a longer one.
     """
+    counts, which = self._counts, {}
+    if self._evaluated is not None:
+      counts = {split: of[self._evaluated] for split, of in counts.items()}
+      which = {'ids': self._evaluated}
     summary = {
       name: {
         k: x if isinstance(x, int) else rows.number(x)
         for k, x in {
-          **evaluation.fairness(v['accuracy'], self._counts['test'].sum(1)),
-          **self._distributions(v),
+          **evaluation.fairness(v['accuracy'], counts['test'].sum(1)),
+          **_distributions(v, counts['train']),
         }.items()
       }
       for name, v in scores.items()
     }
     if self._experiment.config['evaluate_clients'] == 'every':
       self._rows[-1]['clients'] = summary
-    self._clients = {
-      'round': done,
-      'summary': summary,
+    self._clients = {'round': done, 'summary': summary}
+    of_clients = {
+      **which,
+      **{f'{split}_examples': of.sum(1) for split, of in counts.items()},
       **{
-        f'{split}_examples': counts.sum(1).tolist()
-        for split, counts in self._counts.items()
-      },
-      **{
-        score: {
-          name: [*map(rows.number, v[score])] for name, v in scores.items()
-        }
+        score: {name: v[score] for name, v in scores.items()}
         for score in ('accuracy', 'loss')
       },
-      **self._by_class(scores),
     }
-    files.write_json(self._folder / 'clients.json', self._clients)
-
-  def _by_class(self, scores):
-    """Every client's accuracy on each class of the whole test set, if asked
-    for."""
-    if not self._experiment.config['clients_by_class']:
-      return {}
-    return {
-      'class_accuracy': {
-        name: [[*map(rows.number, client)] for client in v['per_class']]
-        for name, v in scores.items()
+    if self._experiment.config['clients_by_class']:
+      of_clients['class_accuracy'] = {
+        name: v['per_class'] for name, v in scores.items()
       }
-    }
-
-  def _distributions(self, scores):
-    """Means over the clients of the accuracy in and out of their distribution,
-    if classes were asked for."""
-    if 'per_class' not in scores:
-      return {}
-    found = evaluation.by_distribution(
-      scores['per_class'], self._counts['train']
-    )
-    return {f'{name}_distribution': np.nanmean(v) for name, v in found.items()}
+    if len(counts['train']) <= _LISTED:
+      self._clients |= _listed(of_clients)
+    else:
+      files.write_tree(
+        self._folder / _SCORES, {'round': np.int32(done), **of_clients}
+      )
+    files.write_json(self._folder / 'clients.json', self._clients)
 
   def _add_images(self, done, images) -> None:
     """Keeps the images of some evaluations."""
@@ -328,7 +318,7 @@ def _bits_per_client(problem, row) -> dict[str, float]:
     a[: row['round']]
     for a in (problem.schedule.client_id, problem.schedule.arrived)
   )
-  sizes = np.array([*map(len, problem.parts), 0])
+  sizes = np.append(problem.parts.sizes, 0)
   counts = {
     'down': np.sum(ids < len(problem.parts)),
     'up': np.sum(arrived & (sizes[ids] > 0)),
@@ -352,6 +342,27 @@ def label_counts(experiment: Experiment) -> dict[str, np.ndarray]:
       ('test', dataset.test_y, experiment.problem.tests),
     )
   }
+
+
+def _distributions(scores, counts):
+  """Means over the clients of the accuracy in and out of their distribution, if
+  classes were asked for."""
+  if 'per_class' not in scores:
+    return {}
+  found = evaluation.by_distribution(scores['per_class'], counts)
+  return {f'{name}_distribution': np.nanmean(v) for name, v in found.items()}
+
+
+def _listed(values):
+  """Lists arrays for JSON: integers, or floats of six digits."""
+  if isinstance(values, dict):
+    return {name: _listed(value) for name, value in values.items()}
+  values = np.asarray(values)
+  if np.issubdtype(values.dtype, np.integer):
+    return values.tolist()
+  if values.ndim > 1:
+    return [_listed(row) for row in values]
+  return [*map(rows.number, values)]
 
 
 def kept_rounds(rounds: list[int]) -> set[int]:

@@ -138,7 +138,7 @@ def read_arrays(path: PathLike) -> dict[str, np.ndarray]:
     return arrays_lib.read(file)
 
 
-def write_tree(path: PathLike, tree: Any) -> None:
+def write_tree(path: PathLike, tree: Any, compressed: bool = False) -> None:
   """Writes arrays as .npz, with names such as 'params/conv0/kernel'."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   arrays = {
@@ -146,7 +146,8 @@ def write_tree(path: PathLike, tree: Any) -> None:
     for place, leaf in leaves
   }
   with replacing(path) as temporary:
-    np.savez(temporary, **arrays)  # type: ignore[arg-type]
+    save = np.savez_compressed if compressed else np.savez
+    save(temporary, **arrays)  # type: ignore[arg-type]
 
 
 def names(folder: PathLike) -> list[str]:

@@ -38,7 +38,9 @@ def exact(
   ids = np.full((num_rounds, cohort), num_clients)
   for t, row in enumerate(ids):
     order = np.random.RandomState([seed, t]).permutation(num_clients)
-    chosen = order[_reachable(available, seed, t, num_clients)[order]][:cohort]
+    if available is not None:
+      order = order[_reachable(available, seed, t, num_clients)[order]]
+    chosen = order[:cohort]
     row[: len(chosen)] = chosen
   return from_ids(ids, num_clients)
 

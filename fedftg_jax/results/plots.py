@@ -467,7 +467,8 @@ def heatmap(path: Any, counts: np.ndarray) -> None:
   )
   beside.xaxis.set_major_locator(ticker.MaxNLocator(2, integer=True))
   beside.set(xlabel='examples', xlim=(0, None))
-  ticks = [d * 10**e for e in range(9) for d in (1, 2, 5) if d * 10**e <= most]
+  ticks = [d * 10**e for e in range(-2, 9) for d in (1, 2, 5)]
+  ticks = [tick for tick in ticks if least <= tick <= most]
   bar = figure.colorbar(image, ax=[axes, beside], label='examples of a class')
   bar.set_ticks(ticks, labels=[f'{tick:,}' for tick in ticks])
   bar.minorticks_off()

@@ -4,6 +4,7 @@
 # make test-all  all tests; needs chromium
 # make lint      style and types
 # make docs      the pages of docs/ and the API as a site, in build/site
+# make tables    the generated parts of the pages, from docs/results/ and the code
 # make audit     known holes in what is installed; asks a service on the network
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ CHECK := $(addprefix tests/,base_test.py solvers_test.py golden_test.py \
 	$(addprefix methods_test.py::ContractTest::test_row_, \
 	fed_avg fed_nova fed_dyn scaffold moon fed_ftg_robust))
 
-.PHONY: demo check test test-all lint docs audit clean
+.PHONY: demo check test test-all lint docs tables audit clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +48,9 @@ lint: $(VENV)/dev
 docs: $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --site-dir build/site
+
+tables: $(VENV)/installed
+	$(RUN) -m docs.tables
 
 audit: $(VENV)/dev
 	$(RUN) -m pip_audit

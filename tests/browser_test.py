@@ -1,17 +1,20 @@
-"""Tests report.html in a real browser, for requests and for its width."""
+"""Tests report.html and the site in a real browser, for requests and width."""
 
 import contextlib
 import functools
 import html.parser
 import http.server
+import importlib.util
 import json
+import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 import numpy as np
 from PIL import Image
 import pytest
@@ -24,7 +27,7 @@ from fedftg_jax.system import files
 # frame has the width of the frame.
 _PROBE = """<!DOCTYPE html><title>probe</title>
 <link rel="icon" href="data:,"><body style="margin:0">
-<iframe src="report.html" style="border:0;width:%dpx;height:%dpx"></iframe>
+<iframe src="%s" style="border:0;width:%dpx;height:%dpx"></iframe>
 <script>
 const frame = document.querySelector("iframe");
 frame.onload = () => {
@@ -34,6 +37,9 @@ frame.onload = () => {
   pre.textContent = JSON.stringify({
     width: root.clientWidth, scroll: root.scrollWidth,
     height: root.scrollHeight,
+    headings: [...inner.querySelectorAll("h1, h2")].map(
+        h => h.firstChild.textContent.trim()),
+    formulas: count("math"),
     tables: count("table"), pictures: count("figure svg"), images: count("img"),
     broken: [...inner.images].filter(i => !i.naturalWidth).length,
     flat: [...inner.querySelectorAll("figure svg")].filter(
@@ -77,12 +83,12 @@ def browser(*argv):
 
 @contextlib.contextmanager
 def served(folder):
-  """Serves `folder`; gives its address and a list of what is requested."""
-  asked = []
+  """Serves `folder`; gives its address and the status of each requested path."""
+  asked = {}
 
   class Handler(http.server.SimpleHTTPRequestHandler):
     def log_request(self, code='-', size='-'):
-      asked.append(self.path)
+      asked[self.path] = int(code)
 
     def log_message(self, *args):
       pass
@@ -193,6 +199,83 @@ def write_run(folder, method, seed, accuracy, long):
   )
 
 
+class _Pre(html.parser.HTMLParser):
+  text = ''
+
+  def handle_data(self, data):
+    if data.startswith('{'):
+      self.text = data
+
+
+def look(folder, page, width):
+  """(what the page says of itself, what it asked for, complaints, picture)."""
+  (folder / 'probe.html').write_text(_PROBE % (page, width, 9000))
+  with served(folder) as (address, asked):
+    dom = browser(
+      '--virtual-time-budget=5000', '--dump-dom', f'{address}/probe.html'
+    )
+    browser(
+      f'--window-size={max(width, 500)},3000',
+      f'--screenshot={folder / "shot.png"}',
+      f'{address}/probe.html',
+    )
+  parser = _Pre()
+  parser.feed(dom.stdout)
+  found = json.loads(parser.text)
+  found['elsewhere'] = [
+    url for url in found['fetched'] if not url.startswith(address)
+  ]
+  complaints = [line for line in dom.stderr.splitlines() if 'CONSOLE' in line]
+  with Image.open(folder / 'shot.png') as picture:
+    pixels = np.asarray(picture.convert('RGB'))
+  return found, asked, complaints, pixels
+
+
+@pytest.mark.browser
+class SiteTest(parameterized.TestCase):
+  """The site as `make docs` builds it."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    if not importlib.util.find_spec('mkdocs'):
+      raise absltest.SkipTest('needs the extra docs')
+    cls.enterClassContext(
+      folder := tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    )
+    cls.folder = pathlib.Path(folder.name)
+    done = subprocess.run(
+      [sys.executable, '-m', 'mkdocs', 'build', '--site-dir', cls.folder],
+      cwd=pathlib.Path(__file__).parents[1],
+      env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'},
+      capture_output=True,
+      text=True,
+    )
+    assert not done.returncode, done.stderr
+    assert 'WARNING' not in done.stderr, done.stderr
+
+  @parameterized.product(
+    page=(
+      ('index.html', ('fedftg_jax', 'Where to go', 'The demo'), 0),
+      ('methods/fed_ftg/index.html', ('FedFTG', 'Equation', 'Flags'), 10),
+      ('concepts/index.html', ('A round', 'The names'), 0),
+    ),
+    width=(390, 1280),
+  )
+  def test_page(self, page, width):
+    path, headings, formulas = page
+    found, asked, complaints, pixels = look(self.folder, path, width)
+    self.assertEqual(found['width'], width)
+    self.assertEqual(found['scroll'], width, 'wider than the window')
+    self.assertContainsSubset(headings, found['headings'])
+    self.assertGreaterEqual(found['formulas'], formulas)
+    self.assertEqual(found['broken'], 0)
+    self.assertEmpty(found['elsewhere'])
+    self.assertEmpty(complaints)
+    self.assertEmpty([path for path, code in asked.items() if code >= 400])
+    self.assertGreater(len(np.unique(pixels.reshape(-1, 3), axis=0)), 100)
+
+
 @pytest.mark.browser
 class BrowserTest(absltest.TestCase):
   def setUp(self):
@@ -200,32 +283,7 @@ class BrowserTest(absltest.TestCase):
     self.folder = pathlib.Path(self.create_tempdir().full_path)
 
   def look(self, width):
-    """Returns (the page's measurements, the requested paths, its
-    screenshot)."""
-    (self.folder / 'probe.html').write_text(_PROBE % (width, 9000))
-    with served(self.folder) as (address, asked):
-      dom = browser(
-        '--virtual-time-budget=5000', '--dump-dom', f'{address}/probe.html'
-      )
-      browser(
-        f'--window-size={max(width, 500)},3000',
-        f'--screenshot={self.folder / "shot.png"}',
-        f'{address}/probe.html',
-      )
-
-    class Pre(html.parser.HTMLParser):
-      text = ''
-
-      def handle_data(self, data):
-        if data.startswith('{'):
-          self.text = data
-
-    parser = Pre()
-    parser.feed(dom.stdout)
-    complaints = [line for line in dom.stderr.splitlines() if 'CONSOLE' in line]
-    with Image.open(self.folder / 'shot.png') as picture:
-      pixels = np.asarray(picture.convert('RGB'))
-    return json.loads(parser.text), asked, complaints, pixels
+    return look(self.folder, 'report.html', width)
 
   def assert_fine(self, **counts):
     for width in (360, 1280):

@@ -1,36 +1,99 @@
-"""Tests that the Python examples of the documents run, and that files exist."""
+"""Tests that examples of the pages run, links lead somewhere and generated
+parts are up to date."""
 
+import importlib.util
 import pathlib
 import re
 
+from absl import flags as absl_flags
 from absl.testing import absltest, parameterized
 import jax
+import nbformat
 import numpy as np
 import optax
 import pytest
+import yaml
 
-from fedftg_jax import base
+from docs import run_notebooks, tables
+import fedftg_jax
+from fedftg_jax import base, recipes
 from fedftg_jax.methods import fed_avg
 from tests import mutations, problems
 
 ROOT = pathlib.Path(__file__).parents[1]
+TOP = 'README.md', 'BUILD.md', 'CONTRIBUTING.md', 'AGENTS.md', 'CHANGELOG.md'
+PAGES = {
+  str(path.relative_to(ROOT)): path
+  for path in (
+    *(ROOT / name for name in TOP),
+    *sorted((ROOT / 'docs').rglob('*.md')),
+  )
+}
+METHODS = ROOT / 'docs' / 'methods'
+# Sections of a method's page.
+SECTIONS = (
+  'Equation',
+  'Use it',
+  'Flags',
+  'In the code',
+  'Measured',
+  'Deviations',
+  'Source',
+)
+
+
+def without_code(text):
+  """A page without its blocks of code."""
+  return re.sub(r'^```.*?^```$', '', text, flags=re.M | re.S)
 
 
 def examples(name):
   return re.findall(r'```python\n(.*?)```', (ROOT / name).read_text(), re.S)
 
 
-class DocsTest(parameterized.TestCase):
+def slug(heading):
+  """The anchor of a heading, as GitHub and the site make it."""
+  text = re.sub(r'\[(.*?)\]\(.*?\)', r'\1', heading).replace('`', '')
+  return re.sub(r'[^\w\- ]', '', text).strip().lower().replace(' ', '-')
+
+
+def anchors(path):
+  text = path.read_text()
+  headings = re.findall(r'^#+ (.*)$', without_code(text), re.M)
+  return {*map(slug, headings), *re.findall(r'<a id="(.*?)">', text)}
+
+
+class ExamplesTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_readme(self):
+    if not hasattr(fedftg_jax, 'simulate'):
+      self.skipTest('no fedftg_jax.simulate')
     (code,) = examples('README.md')
+    small = code.replace("'lenet', rounds=20", "'mlp', rounds=2")
+    self.assertNotEqual(small, code)
+    scope = {}
+    exec(small, scope)
+    self.assertNotEmpty(scope['result'].metrics)
+
+  @parameterized.parameters('docs/python.md', 'docs/own_model.md')
+  @pytest.mark.slow
+  def test_runs_three_rounds(self, name):
+    (code,) = examples(name)
     scope = {}
     exec(code, scope)
     self.assertLen(scope['metrics']['train_loss'], 3)
 
-  def test_the_methods_of_build_md(self):
+  def test_arrays_of_ones_own(self):
+    (code,) = examples('docs/own_data.md')
+    file = pathlib.Path(self.create_tempdir().full_path, 'mine.npz')
+    exec(code.replace("'mine.npz'", repr(str(file))), {})
+    with np.load(file) as arrays:
+      self.assertEqual(arrays['train_x'].shape, (160, 8, 8, 1))
+      self.assertLen(arrays['test_y'], 40)
+
+  def test_methods_of_ones_own(self):
     scope = {}
-    for code in examples('BUILD.md'):
+    for code in examples('docs/add_a_method.md'):
       exec(code, scope)
     key, cohort = jax.random.key(0), problems.row([0, 4])
 
@@ -56,26 +119,157 @@ class DocsTest(parameterized.TestCase):
       info.metrics['drift'], optax.tree.norm(moved, squared=True), rtol=1e-5
     )
 
-  @parameterized.parameters(
-    'README.md',
-    'BUILD.md',
-    'docs/influence.md',
-    'docs/methods.md',
-    'docs/privacy.md',
-    'docs/speed.md',
-    'docs/tpu.md',
-    'docs/uplink.md',
-    'docs/when_it_pays.md',
-  )
-  def test_links_and_pictures_exist(self, name):
-    page = ROOT / name
-    for target in re.findall(r'\]\(([^)#]+)', page.read_text()):
-      self.assertTrue((page.parent / target).exists(), target)
+
+class PagesTest(parameterized.TestCase):
+  def test_links_lead_somewhere(self):
+    for name, page in PAGES.items():
+      text = without_code(page.read_text())
+      for link in re.findall(r'\]\(((?!http)[^)]+)\)', text):
+        with self.subTest(name, link=link):
+          target, _, anchor = link.partition('#')
+          path = page.parent / target if target else page
+          self.assertTrue(path.exists())
+          if anchor and path.suffix == '.md':
+            self.assertIn(anchor, anchors(path))
+
+  def test_flags_of_commands_exist(self):
+    tables.define_flags()
+    known = {*absl_flags.FLAGS, 'help', 'helpfull'}
+    for name, page in PAGES.items():
+      text = page.read_text().replace('\\\n', ' ')
+      for block in re.findall(r'^```\n(.*?)^```$', text, re.M | re.S):
+        for line in block.splitlines():
+          command = re.split(r'fedftg |experiments\.\w', line, maxsplit=1)
+          for flag in re.findall(r'--([a-z_]+)', ''.join(command[1:])):
+            with self.subTest(name, line=line):
+              self.assertTrue({flag, flag.removeprefix('no')} & known, flag)
+
+  def test_readme_is_short(self):
+    self.assertLessEqual(len((ROOT / 'README.md').read_text().split('\n')), 151)
+
+  def test_all_pages_are_in_the_navigation(self):
+    text = (ROOT / 'mkdocs.yml').read_text()
+    docs = ROOT / 'docs'
+    for page in docs.rglob('*.md'):
+      if docs / 'results' not in page.parents:
+        self.assertIn(f': {page.relative_to(docs)}\n', text)
+
+  def test_formulas(self):
+    """Those that become MathML: none has a command that latex2mathml leaves."""
+    if not importlib.util.find_spec('latex2mathml'):
+      self.skipTest('needs the extra docs')
+    from docs import hooks
+
+    num_formulas = 0
+    for name, page in PAGES.items():
+      text = page.read_text()
+      blocks = re.findall(r'^```math\n(.*?)^```$', text, re.M | re.S)
+      plain = re.sub(r'`[^`\n]*`', '', without_code(text))
+      inline = re.findall(r'(?<![\w$])\$([^$\n]+)\$(?!\w)', plain)
+      for latex in [*blocks, *inline]:
+        num_formulas += 1
+        self.assertNotIn('\\', hooks.mathml(latex), f'{name}: {latex}')
+    self.assertGreater(num_formulas, 100)
+
+  def test_citation_and_changelog_have_the_version(self):
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    self.assertEqual(citation['version'], fedftg_jax.__version__)
+    changelog = (ROOT / 'CHANGELOG.md').read_text()
+    self.assertIn(f'## [{fedftg_jax.__version__}]', changelog)
 
   def test_faults_fit_their_files(self):
     for fault in mutations.FAULTS:
       text = (ROOT / fault.path).read_text()
       self.assertEqual(text.count(fault.old), 1, fault.name)
+
+
+class MethodPagesTest(parameterized.TestCase):
+  def test_every_method_has_one(self):
+    pages = {path.stem for path in METHODS.glob('*.md')}
+    self.assertEqual(pages - {'remembering'}, {*recipes.RECIPES})
+
+  @parameterized.parameters(*recipes.RECIPES)
+  def test_sections(self, name):
+    text = (METHODS / f'{name}.md').read_text()
+    headings = re.findall(r'^## (.*)$', text, re.M)
+    self.assertEqual([h for h in headings if h in SECTIONS], [*SECTIONS])
+    for kind in ('method', 'measured'):
+      self.assertIn(f'<!-- {kind}: {name} -->', text)
+    self.assertRegex(text.partition('## Source')[2], r'https://arxiv\.org/abs/')
+
+  @parameterized.parameters(*(p.stem for p in sorted(METHODS.glob('*.md'))))
+  def test_code_is_where_it_says(self, name):
+    text = (METHODS / f'{name}.md').read_text()
+    section = text.partition('## In the code')[2].partition('\n## ')[0]
+    items = re.findall(r'^- `(.*?)`: (.*?)(?=^- |^$)', section, re.M | re.S)
+    self.assertNotEmpty(items)
+    for path, names in items:
+      source = (ROOT / path).read_text()
+      for word in re.findall(r'`(\w+)`', names):
+        defined = rf'^ *(def|class) {word}\b|^{word}\b.* = |^ +{word}='
+        self.assertTrue(re.search(defined, source, re.M), f'{word} in {path}')
+
+
+class GeneratedTest(absltest.TestCase):
+  def test_is_current(self):
+    """`make tables` brings it up to date."""
+    tables.define_flags()
+    found = [str(page.relative_to(ROOT)) for page in tables.stale()]
+    self.assertEmpty(found)
+
+  def test_a_page_that_is_not_is_seen(self):
+    page = pathlib.Path(self.create_tempdir().full_path, 'page.md')
+    page.write_text('a\n<!-- rows: demo -->\nold\n<!-- end -->\nb\n')
+    text = tables.updated(page)
+    self.assertIn('| fed_avg | 90.50 |', text)
+    self.assertNotIn('old', text)
+    page.write_text(text)
+    self.assertEqual(tables.updated(page), text)
+    for wrong, why in (
+      ('<!-- rows: demo -->\n', 'no <!-- end -->'),
+      ('<!-- rows: dp -->\n<!-- rows: dp -->\n<!-- end -->\n', 'no <!-- end'),
+      ('<!-- tabel: demo -->\n<!-- end -->\n', "no part 'tabel'"),
+    ):
+      page.write_text(wrong)
+      with self.assertRaisesRegex(ValueError, why):
+        tables.updated(page)
+
+  def test_every_measured_table_is_shown(self):
+    names = {path.stem for path in tables.RESULTS.glob('*.yaml')}
+    self.assertEqual({*tables.shown_on()}, names)
+    for name in names:
+      read = tables.result(name)
+      self.assertRegex(read['date'], r'^\d{4}-\d\d-\d\d$', name)
+
+  def test_rows_of_a_method_are_found(self):
+    page = METHODS / 'moon.md'
+    rows = tables.PARTS['measured']('moon', page).split('\n')[2:]
+    self.assertTrue(all('moon' in row for row in rows))
+    self.assertTrue(any('`moon+fed_ftg` | 86.53' in row for row in rows))
+    self.assertEqual(
+      tables.PARTS['measured']('fed_nova', page), 'Not measured yet.'
+    )
+
+
+class NotebookPagesTest(parameterized.TestCase):
+  @parameterized.parameters(
+    *(p.stem for p in sorted(run_notebooks.NOTEBOOKS.glob('*.ipynb')))
+  )
+  def test_has_the_cells_of_its_notebook(self, name):
+    """`python -m docs.run_notebooks NAME` brings it up to date."""
+    page = (run_notebooks.PAGES / f'{name}.md').read_text()
+    notebook = nbformat.read(
+      run_notebooks.NOTEBOOKS / f'{name}.ipynb', nbformat.NO_CONVERT
+    )
+    at = 0
+    for cell in notebook.cells[1:]:
+      is_code = cell.cell_type == 'code'
+      text = run_notebooks.code(cell) if is_code else cell.source.strip()
+      self.assertIn(text, page[at:])
+      at = page.index(text, at)
+    for picture in re.findall(r'\]\((\w+\.png)\)', page):
+      self.assertTrue((run_notebooks.PAGES / picture).exists(), picture)
+    self.assertNotIn(str(ROOT), page)
 
 
 if __name__ == '__main__':

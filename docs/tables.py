@@ -111,9 +111,16 @@ def updated(page: pathlib.Path) -> str:
 def markdown(
   header: Sequence[str], rows: Sequence[Sequence[object]]
 ) -> list[str]:
-  """Formats a table as lines of Markdown."""
+  """Formats a table as lines of Markdown; numbers stay with their ±."""
   lines = [header, ['---'] * len(header), *rows]
-  return ['| ' + ' | '.join(map(str, line)) + ' |' for line in lines]
+  return [
+    '| '
+    + ' | '.join(map(str, line)).replace(
+      ' ± ', '\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}'
+    )
+    + ' |'
+    for line in lines
+  ]
 
 
 @functools.cache

@@ -28,7 +28,7 @@ def code(cell: nbformat.NotebookNode) -> str:
   if cell.source.count('\n') < _LONG:
     return fence
   return (
-    '<details markdown="1"><summary>A long cell</summary>\n\n'
+    '<details markdown="1"><summary>A long cell of code</summary>\n\n'
     f'{fence}\n\n</details>'
   )
 
@@ -44,19 +44,21 @@ def outputs(cell: nbformat.NotebookNode, stem: str, first: int) -> list[str]:
   Returns:
     Parts of a page in Markdown.
   """
-  parts = []
-  for output in cell.outputs:
+  parts, printed = [], ''
+  for output in [*cell.outputs, {}]:
     data = output.get('data', {})
-    if 'image/png' in data:
-      picture = PAGES / f'{stem}_{first}.png'
-      picture.write_bytes(base64.b64decode(data['image/png']))
-      parts.append(f'![output {first}]({picture.name})')
+    picture = data.get('image/png')
+    if printed.strip() and (picture or not output):
+      text = printed.replace(str(ROOT), 'code').rstrip()
+      parts.append(f'```text\n{text}\n```')
+      printed = ''
+    if picture:
+      path = PAGES / f'{stem}_{first}.png'
+      path.write_bytes(base64.b64decode(picture))
+      parts.append(f'![output {first}]({path.name})')
       first += 1
-    else:
-      text = output.get('text') or data.get('text/plain', '')
-      if text.strip() and output.get('name') != 'stderr':
-        text = text.replace(str(ROOT), 'code').rstrip()
-        parts.append(f'```text\n{text}\n```')
+    elif output.get('name') != 'stderr':
+      printed += output.get('text') or data.get('text/plain', '')
   return parts
 
 
@@ -76,7 +78,8 @@ def write(name: str) -> None:
   today = datetime.date.today().isoformat()
   parts = [
     heading,
-    f'*The notebook `experiments/colab/{name}.ipynb`, as it ran on {today}.*',
+    f'*The notebook `experiments/colab/{name}.ipynb`, as it ran on {today}. '
+    'Seconds depend on the machine.*',
     text.strip(),
   ]
   num_pictures = 0

@@ -83,7 +83,7 @@ def browser(*argv):
 
 @contextlib.contextmanager
 def served(folder):
-  """Serves `folder`; gives its address and the status of each requested path."""
+  """Serves `folder`; gives its address and the status of each path."""
   asked = {}
 
   class Handler(http.server.SimpleHTTPRequestHandler):

@@ -594,7 +594,7 @@ RECIPES = {
         (None, 1.0),
         'it has no mean that could be trained further',
       ),
-      ('weighting', ('uniform',), 'its models have equal weights'),
+      ('weighting', (None, 'uniform'), 'its models have equal weights'),
     ),
     reveals="keeps every client's model",
   ),

@@ -24,6 +24,7 @@ from absl import flags
 
 # It defines flags. TFDS would import it within a test's `flagsaver`, whose end
 # would remove the flags for the tests that follow.
+from array_record.python import array_record_data_source  # noqa: F401
 import jax
 import pytest
 

@@ -775,13 +775,16 @@ class DevicesTest(parameterized.TestCase):
       self.assertEqual(status, 0, err)
     self.assert_same_run('one/fed_avg/seed1', 'two/fed_avg/seed1')
 
-  @pytest.mark.slow
-  def test_two_processes_agree_with_one(self):
+  @parameterized.parameters(
+    (1, []), (4, ['--num_clients=12', '--client_state=disk', '--cohort=5'])
+  )
+  @pytest.mark.slow  # below: the cases of `parameters` take it over
+  def test_two_processes_agree_with_one(self, devices, changes):
     """They are started as by a user, on one machine; one of them writes."""
     with socket.socket() as free:
       free.bind(('localhost', 0))
       port = free.getsockname()[1]
-    args = [*self.args, '--eval_every=1', '--checkpoint_every=1']
+    args = [*self.args, '--eval_every=1', '--checkpoint_every=1', *changes]
     command = [
       sys.executable,
       '-m',
@@ -800,6 +803,7 @@ class DevicesTest(parameterized.TestCase):
             f'--rounds={rounds}',
           ],
           cwd=ROOT,
+          env={**os.environ, 'JAX_NUM_CPU_DEVICES': str(devices)},
           stdout=subprocess.PIPE,
           stderr=subprocess.STDOUT,
           text=True,
@@ -812,6 +816,8 @@ class DevicesTest(parameterized.TestCase):
       self.assertIn('final accuracy', said[0])
       self.assertNotIn('round', said[1])
     self.assertIn('going on after round 2', said[0])
+    config = json.loads((self.folder / 'both' / 'config.json').read_text())
+    self.assertEqual(config['config']['num_devices'], 2 * devices)
     status, _, err = call(train, *args, f'--workdir={self.folder / "one"}')
     self.assertEqual(status, 0, err)
     self.assert_same_run('one', 'both')

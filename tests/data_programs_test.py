@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 from absl.testing import absltest, flagsaver, parameterized
 from matplotlib import figure
@@ -14,7 +16,7 @@ from fedftg_jax import base, evaluation
 from fedftg_jax.configuration import assembly, flags, folders, resolve
 from fedftg_jax.programs import compare, partition, train
 from fedftg_jax.results import plots
-from tests.programs import call, small, write_data
+from tests.programs import ROOT, call, small, write_data
 
 
 class ProgramCase(parameterized.TestCase):
@@ -383,6 +385,41 @@ class PartitionTest(ProgramCase):
     self.assertEqual(groups.shape, (500, 3))
     np.testing.assert_allclose(groups.mean(0), counts.mean(0))
     self.assertEqual(drawn.get_extent(), [-0.5, 2.5, 2499.5, -0.5])
+
+
+class SyntheticTest(ProgramCase):
+  def test_clients_of_their_own(self):
+    out = self.run_program(
+      train,
+      'a',
+      '--dataset=synthetic:clients=30',
+      '--partition=natural',
+      '--evaluate_clients=every',
+      '--evaluated_clients=5',
+    )
+    self.assertIn('5 of 30 clients are evaluated', out)
+    self.assertLen(self.parts('a'), 30)
+    self.assertEqual(self.rows('a')[-1]['clients']['broadcast']['clients'], 5)
+
+  @pytest.mark.slow
+  def test_measurements_of_large_federations(self):
+    """The script's figures, of small ones."""
+    command = [sys.executable, '-m', 'experiments.large', '--clients=300,400']
+    sizes = ['--rounds=20', '--cohort=9', f'--workdir={self.folder}/large']
+    subprocess.run([*command, *sizes], cwd=ROOT, check=True)
+    found = json.loads((self.folder / 'large/large.json').read_text())
+    self.assertLen(found, 4)
+    row = found['400 scaffold 20 9']
+    self.assertBetween(row['examples'], 400 * 10, 400 * 30)
+    # What 400 clients of a model with 650 parameters keep.
+    self.assertAlmostEqual(row['slots_apparent_bytes'], 400 * 2600, delta=1e3)
+    self.assertBetween(
+      row['checkpoint_bytes'], 1e4, row['slots_apparent_bytes']
+    )
+    self.assertGreater(row['peak_memory_bytes'], 1e8)
+    self.assertIn(
+      '| 400 | `scaffold` |', (self.folder / 'large/table.md').read_text()
+    )
 
 
 class ErrorsTest(ProgramCase):

@@ -23,7 +23,7 @@ import numpy as np
 from fedftg_jax.base import Cohort, PyTree
 
 PLACES = ('device', 'host')
-_BLOCK = 2**24  # bytes that are written at once
+_BLOCK = 2**24  # number of bytes that are written at once
 
 
 def allocate(

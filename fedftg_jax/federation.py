@@ -338,7 +338,7 @@ def _pad_cohort(cohort, num_rows, num_clients):
 
 def _rows(state, data, cohort, num_clients, weighting) -> _Row:
   """Collects the data, slots and weights of the cohort's clients."""
-  # A sum of integers: exact for more examples than a float counts.
+  # A sum of integers is exact for more examples than a float can count.
   total = jnp.maximum(jnp.sum(data.count), 1)
   place = cohort.client_id if cohort.place is None else cohort.place
   slots = trees.gather(state.clients, place)

@@ -102,7 +102,7 @@ class SyntheticTest(parameterized.TestCase):
     self.assertGreater(np.mean(guess == dataset.test_y), at_least)
 
   @parameterized.parameters(
-    ('num=3', "has no 'num'; must be clients, examples"),
+    ('num=3', "has no setting 'num'; must be of clients, examples"),
     ('clients=0', "clients must be a number from 1 to .*, got '0'"),
     ('clients=1e6', "clients must be a number .*, got '1e6'"),
     ('examples=30-10', "examples must be .*LEAST-MOST.*, got '30-10'"),
@@ -110,7 +110,7 @@ class SyntheticTest(parameterized.TestCase):
     ('clients=2000000000', 'GiB of images; must be at most 64'),
   )
   def test_errors(self, text, message):
-    with self.assertRaisesRegex(ValueError, f'^synthetic: .*{message}'):
+    with self.assertRaisesRegex(ValueError, f'^synthetic.*{message}'):
       datasets.check_name(f'synthetic:{text}')
 
 

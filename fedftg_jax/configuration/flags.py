@@ -93,14 +93,14 @@ def _define() -> None:
     ('Privacy', _define_privacy),
     ('Uplink', _define_uplink),
     ('Training', _define_training),
-    ('Single methods', _define_single_methods),
+    ('Generator', _define_single_methods),
     ('Influence', _define_influence),
     ('Output', _define_output),
   ):
     before = set(flags.FLAGS)
     define()
     SECTIONS[title] = [name for name in flags.FLAGS if name not in before]
-  del SECTIONS['Single methods']  # they have sections of their own
+  SECTIONS['Generator'] = list(_GENERATOR)  # the others are in METHODS
   for name, recipe in recipes.RECIPES.items():
     METHODS[name] = _description(name, recipe), _flags_of(name, recipe)
 
@@ -723,8 +723,9 @@ def _define_output() -> None:
   flags.DEFINE_integer(
     'evaluated_clients',
     10_000,
-    'Evaluate at most so many clients, spread evenly over those that have test '
-    'examples; of so many personal models are written, too. 0 for all.',
+    'Largest number of clients to evaluate; 0 for all. They are evenly spaced '
+    'among the clients with test examples. Personal models are written only '
+    'for as many clients.',
     lower_bound=0,
   )
   flags.DEFINE_bool(

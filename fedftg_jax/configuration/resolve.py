@@ -140,7 +140,8 @@ def _unused(values: dict[str, Any]) -> set[str]:
     unused.add('personalise')
   if values['evaluate_clients'] == 'none' or not values['clients_by_class']:
     unused.add('clients_by_class')
-  # Left out, so that a folder from before there was such a flag still fits.
+  # At its default it is left out, so that a folder that is older than the flag
+  # still fits.
   name = 'evaluated_clients'
   if values[name] == absl_flags.FLAGS[name].default:
     unused.add(name)

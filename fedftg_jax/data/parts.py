@@ -1,4 +1,4 @@
-"""The rows of each client, as one flat array for any number of clients."""
+"""The rows of each client in one flat array, for any number of clients."""
 
 from collections.abc import Iterable, Iterator, Sequence
 import functools

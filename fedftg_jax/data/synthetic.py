@@ -5,29 +5,30 @@
   --dataset=synthetic:clients=3500,examples=100-300,classes=62,size=28
 
 Each class has a pattern of 4 x 4 squares, each of them dark or bright. An image
-is the pattern of its class under uniform noise, so all images are different and
+is the pattern of its class plus uniform noise, so all images are different and
 a linear classifier can learn the classes. The contrast falls with the size of
-the images, so that the classes are about as hard to tell apart at any size.
+the images, so that the classes are about equally hard to tell apart at any
+size.
 
 Every training example belongs to a client. Half of a client's labels are one
 class of its own; the others, and those of the test set, are drawn uniformly.
-`--partition=natural` gives the clients their examples; any other partition
-shares all examples out anew. The same name always gives the same bytes.
+`--partition=natural` gives the clients these examples; any other partition
+divides all examples again. The same name always gives the same bytes.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-_SQUARES = 4  # on a side of a pattern
-_CONTRAST = 560  # of a pattern, in grey levels times pixels of a side
-_BLOCK = 2**20  # bytes of images that are drawn at once
+_SQUARES = 4  # squares along each side of a pattern
+_CONTRAST = 560  # contrast of a pattern: grey levels times pixels of a side
+_BLOCK = 2**20  # number of bytes of images that are drawn at once
 _MOST_CLASSES = 1000
 _MOST_BYTES = 2**36
 
 
 class Spec(NamedTuple):
-  """What to make, by the names that stand in `--dataset=synthetic:NAME=VALUE`.
+  """The settings in `--dataset=synthetic:NAME=VALUE,...`, by name.
 
   Attributes:
     clients: number of clients.
@@ -65,8 +66,8 @@ def parse(text: str) -> Spec:
     name, _, value = word.partition('=')
     if name not in Spec._fields:
       raise ValueError(
-        f'synthetic: has no {name!r}; must be {", ".join(Spec._fields)}, each '
-        'followed by = and a number'
+        f'synthetic has no setting {name!r}; must be of '
+        f'{", ".join(Spec._fields)}, each followed by = and a number'
       )
     parts = value.split('-') if name == 'examples' else [value]
     least, most = _BOUNDS[name]
@@ -88,8 +89,8 @@ def parse(text: str) -> Spec:
   size = (spec.clients * spec.examples[1] + spec.test) * spec.size**2
   if size > _MOST_BYTES:
     raise ValueError(
-      f'synthetic: may have {size / 2**30:.0f} GiB of images; must be at most '
-      f'{_MOST_BYTES // 2**30}'
+      f'synthetic would have up to {size / 2**30:.0f} GiB of images; must be '
+      f'at most {_MOST_BYTES // 2**30} GiB'
     )
   return spec
 
@@ -145,7 +146,7 @@ def _images(random, labels, patterns) -> np.ndarray:
   """Draws an image for each label, [M, size, size, 1] uint8."""
   shape = patterns.shape[1:]
   images = np.empty((len(labels), *shape), np.uint8)
-  levels = 256 - int(patterns.max())  # of noise: no sum exceeds a byte
+  levels = 256 - int(patterns.max())  # levels of noise; sums fit into a byte
   num = max(_BLOCK // int(np.prod(shape)), 1)
   for first in range(0, len(labels), num):
     some = slice(first, first + num)

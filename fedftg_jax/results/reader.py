@@ -76,7 +76,7 @@ def read(folder: UPath, rounds: int | None = None) -> Recorded:
 
 def _nested(arrays):
   """Makes dictionaries of 'accuracy/broadcast' and the like."""
-  tree: dict[str, Any] = {}
+  tree = {}
   for name, array in arrays.items():
     if name == 'round':
       continue

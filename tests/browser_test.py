@@ -83,7 +83,7 @@ def browser(*argv):
 
 @contextlib.contextmanager
 def served(folder):
-  """Serves `folder`; gives its address and the status of each path."""
+  """Serves `folder`; gives its address and the status of each request."""
   asked = {}
 
   class Handler(http.server.SimpleHTTPRequestHandler):
@@ -208,7 +208,8 @@ class _Pre(html.parser.HTMLParser):
 
 
 def look(folder, page, width):
-  """(what the page says of itself, what it asked for, complaints, picture)."""
+  """Returns (the page's measurements, the status of each request, what the
+  console says, its screenshot)."""
   (folder / 'probe.html').write_text(_PROBE % (page, width, 9000))
   with served(folder) as (address, asked):
     dom = browser(
@@ -233,7 +234,7 @@ def look(folder, page, width):
 
 @pytest.mark.browser
 class SiteTest(parameterized.TestCase):
-  """The site as `make docs` builds it."""
+  """Builds the site as `make docs` does, and looks at some pages."""
 
   @classmethod
   def setUpClass(cls):

@@ -1,5 +1,4 @@
-"""Tests that examples of the pages run, links lead somewhere and generated
-parts are up to date."""
+"""Tests the pages: examples, links, commands, and what is generated."""
 
 import importlib.util
 import pathlib
@@ -43,7 +42,7 @@ SECTIONS = (
 
 
 def without_code(text):
-  """A page without its blocks of code."""
+  """Returns the text of a page without its blocks of code."""
   return re.sub(r'^```.*?^```$', '', text, flags=re.M | re.S)
 
 
@@ -52,7 +51,7 @@ def examples(name):
 
 
 def slug(heading):
-  """The anchor of a heading, as GitHub and the site make it."""
+  """Returns the anchor of a heading, as GitHub and the site make it."""
   text = re.sub(r'\[(.*?)\]\(.*?\)', r'\1', heading).replace('`', '')
   return re.sub(r'[^\w\- ]', '', text).strip().lower().replace(' ', '-')
 
@@ -155,7 +154,7 @@ class PagesTest(parameterized.TestCase):
         self.assertIn(f': {page.relative_to(docs)}\n', text)
 
   def test_formulas(self):
-    """Those that become MathML: none has a command that latex2mathml leaves."""
+    """Converts every formula; no command of LaTeX may be left in the MathML."""
     if not importlib.util.find_spec('latex2mathml'):
       self.skipTest('needs the extra docs')
     from docs import hooks
@@ -212,7 +211,7 @@ class MethodPagesTest(parameterized.TestCase):
 
 class GeneratedTest(absltest.TestCase):
   def test_is_current(self):
-    """`make tables` brings it up to date."""
+    """Fails until `make tables` has brought the pages up to date."""
     tables.define_flags()
     found = [str(page.relative_to(ROOT)) for page in tables.stale()]
     self.assertEmpty(found)
@@ -256,7 +255,7 @@ class NotebookPagesTest(parameterized.TestCase):
     *(p.stem for p in sorted(run_notebooks.NOTEBOOKS.glob('*.ipynb')))
   )
   def test_has_the_cells_of_its_notebook(self, name):
-    """`python -m docs.run_notebooks NAME` brings it up to date."""
+    """Fails until `python -m docs.run_notebooks NAME` has run the notebook."""
     page = (run_notebooks.PAGES / f'{name}.md').read_text()
     notebook = nbformat.read(
       run_notebooks.NOTEBOOKS / f'{name}.ipynb', nbformat.NO_CONVERT

@@ -7,7 +7,7 @@ and seed), finished or not. It writes hessian.json there, and the folder's
 report.html again, which then has a section about it: the largest eigenvalue of
 the Hessian of the mean cross-entropy on some training examples, its trace and
 that of each tensor's block, all at the last model, and, over clients that train
-from this model, H_N and H_D of FedAlign (docs/methods.md).
+from this model, H_N and H_D of FedAlign (docs/curvature.md).
 """
 
 import functools

@@ -20,7 +20,7 @@ from fedftg_jax.models.windows import taps
 _CACHE, _BLOCK = 2**22, 2**19
 _PLAIN = ('im2col', 'slices', 'lax')  # JAX derives their gradients
 IMPLEMENTATIONS = ('winograd', 'blocked', 'matmul', 'im2col', 'slices', 'lax')
-# By backend. The choice for CPUs is measured (docs/speed.md), that for GPUs in part
+# By backend. The choice for CPUs is measured, that for GPUs in part
 # (docs/speed.md), that for TPUs is not. Within an implementation the method
 # depends on the layer's shape: see `winograd.tiling` and `convolve`.
 DEFAULTS = {'cpu': 'winograd', 'gpu': 'matmul', 'tpu': 'matmul'}

@@ -58,7 +58,8 @@ def outputs(cell: nbformat.NotebookNode, stem: str, first: int) -> list[str]:
       parts.append(f'![output {first}]({path.name})')
       first += 1
     elif output.get('name') != 'stderr':
-      printed += output.get('text') or data.get('text/plain', '')
+      shown = data.get('text/plain')
+      printed += output.get('text', '') if shown is None else f'{shown}\n'
   return parts
 
 

@@ -121,6 +121,7 @@ class Model(NamedTuple):
   last_stage: LastStage | None = None
   # Normalises uint8 images; float images pass unchanged.
   normalise: Callable[[jax.Array], jax.Array] | None = None
+  features: bool | None = True  # None if `Output.features` is always ()
 
 
 class ApplyGenerator(Protocol):

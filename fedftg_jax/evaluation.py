@@ -52,6 +52,91 @@ def evaluate(
   return _of_all(model.apply, variables, x, y, batch_size, batch_stats)
 
 
+def predict(
+  model: Model,
+  variables: Variables,
+  x: np.ndarray,
+  batch_size: int = 500,
+  batch_stats: bool = False,
+) -> np.ndarray:
+  """Computes the probability of each class.
+
+  Args:
+    model: the classifier.
+    variables: its variables.
+    x: [M, H, W, channels] images.
+    batch_size: examples at once; the last batch is padded and masked.
+    batch_stats: as for `evaluate`.
+
+  Returns:
+    [M, C] float32, on the host; rows sum to 1.
+  """
+  found = []
+  for first in range(0, len(x), batch_size):
+    some = np.asarray(x[first : first + batch_size])
+    missing = min(batch_size, len(x)) - len(some)
+    mask = np.arange(len(some) + missing) < len(some)
+    padded = np.pad(some, [(0, missing)] + [(0, 0)] * (some.ndim - 1))
+    probabilities = _probabilities(model, variables, padded, mask, batch_stats)
+    found.append(np.asarray(probabilities)[: len(some)])
+  return np.concatenate(found)
+
+
+@functools.partial(
+  compiling.jit, cpu_options=compiling.OFTEN, static_argnums=(0, 4)
+)
+def _probabilities(model, variables, x, mask, batch_stats):
+  logits = model.apply(variables, x, mask=mask, train=batch_stats).logits
+  return jax.nn.softmax(logits.astype(jnp.float32))
+
+
+def calibration(
+  probabilities: np.ndarray, y: np.ndarray, num_bins: int = 15
+) -> dict[str, float]:
+  """Measures how well predicted probabilities match the accuracy.
+
+  The expected calibration error is that of Guo et al., On Calibration of Modern
+  Neural Networks, ICML 2017 (arXiv:1706.04599), Eq. 3: examples are grouped by
+  their largest probability into bins of equal width, and the error is the mean
+  over the examples of |accuracy of the bin - mean probability of the bin|. The
+  Brier score is the mean squared distance between the probabilities and the
+  one-hot label.
+
+  Args:
+    probabilities: [M, C], from `predict`.
+    y: [M] labels.
+    num_bins: number of bins of the calibration error.
+
+  Returns:
+    {'calibration_error', 'brier'}: numbers from 0 (best) on.
+  """
+  confidence = probabilities.max(1).astype(float)
+  hits = probabilities.argmax(1) == y
+  # A bin holds its upper edge, as in the paper.
+  bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, None)
+  gaps = np.bincount(bins, hits - confidence, num_bins)
+  one_hot = np.eye(probabilities.shape[1])[y]
+  return {
+    'calibration_error': float(np.abs(gaps).sum() / len(y)),
+    'brier': float(np.mean(np.sum((probabilities - one_hot) ** 2, axis=1))),
+  }
+
+
+def confusion(probabilities: np.ndarray, y: np.ndarray) -> np.ndarray:
+  """Counts the examples of each class by predicted class.
+
+  Args:
+    probabilities: [M, C], from `predict`.
+    y: [M] labels.
+
+  Returns:
+    [C, C] integers; rows are true classes, columns predicted ones.
+  """
+  num = probabilities.shape[1]
+  places = num * np.asarray(y) + probabilities.argmax(1)
+  return np.bincount(places, minlength=num**2).reshape(num, num)
+
+
 def _of_all(apply, variables, x, y, batch_size, batch_stats=False):
   num = len(y)
   data = Data(x, y, jnp.arange(num), jnp.int32(num))

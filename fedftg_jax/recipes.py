@@ -9,6 +9,7 @@ others correct the mean, others refine the model. If no part aggregates,
 from collections.abc import Callable, Mapping, Sequence
 import difflib
 import inspect
+import re
 from typing import Any, Literal, NamedTuple
 
 import optax
@@ -61,6 +62,7 @@ class Settings(NamedTuple):
     build_model: builds a classifier by name, for methods with several models.
     num_clients: N, for the same methods.
     image_shape: (height, width, channels), for methods that make images.
+    own: the caller's own parts by name, such as 'part:mine'; see `name_own`.
   """
 
   model: Model
@@ -76,6 +78,7 @@ class Settings(NamedTuple):
   build_model: Callable[[str], Model] | None = None
   num_clients: int | None = None
   image_shape: tuple[int, ...] = ()
+  own: Mapping[str, Method] = {}
 
 
 class Recipe(NamedTuple):
@@ -684,6 +687,12 @@ RECIPES = {
   ),
 }
 
+# Parts that a caller has made: by the first word of their name.
+_OWN = {
+  prefix: Recipe(kind, lambda: None, '', reveals='may send anything')
+  for prefix, kind in (('part', 'corrects'), ('method', 'aggregates'))
+}
+
 # Optimisers and their default learning rates; the last three are not tuned.
 SERVER_OPTIMIZERS = {
   'sgd': (optax.sgd, 1.0),
@@ -692,6 +701,48 @@ SERVER_OPTIMIZERS = {
   'yogi': (optax.yogi, 0.01),
   'adagrad': (optax.adagrad, 0.1),
 }
+
+
+def recipe(part: str) -> Recipe:
+  """Returns the recipe of a part, also of one that `name_own` has named.
+
+  Raises:
+    KeyError: for an unknown part.
+  """
+  kind, is_own, _ = part.partition(':')
+  return _OWN[kind] if is_own else RECIPES[part]
+
+
+def name_own(parts: Sequence[Method]) -> dict[str, Method]:
+  """Names methods of the caller, for `parse` and `build`.
+
+  A method is named after the function that made it: 'part:memory', or
+  'method:memory' if it aggregates. The server runs a part after the parts that
+  correct the mean and before the parts that refine the model.
+
+  Args:
+    parts: the methods.
+
+  Returns:
+    The methods by name.
+  """
+  named: dict[str, Method] = {}
+  for part in parts:
+    hooks = (
+      hook
+      for hook, default in zip(part, Method._field_defaults.values())
+      if callable(hook) and hook is not default
+    )
+    names = (getattr(hook, '__qualname__', '') for hook in hooks)
+    word = next((n.split('.')[0] for n in names if n.split('.')[0]), 'own')
+    word = re.sub(r'\W', '', word) or 'own'
+    name = plain = ('method:' if part.aggregates else 'part:') + word
+    number = 1
+    while name in named:
+      number += 1
+      name = f'{plain}{number}'
+    named[name] = part
+  return named
 
 
 def parse(name: str) -> list[str]:
@@ -709,7 +760,7 @@ def parse(name: str) -> list[str]:
   """
   parts = name.split('+')
   for part in parts:
-    if part not in RECIPES:
+    if part not in RECIPES and part.partition(':')[0] not in _OWN:
       like = part.lower().replace('_', '').replace('-', '')
       names = {name.replace('_', ''): name for name in RECIPES}
       close = difflib.get_close_matches(like, names, 1)
@@ -720,24 +771,24 @@ def parse(name: str) -> list[str]:
       )
     if parts.count(part) > 1:
       raise ValueError(f'{part} is named twice')
-  kinds = [RECIPES[part].kind for part in parts]
+  kinds = [recipe(part).kind for part in parts]
   if kinds.count('aggregates') > 1:
     both = [p for p, k in zip(parts, kinds) if k == 'aggregates']
     raise ValueError(f'only one part can aggregate, got {" and ".join(both)}')
   for part in parts:
-    if RECIPES[part].alone and len(parts) > 1:
+    if recipe(part).alone and len(parts) > 1:
       others = ' and '.join(p for p in parts if p != part)
       raise ValueError(
-        f'{part} goes with no other part, got {others}: {RECIPES[part].alone}'
+        f'{part} goes with no other part, got {others}: {recipe(part).alone}'
       )
-  both = [part for part in parts if RECIPES[part].trains]
+  both = [part for part in parts if recipe(part).trains]
   if len(both) > 1:
     raise ValueError(
       f'only one part can train in its own way, got {" and ".join(both)}'
     )
   if 'aggregates' not in kinds:
     parts.append('fed_avg')
-  return sorted(parts, key=lambda part: KINDS.index(RECIPES[part].kind))
+  return sorted(parts, key=lambda part: KINDS.index(recipe(part).kind))
 
 
 def build(
@@ -764,12 +815,21 @@ def build(
     check_private(name)
   parts = []
   for part in parse(name):
-    recipe = RECIPES[part]
-    made = recipe.build(settings, **settings.options.get(part, {}))
-    if recipe.kind == 'refines' and not refining:
+    how = recipe(part)
+    if ':' in part:
+      made = _own(part, settings)
+    else:
+      made = how.build(settings, **settings.options.get(part, {}))
+    if how.kind == 'refines' and not refining:
       made = influence.client_stage(made)
     parts.append(made)
   return base.chain(*parts, *further)
+
+
+def _own(part, settings) -> Method:
+  if part not in settings.own:
+    raise ValueError(f'{part} is known only to the program that made it')
+  return settings.own[part]
 
 
 def check_private(name: str) -> None:
@@ -779,24 +839,24 @@ def check_private(name: str) -> None:
     ValueError: names the part that reveals more, and what.
   """
   for part in parse(name):
-    if RECIPES[part].reveals:
-      raise ValueError(f'cannot protect {part}, which {RECIPES[part].reveals}')
+    if recipe(part).reveals:
+      raise ValueError(f'cannot protect {part}, which {recipe(part).reveals}')
 
 
 def weighting(name: str) -> str:
   """Returns how the method called `name` weights clients in means."""
-  wanted = [RECIPES[part].weighting for part in parse(name)]
+  wanted = [recipe(part).weighting for part in parse(name)]
   return 'uniform' if 'uniform' in wanted else 'examples'
 
 
 def refines(name: str) -> bool:
   """Returns whether the method called `name` has a part that refines."""
-  return any(RECIPES[part].kind == 'refines' for part in parse(name))
+  return any(recipe(part).kind == 'refines' for part in parse(name))
 
 
 def generates(name: str) -> bool:
   """Returns whether the method called `name` needs a generator."""
-  return any(RECIPES[part].generates for part in parse(name))
+  return any(recipe(part).generates for part in parse(name))
 
 
 def server_optimizer(

@@ -28,6 +28,12 @@ from array_record.python import array_record_data_source  # noqa: F401
 import jax
 import pytest
 
+from fedftg_jax.configuration import resolve  # noqa: F401 (defines our flags)
+from fedftg_jax.system import own_flags
+
+# As when a program begins. Not within a `flagsaver`: its end takes them away.
+own_flags.join()
+
 # absltest's temporary folders need parsed flags, also under pytest.
 flags.FLAGS.mark_as_parsed()
 

@@ -1,6 +1,8 @@
 """Tests the pages: examples, links, commands, and what is generated."""
 
+import contextlib
 import importlib.util
+import os
 import pathlib
 import re
 
@@ -15,9 +17,9 @@ import yaml
 
 from docs import run_notebooks, tables
 import fedftg_jax
-from fedftg_jax import base, recipes
+from fedftg_jax import base, recipes, simulation
 from fedftg_jax.methods import fed_avg
-from tests import mutations, problems
+from tests import mutations, problems, programs
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOP = 'README.md', 'BUILD.md', 'CONTRIBUTING.md', 'AGENTS.md', 'CHANGELOG.md'
@@ -81,6 +83,36 @@ class ExamplesTest(parameterized.TestCase):
     scope = {}
     exec(code, scope)
     self.assertLen(scope['metrics']['train_loss'], 3)
+
+  @pytest.mark.slow
+  def test_one_call(self):
+    """Every example of the page, made small."""
+    called = []
+
+    def small(*args, **flags):
+      flags = {'num_clients': 4, 'cohort': 2, 'local_epochs': 1} | flags
+      if not args or isinstance(args[0], str):
+        flags['train_examples'] = 200
+      if 'fed_ftg' in flags.get('method', ''):
+        flags |= {'ftg_iterations': 1, 'generator_width': 2}
+      if 'workdir' not in flags and 'lr' not in flags:
+        flags['rounds'] = 2
+      called.append(simulation.simulate(*args, **flags))
+      return called[-1]
+
+    scope = {}
+    with (
+      contextlib.chdir(self.create_tempdir().full_path),
+      absltest.mock.patch.object(fedftg_jax, 'simulate', small),
+      absltest.mock.patch.dict(os.environ, programs.QUIET),
+    ):
+      for code in examples('docs/simulate.md'):
+        package = re.search(r"callbacks\.(WandB|MLflow)\('", code)
+        if package and not importlib.util.find_spec(package[1].lower()):
+          continue
+        exec(code, scope)
+    self.assertGreater(len(called), 8)
+    self.assertEqual(scope['run'].summary['rounds'], 6)
 
   def test_arrays_of_ones_own(self):
     (code,) = examples('docs/own_data.md')

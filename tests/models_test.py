@@ -14,8 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedftg_jax import base, federation, models
-from fedftg_jax.models import classifiers, convolution, layers, resnet, winograd
+from fedftg_jax import federation, models
+from fedftg_jax.models import (
+  classifiers,
+  convolution,
+  layers,
+  modules,
+  resnet,
+  winograd,
+)
 from tests import problems
 
 KEY = jax.random.key(0)
@@ -459,30 +466,12 @@ class NnxNet(nnx.Module):
     return self.out(x), x
 
 
-def from_nnx(make, mean, std):
-  """Wraps a module of `flax.nnx` as a pair of pure functions."""
-  kinds = nnx.Param, nnx.BatchStat
-  graph = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), *kinds)[0]
-
-  def init(key):
-    _, *states = nnx.split(make(nnx.Rngs(key)), *kinds)
-    return base.Variables(*map(nnx.to_pure_dict, states))
-
-  def apply(variables, x, mask=None, train=False):
-    module = nnx.merge(graph, *variables)
-    logits, features = module(models.normalise(x, mean, std), mask, train)
-    stats = nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
-    return base.Output(logits, features, stats)
-
-  return base.Model(init, apply)
-
-
 class NnxTest(parameterized.TestCase):
   def test_trains_as_linen(self):
     ends = []
     for model in (
       models.from_flax(LinenNet(), problems.IMAGE_SHAPE, (0.4,), (0.3,)),
-      from_nnx(NnxNet, (0.4,), (0.3,)),
+      modules.from_nnx(NnxNet, problems.IMAGE_SHAPE, (0.4,), (0.3,)),
     ):
       model = problems.quick(model)
       fed = problems.make(model)

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = ROOT / 'experiments' / 'colab'
-NAMES = 'quick_start', 'your_own_method'
+NAMES = 'quick_start', 'your_own_method', 'all_methods'
 TINY = {
   'CLIENTS': 4,
   'COHORT': 2,
@@ -58,7 +58,12 @@ def with_settings(notebook, **values):
 def said(notebook):
   """Returns what the cells print, and how many pictures they show."""
   outputs = [o for cell in notebook.cells for o in cell.get('outputs', [])]
-  text = ''.join(o.text for o in outputs if o.output_type == 'stream')
+  text = ''.join(
+    o.text
+    if o.output_type == 'stream'
+    else o.get('data', {}).get('text/plain', '') + '\n'
+    for o in outputs
+  )
   return text, sum('image/png' in o.get('data', {}) for o in outputs)
 
 
@@ -128,8 +133,14 @@ class NotebooksTest(parameterized.TestCase):
     self.assertIn(f'fedftg_jax from {folder}/code', said(notebook)[0])
 
   @parameterized.parameters(
-    ('quick_start', 3, 'fed_avg+fed_ftg: round 2/2, accuracy', {}),
+    ('quick_start', 3, 'fed_avg+fed_ftg: round 2/2  accuracy', {}),
     ('your_own_method', 1, 'all four hold', {'FTG_ITERATIONS': 1}),
+    (
+      'all_methods',
+      2,
+      'fed_df_public: round 2/2  accuracy',
+      {'METHODS': ('fed_avg', 'ditto', 'fed_df_public'), 'TRAIN_EXAMPLES': 400},
+    ),
   )
   @pytest.mark.slow
   def test_runs(self, name, num_pictures, text, more):

@@ -30,6 +30,12 @@ _OF_A_RUN = (
   'evaluate_clients',
   'personalise',
 )
+# In the environment: trackers tell nobody that they are used.
+QUIET = {
+  'MLFLOW_DISABLE_TELEMETRY': 'true',
+  'WANDB_ERROR_REPORTING': 'false',
+  'WANDB_SILENT': 'true',
+}
 _SMALL_FTG = (
   '--ftg_iterations=1',
   '--ftg_student_steps=1',

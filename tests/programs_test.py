@@ -235,6 +235,7 @@ class TrainTest(parameterized.TestCase):
         'nearest.npz',
         'metrics.csv',
         'metrics.jsonl',
+        'model_input.json',
         'params.npz',
         'partition.npz',
         'report.html',

@@ -272,7 +272,7 @@ class DataTest(parameterized.TestCase):
       '--method=a~b',
     ]
     self.assertEqual(
-      cli._with_files(argv),
+      cli.with_files(argv),
       [
         'p',
         f'--workdir={home}/x',

@@ -1,9 +1,10 @@
 """Builds and checks all parts of a run from a configuration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+import hashlib
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ from fedftg_jax.data import (
 )
 from fedftg_jax.data.parts import Parts
 from fedftg_jax.methods import batch_norm
+from fedftg_jax.models import modules
 from fedftg_jax.system import cli, devices
 
 
@@ -71,6 +73,27 @@ class Problem(NamedTuple):
   drawn: Parts
 
 
+class Given(NamedTuple):
+  """Objects of a Python program that take the place of names in flags."""
+
+  dataset: datasets.Dataset | None = None
+  model: Any = None  # a Flax module, see `modules.from_module`
+  parts: Mapping[str, base.Method] = {}  # see `recipes.name_own`
+
+
+class Images(Protocol):
+  """Properties of a data set on which a model depends."""
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]: ...
+  @property
+  def num_classes(self) -> int: ...
+  @property
+  def mean(self) -> Sequence[float]: ...
+  @property
+  def std(self) -> Sequence[float]: ...
+
+
 class Experiment(NamedTuple):
   """All parts of a run, built and checked."""
 
@@ -84,6 +107,7 @@ def build(
   config: Mapping[str, Any],
   data_dir: str | None = None,
   manual_dir: str | None = None,
+  given: Given = Given(),
 ) -> Experiment:
   """Loads the data and builds the simulation of a configuration.
 
@@ -91,6 +115,7 @@ def build(
     config: from `resolve.config`, or a run's config.json.
     data_dir: where prepared data sets are kept, see `datasets.load`.
     manual_dir: where their original files are.
+    given: objects that take the place of names in `config`.
 
   Returns:
     All parts of the run.
@@ -99,8 +124,8 @@ def build(
     cli.UsageError: if data and configuration do not fit.
   """
   config = Configuration(config)
-  problem = make_problem(config, data_dir, manual_dir)
-  simulation = _simulation(config, problem.dataset, len(problem.parts))
+  problem = make_problem(config, data_dir, manual_dir, given)
+  simulation = _simulation(config, problem.dataset, len(problem.parts), given)
   if simulation.tracked:
     _check_tracking(config, simulation.federation, problem)
   return Experiment(config, folders.contents(config), simulation, problem)
@@ -110,9 +135,12 @@ def make_problem(
   config: Configuration,
   data_dir: str | None = None,
   manual_dir: str | None = None,
+  given: Given = Given(),
 ) -> Problem:
   """Divides the data and draws the schedule; arguments as in `build`."""
-  dataset, public, drawn = share_out(config, load(config, data_dir, manual_dir))
+  dataset, public, drawn = share_out(
+    config, given.dataset or load(config, data_dir, manual_dir)
+  )
   parts, share = drawn, config['client_test_share']
   if share:
     dataset, parts, tests = _checked(
@@ -174,25 +202,86 @@ def ids(config: Configuration, flag: str, num_clients: int) -> list[int]:
   return found
 
 
-def _simulation(config, dataset, num_clients) -> Simulation:
-  build = functools.partial(
-    models.build,
-    image_shape=dataset.image_shape,
-    num_classes=dataset.num_classes,
-    mean=dataset.mean,
-    std=dataset.std,
-    conv=config['conv'],
-    torch_bn=config['torch_bn'],
-    dtype=_dtype(config),
+def fingerprint(experiment: Experiment, given: Given) -> str:
+  """Returns a digest of the computation of a round.
+
+  It identifies a run whose model or method is an object instead of a name. The
+  digest is that of the program that JAX passes to the compiler, so it changes
+  with the version of JAX.
+  """
+  config = experiment.config.replace(client_state='device', num_devices=1)
+  problem = experiment.problem
+  simulation = _simulation(config, problem.dataset, len(problem.parts), given)
+  fed = simulation.federation
+  key = jax.random.key(0)
+  row = jax.tree.map(  # of a width that does not depend on the schedule
+    lambda a: jax.ShapeDtypeStruct((config['cohort'],), a.dtype),
+    problem.schedule,
   )
-  model = _checked(
+  state = jax.eval_shape(fed.init, key)
+  programs = (
+    jax.jit(fed.init).lower(key),
+    jax.jit(fed.round).lower(state, problem.data, row, key),
+  )
+  text = ''.join(program.as_text() for program in programs)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def make_model(
+  config: Configuration, images: Images, module: Any = None
+) -> base.Model:
+  """Builds the model of a configuration.
+
+  Args:
+    config: from `resolve.config`, or a run's config.json.
+    images: the data set, or a description of its images.
+    module: a Flax module to use instead of --model, if any.
+
+  Returns:
+    The model.
+
+  Raises:
+    cli.UsageError: if the model does not fit the images.
+  """
+  if module is not None:
+    return _checked(
+      'model',
+      config,
+      modules.from_module,
+      module,
+      images.image_shape,
+      images.num_classes,
+      images.mean,
+      images.std,
+      _dtype(config),
+    )
+  return _checked(
     'model',
     config,
-    build,
+    by_name(config, images),
     config['model'],
     norm=config['norm'],
     projection_dim=config['projection_dim'],
   )
+
+
+def by_name(config: Configuration, images: Images) -> Callable[..., base.Model]:
+  """Returns `models.build` with the arguments that a configuration implies."""
+  return functools.partial(
+    models.build,
+    image_shape=images.image_shape,
+    num_classes=images.num_classes,
+    mean=images.mean,
+    std=images.std,
+    conv=config['conv'],
+    torch_bn=config['torch_bn'],
+    dtype=_dtype(config),
+  )
+
+
+def _simulation(config, dataset, num_clients, given) -> Simulation:
+  build = by_name(config, dataset)
+  model = make_model(config, dataset, given.model)
   steps = config['local_steps'] or None
   solver = solvers.local_sgd(
     _decayed(config['learning_rate'], config),
@@ -220,7 +309,7 @@ def _simulation(config, dataset, num_clients) -> Simulation:
   tracked = ids(config, 'track', num_clients)
   last = (curvature.curvature(),) if tracked else ()
   make_method = functools.partial(
-    _method, config, dataset, model, build, num_clients
+    _method, config, dataset, model, build, num_clients, own=given.parts
   )
   method = make_method(*last)
   fed = _checked('uplink', config, make, method, uplink=uplink)
@@ -337,7 +426,14 @@ def _augment(config, dataset) -> dict[str, Any]:
 
 
 def _method(
-  config, dataset, model, build_model, num_clients, *last, refining=True
+  config,
+  dataset,
+  model,
+  build_model,
+  num_clients,
+  *last,
+  refining=True,
+  own=Given().parts,
 ) -> base.Method:
   """Builds the method, with the policy for BatchNorm statistics."""
   options = {
@@ -375,6 +471,7 @@ def _method(
     build_model,
     num_clients,
     dataset.image_shape,
+    own,
   )
   further = batch_norm.policy_parts(
     config['batch_norm'], model, config['batch_size']

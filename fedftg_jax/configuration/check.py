@@ -62,6 +62,12 @@ def check(values: dict[str, Any]) -> None:
     not values['tensorboard'] or files.is_local(values['workdir'] or '.'),
     'needs a --workdir on this machine',
   )
+  for name in 'wandb', 'mlflow':
+    require(
+      name,
+      not values[name] or importlib.util.find_spec(name),
+      f"needs {name}: pip install 'fedftg_jax[{name}]'",
+    )
   require('rounds', values['rounds'] <= 10**7, 'must be at most 10000000')
   require('momentum', values['momentum'] < 1, 'must be below 1')
   for name in 'nesterov', 'keep_momentum':
@@ -114,7 +120,7 @@ def check(values: dict[str, Any]) -> None:
   for name, value in values.items():
     require(name, not name.endswith('_tau') or value > 0, 'must be above 0')
   for part in parts:
-    for flag, allowed, why in recipes.RECIPES[part].needs:
+    for flag, allowed, why in recipes.recipe(part).needs:
       right = ' or '.join(str(value) for value in allowed if value is not None)
       require(
         flag, values[flag] in allowed, f'must be {right} with {part}: {why}'

@@ -6,12 +6,11 @@ import re
 import typing
 from typing import Any
 
-from absl import flags
-
 from fedftg_jax import federation, models, recipes, uplinks
 from fedftg_jax.data import augment, partition
 from fedftg_jax.methods import batch_norm
 from fedftg_jax.models import convolution, layers
+from fedftg_jax.system import own_flags as flags
 
 CLIENT_STATES = ('device', 'host', 'disk')
 CURVATURES = (
@@ -74,7 +73,7 @@ _GENERATOR = ('generator_width', 'noise_dim', 'generator_bias')
 
 def of_method(method: str) -> dict[str, str]:
   """Maps the names of a method's flags to the names of its options."""
-  recipe = recipes.RECIPES[method]
+  recipe = recipes.recipe(method)
   return {recipe.prefix + name: name for name in recipe.options}
 
 
@@ -748,6 +747,12 @@ def _define_output() -> None:
   )
   flags.DEFINE_bool(
     'tensorboard', False, 'Write scalars and images for TensorBoard, too.'
+  )
+  flags.DEFINE_string(
+    'wandb', '', 'Also log each run to this project of Weights & Biases.'
+  )
+  flags.DEFINE_string(
+    'mlflow', '', 'Also log each run to this experiment of MLflow.'
   )
   flags.DEFINE_integer(
     'seed',

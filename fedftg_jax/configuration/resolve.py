@@ -1,17 +1,18 @@
 """Makes the configuration from the flags: defaults and presets filled in."""
 
-from collections.abc import Iterable
-import difflib
+from collections.abc import Iterable, Mapping
+import os
 import sys
 from typing import Any
 
-from absl import flags as absl_flags
+import numpy as np
 
 from fedftg_jax import models, recipes, stacking
 from fedftg_jax.configuration import check, flags
 from fedftg_jax.configuration.flags import FTG
 from fedftg_jax.models import convolution
 from fedftg_jax.system import cli, devices
+from fedftg_jax.system.own_flags import FLAGS
 
 # Where a run writes, and how it is displayed, is not part of its configuration.
 PRESENTATION = (
@@ -19,6 +20,8 @@ PRESENTATION = (
   'data_dir',
   'manual_dir',
   'tensorboard',
+  'wandb',
+  'mlflow',
   'checkpoint_every',
   'keep_checkpoints',
   'save_personal',
@@ -58,7 +61,7 @@ class Configuration(dict):
   """
 
   def __missing__(self, name: str) -> Any:
-    return absl_flags.FLAGS[name].default
+    return FLAGS[name].default
 
   def replace(self, **changes: Any) -> 'Configuration':
     """Returns a configuration with some values replaced."""
@@ -143,7 +146,7 @@ def _unused(values: dict[str, Any]) -> set[str]:
   # At its default it is left out, so that a folder that is older than the flag
   # still fits.
   name = 'evaluated_clients'
-  if values[name] == absl_flags.FLAGS[name].default:
+  if values[name] == FLAGS[name].default:
     unused.add(name)
   if values['norm'] != 'batch':
     unused |= {'batch_norm', 'torch_bn'}
@@ -199,18 +202,48 @@ def _unused_by_partition(values: dict[str, Any]) -> set[str]:
   return unused
 
 
-def _ours() -> list[absl_flags.Flag]:
+def _ours():
   """Returns the flags of a configuration."""
-  return list(absl_flags.FLAGS.flags_by_module_dict()[flags.__name__])
+  return list(FLAGS.flags_by_module_dict()[flags.__name__])
 
 
-def say_unused(configs: Iterable[Configuration]) -> None:
-  """Prints, on stderr, the flags of the command line that have no effect."""
+def from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+  """Checks arguments of a Python call as the values of flags.
+
+  Args:
+    arguments: by the names of flags; text, or a value of the flag's type.
+
+  Returns:
+    The values of all flags of a run, for `config`; the default of each flag
+    that is not given.
+
+  Raises:
+    cli.UsageError: for a name that is not a flag, or a wrong value.
+  """
+  given = {}
+  for name, value in arguments.items():
+    if isinstance(value, str):
+      value = cli.with_home(f'--{name}={value}').partition('=')[2]
+    given[name] = parse_value(name, value)
+  return {flag.name: flag.default for flag in _ours()} | given
+
+
+def say_unused(
+  configs: Iterable[Configuration], given: Mapping[str, Any] | None = None
+) -> None:
+  """Prints, on stderr, the given flags that have no effect.
+
+  Args:
+    configs: the configurations to run.
+    given: values by the names of flags; None for those of the command line.
+  """
+  if given is None:
+    given = {f.name: f.value for f in _ours() if f.name in cli.given()}
   used = set().union(PRESENTATION, *configs)
   idle = sorted(
-    f.name
-    for f in _ours()
-    if f.name in cli.given() - used and f.value != f.default
+    name
+    for name, value in given.items()
+    if name not in used and value != FLAGS[name].default
   )
   if idle and devices.is_first():
     print(
@@ -220,18 +253,32 @@ def say_unused(configs: Iterable[Configuration]) -> None:
     )
 
 
-def parse_value(name: str, text: str) -> Any:
-  """Parses `text` as the value of flag `name`.
+def parse_value(name: str, value: Any) -> Any:
+  """Parses a value of flag `name`.
+
+  Args:
+    name: name of a flag of a configuration.
+    value: text, as on a command line, or a value of the flag's type.
+
+  Returns:
+    The value as the flag has it.
 
   Raises:
-    cli.UsageError: if that is impossible.
+    cli.UsageError: if there is no such flag, or it cannot have this value.
   """
   names = [f.name for f in _ours()]
   if name not in names:
-    close = difflib.get_close_matches(name, names, 1)
-    hint = f'; did you mean {close[0]}?' if close else ''
-    raise cli.UsageError(name, text, f'no such flag{hint}')
+    close = cli.suggestion(name, names)
+    hint = f'; did you mean {close}?' if close else ''
+    raise cli.UnknownFlag(name, value, f'no such flag{hint}')
+  flag = FLAGS[name]
+  if value is None and flag.default is None:
+    return None
+  if isinstance(value, np.generic):
+    value = value.item()
+  elif isinstance(value, os.PathLike):
+    value = os.fspath(value)
   try:
-    return absl_flags.FLAGS[name].parser.parse(text)
+    return flag.parser.parse(value)
   except (ValueError, TypeError) as error:
-    raise cli.UsageError(name, text, cli.right(name, str(error))) from error
+    raise cli.UsageError(name, value, cli.right(name, str(error))) from error

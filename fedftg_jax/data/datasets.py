@@ -1,9 +1,10 @@
 """Loads image data sets as NumPy arrays, by name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import hashlib
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def check_name(
     image_folder.classes(path)
   elif kind == 'synthetic':
     synthetic.parse(path)
-  else:
+  elif kind != 'arrays':  # these are known only to the program that has them
     _prepared().check(name, data_dir, manual_dir)
 
 
@@ -118,13 +119,58 @@ def load(
     spec = synthetic.parse(path)
     arrays, where = synthetic.make(spec), name
     num_classes = num_classes or spec.classes
+  elif kind == 'arrays':
+    raise ValueError('arrays are known only to the program that has them')
   else:
     arrays, where = _prepared().read(name, data_dir, manual_dir), name
+  return _dataset(arrays, where, num_classes, re.split('[:/]', name)[0])
+
+
+def from_arrays(
+  arrays: Sequence[Any] | Mapping[str, Any] | Dataset, num_classes: int = 0
+) -> Dataset:
+  """Makes a data set from arrays.
+
+  Args:
+    arrays: (train_x, train_y, test_x, test_y), or a mapping with these names
+      and optionally train_client_id, see `load`; or a data set, which is
+      returned as it is.
+    num_classes: C; 0 for one more than the largest training label.
+
+  Returns:
+    The data set, as `load` would return it from a file with these arrays.
+
+  Raises:
+    ValueError: for arrays that do not fit, with what would be right.
+  """
+  if isinstance(arrays, Dataset):
+    return arrays
+  if not isinstance(arrays, Mapping):
+    arrays = dict(zip(_NPZ_ARRAYS, arrays)) if len(arrays) == 4 else {}
+  if not {*_NPZ_ARRAYS} <= arrays.keys() <= {*_NPZ_ARRAYS, _CLIENTS}:
+    raise ValueError(
+      f'arrays: must be ({", ".join(_NPZ_ARRAYS)}), or a mapping with these '
+      f'names and perhaps {_CLIENTS}'
+    )
+  arrays = {name: np.asarray(array) for name, array in arrays.items()}
+  return _dataset(arrays, 'arrays', num_classes)
+
+
+def fingerprint(dataset: Dataset) -> str:
+  """Returns a digest of a data set's arrays, classes and normalisation."""
+  digest = hashlib.sha256()
+  for part in dataset:
+    array = np.ascontiguousarray(part if part is not None else ())
+    digest.update(f'{array.dtype} {array.shape} '.encode())
+    digest.update(array.tobytes())
+  return digest.hexdigest()[:16]
+
+
+def _dataset(arrays, where, num_classes, name='') -> Dataset:
+  """Checks arrays and adds normalisation, the customary one of set `name`."""
   arrays = _checked(arrays, where, num_classes)
   clients, num_natural = _natural(arrays.pop(_CLIENTS, None))
-  mean, std = _CUSTOMARY.get(re.split('[:/]', name)[0]) or _moments(
-    arrays['train_x']
-  )
+  mean, std = _CUSTOMARY.get(name) or _moments(arrays['train_x'])
   return Dataset(
     **arrays,
     num_classes=num_classes or 1 + int(arrays['train_y'].max()),
@@ -317,9 +363,12 @@ def _checked(
   for split in ('train', 'test'):
     x, y = arrays[split + '_x'], arrays[split + '_y']
     if x.ndim != 4 or x.dtype not in (np.uint8, np.float32):
+      hint = ''
+      if x.ndim == 3:
+        hint = '; grey images get their channel by x[..., None]'
       raise ValueError(
         f'{path}: {split}_x must be [examples, height, width, channels] of '
-        f'uint8 or float32, got {list(x.shape)} of {x.dtype}'
+        f'uint8 or float32, got {list(x.shape)} of {x.dtype}{hint}'
       )
     if not x.size:
       raise ValueError(f'{path}: {split}_x has no pixels: {list(x.shape)}')

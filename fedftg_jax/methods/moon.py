@@ -18,7 +18,7 @@ FedFTG code).
 
 import jax.numpy as jnp
 
-from fedftg_jax import losses
+from fedftg_jax import losses, models
 from fedftg_jax.base import Method, Model
 
 
@@ -36,8 +36,10 @@ def moon(model: Model, mu: float = 0.5, tau: float = 5.0) -> Method:
     The method. A client keeps its last model and whether it has one.
 
   Raises:
-    ValueError: for a negative mu or a temperature that is not positive.
+    ValueError: for a negative mu, a temperature that is not positive, or a
+      model without features.
   """
+  models.need(model, 'features', 'moon')
   if mu < 0:
     raise ValueError(f'mu must be at least 0, got {mu}.')
   if tau <= 0:

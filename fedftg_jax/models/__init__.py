@@ -1,6 +1,7 @@
 """Classifiers and generators, as pairs of pure functions."""
 
 from collections.abc import Sequence
+import contextlib
 import functools
 import re
 from typing import Any
@@ -11,7 +12,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fedftg_jax import base
-from fedftg_jax.models import classifiers, convolution, layers, resnet, vgg
+from fedftg_jax.models import (
+  calls,
+  classifiers,
+  convolution,
+  layers,
+  resnet,
+  vgg,
+)
 from fedftg_jax.models.generator import feature_generator, image_generator
 
 CLASSIFIERS = {
@@ -113,7 +121,7 @@ def build(
     )
   options = layers.Variant(norm, conv, projection_dim, torch_bn)
   module = CLASSIFIERS[name](num_classes, options)
-  return _wrap(module, image_shape, mean, std, dtype)._replace(head=_HEAD)
+  return wrap(module, image_shape, mean, std, dtype)._replace(head=_HEAD)
 
 
 def _check(what, value, choices):
@@ -128,7 +136,14 @@ def from_flax(
   std: Sequence[float] = (1.0,),
   dtype: DTypeLike | None = None,
 ) -> base.Model:
-  """Wraps a linen module `(x, mask, train) -> (logits, features)`.
+  """Wraps a linen module.
+
+  The module takes the images and, if it has arguments of these names, `train`
+  (or `training`, `is_training`, `deterministic`, `use_running_average`) and
+  `mask`, [B], False on padding. If it takes no mask, its `nn.BatchNorm`s get
+  the mask directly, so that padding never changes statistics. It returns
+  (logits, features), where features are the input of the last layer, or logits
+  alone; methods that need features then refuse the model.
 
   The model has a head if the module has exactly one linear layer named 'head',
   as `layers.head` makes it. It has a last stage if the module has a method
@@ -150,10 +165,18 @@ def from_flax(
   Returns:
     The model.
   """
-  model = _wrap(module, image_shape, mean, std, dtype)
-  heads = _heads(jax.eval_shape(model.init, jax.random.key(0)))
-  has_head = len(heads) == 1 and heads[0]['kernel'].ndim == 2
-  return model._replace(head=_HEAD) if has_head else model
+  return with_pieces(wrap(module, image_shape, mean, std, dtype), image_shape)
+
+
+def with_pieces(model: base.Model, image_shape: Sequence[int]) -> base.Model:
+  """Adds the head to a model that has one, and looks for its features."""
+  variables = jax.eval_shape(model.init, jax.random.key(0))
+  heads = _heads(variables)
+  if len(heads) == 1 and heads[0]['kernel'].ndim == 2:
+    model = model._replace(head=_HEAD)
+  x = jax.ShapeDtypeStruct((1, *image_shape), jnp.result_type(float))
+  no_features = jax.eval_shape(model.apply, variables, x).features == ()
+  return model._replace(features=None) if no_features else model
 
 
 def need(model: base.Model, piece: str, method: str) -> Any:
@@ -161,7 +184,7 @@ def need(model: base.Model, piece: str, method: str) -> Any:
 
   Args:
     model: the classifier.
-    piece: 'head', 'last_stage' or 'normalise'.
+    piece: 'head', 'last_stage', 'normalise' or 'features'.
     method: name of the method that needs it, for the error message.
 
   Returns:
@@ -180,14 +203,30 @@ _PIECES = {
   'head': "a head: one last linear layer, named 'head'",
   'last_stage': 'stages, as residual networks do',
   'normalise': 'a function `normalise` for raw pixels',
+  'features': 'features: a module that gives (logits, features)',
 }
 
 
-def _wrap(module, image_shape, mean, std, dtype):
-  """Wraps a module as a model without a head."""
+def wrap(
+  module: nn.Module,
+  image_shape: Sequence[int],
+  mean: Sequence[float],
+  std: Sequence[float],
+  dtype: DTypeLike | None,
+) -> base.Model:
+  """Wraps a linen module as `from_flax` does, but without a head."""
+  arguments = calls.arguments(type(module).__call__, type(module).__name__)
+  inner_mask = calls.takes(type(module).__call__, 'mask')
+
+  def run(tree, x, mask, train, mutable):
+    with contextlib.ExitStack() as stack:
+      if mask is not None and not inner_mask:
+        stack.enter_context(nn.intercept_methods(calls.masked_norms(mask)))
+      return module.apply(tree, x, **arguments(mask, train), mutable=mutable)
 
   def init(key):
-    tree = module.init(key, jnp.zeros((1, *image_shape)))
+    x = jnp.zeros((1, *image_shape))
+    tree = module.init(key, x, **arguments(None, False))
     return base.Variables(tree['params'], tree.get('batch_stats', {}))
 
   def apply(variables, x, mask=None, train=False):
@@ -196,9 +235,8 @@ def _wrap(module, image_shape, mean, std, dtype):
     x = x if dtype is None else x.astype(dtype)
     # The compiler removes what is not used of 'moments' and 'stages'.
     mutable = ['moments', 'stages'] + ['batch_stats'] * train
-    (logits, features), new = module.apply(
-      tree, x, mask, train, mutable=mutable
-    )
+    output, new = run(tree, x, mask, train, mutable)
+    logits, features = calls.logits_and_features(output)
     stats = new.get('batch_stats', {}) if train else variables.stats
     stages, moments = new.get('stages'), new.get('moments', ())
     if jax.tree.structure(moments) != jax.tree.structure(stats):

@@ -23,7 +23,7 @@ from fedftg_jax.base import Data, Variables
 from fedftg_jax.configuration import assembly, folders
 from fedftg_jax.configuration.resolve import Configuration
 from fedftg_jax.results import page, rows
-from fedftg_jax.runs import resume
+from fedftg_jax.runs import resume, run
 from fedftg_jax.system import cli, devices, files, progress
 
 ARGUMENT = 'FOLDER'
@@ -74,22 +74,8 @@ def main(folder: str) -> None:
 
 
 def _config(place) -> Configuration:
-  """Reads the configuration of the run in a folder."""
-  if not (place / 'config.json').exists():
-    raise cli.ArgumentError(place, 'must be the folder of a run')
-  try:
-    saved = files.read_json(place / 'config.json')
-    config = Configuration(saved['config'])
-    contents = saved['contents']
-  except (ValueError, LookupError, TypeError) as error:
-    why = f'has a damaged config.json ({error})'
-    raise cli.ArgumentError(place, why) from error
-  if 'program' in config:
-    raise cli.ArgumentError(
-      place,
-      'holds several runs; must be the folder of one run, such as METHOD/seedK '
-      'in it',
-    )
+  """Reads the configuration of the run in a folder, and checks its files."""
+  config, contents = run.read_claim(place)
   try:
     there = folders.contents(config)
   except OSError as error:

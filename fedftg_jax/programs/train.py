@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 from fedftg_jax.configuration import assembly, folders, resolve
 from fedftg_jax.results import page, rows
 from fedftg_jax.runs import training
-from fedftg_jax.system import cli, devices, progress
+from fedftg_jax.system import devices, progress
 
 FLAGS = absl_flags.FLAGS
 
@@ -28,18 +28,12 @@ def main() -> None:
     f'{config["method"]} on {config["dataset"]}, {config["rounds"]} rounds'
   )
   folder = folders.workdir(FLAGS.workdir, config)
-  identity = folders.identity(config)
-  folders.check_folder(folder, identity)
-  if not _is_finished(folder, config):
-    with folders.opened(folder, identity):
-      if not _is_finished(folder, config):  # by another, since
-        training.train(
-          assembly.build(config, FLAGS.data_dir, FLAGS.manual_dir),
-          [config['seed']],
-          [folder],
-          config['method'],
-          training.asked_for(),
-        )
+  training.complete(
+    folder,
+    config,
+    lambda: assembly.build(config, FLAGS.data_dir, FLAGS.manual_dir),
+    training.asked_for(),
+  )
   if not devices.is_first():
     return
   if not (folder / 'report.html').exists():
@@ -51,18 +45,3 @@ def main() -> None:
     f'{summary["train_seconds"]:.0f} s of training, '
     f'{summary["compile_seconds"]:.0f} s of compilation; results in {folder}'
   )
-
-
-def _is_finished(folder, config) -> bool:
-  """Whether all rounds are done; such a folder need not be written to."""
-  done = int(devices.agree(folders.rounds_finished(folder)))
-  if done > config['rounds']:
-    raise cli.UsageError(
-      'rounds',
-      config['rounds'],
-      f'{folder} holds {done} rounds; must be at least so many, or choose '
-      'another folder',
-    )
-  if done == config['rounds']:
-    progress.say(f'already finished: {folder}')
-  return done == config['rounds']

@@ -7,22 +7,12 @@ from etils import epy
 import numpy as np
 
 from fedftg_jax.data import images as images_lib
-
-
-def _into_files(name: str) -> None:
-  """Has matplotlib draw into files, whatever screen there is."""
-  del name
-  matplotlib.use('Agg')
-
+from fedftg_jax.results import canvas as plt
 
 # Half a second, which only a picture has to wait for.
-with epy.lazy_imports(success_callback=_into_files):
+with epy.lazy_imports():
   from matplotlib import colors as plt_colors
   from matplotlib import lines, ticker
-  from matplotlib import pyplot as plt
-
-with epy.lazy_imports():
-  import matplotlib
 
 _POINTS = 400  # of a curve over clients, at most
 _PANEL = (5.4, 3.6)  # inches; a single picture that a phone shows well

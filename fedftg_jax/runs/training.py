@@ -1,26 +1,29 @@
 """Training: rounds, evaluation between them, and a record of both."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import functools
 import pathlib
 import shutil
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 from upath import UPath
 
-from fedftg_jax import evaluation, federation
+from fedftg_jax import evaluation, federation, influence
 from fedftg_jax.configuration import assembly
+from fedftg_jax.configuration import folders as folders_lib
 from fedftg_jax.configuration.assembly import Experiment
+from fedftg_jax.configuration.resolve import Configuration
+from fedftg_jax.runs import callbacks as callbacks_lib
 from fedftg_jax.runs import resume, scoring
 from fedftg_jax.runs.writer import RunWriter
 from fedftg_jax.system import cli, devices, files, lock, progress
 from fedftg_jax.system import clock as clock_lib
+from fedftg_jax.system.own_flags import FLAGS
 
 CLIENTS = '.clients'  # in a run's folder: slots of clients, mapped
 
@@ -29,14 +32,73 @@ class Keeping(NamedTuple):
   """What a run keeps beside its results; see the flags of the same names."""
 
   tensorboard: bool = False
+  wandb: str = ''
+  mlflow: str = ''
   checkpoint_every: int = 10
   keep_checkpoints: int = 2
   save_personal: bool = True
 
+  def trackers(self) -> list[callbacks_lib.Callback]:
+    """Makes the trackers of one run."""
+    asked = (
+      (self.tensorboard, callbacks_lib.TensorBoard),
+      (self.wandb, functools.partial(callbacks_lib.WandB, self.wandb)),
+      (self.mlflow, functools.partial(callbacks_lib.MLflow, self.mlflow)),
+    )
+    return [make() for is_asked, make in asked if is_asked]
 
-def asked_for() -> Keeping:
-  """What the flags ask to be kept."""
-  return Keeping(*(flags.FLAGS[name].value for name in Keeping._fields))  # type: ignore[arg-type]
+
+def asked_for(values: Mapping[str, Any] | None = None) -> Keeping:
+  """What the flags, or `values` by their names, ask to be kept."""
+  values = values or {name: FLAGS[name].value for name in Keeping._fields}
+  return Keeping(**{name: values[name] for name in Keeping._fields})
+
+
+def complete(
+  folder: UPath,
+  config: Configuration,
+  build: Callable[[], Experiment],
+  keeping: Keeping = Keeping(),
+  callbacks: Sequence[callbacks_lib.Callback] = (),
+  quiet: bool = False,
+) -> None:
+  """Trains one run in its folder, unless all of its rounds are done there.
+
+  Args:
+    folder: folder of the run.
+    config: its configuration.
+    build: builds its parts; called only if there is something to train.
+    keeping: as for `train`.
+    callbacks: as for `train`.
+    quiet: as for `train`.
+
+  Raises:
+    cli.UsageError: if the folder holds another run, or more rounds.
+  """
+  identity = folders_lib.identity(config)
+  folders_lib.check_folder(folder, identity)
+  if _is_finished(folder, config, quiet):
+    return
+  with folders_lib.opened(folder, identity):
+    if _is_finished(folder, config, quiet):  # by another, since
+      return
+    seeds, label = [config['seed']], config['method']
+    train(build(), seeds, [folder], label, keeping, callbacks, quiet)
+
+
+def _is_finished(folder, config, quiet) -> bool:
+  """Whether all rounds are done; such a folder need not be written to."""
+  done = int(devices.agree(folders_lib.rounds_finished(folder)))
+  if done > config['rounds']:
+    raise cli.UsageError(
+      'rounds',
+      config['rounds'],
+      f'{folder} holds {done} rounds; must be at least so many, or choose '
+      'another folder',
+    )
+  if done == config['rounds'] and not quiet:
+    progress.say(f'already finished: {folder}')
+  return done == config['rounds']
 
 
 def train(
@@ -45,6 +107,8 @@ def train(
   folders: Sequence[UPath],
   label: str,
   keeping: Keeping = Keeping(),
+  callbacks: Sequence[callbacks_lib.Callback] = (),
+  quiet: bool = False,
 ) -> None:
   """Trains once per seed, all at once, and writes each run into its folder.
 
@@ -55,7 +119,9 @@ def train(
     seeds: of the training; several are a mapped axis of one program.
     folders: one per seed.
     label: what to call the run on the screen.
-    keeping: checkpoints, and what is written for TensorBoard.
+    keeping: checkpoints, and what the runs are logged to.
+    callbacks: called after each evaluation of each run, see `callbacks`.
+    quiet: whether to hide the progress.
 
   Raises:
     cli.RunError: if a model is no longer finite.
@@ -84,13 +150,21 @@ def train(
     assembly.matmul_precision(config),
     resume.listening() as asked,
     _slots(config, folders[0]) as place,
+    contextlib.ExitStack() as stack,
   ):
     state = fed.init(key_init, *place)
     first, state = _go_on(experiment, seeds, folders, state, several)
     runs = [
-      RunWriter(experiment, folder, seed, keeping.tensorboard, first)
+      RunWriter(experiment, folder, seed, first)
       for folder, seed in zip(folders, seeds)
     ]
+    calls: list[list[callbacks_lib.Callback]] = [[] for _ in runs]
+    if devices.is_first():
+      calls = [[*callbacks, *keeping.trackers()] for _ in runs]
+    for run, of_run in zip(runs, calls):
+      stack.enter_context(
+        callbacks_lib.following(of_run, run.context(), run.context)
+      )
     score = scoring.scorer(experiment, data, put)
     evaluated = scoring.evaluated_clients(experiment)
     if evaluated is not None and config['evaluate_clients'] != 'none':
@@ -99,7 +173,7 @@ def train(
         'evaluated one by one (--evaluated_clients)'
       )
     clock = clock_lib.Clock(first)
-    bar = progress.Progress(label, config['rounds'], first)
+    bar = progress.Progress(label, config['rounds'], first, quiet)
 
     def after_chunk(new, state, info):
       done = first + new
@@ -112,8 +186,14 @@ def train(
         run.add(done, metrics, scores)
       clock.lap('evaluate')
       timing = clock.row(done)
-      for run in runs:
+      for r, (run, of_run) in enumerate(zip(runs, calls)):
         run.add_timing(timing)
+        if of_run:
+          variables = influence.untracked(of_seed(state, r)).variables
+          context = run.context(variables)
+          for callback in of_run:
+            callback(context.rows[-1], context)
+          clock.lap('evaluate')  # in the next row
       bar.update(
         done, np.mean([run.accuracy for run in runs]), clock.rate(done)
       )

@@ -8,12 +8,12 @@ from upath import UPath
 from fedftg_jax import base, evaluation, influence, privacy
 from fedftg_jax.configuration import folders
 from fedftg_jax.configuration.assembly import Experiment
-from fedftg_jax.data import partition, schedules, skew
+from fedftg_jax.data import datasets, partition, schedules, skew
 from fedftg_jax.results import plots, rows
-from fedftg_jax.runs import personal, scoring
-from fedftg_jax.runs import tensorboard as board
+from fedftg_jax.runs import callbacks, personal, scoring
 from fedftg_jax.system import cli, clock, devices, files
 
+IMAGES = 'model_input.json'  # in a run's folder, see `describe`
 _KEPT_IMAGES = 12  # evaluations of which generated images are kept, at most
 _LISTED = 10_000  # clients, at most, whose scores are listed in clients.json
 _SCORES = 'clients.npz'  # the scores of more clients
@@ -28,12 +28,7 @@ class RunWriter:
   """
 
   def __init__(
-    self,
-    experiment: Experiment,
-    folder: UPath,
-    seed: int,
-    tensorboard: bool = False,
-    done: int = 0,
+    self, experiment: Experiment, folder: UPath, seed: int, done: int = 0
   ):
     """What is there of the first `done` rounds, and nothing else, is kept."""
     self._experiment, self._folder, self._seed = experiment, folder, seed
@@ -72,13 +67,7 @@ class RunWriter:
     self._counts = label_counts(experiment)
     files.write_tree(folder / 'counts.npz', self._counts, compressed=True)
     self._evaluated = scoring.evaluated_clients(experiment)
-    self._board = None
-    if tensorboard and devices.is_first():
-      self._board = board.start(
-        folder,  # type: ignore[arg-type]
-        [*map(rows.flat, self._rows), *self._timings],
-        self._images,  # type: ignore[arg-type]
-      )
+    files.write_json(folder / IMAGES, describe(experiment.problem.dataset))
 
   def _read(self, done: int) -> None:
     """Takes up what the files say of the first `done` rounds."""
@@ -168,8 +157,6 @@ class RunWriter:
       self._add_images(done, scores.images)
     files.write_csv(self._folder / 'metrics.csv', [*map(rows.flat, self._rows)])
     files.write_jsonl(self._folder / 'metrics.jsonl', self._rows)
-    if self._board:
-      board.add(self._board, rows.flat(self._rows[-1]), scores.images)
 
   def _privacy(self, done):
     """Epsilon so far, where there is noise."""
@@ -255,8 +242,19 @@ class RunWriter:
   def add_timing(self, timing) -> None:
     self._timings.append(timing)
     files.write_jsonl(self._folder / 'timings.jsonl', self._timings)
-    if self._board:
-      board.add(self._board, timing)
+
+  def context(self, variables=()) -> callbacks.Context:
+    """Returns the run for callbacks, with the broadcast model's variables."""
+    return callbacks.Context(
+      self._folder,
+      self._experiment.config,
+      self._seed,
+      self._experiment.simulation.model,
+      variables,
+      self._rows,
+      self._timings,
+      self._images,
+    )
 
   def finish(self, state, personal_models=()) -> None:
     """Writes the model, the pictures and, last, the summary; `personal_models`
@@ -291,8 +289,6 @@ class RunWriter:
         },
         'test accuracy, percent',
       )
-    if self._board:
-      self._board.close()
     clients = self._clients and {'clients': self._clients['summary']}
     files.write_json(
       folder / 'summary.json',
@@ -310,6 +306,17 @@ class RunWriter:
         },
       },
     )
+
+
+def describe(dataset: datasets.Dataset) -> dict[str, Any]:
+  """Describes the images that a run's model takes, and its classes."""
+  return {
+    'image_shape': list(dataset.image_shape),
+    'dtype': str(dataset.train_x.dtype),
+    'num_classes': dataset.num_classes,
+    'mean': list(dataset.mean),
+    'std': list(dataset.std),
+  }
 
 
 def _bits_per_client(problem, row) -> dict[str, float]:

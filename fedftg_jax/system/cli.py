@@ -5,7 +5,8 @@ names the flag, the value and what would be right, and exit status 2, before any
 data is loaded or anything is compiled.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+import difflib
 import errno
 import functools
 import os
@@ -20,7 +21,7 @@ from absl import app, flags, logging
 import jax
 
 import fedftg_jax
-from fedftg_jax.system import devices
+from fedftg_jax.system import devices, own_flags, yaml_config
 from fedftg_jax.system import help as help_
 
 PRESETS = pathlib.Path(__file__).parents[1] / 'presets'
@@ -37,11 +38,17 @@ _ELSEWHERE = {
 }
 _HELP = re.compile(r'--?(help|helpshort|helpfull|h|\?)(?:=(.*))?')
 
-flags.DEFINE_string(
+own_flags.DEFINE_string(
   'preset',
   None,
   'Name of a file with flags, such as demo. The files are in '
   'experiments/presets; further flags take precedence.',
+)
+own_flags.DEFINE_string(
+  'config',
+  None,
+  'YAML file that maps names of flags to values; further flags replace its '
+  'values.',
 )
 
 
@@ -63,7 +70,11 @@ class UsageError(Exception):
     super().__init__(f'--{flag}={value}: {right}')
 
 
-class ArgumentError(UsageError):
+class UnknownFlag(UsageError):
+  """A flag that does not exist."""
+
+
+class ArgumentError(UsageError, ValueError):
   """A wrong argument that is not a flag, with what would be right."""
 
   def __init__(self, value: Any, right: str):
@@ -151,16 +162,19 @@ def parse(
   Returns:
     The arguments that are not flags, with the program's name first.
   """
+  own_flags.join()
   if program:
     _help(program, argv[1:])
   if '--version' in argv[1:]:
     print(fedftg_jax.__version__)
     sys.exit(0)
   global _given
-  _given = frozenset(map(_name, argv[1:]))
+  _given = frozenset(name_of(arg) for arg in argv[1:])
   argument = getattr(program, 'ARGUMENT', '')
   try:
-    rest = flags.FLAGS(_with_files(argv))
+    rest = flags.FLAGS(with_files(argv))
+  except UsageError as error:
+    _fail(error)
   except flags.UnrecognizedFlagError as error:
     given = next(  # as it was typed, including its value
       (
@@ -170,10 +184,7 @@ def parse(
       ),
       error.flagname,
     )
-    guess = re.search(r'Did you mean: (.*?) ?\?', str(error))
-    name = _ELSEWHERE.get(error.flagname) or (
-      guess and guess[1].split(',')[0].strip()
-    )
+    name = suggestion(error.flagname, flags.FLAGS)
     hint = f'did you mean --{name}? ' if name else ''
     _fail(f'--{given}: no such flag; {hint}--helpfull lists all flags')
   except flags.CantOpenFlagFileError as error:
@@ -213,33 +224,73 @@ def given() -> frozenset[str]:
   return _given
 
 
-def _name(arg: str) -> str:
-  """Returns the name of a flag in --name=value, --name or --noname."""
+def suggestion(name: str, known: Iterable[str]) -> str:
+  """Returns the known flag that `name` probably means, '' if there is none."""
+  close = difflib.get_close_matches(name, list(known), 1)
+  return _ELSEWHERE.get(name) or (close[0] if close else '')
+
+
+def name_of(arg: str) -> str:
+  """Returns the name of a flag from --name=value, --name or --noname."""
+  known = {*own_flags.FLAGS, *flags.FLAGS}
   name = arg.lstrip('-').partition('=')[0]
   short = name.removeprefix('no')
-  return short if name not in flags.FLAGS and short in flags.FLAGS else name
+  return short if name not in known and short in known else name
 
 
-def _with_files(argv):
-  """Replaces flag files and presets in the command line by their lines."""
+def with_files(argv: Sequence[str]) -> list[str]:
+  """Replaces flag files, presets and YAML files by the flags in them.
+
+  Args:
+    argv: a command line, with the program's name first.
+
+  Returns:
+    The command line without files.
+
+  Raises:
+    UsageError: for a preset that does not exist, or a wrong YAML file.
+  """
+  argv = list(argv)
   while any(
-    _name(arg) in ('flagfile', 'preset')
+    name_of(arg) in ('flagfile', 'preset', 'config')
     for arg in argv[1:]
     if arg.startswith('-')
   ):
-    argv = flags.FLAGS.read_flags_from_files([_preset(arg) for arg in argv])
-  return [_HOME.sub(lambda m: m[1] + os.path.expanduser('~'), a) for a in argv]
+    argv = [more for arg in argv for more in _expanded(arg)]
+    argv = flags.FLAGS.read_flags_from_files(argv)
+  return [with_home(arg) for arg in argv]
 
 
-def _preset(arg: str) -> str:
-  """Turns --preset=NAME into the flag file that it names."""
-  _, _, name = arg.partition('=')
-  if not arg.startswith('-') or _name(arg) != 'preset':
-    return arg
-  known = sorted(path.stem for path in PRESETS.glob('*.flags'))
-  if name not in known:
-    _fail(UsageError('preset', name, 'must be one of ' + ', '.join(known)))
-  return f'--flagfile={PRESETS / name}.flags'
+def with_home(arg: str) -> str:
+  """Replaces ~ by the home folder in a flag whose value is a path."""
+  return _HOME.sub(lambda m: m[1] + os.path.expanduser('~'), arg)
+
+
+def _expanded(arg: str) -> list[str]:
+  """Replaces --preset=NAME by its flag file, --config=FILE by its flags."""
+  _, _, value = arg.partition('=')
+  if arg.startswith('-') and name_of(arg) == 'config':
+    return _from_yaml(value)
+  if arg.startswith('-') and name_of(arg) == 'preset':
+    known = sorted(path.stem for path in PRESETS.glob('*.flags'))
+    if value not in known:
+      raise UsageError('preset', value, 'must be one of ' + ', '.join(known))
+    return [f'--flagfile={PRESETS / value}.flags']
+  return [arg]
+
+
+def _from_yaml(path: str) -> list[str]:
+  try:
+    given = yaml_config.read(path)
+  except ValueError as error:
+    raise UsageError('config', path, str(error)) from error
+  known = {*own_flags.FLAGS, *flags.FLAGS}
+  for name in (flag[2:].partition('=')[0] for flag in given):
+    if name not in known:
+      close = suggestion(name, known)
+      hint = f'; did you mean {close}?' if close else ''
+      raise UsageError('config', path, f'{name}: no such flag{hint}')
+  return given
 
 
 def _plain(error: Exception) -> str:
@@ -254,7 +305,8 @@ def _plain(error: Exception) -> str:
 
 def right(name: str, otherwise: str) -> str:
   """Returns what flag `name` accepts, as its parser describes it."""
-  text = flags.FLAGS[name].parser.syntactic_help
+  known = own_flags.FLAGS if name in own_flags.FLAGS else flags.FLAGS
+  text = known[name].parser.syntactic_help
   return f'must be {text}' if text else otherwise
 
 

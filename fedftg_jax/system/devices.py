@@ -11,13 +11,14 @@ import hashlib
 import os
 import pathlib
 import platform
+from typing import NamedTuple
 
-from absl import flags
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
 from fedftg_jax import stacking
+from fedftg_jax.system import own_flags as flags
 
 flags.DEFINE_string(
   'compile_cache',
@@ -48,30 +49,47 @@ flags.DEFINE_integer(
   'With --coordinator: index of this process, from 0 on.',
   lower_bound=0,
 )
-FLAGS = flags.FLAGS
 
 
-def start() -> None:
-  """Sets JAX up according to the flags; call it before the first computation.
+class Start(NamedTuple):
+  """Settings of JAX for a process; see the flags of the same names."""
+
+  compile_cache: str | None = None
+  distributed: bool = False
+  coordinator: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
+
+
+def start(asked: Start | None = None) -> None:
+  """Sets JAX up; call it before the first computation.
+
+  Args:
+    asked: what to set up; None for the values of the flags.
 
   Raises:
     ValueError: names the flag that is missing, or says why the processes cannot
       find each other.
   """
-  _keep_compiled()
-  if FLAGS.coordinator is not None:
-    for name in ('num_processes', 'process_id'):
-      if FLAGS[name].value is None:
-        raise ValueError(f'--coordinator={FLAGS.coordinator}: needs --{name}')
-    if FLAGS.process_id >= FLAGS.num_processes:
+  asked = asked or Start(**flags.values(__name__))
+  _keep_compiled(asked.compile_cache)
+  if asked.coordinator is not None:
+    if asked.num_processes is None:
       raise ValueError(
-        f'--process_id={FLAGS.process_id}: must be less than '
-        f'--num_processes={FLAGS.num_processes}'
+        f'--coordinator={asked.coordinator}: needs --num_processes'
       )
-  if FLAGS.distributed or FLAGS.coordinator is not None:
+    if asked.process_id is None:
+      raise ValueError(f'--coordinator={asked.coordinator}: needs --process_id')
+    if asked.process_id >= asked.num_processes:
+      raise ValueError(
+        f'--process_id={asked.process_id}: must be less than '
+        f'--num_processes={asked.num_processes}'
+      )
+  several = asked.distributed or asked.coordinator is not None
+  if several and not jax.distributed.is_initialized():
     try:
       jax.distributed.initialize(
-        FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
+        asked.coordinator, asked.num_processes, asked.process_id
       )
     except (RuntimeError, ValueError) as error:
       raise ValueError(f'--distributed: {error}') from error
@@ -140,10 +158,10 @@ def mesh(num_devices: int) -> jax.sharding.Mesh | None:
   return stacking.make_mesh(num_devices) if num_devices > 1 else None
 
 
-def _keep_compiled() -> None:
+def _keep_compiled(folder: str | None) -> None:
   """Sets the persistent compile cache, unless JAX has one already."""
-  if FLAGS.compile_cache is not None:
-    jax.config.update('jax_compilation_cache_dir', FLAGS.compile_cache or None)
+  if folder is not None:
+    jax.config.update('jax_compilation_cache_dir', folder or None)
   elif jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
     root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
     # Machines may share a home folder, but code for one CPU does not run on

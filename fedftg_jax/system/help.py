@@ -16,7 +16,9 @@ from absl import flags
 _WIDTH = 80
 _TYPES = {'comma separated list of strings': 'LIST', 'string enum': 'NAME'}
 _COLUMN = 31  # where the texts of one-line descriptions begin
-_FILES = 'Flags from a file, one per line: --flagfile=PATH.'
+_FILES = (
+  'Flags from a file, one per line: --flagfile=PATH, or in YAML: --config=PATH.'
+)
 # The flags that --help shows, by group, where a program has them.
 COMMON = {
   'Data': (

@@ -1,6 +1,7 @@
 """Shows a run on the screen: progress bar, lines and tables."""
 
 import contextlib
+import html
 
 from rich import console as rich_console
 from rich import progress as rich_progress
@@ -10,13 +11,21 @@ from fedftg_jax.system import devices
 
 
 class Progress(contextlib.AbstractContextManager):
-  """A progress bar with round, accuracy and speed; lines off a terminal."""
+  """A progress bar with round, accuracy and speed.
 
-  def __init__(self, label: str, num_rounds: int, done: int = 0):
+  It is a bar in a terminal and in a notebook, and lines elsewhere.
+  """
+
+  def __init__(
+    self, label: str, num_rounds: int, done: int = 0, quiet: bool = False
+  ):
     self._label, self._num_rounds, self._done = label, num_rounds, done
-    console = rich_console.Console(quiet=not devices.is_first())
-    self._bar = None
-    if console.is_terminal:
+    self._quiet = quiet or not devices.is_first()
+    console = rich_console.Console(quiet=self._quiet)
+    self._bar = self._cell = None
+    if console.is_jupyter and not self._quiet:
+      self._cell = _Cell()
+    elif console.is_terminal:
       self._bar = rich_progress.Progress(
         '{task.description}',
         rich_progress.BarColumn(),
@@ -36,7 +45,7 @@ class Progress(contextlib.AbstractContextManager):
         score='compiling',
       )
     else:
-      say(f'{self._label}: compiling')
+      self._show(self._done, 'compiling')
     return self
 
   def __exit__(self, *_):
@@ -49,7 +58,34 @@ class Progress(contextlib.AbstractContextManager):
     if self._bar:
       self._bar.update(self._task, completed=done, score=score)
     else:
-      say(f'{self._label}: round {done}/{self._num_rounds}  {score}')
+      self._show(done, score)
+
+  def _show(self, done: int, score: str) -> None:
+    text = f'{self._label}: round {done}/{self._num_rounds}  {score}'
+    if self._cell:
+      self._cell.show(text, done / self._num_rounds)
+    elif not self._quiet:
+      say(text if score != 'compiling' else f'{self._label}: compiling')
+
+
+class _Cell:
+  """An output of a notebook's cell with a bar and a line, updated in place."""
+
+  def __init__(self):
+    self._display = None
+
+  def show(self, text: str, share: float) -> None:
+    from IPython import display  # always installed in a notebook
+
+    shown = {
+      'text/plain': text,
+      'text/html': f'<progress value="{share:.4f}"></progress> '
+      f'<code>{html.escape(text)}</code>',
+    }
+    if self._display is None:
+      self._display = display.display(shown, raw=True, display_id=True)
+    else:
+      self._display.update(shown, raw=True)
 
 
 def say(text: str) -> None:

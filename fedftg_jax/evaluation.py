@@ -21,6 +21,7 @@ from fedftg_jax.base import (
 from fedftg_jax.data import clients
 
 _HOST_BLOCK = 64  # number of clients whose slots are on the device at once
+_CONFUSED = 100  # largest number of classes with a confusion matrix
 
 
 @functools.partial(
@@ -34,7 +35,7 @@ def evaluate(
   batch_size: int = 500,
   batch_stats: bool = False,
 ) -> dict[str, jax.Array]:
-  """Computes mean cross-entropy, accuracy, and the accuracy on each class.
+  """Computes loss, accuracy, accuracy on each class, and the confusion matrix.
 
   Args:
     model: the classifier.
@@ -46,10 +47,15 @@ def evaluate(
       running statistics are meaningless, or else by the running statistics.
 
   Returns:
-    {'loss', 'accuracy'}: scalars; {'per_class'}: [C], NaN for a class without
-    examples.
+    {'loss', 'accuracy'}: scalars, the mean cross-entropy and the share of
+    examples that are classified correctly; {'per_class'}: [C], the accuracy on
+    each class, NaN for a class without examples; and for at most 100 classes
+    {'confusion'}: [C, C] int32, the number of examples of each class (rows) by
+    predicted class (columns).
   """
-  return _of_all(model.apply, variables, x, y, batch_size, batch_stats)
+  return _of_all(
+    model.apply, variables, x, y, batch_size, batch_stats, confusion=True
+  )
 
 
 def predict(
@@ -137,15 +143,22 @@ def confusion(probabilities: np.ndarray, y: np.ndarray) -> np.ndarray:
   return np.bincount(places, minlength=num**2).reshape(num, num)
 
 
-def _of_all(apply, variables, x, y, batch_size, batch_stats=False):
+def _of_all(
+  apply, variables, x, y, batch_size, batch_stats=False, confusion=False
+):
   num = len(y)
   data = Data(x, y, jnp.arange(num), jnp.int32(num))
   means = clients.mean_over_examples(
-    functools.partial(_scores, apply, variables, batch_stats),
+    functools.partial(
+      _scores, apply, variables, batch_stats, confusion=confusion
+    ),
     data,
     min(batch_size, num),
   )
   present, correct = means.pop('present'), means.pop('correct')
+  if 'confusion' in means:
+    counts = jnp.round(num * means['confusion'])
+    means['confusion'] = counts.astype(jnp.int32)
   return {**means, 'per_class': correct / present}
 
 
@@ -426,11 +439,12 @@ def _of_client(model, data, batch_size):
   }
 
 
-def _scores(apply, variables, batch_stats, batch):
+def _scores(apply, variables, batch_stats, batch, confusion=False):
   """Computes means over the valid examples of a batch.
 
   They are the loss, the accuracy, and by class the shares of all examples that
-  are of the class and that are of it and classified correctly.
+  are of the class and that are of it and classified correctly; with `confusion`
+  also the shares by class and predicted class.
   """
   logits = apply(variables, batch.x, mask=batch.mask, train=batch_stats).logits
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
@@ -439,12 +453,16 @@ def _scores(apply, variables, batch_stats, batch):
     batch.y, logits.shape[-1]
   )  # [B, C]
   num = jnp.maximum(jnp.sum(batch.mask), 1)
-  return {
+  scores = {
     'loss': jnp.sum(batch.mask * loss) / num,
     'accuracy': jnp.sum(batch.mask * correct) / num,
     'present': jnp.sum(classes, axis=0) / num,
     'correct': jnp.sum(classes * correct[:, None], axis=0) / num,
   }
+  if confusion and logits.shape[-1] <= _CONFUSED:
+    given = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    scores['confusion'] = classes.T @ given / num  # [C, C]
+  return scores
 
 
 def last_models() -> Method:

@@ -32,6 +32,7 @@ _PROBE = """<!DOCTYPE html><title>probe</title>
 const frame = document.querySelector("iframe");
 frame.onload = () => {
   const inner = frame.contentDocument, root = inner.documentElement;
+  for (const d of inner.querySelectorAll("details")) d.open = true;
   const count = tag => inner.querySelectorAll(tag).length;
   const pre = document.createElement("pre");
   pre.textContent = JSON.stringify({
@@ -42,6 +43,12 @@ frame.onload = () => {
     formulas: count("math"),
     tables: count("table"), pictures: count("figure svg"), images: count("img"),
     broken: [...inner.images].filter(i => !i.naturalWidth).length,
+    tiny: [...inner.querySelectorAll("figure svg text")].filter(
+        t => t.getBoundingClientRect().height < 8).length,
+    cut: [...inner.querySelectorAll(".flow svg")].filter(s => {
+      const right = s.getBoundingClientRect().right;
+      return [...s.querySelectorAll("text")].some(
+          t => t.getBoundingClientRect().right > right); }).length,
     flat: [...inner.querySelectorAll("figure svg")].filter(
         s => s.getBoundingClientRect().height < 80).length,
     fetched: frame.contentWindow.performance.getEntriesByType("resource").map(
@@ -118,6 +125,10 @@ def write_run(folder, method, seed, accuracy, long):
     'partition': 'dirichlet',
     'dirichlet_alpha': 0.1,
     'partition_seed': 0,
+    'model': 'lenet',
+    'num_clients': 20,
+    'cohort': 5,
+    'ftg_iterations': 10,
     **{f'flag_{i}': i / 3 for i in range(30)},
   }
   files.write_json(
@@ -133,6 +144,8 @@ def write_run(folder, method, seed, accuracy, long):
       'bytes_down': 1e7 * (t + 1),
       'accuracy': {name: a - i / 50 for i, name in enumerate(names)},
       'class_change': rng.normal(0, 0.05, 10).tolist(),
+      'class_accuracy': rng.beta(8, 2, 10).tolist(),
+      'train_loss': 1 - a,
     }
     for t, a in enumerate(values)
   ]
@@ -162,6 +175,16 @@ def write_run(folder, method, seed, accuracy, long):
     'variance': 0.01,
     'jain': 0.97,
   }
+  names_ = [f'class {c} ' + 'n' * 7 * c for c in range(10)]
+  files.write_json(
+    folder / 'data.json',
+    {
+      'class_names': names_,
+      **{
+        split: {'examples': 10, 'sha256': split} for split in ('train', 'test')
+      },
+    },
+  )
   files.write_json(
     folder / 'clients.json',
     {
@@ -175,6 +198,7 @@ def write_run(folder, method, seed, accuracy, long):
     {
       'round': 40,
       'accuracy': {name: rng.beta(8, 2, 10).tolist() for name in names},
+      'confusion': rng.multinomial(100, [0.1] * 10, 10).tolist(),
     },
   )
   files.write_tree(
@@ -293,6 +317,7 @@ class BrowserTest(absltest.TestCase):
       self.assertEqual(page['scroll'], width, 'wider than the window')
       self.assertEqual({k: page[k] for k in counts}, counts)
       self.assertEqual((page['broken'], page['flat']), (0, 0))
+      self.assertEqual((page['tiny'], page['cut']), (0, 0))
       self.assertEmpty(page['fetched'])
       self.assertEmpty(complaints)
       self.assertEqual({*asked}, {'/probe.html', '/report.html'})
@@ -303,7 +328,10 @@ class BrowserTest(absltest.TestCase):
   def test_run(self):
     write_run(self.folder, 'fed_ftg', 0, 0.9, 'x' * 200)
     page_lib.write(self.folder)
-    self.assert_fine(tables=7, pictures=6, images=6 + 2)
+    # Three curves, the round, two of classes, confusions, clients, who holds
+    # what, the training loss, what fine-tuning changes. Images: what moves,
+    # six rounds, the nearest.
+    self.assert_fine(tables=8, pictures=11, images=1 + 6 + 2)
 
   def test_comparison(self):
     """Has long names, many methods and several seeds."""
@@ -336,9 +364,12 @@ class BrowserTest(absltest.TestCase):
       },
     )
     page_lib.write(self.folder)
-    self.assertLess((self.folder / 'report.html').stat().st_size, 2e6)
+    self.assertLess((self.folder / 'report.html').stat().st_size, 3e6)
+    # Rounds of the two methods that are known; of each, confusions and what
+    # fine-tuning changes. Three curves, two of classes, two of clients, who
+    # holds what, the training loss.
     self.assert_fine(
-      tables=8, pictures=6 + len(methods), images=8 * len(methods)
+      tables=11, pictures=2 + 2 * len(methods) + 9, images=9 * len(methods)
     )
 
   def test_the_probe_sees_what_is_wrong(self):

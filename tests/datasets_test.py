@@ -265,6 +265,7 @@ class OriginalFilesTest(parameterized.TestCase):
     )
     packed.unlink()
     data = self.load('cifar10')
+    self.assertEqual(data.class_names[0], 'airplane')
     self.assertEqual(data.train_x.shape, (30, 32, 32, 3))
     self.assertEqual(as_set(data.train_x, data.train_y), as_set(x, y[:, 0]))
     self.assertEqual(
@@ -555,6 +556,16 @@ class FolderTest(parameterized.TestCase):
     np.testing.assert_array_equal(data.test_y, [1, 2])
     np.testing.assert_array_equal(data.test_x, self.x[4:6])
     self.assertEqual(data.num_classes, 3)
+    self.assertEqual(data.class_names, ('ant', 'cat', 'dog'))
+    more = datasets.load(f'folder:{self.root}', num_classes=5)
+    self.assertEqual(more.class_names, ('ant', 'cat', 'dog', '3', '4'))
+
+  def test_numbers_are_no_names(self):
+    for split in ('train', 'test'):
+      for i, name in enumerate(('ant', 'cat', 'dog')):
+        if (self.root / split / name).exists():
+          (self.root / split / name).rename(self.root / split / str(i))
+    self.assertEqual(self.load().class_names, ())
 
   def test_grey_images(self):
     for path in self.root.rglob('*.*'):

@@ -67,6 +67,16 @@ class GlobalTest(parameterized.TestCase):
       np.dot(share, got['per_class']), got['accuracy'], rtol=1e-5
     )
 
+  @parameterized.parameters(1, 7, 40)
+  def test_confusions_are_counts(self, batch_size):
+    variables = NET.init(KEY)
+    x, y = problems.DATA.x, problems.DATA.y
+    got = evaluation.evaluate(NET, variables, x, y, batch_size)['confusion']
+    want = np.zeros((3, 3), int)
+    given = np.argmax(NET.apply(variables, x).logits, axis=-1)
+    np.add.at(want, (np.asarray(y), given), 1)
+    np.testing.assert_array_equal(got, want)
+
   def test_a_class_without_examples(self):
     y = jnp.minimum(problems.DATA.y, 1)
     got = evaluation.evaluate(NET, NET.init(KEY), problems.DATA.x, y)

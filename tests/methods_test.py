@@ -42,6 +42,7 @@ from fedftg_jax.methods import (
   scaffold,
 )
 from fedftg_jax.models import classifiers
+from fedftg_jax.results import flow, glossary
 from tests import problems
 
 KEY = jax.random.key(5)
@@ -519,6 +520,15 @@ class ContractTest(Contract):
     down, up = size + 32 * row.down, row.sends_model * size + 32 * row.up
     self.assertEqual(info.metrics['bits_down'].tolist(), [down] * 3 + [0])
     self.assertEqual(info.metrics['bits_up'].tolist(), [up] + [0] * 3)
+    with self.subTest('what is measured is described'):
+      of_engine = {'bits_down', 'bits_up', 'num_selected', 'num_arrived'}
+      measured = info.metrics.keys() - of_engine
+      self.assertContainsSubset(measured, glossary.METRICS)
+    with self.subTest('what is sent is drawn'):
+      steps = flow.of_config({'method': row.method})
+      # Beside a title, the model, and the change of the model.
+      self.assertEqual(len(steps.down) > 2, row.down > 0, steps.down)
+      self.assertEqual(len(steps.up) - row.sends_model > 1, row.up > 0)
 
 
 @pytest.mark.slow

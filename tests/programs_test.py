@@ -25,6 +25,7 @@ from fedftg_jax.programs import benchmark, compare, train
 from fedftg_jax.results import plots, statistics
 from fedftg_jax.results import rows as rows_lib
 from fedftg_jax.runs import writer
+from fedftg_jax.system import versions
 from tests.programs import ROOT, call, forget, small, write_data
 
 
@@ -229,6 +230,7 @@ class TrainTest(parameterized.TestCase):
         'config.json',
         'counts.npz',
         'curves.png',
+        'data.json',
         'generated.npz',
         'generated.png',
         'images.npz',
@@ -238,7 +240,9 @@ class TrainTest(parameterized.TestCase):
         'model_input.json',
         'params.npz',
         'partition.npz',
+        'report',
         'report.html',
+        'ro-crate-metadata.json',
         'schedule.npz',
         'summary.json',
         'timings.jsonl',
@@ -280,7 +284,9 @@ class TrainTest(parameterized.TestCase):
     timing = json.loads((run / 'timings.jsonl').read_text().split('\n')[0])
     self.assertGreater(timing['compile_seconds'], 0)
     self.assertGreater(timing['rounds_per_second'], 0)
-    config = json.loads((run / 'config.json').read_text())['config']
+    saved = json.loads((run / 'config.json').read_text())
+    self.assertEqual(saved['code'], versions.code())
+    config = saved['config']
     self.assertEqual(config['ftg_md'], 'l1')  # the preset, spelled out
     params = np.load(run / 'params.npz')
     self.assertIn('params/dense0/linear/kernel', params.files)

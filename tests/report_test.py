@@ -4,6 +4,7 @@ import base64
 import contextlib
 import csv
 import functools
+import hashlib
 import html.parser
 import io
 import pathlib
@@ -11,17 +12,29 @@ import re
 import shutil
 import struct
 import tempfile
+from urllib import parse
 
 from absl import flags as absl_flags
 from absl.testing import absltest, flagsaver, parameterized
 import matplotlib.figure
 import numpy as np
+from PIL import Image
 
+import fedftg_jax
 from fedftg_jax import evaluation
 from fedftg_jax.data import images
 from fedftg_jax.programs import compare, report, train
+from fedftg_jax.results import (
+  crate,
+  glossary,
+  pictures,
+  reader,
+  sections,
+  svg,
+  tables,
+  verdicts,
+)
 from fedftg_jax.results import page as page_lib
-from fedftg_jax.results import reader, svg, tables, verdicts
 from fedftg_jax.results import rows as rows_lib
 from fedftg_jax.runs import scoring, writer
 from fedftg_jax.system import cli, files
@@ -61,12 +74,17 @@ class Page(html.parser.HTMLParser):
   def __init__(self, text):
     super().__init__()
     self.tags, self.links, self.words, self.tables = [], [], [], []
+    self.samples, self.still = 0, []
     self.in_cell = False
     self.feed(text)
 
   def handle_starttag(self, tag, attrs):
     self.tags.append(tag)
     self.links += [v for k, v in attrs if k in ('src', 'href', 'xlink:href')]
+    self.samples += ('class', 'sample') in attrs
+    if tag == 'source':
+      values = dict(attrs)
+      self.still.append((values['media'], values['srcset'].split(',')[1]))
     if tag == 'table':
       self.tables.append([])
     elif tag == 'tr':
@@ -163,6 +181,28 @@ class RunTest(parameterized.TestCase):
         np.mean(values), rows_lib.accuracy(self.rows[-1], name), places=5
       )
 
+  def test_confusions_are_those_of_the_last_model(self):
+    classes = self.json('classes.json')
+    confusion = np.array(classes['confusion'])
+    np.testing.assert_array_equal(confusion.sum(1), classes['test_examples'])
+    np.testing.assert_allclose(
+      np.diag(confusion) / confusion.sum(1),
+      classes['accuracy']['broadcast'],
+      rtol=1e-5,
+    )
+
+  def test_fingerprints_of_the_data(self):
+    with np.load(self.folder / 'own.npz') as data:
+      content = (
+        data['train_x'].tobytes() + data['train_y'].astype(np.int32).tobytes()
+      )
+    found = self.json('data.json')
+    self.assertEqual(
+      found['train'],
+      {'examples': 60, 'sha256': hashlib.sha256(content).hexdigest()},
+    )
+    self.assertEqual(found['class_names'], [])
+
   def test_counts_are_the_partition_s(self):
     labels = np.arange(60) % 3
     with (
@@ -227,15 +267,14 @@ class RunTest(parameterized.TestCase):
   def test_images_of_each_class(self):
     found = files.read_arrays(self.run_folder / 'images.npz')
     self.assertEqual((found['x'].shape, found['round']), ((3, 8, 8, 8, 1), 3))
-    uri = page_lib.grid(found['x'])
+    uri = pictures.grid(found['x'])
     self.assertIn(uri, (self.run_folder / 'report.html').read_text())
     png = base64.b64decode(uri.partition(',')[2])
     decoded = images.decode(png)
-    # 3 rows of 8 images, each pixel 8 times as large.
-    self.assertEqual(decoded.shape[:2], (3 * 64, 8 * 64))
+    self.assertEqual(decoded.shape[:2], (3 * 8, 8 * 8))  # rows of 8 images
     want = images.scaled(found['x'][1, 2:3])[0]
     np.testing.assert_allclose(
-      decoded[64:128:8, 128:192:8, 0], np.round(255 * want[..., 0]), atol=1
+      decoded[8:16, 16:24, 0], np.round(255 * want[..., 0]), atol=1
     )
 
   def test_damaged_files_are_a_line(self):
@@ -257,6 +296,118 @@ class RunTest(parameterized.TestCase):
     (folder / 'config.json').unlink()
     with self.assertRaisesRegex(cli.ArgumentError, 'must be a folder that'):
       page_lib.write(folder)
+
+  def copy(self):
+    folder = pathlib.Path(self.create_tempdir().full_path) / 'run'
+    shutil.copytree(self.run_folder, folder)
+    return folder
+
+  def test_nothing_is_written_through_a_link(self):
+    folder = self.copy()
+    shutil.rmtree(folder / 'report')
+    elsewhere = folder.parent / 'elsewhere'
+    elsewhere.mkdir()
+    (elsewhere / 'mine.csv').touch()
+    (folder / 'report').symlink_to(elsewhere)
+    with self.assertRaisesRegex(cli.ArgumentError, 'report: must be a folder'):
+      page_lib.write(folder)
+    self.assertEqual([p.name for p in elsewhere.iterdir()], ['mine.csv'])
+
+  def test_names_of_classes_are_text(self):
+    folder = self.copy()
+    data = files.read_json(folder / 'data.json')
+    names = ['<script>', '=1+1', '$x_1$']
+    files.write_json(folder / 'data.json', {**data, 'class_names': names})
+    page_lib.write(folder)
+    text = (folder / 'report.html').read_text()
+    self.assertNotIn('<script', text)
+    table = next(t for t in Page(text).tables if t[0][0] == 'class')
+    self.assertEqual([row[0] for row in table[1:]], names)
+    with open(folder / 'report' / 'by_class-accuracy.csv', newline='') as file:
+      cells = [row[0] for row in csv.reader(file)]
+    self.assertEqual(cells, ['class', '<script>', "'=1+1", '$x_1$'])
+    for picture in (folder / 'report').glob('*.svg'):
+      self.assertNotIn('<script', picture.read_text())
+
+  def test_files_beside_the_page(self):
+    """Each table and each picture has one, and nothing else is there."""
+    page = Page((self.run_folder / 'report.html').read_text())
+    links = {parse.unquote(link) for link in page.links if link[0] not in 'd#'}
+    links -= {'report/', crate.NAME}
+    there = {f'report/{p.name}' for p in (self.run_folder / 'report').iterdir()}
+    self.assertEqual(links, there)
+    tables_ = [link for link in links if link.endswith('.csv')]
+    confusion = 1  # as a picture, on the page
+    self.assertLen(tables_, page.tags.count('table') + confusion)
+    self.assertLen(
+      [link for link in links if link.endswith('.svg')],
+      page.tags.count('svg') - page.samples,
+    )
+
+  def test_files_of_an_earlier_page_go(self):
+    folder = self.copy()
+    (folder / 'report' / 'old.csv').touch()
+    (folder / 'report' / 'mine.txt').touch()
+    page_lib.write(folder)
+    names = [p.name for p in (folder / 'report').iterdir()]
+    self.assertNotIn('old.csv', names)
+    self.assertIn('mine.txt', names)
+
+  def test_images_move_but_for_those_who_want_none(self):
+    path = self.run_folder / 'report' / 'generated-fed_ftg.png'
+    with Image.open(path) as moving:
+      self.assertEqual(moving.n_frames, 2)  # after rounds 2 and 3
+    page = Page((self.run_folder / 'report.html').read_text())
+    self.assertIn(pictures.data_uri(path.read_bytes()), page.links)
+    (still,) = page.still
+    with Image.open(io.BytesIO(base64.b64decode(still[1]))) as last:
+      self.assertEqual(getattr(last, 'n_frames', 1), 1)
+    self.assertIn('(prefers-reduced-motion: reduce)', still[0])
+
+  def test_crate(self):
+    """RO-Crate 1.1 by hand: each file is there and as described, each reference
+    has its entity, and the action has program, inputs and results."""
+    document = self.json(crate.NAME)
+    entities = {one['@id']: one for one in document['@graph']}
+    self.assertLen(entities, len(document['@graph']))
+    root = entities['./']
+    self.assertEqual(entities[crate.NAME]['about'], {'@id': './'})
+    self.assertContainsSubset(
+      ['name', 'description', 'datePublished', 'license', 'hasPart'], root
+    )
+    for name in ('metrics.jsonl', 'report.html', 'report/final.csv'):
+      self.assertIn({'@id': name}, root['hasPart'])
+    for part in root['hasPart']:
+      entity = entities[part['@id']]
+      content = (self.run_folder / parse.unquote(part['@id'])).read_bytes()
+      self.assertEqual(entity['contentSize'], str(len(content)))
+      self.assertEqual(entity['sha256'], hashlib.sha256(content).hexdigest())
+    self.assertNotIn('checkpoints', str(root['hasPart']))
+
+    def references(value):
+      if isinstance(value, list):
+        for one in value:
+          yield from references(one)
+      elif isinstance(value, dict):
+        yield value['@id']
+
+    for entity in entities.values():
+      for key, value in entity.items():
+        for identity in references(value):
+          if not identity.startswith('https://w3id.org/ro/crate/'):
+            self.assertIn(identity, entities, f'{entity["@id"]} {key}')
+    action = entities['#training']
+    program = entities[action['instrument']['@id']]
+    self.assertEqual(program['softwareVersion'], fedftg_jax.__version__)
+    self.assertIn({'@id': 'config.json'}, action['object'])
+    self.assertEqual(entities['#flag-batch_size']['value'], '10')
+    digest = self.json('data.json')['train']['sha256']
+    self.assertEqual(entities[f'#data-train-{digest[:16]}']['sha256'], digest)
+    (figure,) = root['variableMeasured']
+    self.assertEqual(
+      entities[figure['@id']]['value'],
+      self.json('summary.json')['final_accuracy'],
+    )
 
   def test_classes_together_are_the_change(self):
     counts = np.array(self.json('classes.json')['test_examples'])
@@ -304,13 +455,20 @@ class RunTest(parameterized.TestCase):
     path = self.run_folder / 'report.html'
     self.assertLess(path.stat().st_size, 2e6)
     page = Page(path.read_text())
-    self.assertEqual(page.tags.count('svg'), 7)
+    own = len(rows_lib.measures(self.rows[-1]))
+    # Curves, round, classes and their change, confusions, clients, who holds
+    # what, what fine-tuning changes.
+    pictures_ = 3 + 1 + 2 + 1 + 1 + 1 + 1
+    self.assertEqual(page.tags.count('svg') - page.samples, pictures_ + own)
     self.assertIn('What fine-tuning changes, class by class', page.words)
     self.assertIn('Inside the training', page.words)
-    self.assertEqual(page.tags.count('img'), 2 + 2 + 1)  # rounds; nearest; grid
+    # What moves, grid, rounds, nearest.
+    self.assertEqual(page.tags.count('img'), 1 + 1 + 2 + 2)
     self.assertNotIn('script', page.tags)
     for link in page.links:
-      self.assertRegex(link, '^(data:|#)')
+      self.assertRegex(link, '^(data:image/png;base64,|data:,|#|report/|ro-)')
+    for name in rows_lib.measures(self.rows[-1]):
+      self.assertNotIn('not described', str(glossary.of_metric(name)), name)
     headers = [table[0] for table in page.tables]
     self.assertIn(
       [
@@ -346,7 +504,9 @@ class RunTest(parameterized.TestCase):
       shutil.copy(self.run_folder / name, bare)
     self.assertEqual(make(str(bare)), (0, ''))
     page = Page((bare / 'report.html').read_text())
-    self.assertEqual(page.tags.count('svg'), 4)
+    own = len(rows_lib.measures(self.rows[-1]))
+    # Two curves, round, change of classes, what fine-tuning changes.
+    self.assertEqual(page.tags.count('svg') - page.samples, 5 + own)
     self.assertNotIn('Clients', page.words)
 
   def test_flags_are_text(self):
@@ -359,12 +519,8 @@ class RunTest(parameterized.TestCase):
     page_lib.write(evil)
     page = (evil / 'report.html').read_text()
     self.assertNotIn('<script', page)
-    self.assertIn(
-      text,
-      ''.join(
-        Page(page).tables[-2][0] + Page(page).tables[-1][-1] + Page(page).words
-      ),
-    )
+    self.assertIn(text, ''.join(Page(page).words))
+    self.assertIn(['method', text], Page(page).tables[-1])
 
   @parameterized.parameters(
     ([], 'error: no argument: must be one FOLDER'),
@@ -455,7 +611,7 @@ class ScoringTest(parameterized.TestCase):
 class ComparisonTest(absltest.TestCase):
   def test_page(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
-    status, _, err = programs.call(
+    status, out, err = programs.call(
       compare,
       *programs.small(programs.write_data(folder)),
       '--seeds=2',
@@ -478,7 +634,13 @@ class ComparisonTest(absltest.TestCase):
       self.assertEqual(row[4:], [f'{100 * a:.2f}' for a in figures['per_seed']])
     self.assertIn(
       [['flag', 'fed_avg', 'fed_avg:batch_size=5'], ['batch_size', '10', '5']],
-      [t[:2] for t in page.tables],
+      page.tables,
+    )
+    self.assertIn(summary['conclusion'], page.words)
+    self.assertEqual(out.splitlines()[-1], summary['conclusion'])
+    self.assertContainsSubset(
+      ['tests.csv', 'fronts-megabytes.csv', 'curves-seconds.svg'],
+      [p.name for p in (folder / 'c' / 'report').iterdir()],
     )
     of_clients = summary['methods']['fed_avg']['clients']['broadcast']
     per_seed = [
@@ -602,13 +764,8 @@ class TablesTest(absltest.TestCase):
     verdict = verdicts.of_comparison
     self.assertEqual(
       verdict(entries([0.5, 0.6], [0.7, 0.9])),
-      'b ends highest, at 80.00 ± 14.14 % test accuracy, 25.00 points above a, '
-      'more than the spread over 2 seeds (14.14).',
+      'b ends highest, at 80.00 ± 14.14 % test accuracy, 25.00 points above a.',
     )
-    self.assertIn(
-      'no more than the spread', verdict(entries([0.5, 0.6], [0.5, 0.72]))
-    )
-    self.assertIn('One seed each', verdict(entries([0.5], [0.6])))
     self.assertEqual(
       verdict(entries([0.5])), 'a ends at 50.00 % test accuracy.'
     )
@@ -647,10 +804,10 @@ class TablesTest(absltest.TestCase):
 
   def test_strips_have_few_rounds_and_the_first_and_last(self):
     images = {t: np.full((2, 4, 4, 1), t, np.uint8) for t in range(1, 40)}
-    rounds = [t for t, _ in page_lib.strip(images)]
+    rounds = [t for t, _ in pictures.strip(images)]
     self.assertLen(rounds, 6)
     self.assertEqual([rounds[0], rounds[-1]], [1, 39])
-    self.assertEqual([t for t, _ in page_lib.strip({3: images[3]})], [3])
+    self.assertEqual([t for t, _ in pictures.strip({3: images[3]})], [3])
 
   def test_kept_images_have_been_kept_all_along(self):
     rounds = [2 * t for t in range(1, 101)]
@@ -674,11 +831,12 @@ class TablesTest(absltest.TestCase):
         'accuracy': {'broadcast': accuracy.tolist()},
       },
     )
-    run = run._replace(config={'seed': 0, 'partition': 'iid'})
+    config = {'seed': 0, 'partition': 'iid', 'method': 'fed_avg'}
+    run = run._replace(config=config)
     entries = {'a': [(run, 'broadcast')]}
-    sections = page_lib._sections(entries, {'': entries}, {'a': [run]})
-    self.assertStartsWith(sections['partition'], '<img src="data:image/png')
-    self.assertLess(sum(len(str(v)) for v in sections.values()), 5e5)
+    found = sections.build(entries, {'': entries}, {'a': [run]})
+    self.assertLess(len(found['partition'].file), 1e5)
+    self.assertLess(sum(len(str(v)) for v in found.values()), 5e5)
 
   def test_flat(self):
     self.assertEqual(
@@ -698,7 +856,7 @@ class SvgTest(absltest.TestCase):
       figure.savefig(file)
 
     page = ''.join(
-      svg.inline(name, 'a "label" <b>', draw, 'C1') for name in 'ab'
+      svg.draw(name, 'a "label" <b>', draw, '#1845fb').inline for name in 'ab'
     )
     ids = re.findall(r' id="([^"]+)"', page)
     used = re.findall(r'(?:url\(|href=")#([^")]+)', page)
@@ -709,6 +867,8 @@ class SvgTest(absltest.TestCase):
     self.assertIn('currentColor', page)
     self.assertNotIn('<style', page)
     self.assertNotIn('0a0b0c', page)
+    self.assertIn('var(--c0)', page)
+    self.assertNotIn('1845fb', page)
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ import pathlib
 
 from absl import flags as absl_flags
 from absl.testing import absltest, flagsaver, parameterized
+from matplotlib import figure
 import numpy as np
 from PIL import Image
 import pytest
@@ -233,7 +234,7 @@ class SweepTest(parameterized.TestCase):
       'on validation data', (self.folder / 'a/table.md').read_text()
     )
     self.assertIn(
-      'on what is kept apart', (self.folder / 'a/report.html').read_text()
+      'on the validation data', (self.folder / 'a/report.html').read_text()
     )
     # By hand: what is better on the test set is worse on validation data.
     spread = lambda *x: statistics.mean_and_std(list(x))
@@ -339,12 +340,13 @@ class FiguresTest(parameterized.TestCase):
   )
   def test_pictures(self, swept, points):
     drawn = {}
-    with absltest.mock.patch.object(
-      plots.plt, 'close', side_effect=lambda f: drawn.update(axes=f.axes[0])
-    ):
-      plots.sweep(
-        self.create_tempdir().full_path + '/p.png', swept, points, 's'
-      )
+
+    def keep(figure_, *_, **__):
+      figure_.draw_without_rendering()
+      drawn['axes'] = figure_.axes[0]
+
+    with absltest.mock.patch.object(figure.Figure, 'savefig', keep):
+      plots.sweep('p.png', swept, points, 's')
     axes = drawn['axes']
     ticks = [label.get_text() for label in axes.get_xticklabels()]
     texts = [text.get_text() for text in axes.texts]

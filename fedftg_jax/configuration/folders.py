@@ -217,9 +217,9 @@ def opened(folder: UPath, ours: dict[str, Any]) -> Iterator[None]:
 def claim_folder(folder: UPath, config: dict[str, Any]) -> None:
   """Writes config.json, by which `check_folder` identifies the folder.
 
-  It records the versions with which a run began. If the run continues with
-  other versions, they are added and printed, because results are then not
-  guaranteed to be the same bytes.
+  It records the code and the versions with which a run began. If the run
+  continues with other versions, they are added and printed, because results are
+  then not guaranteed to be the same bytes.
   """
   path, versions = folder / 'config.json', versions_.current()
   saved = files.read_json(path) if path.exists() else {}
@@ -236,6 +236,7 @@ def claim_folder(folder: UPath, config: dict[str, Any]) -> None:
       'config': config,
       'contents': contents(config),
       'versions': began,
+      'code': saved.get('code', versions_.code()),
       **({'went_on_with': later} if later else {}),
     },
   )

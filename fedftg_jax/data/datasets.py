@@ -14,11 +14,21 @@ from fedftg_jax.data.parts import Parts
 
 _NPZ_ARRAYS = ('train_x', 'train_y', 'test_x', 'test_y')
 _CLIENTS = 'train_client_id'
+_NAMES = 'class_names'
 # Customary means and standard deviations, as in the official FedFTG code; other
 # data sets are normalised by those of their train split.
 _CUSTOMARY = {
   'cifar10': ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
   'cifar100': ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+# Names that the original files do not hold.
+_CLASS_NAMES = {
+  'cifar10': (
+    'airplane automobile bird cat deer dog frog horse ship truck'.split()
+  ),
+  'fashion_mnist': (
+    'T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot'.split()
+  ),
 }
 
 
@@ -39,6 +49,7 @@ class Dataset(NamedTuple):
   # The part of the train split that `with_validation` holds out.
   validation_x: np.ndarray | None = None
   validation_y: np.ndarray | None = None
+  class_names: tuple[str, ...] = ()  # C names; () if the data have none
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -123,7 +134,10 @@ def load(
     raise ValueError('arrays are known only to the program that has them')
   else:
     arrays, where = _prepared().read(name, data_dir, manual_dir), name
-  return _dataset(arrays, where, num_classes, re.split('[:/]', name)[0])
+  base = re.split('[:/]', name)[0]
+  if base in _CLASS_NAMES:
+    arrays = {**arrays, _NAMES: _CLASS_NAMES[base]}
+  return _dataset(arrays, where, num_classes, base)
 
 
 def from_arrays(
@@ -168,17 +182,46 @@ def fingerprint(dataset: Dataset) -> str:
 
 def _dataset(arrays, where, num_classes, name='') -> Dataset:
   """Checks arrays and adds normalisation, the customary one of set `name`."""
+  names = arrays.pop(_NAMES, ())
   arrays = _checked(arrays, where, num_classes)
+  num_classes = num_classes or 1 + int(arrays['train_y'].max())
   clients, num_natural = _natural(arrays.pop(_CLIENTS, None))
   mean, std = _CUSTOMARY.get(name) or _moments(arrays['train_x'])
   return Dataset(
     **arrays,
-    num_classes=num_classes or 1 + int(arrays['train_y'].max()),
+    num_classes=num_classes,
     mean=mean,
     std=std,
     train_clients=clients,
     num_natural=num_natural,
+    class_names=_class_names(names, num_classes),
   )
+
+
+def _class_names(names, num_classes) -> tuple[str, ...]:
+  """Returns C names; () if there are none, or only numbers."""
+  numbers = [str(c) for c in range(num_classes)]
+  names = [*names, *numbers[len(names) :]][:num_classes]
+  return () if names == numbers else tuple(names)
+
+
+def fingerprints(dataset: Dataset) -> dict[str, dict[str, Any]]:
+  """Returns the size and a digest of each split, which identify the data.
+
+  Returns:
+    By split, 'examples': how many, and 'sha256': the digest of the images and
+    labels.
+  """
+  found = {}
+  for split, *arrays in (
+    ('train', dataset.train_x, dataset.train_y),
+    ('test', dataset.test_x, dataset.test_y),
+  ):
+    digest = hashlib.sha256()
+    for array in arrays:
+      digest.update(np.ascontiguousarray(array).data)
+    found[split] = {'examples': len(arrays[0]), 'sha256': digest.hexdigest()}
+  return found
 
 
 def with_validation(dataset: Dataset, share: float, seed: int) -> Dataset:

@@ -4,6 +4,7 @@ TFDS's own ImageFolder reads through TensorFlow, which is not needed here.
 """
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -48,8 +49,10 @@ def files(
   return _visible(folder) if folder.is_dir() else []
 
 
-def read(path: str) -> dict[str, np.ndarray]:
+def read(path: str) -> dict[str, Any]:
   """Reads train_x, train_y, test_x, test_y, sorted by class and file name.
+
+  It also returns class_names, the names of the folders.
 
   Every file counts, except those whose names begin with a dot. If some images
   have colours, grey ones get three channels.
@@ -79,6 +82,7 @@ def read(path: str) -> dict[str, np.ndarray]:
     'train_y': train_y,
     'test_x': test_x,
     'test_y': test_y,
+    'class_names': names,
   }
 
 

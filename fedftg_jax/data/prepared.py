@@ -8,6 +8,7 @@ must have been prepared where TensorFlow is installed.
 import json
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -47,7 +48,7 @@ def check(name: str, data_dir: str | None, manual_dir: str | None) -> None:
 
 def read(
   name: str, data_dir: str | None, manual_dir: str | None
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
   """Reads the splits of a data set, and prepares it first if necessary.
 
   TFDS stores examples in a shuffled order. Here they are sorted by label, and
@@ -61,7 +62,8 @@ def read(
 
   Returns:
     train_x, train_y, test_x, test_y, and train_client_id if a feature names the
-    client of an example. Without a test split, `validation` is used.
+    client of an example. Without a test split, `validation` is used. And
+    class_names, if the data set names its classes.
 
   Raises:
     ValueError: says what is missing and where it belongs.
@@ -88,6 +90,9 @@ def read(
     arrays[split + '_x'], arrays[split + '_y'] = images[order], labels[order]
     if clients is not None:
       arrays['train_client_id'] = clients[order]
+  feature = builder.info.features[label]
+  if getattr(feature, 'num_classes', None):
+    arrays['class_names'] = feature.names
   return arrays
 
 

@@ -12,8 +12,12 @@ and participation are those of --partition_seed and --schedule_seed for all, or,
 with --vary_partition, change with the seed too. Runs that are finished are
 skipped: a comparison that was stopped is continued by the same command.
 
-Writes into --workdir: report.html, table.md, summary.json, curves.png, and each
-run's files in METHOD/seedK/.
+At the end it says what can be concluded and what cannot: each method is tested
+against the first, paired by seed.
+
+Writes into --workdir: report.html with its tables and pictures in report/,
+table.md, summary.json, curves.png, ro-crate-metadata.json, and each run's files
+in METHOD/seedK/.
 """
 
 import re
@@ -22,7 +26,7 @@ from absl import flags as absl_flags
 
 from fedftg_jax.configuration import flags, folders, resolve
 from fedftg_jax.configuration.resolve import Configuration
-from fedftg_jax.results import page, plots, statistics
+from fedftg_jax.results import page, plots, statistics, verdicts
 from fedftg_jax.runs import suite
 from fedftg_jax.system import cli, files, progress
 
@@ -107,15 +111,21 @@ def parse_methods(names: list[str]) -> dict[str, Configuration]:
 
 
 def write_results(results, folder, shared) -> None:
-  """Writes and prints what the runs came to."""
+  """Writes and prints the results, and what can be concluded from them."""
   target = FLAGS.target_accuracy or statistics.common_target(results)
   summary = {
     name: statistics.over_seeds(runs, target) for name, runs in results.items()
   }
+  finals = {
+    name: figures['final_accuracy']['per_seed']
+    for name, figures in summary.items()
+  }
+  conclusion = verdicts.conclusion(finals, not suite.FLAGS.vary_partition)
   files.write_json(
     folder / 'summary.json',
     {
       'methods': summary,
+      'conclusion': conclusion,
       'target_accuracy': target,
       'seeds': list(suite.seeds()),
       'config': shared,
@@ -135,3 +145,5 @@ def write_results(results, folder, shared) -> None:
   print(
     f'report: {written}; pictures: {folder}/curves.png, {folder}/*/seed*/*.png'
   )
+  if conclusion:
+    print(conclusion)

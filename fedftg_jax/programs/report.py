@@ -1,11 +1,12 @@
-"""Makes report.html of a run, comparison or sweep, from the files in its
-folder.
+"""Makes the report of a run, a comparison, a sweep or of influence.
 
   fedftg report runs/demo
 
-One page that needs nothing else: no network, no scripts, pictures inside. It is
-written by `train`, `compare` and `sweep`; this makes it anew, also while a run
-goes on.
+report.html is one page that needs no network and no scripts. Its pictures are
+inside. Beside it, report/ has the tables as CSV and the pictures as SVG, and
+ro-crate-metadata.json describes all files of the folder. `train`, `compare`,
+`sweep` and `influence` write all this when they are done. This program writes
+it again, also while a run is still training.
 """
 
 from upath import UPath

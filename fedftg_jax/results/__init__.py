@@ -1,1 +1,1 @@
-"""What is in a folder of results, and how it is shown."""
+"""Reads folders of results, and shows them."""

@@ -1,5 +1,7 @@
-"""What tracked influence comes to: agreement with retraining, cost, ranking,
-and whether clients with wrong labels are found."""
+"""Computes figures of tracked influence.
+
+They are the agreement with retraining, the cost, rankings, and how well clients
+with wrong labels are found."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,7 +34,7 @@ def summarise(
   flipped: Sequence[Sequence[int]],
   seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-  """What influence.json holds.
+  """Computes what influence.json holds.
 
   Args:
     rows: by curvature and seed, those of metrics.jsonl.
@@ -103,7 +105,7 @@ def _array(values) -> np.ndarray:
 def agreement(
   estimate: Sequence[float | None], true: Sequence[float | None]
 ) -> dict[str, float | None]:
-  """How estimates agree with what they estimate, over clients.
+  """Measures how well estimates agree with the true values, over clients.
 
   Args:
     estimate: [C].
@@ -143,7 +145,7 @@ def _over_seeds(found) -> dict[str, Any]:
 
 
 def _by_round(estimates, truths) -> list[dict[str, Any]]:
-  """Agreement of the loss at each evaluation."""
+  """Computes the agreement of the loss at each evaluation."""
   points = []
   for i, row in enumerate(estimates[0]):
     found = _over_seeds(
@@ -162,8 +164,12 @@ def _by_round(estimates, truths) -> list[dict[str, Any]]:
 
 
 def rankings(summary: Mapping[str, Any]) -> dict[str, list[np.ndarray]]:
-  """By name, how suspicious each tracked client is, for each seed: by each
-  curvature the less it helps, by 'loss' the larger its own."""
+  """Rates how suspicious each tracked client is, for each seed.
+
+  Returns:
+    By ranking, [C] for each seed: by a curvature, the less a client helps the
+    higher; by 'loss', the larger its own loss the higher.
+  """
   found = {
     name: [-_array(one['loss']) for one in of_name]
     for name, of_name in summary['scores'].items()
@@ -174,8 +180,10 @@ def rankings(summary: Mapping[str, Any]) -> dict[str, list[np.ndarray]]:
 
 
 def area(suspicion: np.ndarray, positive: np.ndarray) -> float | None:
-  """Area under the ROC curve: the probability that a positive is more
-  suspicious than a negative, ties by half.
+  """Computes the area under the ROC curve.
+
+  It is the probability that a positive is more suspicious than a negative; ties
+  count by half.
 
   Args:
     suspicion: [C].
@@ -209,8 +217,16 @@ def _detection(summary) -> dict[str, dict[str, Any]]:
 
 
 def worst(summary: Mapping[str, Any], num: int) -> dict[str, list[list[int]]]:
-  """The most suspicious clients of each seed: by the first estimate, by loss,
-  and at random."""
+  """Picks the most suspicious clients of each seed.
+
+  Args:
+    summary: what influence.json holds.
+    num: how many.
+
+  Returns:
+    By ranking, the clients of each seed: by the first estimate, by loss, and at
+    random.
+  """
   estimate = next(name for name in summary['scores'] if name != TRUTH)
   clients = np.array(summary['clients'])
   found = {
@@ -231,7 +247,7 @@ def worst(summary: Mapping[str, Any], num: int) -> dict[str, list[list[int]]]:
 
 
 def score_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """A row for each curvature, seed and client."""
+  """Lists the scores, a row for each curvature, seed and client."""
   return [
     {
       'curvature': name,
@@ -251,8 +267,10 @@ def score_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def panels(summary: Mapping[str, Any]) -> dict[str, list[tuple]]:
-  """What `plots.estimates` draws: by curvature the pairs (true, estimate) of
-  the loss, over clients and seeds."""
+  """Pairs (true, estimate) of the influence on the loss, by curvature.
+
+  The pairs are those of all clients and seeds; `plots.estimates` draws them.
+  """
   if TRUTH not in summary['scores']:
     return {}
   found = {}
@@ -273,8 +291,10 @@ def panels(summary: Mapping[str, Any]) -> dict[str, list[tuple]]:
 
 
 def by_round(summary: Mapping[str, Any]) -> dict[str, dict[str, list[tuple]]]:
-  """What `plots.metrics` draws of the agreement at each evaluation; {} where
-  there is one alone."""
+  """Lists points (round, agreement) by figure and curvature.
+
+  There are none if there is only one evaluation.
+  """
   found = {
     title: {
       name: [
@@ -298,8 +318,11 @@ def by_round(summary: Mapping[str, Any]) -> dict[str, dict[str, list[tuple]]]:
 
 
 def tables_of(summary: Mapping[str, Any]) -> dict[str, Table]:
-  """Tables by name: 'estimates', 'ranking', and those there is something for of
-  'detection' and 'cleansing'."""
+  """Makes the tables of the influence.
+
+  They are 'estimates', 'ranking' and, if there are such figures, 'detection'
+  and 'cleansing'.
+  """
   found = {'estimates': _estimates(summary), 'ranking': _ranking(summary)}
   if 'auc' in summary:
     found['detection'] = Table(
@@ -330,7 +353,7 @@ def tables_of(summary: Mapping[str, Any]) -> dict[str, Table]:
 
 
 def _estimates(summary) -> Table:
-  """A row for each curvature."""
+  """Lists agreement and cost, a row for each curvature."""
   rows = []
   for name in summary['scores']:
     row = [name]
@@ -364,7 +387,7 @@ def _estimates(summary) -> Table:
 
 
 def _ranking(summary) -> Table:
-  """The first seed's clients, from who helps most."""
+  """Lists the first seed's clients; the most helpful one comes first."""
   scores = {name: of_name[0] for name, of_name in summary['scores'].items()}
   by = next((name for name in scores if name != TRUTH), TRUTH)
   order = np.argsort(-np.nan_to_num(_array(scores[by]['loss'])), kind='stable')

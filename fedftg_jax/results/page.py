@@ -1,49 +1,50 @@
 """The page of a run, a comparison, a sweep or of influence: report.html.
 
-One page that needs nothing else: no network, no scripts, pictures inside.
+One page that needs nothing else: no network, no scripts, pictures inside. In
+the folder report/ beside it is every table as CSV and every picture as SVG.
 """
 
-import base64
-from collections.abc import Iterable, Mapping
-import io
-import json
+from collections.abc import Iterator, Mapping
+import contextlib
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
+from urllib import parse
 
-from etils import epy
 import jinja2
 import markupsafe
 import numpy as np
-from PIL import Image
 from upath import UPath
 
 from fedftg_jax.configuration import folders
-from fedftg_jax.data import images as images_lib
 from fedftg_jax.results import (
+  crate,
+  glossary,
   influence,
+  pictures,
   plots,
   reader,
+  sections,
   statistics,
   svg,
   tables,
   verdicts,
 )
 from fedftg_jax.results import rows as rows_lib
+from fedftg_jax.results import styles as styles_lib
 from fedftg_jax.system import cli, files
 
-with epy.lazy_imports():
-  from matplotlib import colors as plt_colors
-
-_STRIP_ROUNDS = 6  # rounds whose generated images are shown, at most
-_SHOWN_CONFIGURATIONS = 8  # of a sweep, with their curves; colours are ten
-_DRAWN_CLIENTS = 300  # of more the partition is shown in pixels
-_GRID_CLASSES = 10  # of which all images are shown, at most
-_STRIP_PIXELS = 64  # at least so many across an image
+FOLDER = 'report'  # beside the page, with tables and pictures
+_SHOWN_CONFIGURATIONS = 8  # of a sweep, with their curves
+_UNNAMED = '', 'picture', 'table', 'animation'  # not in the names of files
 
 
 def write(folder: UPath) -> UPath:
   """Writes report.html into the folder of a run or of several.
+
+  Beside it, in report/, it writes the tables as CSV and the pictures as SVG;
+  and ro-crate-metadata.json, which says what all files of the folder are and
+  where they come from.
 
   Args:
     folder: as `train`, `compare`, `sweep` or `influence` left it.
@@ -54,12 +55,16 @@ def write(folder: UPath) -> UPath:
   Raises:
     cli.ArgumentError: if the folder holds none of them, or a damaged file.
   """
+  folder = UPath(folder)
   if not (folder / 'config.json').exists():
     raise cli.ArgumentError(
       folder,
       'must be a folder that train, compare, sweep or influence has written to',
     )
-  try:
+  beside = folder / FOLDER
+  if files.is_link(beside):
+    raise cli.ArgumentError(beside, 'must be a folder of its own, not a link')
+  with _damage_named(folder):
     config = files.read_json(folder / 'config.json')['config']
     pages = {
       'compare': _of_comparison,
@@ -67,8 +72,28 @@ def write(folder: UPath) -> UPath:
       'influence': _of_influence,
     }
     page = pages.get(config.get('program'), _of_run)(folder, config)
-    text = render(page)
+    shown, exported = _exported(page)
+    text = render({**shown, 'terms': _terms(page)})
     text.encode()  # ValueError for half a character
+  for name, content in exported.items():
+    files.write_bytes(beside / name, content)
+  for name in files.names(beside):
+    if name not in exported and name.endswith(('.csv', '.svg', '.png')):
+      (beside / name).unlink(missing_ok=True)  # of an earlier page
+  path = folder / 'report.html'
+  files.write_text(path, text)
+  with _damage_named(folder):
+    crate.write(
+      folder, page['title'], f'{page["verdict"]} {page["conclusion"]}'.strip()
+    )
+  return path
+
+
+@contextlib.contextmanager
+def _damage_named(folder: UPath) -> Iterator[None]:
+  """Turns what damaged files come to into a line that names the folder."""
+  try:
+    yield
   except (
     OSError,
     ValueError,
@@ -85,13 +110,10 @@ def write(folder: UPath) -> UPath:
       'has no evaluation yet, or a damaged file '
       f'({type(error).__name__}: {" ".join(str(error).split())})',
     ) from error
-  path = folder / 'report.html'
-  files.write_text(path, text)
-  return path
 
 
 def render(page: Mapping[str, Any]) -> str:
-  """The page as HTML; what is not marked as safe is escaped."""
+  """Renders the page as HTML; what is not marked as safe is escaped."""
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / 'templates'),
     autoescape=True,
@@ -100,18 +122,94 @@ def render(page: Mapping[str, Any]) -> str:
     lstrip_blocks=True,
   )
   environment.filters['breakable'] = _breakable
+  environment.filters['parts'] = lambda text: _breakable(text, ':+,')
   return environment.get_template('report.html').render(page)
 
 
-def _breakable(text: str) -> markupsafe.Markup:
-  """Text as HTML that may be broken where a name has its joints."""
-  return markupsafe.Markup('<wbr>').join(re.split(r'(?<=[_:=+,/])', text))
+def _breakable(text: str, joints: str = '_:=+,/') -> markupsafe.Markup:
+  """Makes HTML of a name that may be broken at its joints."""
+  parts = re.split(f'(?<=[{re.escape(joints)}])', text)
+  return markupsafe.Markup('<wbr>').join(parts)
+
+
+def _terms(page: Mapping[str, Any]) -> dict[str, str]:
+  """Explains the words that a page's tables and sections use."""
+  words = {
+    term
+    for term, section in (
+      ('Pareto front', 'fronts'),
+      ('rounds to a target', 'targets'),
+      ('accuracy of a class', 'by_class'),
+      ('confusion', 'confusion'),
+      ('personalised', 'fairness'),
+    )
+    if page[section]
+  }
+  words.update(page['curves'])
+
+  def collect(value):
+    if isinstance(value, tables.Table):
+      words.update(re.sub(r'^seed \d+$', 'seed', word) for word in value.header)
+    elif isinstance(value, dict):
+      for one in value.values():
+        collect(one)
+
+  collect(dict(page))
+  return {name: str(of) for name, of in glossary.of_terms(words).items()}
+
+
+class Shown(NamedTuple):
+  """A table, a picture or an animation on the page, and its file beside it.
+
+  Attributes:
+    content: the table, the picture or the animation.
+    href: the file's address, from the page.
+  """
+
+  content: tables.Table | svg.Picture | pictures.Animation
+  href: str
+
+
+def _exported(
+  page: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+  """Gives every table and picture of a page a file.
+
+  Files are called by the place on the page, as in curves-rounds.svg.
+
+  Returns:
+    The page, with `Shown` for them; and by name the contents of the files.
+  """
+  contents: dict[str, bytes] = {}
+
+  def shown(value, *place):
+    if isinstance(value, dict):
+      return {key: shown(one, *place, key) for key, one in value.items()}
+    if isinstance(value, list):
+      return [shown(one, *place, i + 1) for i, one in enumerate(value)]
+    if isinstance(value, tables.Table):
+      suffix, content = '.csv', value.csv.encode()
+    elif isinstance(value, svg.Picture):
+      suffix, content = '.svg', value.file.encode()
+    elif isinstance(value, pictures.Animation):
+      suffix, content = '.png', value.file
+    else:
+      return value
+    words = (str(word) for word in place if word not in _UNNAMED)
+    name = folders.folder_name('-'.join(words))
+    while name + suffix in contents:
+      name += '-'
+    contents[name + suffix] = content
+    return Shown(value, parse.quote(f'{FOLDER}/{name}{suffix}'))
+
+  return {key: shown(value, key) for key, value in page.items()}, contents
 
 
 def _of_run(folder, config) -> dict[str, Any]:
-  """The page of one run: its models side by side."""
+  """Builds the page of one run: its models side by side."""
   del config
   run = reader.read(folder)
+  method = run.config['method']
   entries = {
     title: [(run, model)]
     for title, model in rows_lib.different_models(run.rows).items()
@@ -119,19 +217,23 @@ def _of_run(folder, config) -> dict[str, Any]:
   clients = {
     '': {name: [(run, name)] for name in run.clients.get('accuracy', {})}
   }
+  like = {
+    name: method
+    for name in (*entries, *clients[''], method)
+    if name.split(' = ')[0] in ('broadcast', method)
+  }
   return {
-    'title': f'{run.config["method"]} on {run.config["dataset"]}',
+    'title': f'{method} on {run.config["dataset"]}',
     'kind': 'Training run',
     'verdict': verdicts.of_run(run),
     'final': tables.final(entries, 'model'),
-    'configuration': _configuration([run.config]),
-    'differences': None,
-    **_sections(entries, clients, {run.config['method']: [run]}),
+    'settings': tables.settings({method: run.config}),
+    **sections.build(entries, clients, {method: [run]}, like=like),
   }
 
 
 def _of_comparison(folder, config) -> dict[str, Any]:
-  """The page of a comparison: the methods' broadcast models side by side."""
+  """Builds the page of a comparison: the methods' broadcast models."""
   summary = files.read_json(folder / 'summary.json')
   runs = _read_runs(
     folder,
@@ -139,38 +241,61 @@ def _of_comparison(folder, config) -> dict[str, Any]:
     summary['seeds'],
   )
   entries = _broadcast(runs)
-  first = [of_name[0].config for of_name in runs.values()]
+  finals = {
+    name: tables.final_accuracies(of_name) for name, of_name in entries.items()
+  }
+  compared = len(runs) > 1
+  tested = compared and len(summary['seeds']) > 1
   return {
     'title': f'{len(runs)} methods on {config["dataset"]}'
-    if len(runs) > 1
+    if compared
     else f'{next(iter(runs))} on {config["dataset"]}',
     'kind': 'Comparison',
     'verdict': verdicts.of_comparison(entries),
     'final': tables.final(entries, 'method', average=True),
-    'configuration': _configuration(first),
-    'differences': _differences(runs),
-    **_sections(entries, _same_clients(runs), runs, summary['target_accuracy']),
+    'settings': tables.settings(_configs(runs)),
+    **sections.build(
+      entries, _same_clients(runs), runs, summary['target_accuracy']
+    ),
+    'conclusion': verdicts.conclusion(finals, _one_partition(runs)),
+    'tests': tables.differences(statistics.against(finals)) if tested else None,
+    'base': next(iter(runs)),
   }
 
 
+def _one_partition(runs) -> bool:
+  """Tells whether all seeds share partition and schedule."""
+  return all(
+    run.config.get(flag) == of_name[0].config.get(flag)
+    for of_name in runs.values()
+    for run in of_name
+    for flag in ('partition_seed', 'schedule_seed')
+  )
+
+
+def _configs(runs) -> dict[str, dict[str, Any]]:
+  """Returns the first seed's configuration of each name."""
+  return {name: of_name[0].config for name, of_name in runs.items()}
+
+
 def _of_sweep(folder, config) -> dict[str, Any]:
-  """The page of a sweep: all configurations, and the best few side by side."""
+  """Builds the page of a sweep: all configurations, the best few in detail."""
   del config
   summary = files.read_json(folder / 'summary.json')
   ended = [row for row in summary['configurations'] if not row['diverged']]
   rounds = {row['name']: row['rounds'] for row in ended[:_SHOWN_CONFIGURATIONS]}
   runs = _read_runs(folder, rounds, summary['seeds'])
   entries, swept = _broadcast(runs), summary['swept']
-  configs = [
-    files.read_json(
+  configs = {
+    row['name']: files.read_json(
       folder
       / folders.folder_name(row['name'])
       / f'seed{summary["seeds"][0]}'
       / 'config.json'
     )['config']
     for row in ended
-  ]
-  page = _sections(
+  }
+  page = sections.build(
     entries, _same_clients(runs), runs, summary['target_accuracy']
   )
   counts = [of_name[0].counts.get('train') for of_name in runs.values()]
@@ -183,7 +308,7 @@ def _of_sweep(folder, config) -> dict[str, Any]:
     'kind': 'Sweep',
     'verdict': verdicts.of_sweep(summary, len(ended)),
     'final': tables.Table(*statistics.sweep_table(summary)),
-    'picture': svg.inline(
+    'picture': svg.draw(
       'sweep',
       f'Accuracy by {" and ".join(swept)}; numbers in the table.',
       plots.sweep,
@@ -193,17 +318,21 @@ def _of_sweep(folder, config) -> dict[str, Any]:
     )
     if len(swept) in plots.SWEPT
     else None,
-    'note': f'Below, of the {len(ended)} configurations the best {len(runs)}.'
+    'note': f'Below, the best {len(runs)} of the {len(ended)} configurations.'
     if len(ended) > len(runs)
     else None,
-    'configuration': _configuration(configs, without=swept),
-    'differences': _differences(runs),
+    'settings': {
+      **tables.settings(_configs(runs)),
+      'same': tables.settings(configs, without=swept)['same'],
+    },
   }
 
 
 def _of_influence(folder, config) -> dict[str, Any]:
-  """The page of clients' influence: the plain run, those without the worst
-  clients, and what was estimated."""
+  """Builds the page of clients' influence.
+
+  It compares the plain runs with those without the worst clients.
+  """
   del config
   summary = files.read_json(folder / 'influence.json')
   shown = {influence.PLAIN: 'all clients'} | {
@@ -219,14 +348,13 @@ def _of_influence(folder, config) -> dict[str, Any]:
   }
   entries, first = _broadcast(runs), next(iter(runs.values()))[0].config
   return {
-    **_sections(entries, _same_clients(runs), runs),
+    **sections.build(entries, _same_clients(runs), runs),
     'title': f'Influence of {len(summary["clients"])} clients: '
     f'{first["method"]} on {first["dataset"]}',
     'kind': 'Influence of clients',
     'verdict': verdicts.of_influence(summary),
     'final': tables.final(entries, 'trained with'),
-    'configuration': _configuration([first]),
-    'differences': None,
+    'settings': tables.settings({'': first}),
     'influence': _influence(summary),
   }
 
@@ -234,29 +362,37 @@ def _of_influence(folder, config) -> dict[str, Any]:
 def _influence(summary) -> dict[str, Any]:
   """Pictures and tables of the section on influence."""
   panels, by_round = influence.panels(summary), influence.by_round(summary)
+  styles = styles_lib.of(summary.get('by_round', ()))
   return {
     'tables': dict.fromkeys(influence.TABLES) | influence.tables_of(summary),
-    'picture': panels
-    and svg.inline(
-      'influence',
-      'Estimated influence of each client on the loss against retraining '
-      'without it; the table has the numbers.',
-      plots.estimates,
-      panels,
-    ),
-    'by_round': by_round
-    and svg.inline(
-      'influence_by_round',
-      'Agreement of the estimates with retraining, round by round.',
-      plots.metrics,
-      by_round,
-    ),
-    'legend': _legend(summary.get('by_round', ())),
+    'panels': {
+      title.partition(':')[0]: svg.draw(
+        f'influence{i}',
+        'Estimated influence of each client on the loss against retraining '
+        'without it; the table has the numbers.',
+        plots.estimates,
+        {title: points},
+      )
+      for i, (title, points) in enumerate(panels.items())
+    },
+    'by_round': {
+      title: sections.small_curve(
+        f'agreement{i}',
+        f'{title} at each evaluation.',
+        {
+          name: statistics.band([[(t, t, value) for t, value in points]])
+          for name, points in series.items()
+        },
+        styles,
+      )
+      for i, (title, series) in enumerate(by_round.items())
+    },
+    'legend': sections.legend(styles),
   }
 
 
 def _read_runs(folder, rounds, seeds) -> dict[str, list[reader.Recorded]]:
-  """Each seed's run of each name in `rounds`, up to its round."""
+  """Reads each seed's run of each name, up to its round in `rounds`."""
   return {
     name: [
       reader.read(folder / folders.folder_name(name) / f'seed{seed}', t)
@@ -274,7 +410,7 @@ def _broadcast(runs) -> tables.Entries:
 
 
 def _same_clients(runs) -> dict[str, tables.Entries]:
-  """By model of clients the methods that have it, in all their seeds."""
+  """Groups the methods by the models of clients that they have."""
   models = [
     model
     for of_name in runs.values()
@@ -289,370 +425,3 @@ def _same_clients(runs) -> dict[str, tables.Entries]:
     }
     for model in dict.fromkeys(models)
   }
-
-
-def _sections(entries, clients, runs, target=None) -> dict[str, Any]:
-  """What runs and comparisons have in common; None for what there is not."""
-  series = {
-    name: [rows_lib.curve(run.rows, model) for run, model in of_name]
-    for name, of_name in entries.items()
-  }
-  first = next(iter(runs.values()))[0]
-  ylabel = 'test accuracy, percent'
-  return {
-    'picture': None,
-    'note': None,
-    'influence': None,
-    'several': len(runs) > 1,
-    'legend': _legend(entries),
-    'curves': [
-      svg.inline(
-        f'curve{column}',
-        f'Test accuracy against {what}; numbers in the tables.',
-        plots.curve,
-        series,
-        ylabel,
-        column,
-      )
-      for column, what in enumerate(('rounds', 'megabytes'))
-    ],
-    'seeds': len(next(iter(entries.values()))),
-    'targets': tables.targets(entries, target),
-    **_clients(clients),
-    **_classes(entries),
-    'partition': _partition_picture(first.counts),
-    'partition_note': _partition_note(first),
-    **_own_metrics(runs),
-    'class_changes': _class_changes(runs),
-    'strips': [
-      (
-        name,
-        strip(run.images),
-        nearest(run.nearest),
-        grid(run.of_classes.get('x')),
-      )
-      for name, (run, *_) in runs.items()
-      if run.images
-    ],
-    'curvature': tables.curvature(runs),
-    'tensors': [
-      (name, tables.curvature_by_tensor(run.hessian))
-      for name, (run, *_) in runs.items()
-      if run.hessian
-    ],
-    'times': tables.times(runs),
-    'versions': first.versions,
-  }
-
-
-def _clients(groups: Mapping[str, tables.Entries]) -> dict[str, Any]:
-  """A table for all, and for each group a picture of clients in order; of those
-  whose clients have test examples."""
-  groups = {
-    group: {
-      name: of_name
-      for name, of_name in entries.items()
-      if all(run.clients['summary'][model]['clients'] for run, model in of_name)
-    }
-    for group, entries in groups.items()
-  }
-  groups = {group: entries for group, entries in groups.items() if entries}
-  return {
-    'fairness': groups
-    and tables.fairness(
-      {
-        ', '.join(filter(None, (name, group))): of_name
-        for group, entries in groups.items()
-        for name, of_name in entries.items()
-      }
-    ),
-    'clients': [
-      (
-        group,
-        _legend(entries),
-        svg.inline(
-          f'clients{i}',
-          f'Accuracy of each client, from the worst to the best. {group}',
-          plots.clients,
-          _client_values(entries),
-        ),
-      )
-      for i, (group, entries) in enumerate(groups.items())
-    ],
-  }
-
-
-def _client_values(clients) -> dict[str, np.ndarray]:
-  """By name all clients' accuracies in percent, of all seeds."""
-  values = {
-    name: np.concatenate(
-      [
-        np.array(run.clients['accuracy'][model], float)
-        for run, model in of_name
-      ]
-    )
-    for name, of_name in clients.items()
-  }
-  return {name: 100 * v[np.isfinite(v)] for name, v in values.items()}
-
-
-def _classes(entries) -> dict[str, Any]:
-  """Picture and table of the accuracy on each class, means over seeds."""
-  values = {}
-  for name, of_name in entries.items():
-    found = [
-      run.classes.get('accuracy', {}).get(model) for run, model in of_name
-    ]
-    if all(found):
-      values[name] = 100 * np.mean(np.array(found, float), axis=0)
-  if len({len(of_name) for of_name in values.values()}) != 1:  # none, or unlike
-    return {'classes': None, 'classes_table': None, 'classes_legend': []}
-  num_classes = len(next(iter(values.values())))
-  return {
-    'classes': svg.inline(
-      'classes',
-      'Accuracy on each class; the table has the numbers.',
-      plots.classes,
-      values,
-    ),
-    'classes_legend': _bar_legend(values),
-    'classes_table': tables.Table(
-      ['class', *values],
-      [
-        [
-          str(c),
-          *(
-            f'{v[c]:.1f}' if np.isfinite(v[c]) else '–' for v in values.values()
-          ),
-        ]
-        for c in range(num_classes)
-      ],
-    ),
-  }
-
-
-def _class_changes(runs) -> list[tuple[str, markupsafe.Markup]]:
-  """By name what fine-tuning changes in each class, means over seeds."""
-  pictures = []
-  for i, (name, of_name) in enumerate(runs.items()):
-    by_round = [
-      {
-        row['round']: row['class_change']
-        for row in run.rows
-        if 'class_change' in row
-      }
-      for run in of_name
-    ]
-    rounds = [t for t in by_round[0] if all(t in of_run for of_run in by_round)]
-    if rounds:
-      changes = 100 * np.mean(
-        [np.array([of_run[t] for t in rounds], float) for of_run in by_round],
-        axis=0,
-      )
-      pictures.append(
-        (
-          name,
-          svg.inline(
-            f'change{i}',
-            f'{name}: what fine-tuning changes in the accuracy on each '
-            'class, round by round.',
-            plots.class_changes,
-            rounds,
-            changes,
-          ),
-        )
-      )
-  return pictures
-
-
-def _own_metrics(runs) -> dict[str, Any]:
-  """What is measured in each round beside accuracy, means over seeds."""
-  names = dict.fromkeys(
-    key
-    for of_name in runs.values()
-    for key in rows_lib.measures(of_name[0].rows[-1])
-  )
-  series = {}
-  for key in names:
-    curves = {
-      name: _mean_points(of_name, key) for name, of_name in runs.items()
-    }
-    series[key] = {name: points for name, points in curves.items() if points}
-  series = {key: curves for key, curves in series.items() if curves}
-  if not series:
-    return {'own': None, 'own_legend': []}
-  shown = dict.fromkeys(name for curves in series.values() for name in curves)
-  return {
-    'own': svg.inline(
-      'own',
-      'What is measured beside accuracy, round by round.',
-      plots.metrics,
-      series,
-    ),
-    'own_legend': _legend(shown) if len(runs) > 1 else [],
-  }
-
-
-def _mean_points(of_name, key) -> list[tuple[int, float]]:
-  """(round, mean over seeds) where every seed has a value."""
-  values = [{row['round']: row.get(key) for row in run.rows} for run in of_name]
-  return [
-    (t, float(np.mean([v[t] for v in values])))
-    for t in values[0]
-    if all(v.get(t) is not None for v in values)
-  ]
-
-
-def strip(images: Mapping[int, np.ndarray]) -> list[tuple[int, str]]:
-  """Some of the rounds, evenly spread, each with its images as a data URI.
-
-  Args:
-    images: [C, H, W, channels] uint8 by round.
-
-  Returns:
-    (round, image of all classes side by side), at most `_STRIP_ROUNDS`.
-  """
-  rounds = sorted(images)
-  places = np.linspace(0, len(rounds) - 1, min(len(rounds), _STRIP_ROUNDS))
-  return [
-    (rounds[i], _side_by_side(images[rounds[i]]))
-    for i in np.round(places).astype(int)
-  ]
-
-
-def nearest(found: Mapping[str, np.ndarray]) -> dict[str, str] | None:
-  """What `scoring.nearest_real` found, as data URIs and a sentence."""
-  if not found:
-    return None
-  return {
-    'generated': _side_by_side(found['generated']),
-    'real': _side_by_side(found['real']),
-    'note': 'Labels of the real ones: '
-    + ', '.join(map(str, found['label']))
-    + (
-      f'. Distances: {found["distance"].min():.2f} to '
-      f'{found["distance"].max():.2f}; of a real image from the nearest other '
-      f'one {float(found["between_real"]):.2f} (root mean square over pixels, '
-      'normalised as for the model).'
-    ),
-  }
-
-
-def grid(images: np.ndarray | None) -> str | None:
-  """Images [C, n, H, W, channels] of any range as a data URI, a row for each of
-  the first classes; None where there are none."""
-  if images is None:
-    return None
-  images = np.nan_to_num(images[:_GRID_CLASSES], posinf=0, neginf=0)
-  num_classes, per_class, height, width, channels = images.shape
-  scaled = images_lib.scaled(images.reshape(-1, height, width, channels))
-  rows = np.round(255 * scaled).astype(np.uint8).reshape(images.shape)
-  return _side_by_side(
-    rows.transpose(1, 0, 2, 3, 4).reshape(
-      per_class, num_classes * height, width, channels
-    )
-  )
-
-
-def _side_by_side(images) -> str:
-  if images.shape[-1] != 3:
-    images = images.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8)
-  times = -(-_STRIP_PIXELS // images.shape[2])  # so that pixels stay sharp
-  images = images.repeat(times, 1).repeat(times, 2)
-  file = io.BytesIO()
-  Image.fromarray(np.concatenate(list(images), axis=1)).save(
-    file, 'PNG', optimize=True
-  )
-  return _data_uri(file.getvalue())
-
-
-def _data_uri(png: bytes) -> str:
-  return 'data:image/png;base64,' + base64.b64encode(png).decode()
-
-
-def _legend(names: Iterable[str]) -> list[tuple[str, str]]:
-  """(name, CSS of its sample) of lines."""
-  return [
-    (
-      name,
-      f'border-top: 3px {"dashed" if dashes == "--" else "solid"} '
-      f'{plt_colors.to_hex(color)}',
-    )
-    for name, (color, dashes) in plots.line_styles(names).items()
-  ]
-
-
-def _bar_legend(names: Iterable[str]) -> list[tuple[str, str]]:
-  """(name, CSS of its sample) of bars."""
-  return [
-    (
-      name,
-      f'height: .8rem; opacity: {opacity:g}; '
-      f'background: {plt_colors.to_hex(color)}',
-    )
-    for name, (color, opacity) in plots.bar_styles(names).items()
-  ]
-
-
-def _partition_picture(counts) -> markupsafe.Markup | None:
-  """Who holds what; of many clients in pixels, a line each is too much."""
-  if not counts:
-    return None
-  counts, label = (
-    counts['train'],
-    ('Training examples of each class that each client holds.'),
-  )
-  if len(counts) <= _DRAWN_CLIENTS:
-    return svg.inline('partition', label, plots.heatmap, counts)
-  file = io.BytesIO()
-  plots.heatmap(file, counts)
-  return markupsafe.Markup('<img src="{}" alt="{}">').format(
-    _data_uri(file.getvalue()), label
-  )
-
-
-def _partition_note(run) -> str:
-  config = run.config
-  kind = config['partition']
-  if kind == 'dirichlet':
-    kind = f'Dirichlet({config["dirichlet_alpha"]:g})'
-  seed = config.get('partition_seed')
-  return kind + ('' if seed is None else f', seed {seed}')
-
-
-def _configuration(configs, without=()) -> list[tables.Table]:
-  """What all of `configs` have in common, in two halves."""
-  rows = [
-    [name, _text(value)]
-    for name, value in sorted(configs[0].items())
-    if name not in without
-    and all(config.get(name) == value for config in configs)
-  ]
-  half = -(-len(rows) // 2)
-  return [
-    tables.Table(['flag', 'value'], part)
-    for part in (rows[:half], rows[half:])
-    if part
-  ]
-
-
-def _differences(runs) -> tables.Table | None:
-  """The flags in which methods differ; None if there is one method."""
-  configs = {name: of_name[0].config for name, of_name in runs.items()}
-  names = sorted({k for config in configs.values() for k in config})
-  rows = [
-    [
-      name,
-      *(
-        _text(config[name]) if name in config else '–'
-        for config in configs.values()
-      ),
-    ]
-    for name in names
-    if len({json.dumps(config.get(name)) for config in configs.values()}) > 1
-  ]
-  return tables.Table(['flag', *configs], rows) if rows else None
-
-
-def _text(value) -> str:
-  return f'{value:g}' if isinstance(value, float) else str(value)

@@ -1,23 +1,88 @@
-"""Pictures: curves, bars, who holds what, a grid of generated images."""
+"""Pictures: curves, bars, maps, and a grid of generated images.
 
-from collections.abc import Iterable, Mapping, Sequence
+Each function draws one picture into a file: a path, or a binary file. Pictures
+of several names take their styles from `styles.of`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
 from typing import Any, NamedTuple
 
 from etils import epy
 import numpy as np
 
 from fedftg_jax.data import images as images_lib
-from fedftg_jax.results import canvas as plt
+from fedftg_jax.results import statistics
+from fedftg_jax.results import styles as styles_lib
+from fedftg_jax.results.statistics import Band
+from fedftg_jax.results.styles import Style
 
 # Half a second, which only a picture has to wait for.
 with epy.lazy_imports():
+  import matplotlib
   from matplotlib import colors as plt_colors
+  from matplotlib import figure as plt_figure
   from matplotlib import lines, ticker
 
 _POINTS = 400  # of a curve over clients, at most
-_PANEL = (5.4, 3.6)  # inches; a single picture that a phone shows well
+_PANEL = (4.1, 3.1)  # inches; a picture that fits a phone and a column
+_SMALL = (4.1, 2.3)
+_WIDE_RANGE = 30  # costs that are so many times as high as others: logarithmic
 _MANY_CLIENTS = 40  # from here on they are sorted
-_MOST_ROWS = 500  # of a picture of clients; more are drawn as means of groups
+_ROWS = 400  # of a map of clients, at most; of more, neighbours are averaged
+_TICKS = 8  # at most, of rounds
+_MARKED = 10  # points of a curve, at most, that have a marker
+_NUMBERED = 12  # classes, at most, whose confusions are written as numbers
+_LABEL = 14  # letters of a class name, at most
+_STYLE = {
+  'text.parse_math': False,  # names are text
+  'axes.axisbelow': True,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'grid.alpha': 0.18,
+  'grid.linewidth': 0.7,
+  'lines.linewidth': 1.8,
+  'lines.markersize': 4.5,
+  'hatch.linewidth': 0.6,
+}
+
+
+@contextlib.contextmanager
+def _drawn(
+  path: Any,
+  size: tuple[float, float],
+  rows: int = 1,
+  columns: int = 1,
+  dpi: int = 110,
+  tight: bool = False,
+  **layout: Any,
+) -> Iterator[np.ndarray]:
+  """Yields the axes [rows, columns] of a picture, which is then written.
+
+  No state of matplotlib is changed, and no window is opened. With `tight`
+  empty margins are cut off.
+  """
+  with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+    figure = plt_figure.Figure(figsize=size, layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False, **layout)
+    yield axes
+    figure.savefig(path, dpi=dpi, bbox_inches='tight' if tight else None)
+
+
+def _grid(num: int, width: float, height: float) -> dict[str, Any]:
+  """Arguments of `_drawn` for `num` panels of a size, three in a row."""
+  columns = min(3, num)
+  rows = -(-num // columns)
+  return {
+    'size': (width * columns, height * rows),
+    'rows': rows,
+    'columns': columns,
+  }
+
+
+def _hide(axes: Iterable[Any]) -> None:
+  for one in axes:
+    one.set_visible(False)
 
 
 def curves(
@@ -25,70 +90,133 @@ def curves(
   series: Mapping[str, Sequence[Sequence[tuple[int, float, float]]]],
   ylabel: str,
   title: str = '',
+  styles: Mapping[str, Style] | None = None,
 ) -> None:
-  """Draws each name's mean over seeds against rounds and against megabytes sent
-  up and down, with a band of one standard deviation over several seeds.
+  """Draws means over seeds against rounds and against megabytes.
+
+  With several seeds a band reaches from the lowest to the highest.
 
   Args:
     path: where to write.
-    series: by name, for each seed, the points (round, megabytes, value).
+    series: by name, for each seed, the points (round, megabytes sent up and
+      down, value).
     ylabel: what the values are.
     title: of the picture.
+    styles: by name; None for those of `styles.of`.
   """
-  figure, panels = plt.subplots(
-    1, 2, figsize=(11, 4.2), sharey=True, layout='constrained'
-  )
-  for column, axes in enumerate(panels):
-    _draw_curves(axes, series, column)
-  panels[0].set(ylabel=ylabel, title=title)
-  panels[1].legend(
-    fontsize=8, loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False
-  )
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+  styles = styles or styles_lib.of(series)
+  by_round = {
+    name: statistics.band([[(t, t, v) for t, _, v in seed] for seed in seeds])
+    for name, seeds in series.items()
+  }
+  by_megabytes = {
+    name: statistics.band(seeds)  # type: ignore[arg-type]
+    for name, seeds in series.items()
+  }
+  with _drawn(path, (11, 4.2), 1, 2, sharey=True) as axes:
+    left, right = axes[0]
+    _draw_curves(left, by_round, styles)
+    _draw_curves(right, by_megabytes, styles)
+    _round_ticks(left, by_round.values())
+    left.set(xlabel='round', ylabel=ylabel, title=title)
+    right.set(xlabel='megabytes, up and down')
+    right.legend(
+      fontsize=8, loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False
+    )
 
 
-def curve(path: Any, series: Mapping, ylabel: str, column: int) -> None:
-  """Draws one panel of `curves`, without a legend: against rounds (column 0) or
-  against megabytes (1)."""
-  figure, axes = plt.subplots(figsize=_PANEL, layout='constrained')
-  _draw_curves(axes, series, column)
-  axes.set(ylabel=ylabel)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
-
-
-def metrics(path: Any, series: Mapping[str, Mapping[str, Sequence]]) -> None:
-  """Draws a small panel for each metric, with a curve for each name.
+def curve(
+  path: Any,
+  bands: Mapping[str, Band],
+  styles: Mapping[str, Style],
+  xlabel: str,
+  ylabel: str = '',
+  front: Sequence[tuple[str, float, float]] = (),
+) -> None:
+  """Draws one quantity of each name, without a legend.
 
   Args:
     path: where to write.
-    series: by metric and name, the points (round, value); a mean over seeds.
+    bands: by name.
+    styles: by name.
+    xlabel: what `Band.x` is; with 'round', ticks are where evaluations are.
+    ylabel: what the values are; '' for a small picture whose caption says it.
+    front: the Pareto front, see `statistics.front`; () to draw none.
   """
-  columns = min(3, len(series))
-  rows = -(-len(series) // columns)
-  figure, panels = plt.subplots(
-    rows,
-    columns,
-    figsize=(2.9 * columns, 1.9 * rows),
-    squeeze=False,
-    layout='constrained',
+  with _drawn(path, _PANEL if ylabel else _SMALL) as axes:
+    (one,) = axes.flat
+    if front:
+      _, x, y = zip(*front)
+      right = max(curve.x.max() for curve in bands.values())
+      one.plot(
+        [*x, right],
+        [*y, y[-1]],
+        drawstyle='steps-post',
+        color=matplotlib.rcParams['text.color'],
+        linewidth=6,
+        alpha=0.15,
+        solid_joinstyle='round',
+      )
+    _draw_curves(one, bands, styles)
+    if xlabel == 'round':
+      _round_ticks(one, bands.values())
+    elif _is_wide(np.concatenate([curve.x for curve in bands.values()])):
+      one.set_xscale('log')
+      one.xaxis.set_major_formatter('{x:g}')
+    one.set(xlabel=xlabel, ylabel=ylabel)
+
+
+def _is_wide(costs: np.ndarray) -> bool:
+  return bool(0 < _WIDE_RANGE * costs.min() < costs.max())
+
+
+def _draw_curves(axes, bands, styles) -> None:
+  """Means with their markers, and bands where seeds differ."""
+  for name, of_name in bands.items():
+    style = styles[name]
+    axes.plot(
+      of_name.x,
+      of_name.mean,
+      style.dashes,
+      color=style.color,
+      label=name,
+      marker=style.marker,
+      markevery=max(1, -(-len(of_name.x) // _MARKED)),
+      zorder=2.1 if style.dashes == '-' else 2.2,  # what is below is seen
+    )
+    if (of_name.low < of_name.high).any():
+      axes.fill_between(
+        of_name.x,
+        of_name.low,
+        of_name.high,
+        alpha=0.15,
+        color=style.color,
+        linewidth=0,
+      )
+  axes.grid()
+
+
+def _round_ticks(axes, bands) -> None:
+  """Puts ticks where evaluations are."""
+  axes.set_xticks(
+    ticks_of(sorted({int(t) for curve in bands for t in curve.rounds}))
   )
-  styles = line_styles(
-    dict.fromkeys(name for curves_ in series.values() for name in curves_)
-  )
-  for axes, (title, curves_) in zip(panels.flat, series.items()):
-    for name, points in curves_.items():
-      color, dashes = styles[name]
-      axes.plot(*np.array(points, float).T, dashes, color=color)
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3)
-  for axes in panels.flat[len(series) :]:
-    axes.set_visible(False)
-  for axes in panels[-1]:
-    axes.set_xlabel('round')
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+
+
+def ticks_of(rounds: Sequence[int]) -> list[int]:
+  """Chooses at most 8 of the evaluated rounds as ticks.
+
+  All, if they are few; else multiples of a round number; and if there are too
+  few of those, every second one, every third, and so on.
+  """
+  if len(rounds) <= _TICKS:
+    return list(rounds)
+  for step in (d * 10**e for e in range(9) for d in (1, 2, 5)):
+    ticks = [t for t in rounds if t % step == 0]
+    if _TICKS // 2 <= len(ticks) <= _TICKS:
+      return ticks
+  every = -(-len(rounds) // _TICKS)
+  return list(rounds[every - 1 :: every])
 
 
 def effects(path: Any, rows: Sequence[tuple[str, str, float, float]]) -> None:
@@ -98,64 +226,61 @@ def effects(path: Any, rows: Sequence[tuple[str, str, float, float]]) -> None:
     path: where to write.
     rows: (group, name, mean, half of the interval; infinite for none).
   """
-  color = {
-    group: f'C{i}'
-    for i, group in enumerate(dict.fromkeys(row[0] for row in rows))
-  }
-  figure, axes = plt.subplots(
-    figsize=(7, 0.26 * len(rows) + 1), layout='constrained'
-  )
-  for i, (group, _, mean, half) in enumerate(rows):
-    axes.errorbar(
-      mean,
-      i,
-      xerr=half if np.isfinite(half) else None,
-      fmt='o',
-      color=color[group],
-      markersize=4,
-      capsize=2,
+  styles = styles_lib.of(row[0] for row in rows)
+  with _drawn(path, (7, 0.26 * len(rows) + 1)) as grid:
+    (axes,) = grid.flat
+    for i, (group, _, mean, half) in enumerate(rows):
+      axes.errorbar(
+        mean,
+        i,
+        xerr=half if np.isfinite(half) else None,
+        fmt=styles[group].marker,
+        color=styles[group].color,
+        markersize=4,
+        capsize=2,
+      )
+    axes.axvline(0, color='0.5', linewidth=1)
+    axes.set_yticks(
+      range(len(rows)), [name for _, name, *_ in rows], fontsize=8
     )
-  axes.axvline(0, color='0.5', linewidth=1)
-  axes.set_yticks(range(len(rows)), [name for _, name, *_ in rows], fontsize=8)
-  axes.legend(
-    handles=[
-      lines.Line2D([], [], color=c, marker='o', linestyle='', label=group)
-      for group, c in color.items()
-    ],
-    fontsize=8,
-  )
-  axes.invert_yaxis()
-  axes.grid(alpha=0.3, axis='x')
-  axes.set(xlabel='effect of FedFTG on the final test accuracy, points')
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+    axes.legend(
+      handles=[
+        lines.Line2D(
+          [],
+          [],
+          color=style.color,
+          marker=style.marker,
+          linestyle='',
+          label=group,
+        )
+        for group, style in styles.items()
+      ],
+      fontsize=8,
+    )
+    axes.invert_yaxis()
+    axes.grid(axis='x')
+    axes.set(xlabel='effect of FedFTG on the final test accuracy, points')
 
 
 def scatters(
   path: Any, panels: Mapping[str, Sequence[tuple[float, float]]], ylabel: str
 ) -> None:
   """Draws a panel of points for each title."""
-  columns = min(3, len(panels))
-  rows = -(-len(panels) // columns)
-  figure, grid = plt.subplots(
-    rows,
-    columns,
-    figsize=(3.4 * columns, 2.6 * rows),
-    squeeze=False,
-    sharey=True,
-    layout='constrained',
-  )
-  for axes, (title, points) in zip(grid.flat, panels.items()):
-    axes.plot(*np.array(points).T, 'o', markersize=3, alpha=0.6)
-    axes.axhline(0, color='0.5', linewidth=1)
-    axes.set_title(title, fontsize=9)
-    axes.grid(alpha=0.3)
-  for axes in grid.flat[len(panels) :]:
-    axes.set_visible(False)
-  for axes in grid[:, 0]:
-    axes.set_ylabel(ylabel)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+  with _drawn(path, **_grid(len(panels), 3.4, 2.6), sharey=True) as grid:
+    for axes, (title, points) in zip(grid.flat, panels.items()):
+      axes.plot(
+        *np.array(points).T,
+        'o',
+        markersize=3,
+        alpha=0.6,
+        color=styles_lib.COLORS[0],
+      )
+      axes.axhline(0, color='0.5', linewidth=1)
+      axes.set_title(title, fontsize=9)
+      axes.grid()
+    _hide(grid.flat[len(panels) :])
+    for axes in grid[:, 0]:
+      axes.set_ylabel(ylabel)
 
 
 class Panel(NamedTuple):
@@ -176,197 +301,168 @@ def panels(path: Any, drawn: Sequence[Panel], xlabel: str) -> None:
     drawn: the panels; a name has the same style in all of them.
     xlabel: what their points are by.
   """
-  columns = min(3, len(drawn))
-  rows = -(-len(drawn) // columns)
-  figure, grid = plt.subplots(
-    rows,
-    columns,
-    figsize=(4 * columns + 1.5, 3.2 * rows),
-    squeeze=False,
-    layout='constrained',
-  )
-  names = dict.fromkeys(n for p in drawn for n in (*p.series, *p.levels))
-  styles = line_styles(names)
-  for axes, panel in zip(grid.flat, drawn):
-    for name, points in panel.series.items():
-      color, dashes = styles[name]
-      axes.plot(*np.array(points).T, dashes, color=color, marker='.')
-    for name, level in panel.levels.items():
-      axes.axhline(level, color=styles[name][0], linestyle=':')
-    axes.set(xlabel=xlabel, ylabel=panel.ylabel)
-    axes.set_title(panel.title, fontsize=10)
-    if panel.log:
-      axes.set_yscale('log')
-    axes.grid(alpha=0.3)
-  for axes in grid.flat[len(drawn) :]:
-    axes.set_visible(False)
-  samples: list[Any] = []
-  for name, (color, dashes) in styles.items():
-    sample = lines.Line2D([], [], color=color, label=name)
-    sample.set_linestyle(dashes)  # type: ignore[arg-type]
-    samples.append(sample)
-  place: Any = 'outside right center'
-  figure.legend(handles=samples, loc=place, fontsize=8, frameon=False)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+  styles = styles_lib.of(n for p in drawn for n in (*p.series, *p.levels))
+  layout = _grid(len(drawn), 4, 3.2)
+  layout['size'] = (layout['size'][0] + 1.5, layout['size'][1])
+  with _drawn(path, **layout) as grid:
+    for axes, panel in zip(grid.flat, drawn):
+      for name, points in panel.series.items():
+        style = styles[name]
+        axes.plot(
+          *np.array(points).T,
+          style.dashes,
+          color=style.color,
+          marker=style.marker,
+        )
+      for name, level in panel.levels.items():
+        axes.axhline(level, color=styles[name].color, linestyle=':')
+      axes.set(xlabel=xlabel, ylabel=panel.ylabel)
+      axes.set_title(panel.title, fontsize=10)
+      if panel.log:
+        axes.set_yscale('log')
+      axes.grid()
+    _hide(grid.flat[len(drawn) :])
+    samples: list[Any] = []
+    for name, style in styles.items():
+      sample = lines.Line2D(
+        [], [], color=style.color, marker=style.marker, label=name
+      )
+      sample.set_linestyle(style.dashes)  # type: ignore[arg-type]
+      samples.append(sample)
+    place: Any = 'outside right center'
+    grid[0, 0].figure.legend(
+      handles=samples, loc=place, fontsize=8, frameon=False
+    )
 
 
 def estimates(
   path: Any, panels: Mapping[str, Sequence[tuple[float, float]]]
 ) -> None:
-  """Draws a panel of points (true, estimate) for each title, with the line on
-  which both are equal."""
-  columns = min(3, len(panels))
-  rows = -(-len(panels) // columns)
-  figure, grid = plt.subplots(
-    rows,
-    columns,
-    figsize=(max(3.4 * columns, 5), 3.2 * rows),
-    squeeze=False,
-    layout='constrained',
-  )
-  for axes, (title, points) in zip(grid.flat, panels.items()):
-    true, estimate = np.array(points).T
-    axes.axline((0, 0), slope=1, color='0.5', linewidth=1)
-    axes.plot(true, estimate, 'o', markersize=4, alpha=0.6)
-    low, high = np.min(true), np.max(true)
-    edge = 0.1 * (high - low) or 1e-6
-    axes.set(xlim=(low - edge, high + edge), xlabel='retrained without')
-    if np.abs(estimate).max() < 3 * np.abs(true).max():
-      axes.set_ylim(
-        min(low, estimate.min()) - edge, max(high, estimate.max()) + edge
-      )
-    axes.set_title(title, fontsize=8)
-    axes.grid(alpha=0.3)
-  for axes in grid.flat[len(panels) :]:
-    axes.set_visible(False)
-  for axes in grid[:, 0]:
-    axes.set_ylabel('estimated')
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+  """Draws estimates against true values, a panel for each title.
 
+  A line shows where both are equal.
 
-def line_styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-  """Colour and dashes of each name, the same in all pictures of these names.
-
-  A combination has the colour of its first part, dashed; where there is none,
-  every second curve is dashed, since curves may lie on each other.
+  Args:
+    path: where to write.
+    panels: by title, the points (true, estimate).
   """
-  names = list(names)
-  combined = any('+' in name for name in names)
-  first_parts = list(dict.fromkeys(name.split('+')[0] for name in names))
-  return {
-    name: (
-      f'C{first_parts.index(name.split("+")[0]) % 10}',
-      '--' if ('+' in name if combined else i % 2) else '-',
-    )
-    for i, name in enumerate(names)
-  }
-
-
-def bar_styles(names: Iterable[str]) -> dict[str, tuple[str, float]]:
-  """Colour and opacity of each name: as `line_styles`, paler where dashed if
-  others have the colour."""
-  styles = line_styles(names)
-  colors = [color for color, _ in styles.values()]
-  return {
-    name: (color, 0.5 if dashes == '--' and colors.count(color) > 1 else 1.0)
-    for name, (color, dashes) in styles.items()
-  }
-
-
-def _draw_curves(axes, series, column) -> None:
-  """Means and bands against one column of the points."""
-  styles = line_styles(series)
-  for name, seeds in series.items():
-    seeds = [{point[0]: point for point in seed} for seed in seeds]
-    rounds = sorted(set.intersection(*map(set, seeds)))
-    points = np.array([[seed[t] for t in rounds] for seed in seeds], float)
-    mean, spread = (
-      points.mean(0),
-      points.std(0, ddof=1 if len(seeds) > 1 else 0),
-    )
-    color, dashes = styles[name]
-    axes.plot(
-      mean[:, column],
-      mean[:, 2],
-      dashes,
-      color=color,
-      label=name,
-      marker='' if len(rounds) > 1 else 'o',
-    )
-    if len(seeds) > 1:
-      axes.fill_between(
-        mean[:, column],
-        mean[:, 2] - spread[:, 2],
-        mean[:, 2] + spread[:, 2],
-        alpha=0.15,
-        color=color,
-        linewidth=0,
+  with _drawn(path, **_grid(len(panels), 3.4, 3.2)) as grid:
+    for axes, (title, points) in zip(grid.flat, panels.items()):
+      true, estimate = np.array(points).T
+      axes.axline((0, 0), slope=1, color='0.5', linewidth=1)
+      axes.plot(
+        true, estimate, 'o', markersize=4, alpha=0.6, color=styles_lib.COLORS[0]
       )
-  axes.set_xlabel(('round', 'megabytes, up and down')[column])
-  if column == 0:
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
-  axes.grid(alpha=0.3)
+      low, high = np.min(true), np.max(true)
+      edge = 0.1 * (high - low) or 1e-6
+      axes.set(xlim=(low - edge, high + edge), xlabel='retrained without')
+      if np.abs(estimate).max() < 3 * np.abs(true).max():
+        axes.set_ylim(
+          min(low, estimate.min()) - edge, max(high, estimate.max()) + edge
+        )
+      axes.set_title(title, fontsize=8)
+      axes.grid()
+    _hide(grid.flat[len(panels) :])
+    for axes in grid[:, 0]:
+      axes.set_ylabel('estimated')
 
 
-def clients(path: Any, values: Mapping[str, np.ndarray]) -> None:
+def clients(
+  path: Any,
+  values: Mapping[str, np.ndarray],
+  styles: Mapping[str, Style] | None = None,
+) -> None:
   """Draws each name's clients from the worst to the best.
 
   Args:
     path: where to write.
-    values: by name, [N] accuracies in percent; all seeds' in one.
+    values: by name, [N] accuracies in percent; those of all seeds together.
+    styles: by name; None for those of `styles.of`.
   """
-  figure, axes = plt.subplots(figsize=_PANEL, layout='constrained')
-  styles = line_styles(values)
-  for name, of_name in values.items():
-    color, dashes = styles[name]
-    share = 100 * (np.arange(len(of_name)) + 0.5) / len(of_name)
-    if len(of_name) > _POINTS:  # more cannot be seen
-      share = 100 * (np.arange(_POINTS) + 0.5) / _POINTS
-      of_name = np.percentile(of_name, share)
-    axes.plot(
-      share,
-      np.sort(of_name),
-      dashes,
-      color=color,
-      drawstyle='steps-mid',
-      marker='' if len(of_name) > 1 else 'o',
+  styles = styles or styles_lib.of(values)
+  with _drawn(path, _PANEL) as grid:
+    (axes,) = grid.flat
+    for name, of_name in values.items():
+      style = styles[name]
+      share = 100 * (np.arange(len(of_name)) + 0.5) / len(of_name)
+      if len(of_name) > _POINTS:  # more cannot be seen
+        share = 100 * (np.arange(_POINTS) + 0.5) / _POINTS
+        of_name = np.percentile(of_name, share)
+      axes.plot(
+        share,
+        np.sort(of_name),
+        style.dashes,
+        color=style.color,
+        drawstyle='steps-mid',
+        marker=style.marker,
+        markevery=max(1, -(-len(of_name) // _MARKED)),
+      )
+    axes.set(
+      xlabel='clients from worst to best, percent',
+      ylabel='test accuracy, percent',
+      xlim=(0, 100),
     )
-  axes.set(
-    xlabel='clients from worst to best, percent',
-    ylabel='test accuracy, percent',
-    xlim=(0, 100),
-  )
-  axes.grid(alpha=0.3)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+    axes.grid()
 
 
-def classes(path: Any, values: Mapping[str, Sequence[float]]) -> None:
-  """Draws a group of bars per class, one for each name.
+def classes(
+  path: Any,
+  values: Mapping[str, Sequence[float]],
+  names: Sequence[str],
+  styles: Mapping[str, Style] | None = None,
+  ylabel: str = 'test accuracy, percent',
+) -> None:
+  """Draws a group of bars for each class, one for each name.
 
   Args:
     path: where to write.
-    values: by name, [C] accuracies in percent; NaN for classes without
-      examples.
+    values: by name, [C] in percent; NaN for classes without examples.
+    names: [C] of the classes.
+    styles: by name; None for those of `styles.of`.
+    ylabel: what the values are.
   """
-  figure, axes = plt.subplots(figsize=_PANEL, layout='constrained')
-  styles, width = bar_styles(values), 0.8 / len(values)
-  for i, (name, of_name) in enumerate(values.items()):
-    color, opacity = styles[name]
-    left = np.arange(len(of_name)) - 0.4 + i * width
-    axes.bar(left, of_name, width, align='edge', color=color, alpha=opacity)
-  axes.set(xlabel='class', ylabel='test accuracy, percent')
-  axes.xaxis.set_major_locator(ticker.MaxNLocator(20, integer=True))
-  axes.grid(alpha=0.3, axis='y')
-  axes.set_axisbelow(True)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+  styles, width = styles or styles_lib.of(values), 0.8 / len(values)
+  with _drawn(path, _PANEL) as grid:
+    (axes,) = grid.flat
+    for i, (name, of_name) in enumerate(values.items()):
+      style = styles[name]
+      axes.bar(
+        np.arange(len(of_name)) - 0.4 + i * width,
+        of_name,
+        width,
+        align='edge',
+        facecolor=plt_colors.to_rgba(style.color, 0.35 if style.hatch else 1),
+        edgecolor=style.color,
+        hatch=style.hatch,
+        linewidth=0.5,
+      )
+    axes.axhline(0, color='0.5', linewidth=0.8)
+    axes.set(ylabel=ylabel)
+    _class_ticks(axes, names)
+    axes.grid(axis='y')
+
+
+def _class_ticks(axes, names, vertical: bool = False) -> None:
+  """Writes the names of classes along an axis; of many, some numbers."""
+  axis = axes.yaxis if vertical else axes.xaxis
+  numbers = list(names) == [str(c) for c in range(len(names))]
+  if numbers or len(names) > 20:
+    axis.set_label_text('class')
+  if len(names) > 20:
+    axis.set_major_locator(ticker.MaxNLocator(10, integer=True))
+    return
+  short = [_short(name) for name in names]
+  aslant = not vertical and max(map(len, short), default=0) > 3
+  turned = {'rotation': 40, 'ha': 'right', 'rotation_mode': 'anchor'}
+  axis.set_ticks(range(len(short)), short, **(turned if aslant else {}))
+
+
+def _short(name: str) -> str:
+  return name if len(name) <= _LABEL else name[: _LABEL - 1] + '…'
 
 
 def class_changes(
-  path: Any, rounds: Sequence[int], changes: np.ndarray
+  path: Any, rounds: Sequence[int], changes: np.ndarray, names: Sequence[str]
 ) -> None:
   """Draws which classes gain and which lose, round by round.
 
@@ -374,101 +470,139 @@ def class_changes(
     path: where to write.
     rounds: [R], of the evaluations.
     changes: [R, C] of accuracy, in points; NaN for classes without examples.
+    names: [C] of the classes.
   """
-  num_classes = changes.shape[1]
-  figure, axes = plt.subplots(
-    figsize=(_PANEL[0], min(max(1.2 + 0.16 * num_classes, 2.2), 6)),
-    layout='constrained',
-  )
+  size = _PANEL[0], min(max(1.2 + 0.16 * len(names), 2.2), 5)
   most = max(np.nanmax(np.abs(changes), initial=0), 1)
-  image = axes.imshow(
-    changes.T,
-    aspect='auto',
-    interpolation='nearest',
-    vmin=-most,
-    vmax=most,
-    cmap=plt.get_cmap('RdBu').with_extremes(bad='white'),
-  )
-  axes.yaxis.set_major_locator(ticker.MaxNLocator(10, integer=True))
-  places = np.unique(np.linspace(0, len(rounds) - 1, 10).astype(int))
-  axes.set(
-    xlabel='round',
-    ylabel='class',
-    xticks=places,
-    xticklabels=[rounds[i] for i in places],
-  )
-  figure.colorbar(image, ax=axes, label='change, points')
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+  with _drawn(path, size) as grid:
+    (axes,) = grid.flat
+    image = axes.imshow(
+      changes.T,
+      aspect='auto',
+      interpolation='nearest',
+      vmin=-most,
+      vmax=most,
+      cmap=matplotlib.colormaps['RdBu'].with_extremes(bad='white'),
+    )
+    _class_ticks(axes, names, vertical=True)
+    ticks = ticks_of(rounds)
+    axes.set_xticks([list(rounds).index(t) for t in ticks], ticks)
+    axes.set(xlabel='round')
+    axes.figure.colorbar(image, ax=axes, label='change, points')
 
 
-def heatmap(path: Any, counts: np.ndarray) -> None:
+def confusion(path: Any, counts: np.ndarray, names: Sequence[str]) -> None:
+  """Draws which classes are taken for which.
+
+  Args:
+    path: where to write.
+    counts: [C, C] examples of each class (rows) by predicted class (columns).
+    names: [C] of the classes.
+  """
+  shares, numbered = percent_of_rows(counts), len(names) <= _NUMBERED
+  with _drawn(path, (4.1, 4.0)) as grid:
+    (axes,) = grid.flat
+    image = axes.imshow(
+      shares,
+      vmin=0,
+      vmax=100,
+      interpolation='nearest',
+      cmap=matplotlib.colormaps['Blues'].with_extremes(bad='white'),
+    )
+    _class_ticks(axes, names)
+    _class_ticks(axes, names, vertical=True)
+    axes.set(xlabel='predicted class', ylabel='true class')
+    if not numbered:
+      axes.figure.colorbar(
+        image, ax=axes, label='percent of the true class', shrink=0.8
+      )
+    else:
+      for (row, column), share in np.ndenumerate(shares):
+        if share >= 0.5:
+          axes.text(
+            column,
+            row,
+            f'{share:.0f}',
+            ha='center',
+            va='center',
+            fontsize=8,
+            color='white' if share > 55 else '#0a0b0d',
+          )
+
+
+def percent_of_rows(counts: np.ndarray) -> np.ndarray:
+  """Shares [C, C] of each row in percent; NaN for a class without examples."""
+  total = counts.sum(1, keepdims=True)
+  return np.divide(
+    100.0 * counts, total, out=np.full(counts.shape, np.nan), where=total > 0
+  )
+
+
+def heatmap(path: Any, counts: np.ndarray, names: Sequence[str] = ()) -> None:
   """Draws how many examples of each class each client holds, and its size.
 
   Few clients stand in their order. Many are sorted by the class that they have
   most of, and by how large a part of theirs that is, so that the picture shows
-  the skew whatever order they came in. Very many are then drawn as 500 groups
-  of neighbours, each as the mean of its clients.
+  the skew whatever order they came in. Of very many, a row is the mean of
+  neighbours.
 
   Args:
     path: where to write.
     counts: [N, C] examples.
+    names: [C] of the classes; () for numbers.
   """
-  num_clients = len(counts)
+  num_clients, num_classes = counts.shape
   many = num_clients > _MANY_CLIENTS
   if many:
     part = counts.max(1) / np.maximum(counts.sum(1), 1)
     counts = counts[np.lexsort((-part, counts.argmax(1)))]
-  if num_clients > _MOST_ROWS:
-    edges = np.linspace(0, num_clients, _MOST_ROWS + 1).astype(int)
-    sums = np.add.reduceat(counts, edges[:-1])
-    counts = sums / np.diff(edges)[:, None]
-  height = min(max(1.2 + 0.16 * num_clients, 2.4), 8)
-  figure, (axes, beside) = plt.subplots(
-    1,
-    2,
-    figsize=(_PANEL[0], height),
-    width_ratios=(4, 1),
-    sharey=True,
-    layout='constrained',
-  )
-  most = max(counts.max(), 2)
-  least = min(counts[counts > 0].min(initial=1), 1)
-  image = axes.imshow(
-    np.ma.masked_equal(counts, 0),
-    aspect='auto',
-    interpolation='nearest',
-    cmap=plt.get_cmap('viridis_r').with_extremes(bad='white'),
-    norm=plt_colors.LogNorm(least, most),
-    extent=(-0.5, counts.shape[1] - 0.5, num_clients - 0.5, -0.5),
-  )
-  for axis in (axes.xaxis, axes.yaxis):
-    axis.set_major_locator(ticker.MaxNLocator(10, integer=True))
-  axes.set(
-    xlabel='class',
-    ylabel='client' + (', sorted by the class it has most of' if many else ''),
-  )
-  beside.stairs(
-    counts.sum(1),
-    np.linspace(0, num_clients, len(counts) + 1) - 0.5,
-    orientation='horizontal',
-    fill=True,
-    color='C0',
-  )
-  beside.xaxis.set_major_locator(ticker.MaxNLocator(2, integer=True))
-  beside.set(xlabel='examples', xlim=(0, None))
-  ticks = [d * 10**e for e in range(-2, 9) for d in (1, 2, 5)]
-  ticks = [tick for tick in ticks if least <= tick <= most]
-  bar = figure.colorbar(image, ax=[axes, beside], label='examples of a class')
-  bar.set_ticks(ticks, labels=[f'{tick:,}' for tick in ticks])
-  bar.minorticks_off()
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+  edges = np.linspace(0, num_clients, min(num_clients, _ROWS) + 1).astype(int)
+  sums = np.add.reduceat(counts, edges[:-1])
+  counts = sums / np.diff(edges)[:, None]
+  height = min(max(1.2 + 0.12 * num_clients, 2.4), 4.6)
+  most, least = max(counts.max(), 2), min(counts[counts > 0].min(initial=1), 1)
+  layout: dict[str, Any] = {'width_ratios': (4, 1), 'sharey': True}
+  with _drawn(path, (_PANEL[0], height), 1, 2, **layout) as grid:
+    axes, beside = grid[0]
+    image = axes.imshow(
+      np.ma.masked_equal(counts, 0),
+      aspect='auto',
+      interpolation='nearest',
+      cmap=matplotlib.colormaps['viridis_r'].with_extremes(bad='white'),
+      norm=plt_colors.LogNorm(least, most),
+      extent=(-0.5, num_classes - 0.5, num_clients - 0.5, -0.5),
+    )
+    _class_ticks(axes, names or [str(c) for c in range(num_classes)])
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(10, integer=True))
+    axes.set(
+      ylabel='client' + (', sorted by the class it has most of' if many else '')
+    )
+    beside.stairs(
+      counts.sum(1),
+      edges - 0.5,
+      orientation='horizontal',
+      fill=True,
+      color='0.5',
+    )
+    beside.xaxis.set_major_locator(ticker.MaxNLocator(2, integer=True))
+    beside.set(xlabel='examples', xlim=(0, None))
+    ticks = [d * 10**e for e in range(-2, 9) for d in (1, 2, 5)]
+    ticks = [tick for tick in ticks if least <= tick <= most]
+    bar = axes.figure.colorbar(
+      image, ax=[axes, beside], label='examples of a class'
+    )
+    bar.set_ticks(ticks, labels=[f'{tick:,}' for tick in ticks])
+    bar.minorticks_off()
 
 
-def generated(path: Any, images: np.ndarray) -> None:
-  """Draws generated images [C, n, H, W, channels], one labelled row per
-  class."""
+def generated(path: Any, images: np.ndarray, names: Sequence[str] = ()) -> None:
+  """Draws generated images [C, n, H, W, channels], a row for each class.
+
+  Args:
+    path: where to write.
+    images: of any range; each is scaled to its own.
+    names: [C] of the classes; () for numbers.
+  """
   num_classes, per_class = images.shape[:2]
   images = images_lib.scaled(images.reshape(-1, *images.shape[2:]))
   if images.shape[-1] != 3:
@@ -480,49 +614,42 @@ def generated(path: Any, images: np.ndarray) -> None:
     .transpose(0, 2, 1, 3, 4)
     .reshape(num_classes * height, per_class * width, 3)
   )
-  figure, axes = plt.subplots(
-    figsize=(per_class * 0.7, num_classes * 0.7 + 0.4), layout='constrained'
-  )
-  axes.imshow(mosaic)
-  axes.set(
-    xticks=[], ylabel='class', yticks=(np.arange(num_classes) + 0.5) * height
-  )
-  axes.set_yticklabels(range(num_classes))  # type: ignore[arg-type]
-  axes.tick_params(length=0)
-  axes.spines[:].set_visible(False)
-  axes.set_title('generated images, each scaled to its own range', fontsize=9)
-  figure.savefig(path, dpi=100, bbox_inches='tight')
-  plt.close(figure)
+  size = per_class * 0.7 + 0.4, num_classes * 0.7 + 0.4
+  with _drawn(path, size, dpi=100, tight=True) as grid:
+    (axes,) = grid.flat
+    axes.imshow(mosaic)
+    axes.set_xticks([])
+    axes.set_yticks(
+      (np.arange(num_classes) + 0.5) * height,
+      [*map(_short, names)] or [str(c) for c in range(num_classes)],
+    )
+    if not names:
+      axes.set_ylabel('class')
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title('generated images, each scaled to its own range', fontsize=9)
 
 
 def bars(
   path: Any, groups: Mapping[str, Mapping[str, float]], xlabel: str
 ) -> None:
-  """Draws a panel of horizontal bars per group.
+  """Draws a panel of horizontal bars for each group.
 
   Args:
     path: where to write.
     groups: by group and name, the values.
     xlabel: what the values are.
   """
-  figure, panels = plt.subplots(
-    1,
-    len(groups),
-    figsize=(3.6 * len(groups) + 0.6, 3),
-    squeeze=False,
-    layout='constrained',
-  )
-  colors = {}
-  for axes, (title, values) in zip(panels[0], groups.items()):
-    for name, value in values.items():
-      color = colors.setdefault(name, f'C{len(colors) % 10}')
-      bar = axes.barh(name, value, color=color)
-      axes.bar_label(bar, fmt=' %.3g', fontsize=8)
-    axes.set(title=title, xlabel=xlabel)
-    axes.margins(x=0.2)
-    axes.invert_yaxis()
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+  styles = styles_lib.of(name for values in groups.values() for name in values)
+  size = 3.6 * len(groups) + 0.6, 3
+  with _drawn(path, size, 1, len(groups)) as grid:
+    for axes, (title, values) in zip(grid[0], groups.items()):
+      for name, value in values.items():
+        bar = axes.barh(name, value, color=styles[name].color)
+        axes.bar_label(bar, fmt=' %.3g', fontsize=8)
+      axes.set(title=title, xlabel=xlabel)
+      axes.margins(x=0.2)
+      axes.invert_yaxis()
 
 
 SWEPT = 1, 2  # so many swept flags make a picture
@@ -547,16 +674,15 @@ def sweep(
   axis_values = [
     _in_order({p[0][i] for p in points} - {None}) for i in range(len(swept))
   ]
-  figure, axes = plt.subplots(figsize=_PANEL, layout='constrained')
-  if len(swept) == 1:
-    _draw_line(axes, axis_values[0], {p[0][0]: p[1:] for p in points})
-    axes.set(xlabel=swept[0], ylabel=label)
-  else:
-    image = _draw_map(axes, axis_values, points)
-    axes.set(ylabel=swept[0], xlabel=swept[1])
-    figure.colorbar(image, label=label)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+  with _drawn(path, _PANEL) as grid:
+    (axes,) = grid.flat
+    if len(swept) == 1:
+      _draw_line(axes, axis_values[0], {p[0][0]: p[1:] for p in points})
+      axes.set(xlabel=swept[0], ylabel=label)
+    else:
+      image = _draw_map(axes, axis_values, points)
+      axes.set(ylabel=swept[0], xlabel=swept[1])
+      axes.figure.colorbar(image, label=label)
 
 
 def _is_number(value) -> bool:
@@ -579,6 +705,7 @@ def _draw_line(axes, values, scores) -> None:
     capsize=3,
     marker='o',
     linestyle='-' if numbers else '',
+    color=styles_lib.COLORS[0],
   )
   for place in np.flatnonzero(np.isnan(mean)):
     axes.annotate(
@@ -593,11 +720,11 @@ def _draw_line(axes, values, scores) -> None:
     axes.set_xscale('log')
   _name_values(axes, x, values)
   axes.minorticks_off()
-  axes.grid(alpha=0.3)
+  axes.grid()
 
 
 def _draw_map(axes, axis_values, points):
-  """A cell per pair of values, with its score in it; the image is returned."""
+  """Draws a cell with its score for each pair of values."""
   rows, columns = axis_values
   scores = np.full((len(rows), len(columns)), np.nan)
   diverged = np.zeros_like(scores, bool)

@@ -9,24 +9,45 @@ from fedftg_jax.system import files
 
 
 class Recorded(NamedTuple):
-  """What a run's folder says, up to some round; {} where a file is missing."""
+  """The files of a run's folder, up to some round; {} for a missing one.
+
+  Attributes:
+    config: the flags that its results depend on.
+    versions: of packages, by name.
+    rows: of metrics.jsonl, at least one.
+    timings: rows of timings.jsonl.
+    clients: clients.json, if it is of the last round.
+    classes: classes.json, if it is of the last round.
+    counts: by split, examples [N, C] of each client and class.
+    images: generated images [C, H, W, channels] by round.
+    nearest: see `scoring.nearest_real`.
+    of_classes: 'x', [C, n, H, W, channels] floats, see
+      `scoring.of_each_class`.
+    hessian: see the program of that name.
+    data: model_input.json, see `writer.describe`.
+  """
 
   config: dict[str, Any]
   versions: dict[str, str]
-  rows: list[dict[str, Any]]  # metrics.jsonl, at least one
+  rows: list[dict[str, Any]]
   timings: list[dict[str, Any]]
   clients: dict[str, Any]
   classes: dict[str, Any]
   counts: dict[str, np.ndarray]
-  images: dict[int, np.ndarray]  # by round
-  nearest: dict[str, np.ndarray]  # see `scoring.nearest_real`
-  # 'x': [C, n, H, W, channels] floats, see `scoring.of_each_class`.
+  images: dict[int, np.ndarray]
+  nearest: dict[str, np.ndarray]
   of_classes: dict[str, np.ndarray] = {}
-  hessian: dict[str, Any] = {}  # see the program of that name
+  hessian: dict[str, Any] = {}
+  data: dict[str, Any] = {}
+
+  def class_names(self, num: int) -> list[str]:
+    """Returns the names of so many classes, or their numbers."""
+    names = [str(name) for name in self.data.get('class_names', ())][:num]
+    return names + [str(c) for c in range(len(names), num)]
 
 
 def read(folder: UPath, rounds: int | None = None) -> Recorded:
-  """A run's files, up to `rounds` (None: all).
+  """Reads a run's files, up to `rounds` (None: all).
 
   Raises:
     OSError, ValueError, KeyError: if config.json or metrics.jsonl cannot be
@@ -44,8 +65,7 @@ def read(folder: UPath, rounds: int | None = None) -> Recorded:
     raise ValueError(f'{folder}: no evaluation yet')
 
   def last(name):
-    path = folder / name
-    value = files.read_json(path) if path.exists() else {}
+    value = _json(folder / name)
     return value if value.get('round') == rows[-1]['round'] else {}
 
   def last_arrays(name):
@@ -71,6 +91,7 @@ def read(folder: UPath, rounds: int | None = None) -> Recorded:
     last_arrays('nearest.npz'),
     last_arrays('images.npz'),
     last('hessian.json'),
+    _json(folder / 'model_input.json'),
   )
 
 
@@ -86,6 +107,10 @@ def _nested(arrays):
     else:
       tree[place] = array
   return tree
+
+
+def _json(path):
+  return files.read_json(path) if path.exists() else {}
 
 
 def _arrays(path):

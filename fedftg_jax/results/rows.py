@@ -1,4 +1,4 @@
-"""A run's rows, as metrics.jsonl holds them: columns, sums and the summary."""
+"""The rows of metrics.jsonl: columns, sums, and the summary of a run."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ FINAL_ROUNDS = 10  # the final accuracy is the mean over so many last rounds
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """The figures of a run, from the rows of its metrics.jsonl."""
+  """Computes the figures of a run from its rows."""
   last = rows[-1]
   tail = [r for r in rows if r['round'] > last['round'] - FINAL_ROUNDS]
   validation = (
@@ -38,7 +38,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _forgetting(rows) -> dict[str, float | None]:
-  """How much of its best accuracy a class has lost in the end.
+  """Computes how much of its best accuracy a class has lost in the end.
 
   FedNTD's F (arXiv:2106.03097): mean over the classes of the largest
   A_c(t) - A_c(T) over the evaluations t before the last, T. Accuracies of the
@@ -52,13 +52,13 @@ def _forgetting(rows) -> dict[str, float | None]:
 
 
 def models(row: dict[str, Any]) -> list[str]:
-  """The names of a row's models; some may be one, see `different_models`."""
+  """Lists a row's models; some may be the same, see `different_models`."""
   names = ['broadcast', *row['accuracy'], *row.get('same_models', {})]
   return list(dict.fromkeys(names))
 
 
 def accuracy(row: dict[str, Any], model: str = 'broadcast') -> float:
-  """The test accuracy of a row's model, a fraction."""
+  """Returns the test accuracy of a row's model, a fraction."""
   model = row.get('same_models', {}).get(model, model)
   return (
     row['test_accuracy'] if model == 'broadcast' else row['accuracy'][model]
@@ -66,8 +66,11 @@ def accuracy(row: dict[str, Any], model: str = 'broadcast') -> float:
 
 
 def different_models(rows: list[dict[str, Any]]) -> dict[str, str]:
-  """The models of a run by their title: 'average = aggregated' for the average,
-  if it has both names."""
+  """Groups a run's models that are the same.
+
+  Returns:
+    By title, such as 'average = aggregated', one of the names.
+  """
   last = rows[-1]
   titles = {}
   for name in models(last):
@@ -79,16 +82,35 @@ def different_models(rows: list[dict[str, Any]]) -> dict[str, str]:
 def curve(
   rows: list[dict[str, Any]], model: str = 'broadcast'
 ) -> list[tuple[int, float, float]]:
-  """Points (round, megabytes, test accuracy in percent) of one of a run's
-  models."""
+  """Returns points (round, megabytes, test accuracy in percent) of a model."""
   return [
     (row['round'], megabytes(row), 100 * accuracy(row, model)) for row in rows
   ]
 
 
+def seconds(
+  rows: list[dict[str, Any]], timings: list[dict[str, Any]]
+) -> list[float] | None:
+  """Returns the seconds of training up to each row; None where one is unknown.
+
+  Args:
+    rows: of metrics.jsonl.
+    timings: of timings.jsonl.
+  """
+  total, until = 0.0, {}
+  for timing in timings:
+    total += timing.get('train_seconds', 0.0)
+    until[timing['round']] = total
+  if any(row['round'] not in until for row in rows):
+    return None
+  return [until[row['round']] for row in rows]
+
+
 def flat(row: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Joins the names of dictionaries in a row with '/'; keeps numbers only. What
-  has a number per class, or a name, is left to metrics.jsonl."""
+  """Joins the names of dictionaries in a row with '/', and keeps numbers only.
+
+  What has a number for each class, or a name, is left to metrics.jsonl.
+  """
   columns = {}
   for name, value in row.items():
     if isinstance(value, dict):
@@ -99,7 +121,7 @@ def flat(row: dict[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def measures(row: dict[str, Any]) -> list[str]:
-  """The names of what a row measures beside what is shown of every run."""
+  """Lists what a row measures beside what is shown of every run."""
   return [
     name
     for name, value in row.items()
@@ -110,10 +132,10 @@ def measures(row: dict[str, Any]) -> list[str]:
 
 
 def megabytes(row: dict[str, Any]) -> float:
-  """What has been sent, up and down, by a row of metrics.jsonl."""
+  """Returns the megabytes sent up and down by the time of a row."""
   return (row['bytes_up'] + row['bytes_down']) / 1e6
 
 
 def number(value) -> float | None:
-  """A float of six digits, None (JSON's null) if it is not finite."""
+  """Returns a float of six digits, or None (JSON's null) if not finite."""
   return float(f'{value:.6g}') if np.isfinite(value) else None

@@ -1,23 +1,26 @@
-"""matplotlib pictures as SVG that is part of an HTML page.
+"""Pictures as SVG: part of an HTML page, and a file beside it.
 
-They take the page's font and its text colour, light or dark, and scale with it.
+On the page they take its font and its text colour, light or dark, and scale
+with it.
 """
 
 from collections.abc import Callable
 import io
 import re
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from etils import epy
 import markupsafe
+
+from fedftg_jax.results import styles
 
 with epy.lazy_imports():
   import matplotlib
 
 _NAMESPACE = 'http://www.w3.org/2000/svg'
 _LINK = 'http://www.w3.org/1999/xlink'
-_INK = '#0a0b0c'  # stands for the page's text colour; no picture uses it else
+INK = '#0a0b0c'  # stands for the page's text colour; no picture uses it else
 _STYLE = {
   'savefig.format': 'svg',
   'svg.fonttype': 'none',
@@ -26,9 +29,9 @@ _STYLE = {
   'axes.spines.top': False,
   'axes.spines.right': False,
   'font.size': 10,
-  'grid.color': _INK,
+  'grid.color': INK,
   **{
-    name: _INK
+    name: INK
     for name in (
       'text.color',
       'axes.labelcolor',
@@ -42,34 +45,58 @@ ElementTree.register_namespace('', _NAMESPACE)
 ElementTree.register_namespace('xlink', _LINK)
 
 
-def inline(
-  name: str, label: str, draw: Callable, *args: Any
-) -> markupsafe.Markup:
-  """A picture as an <svg> element.
+class Picture(NamedTuple):
+  """One picture.
+
+  Attributes:
+    inline: an <svg> element, safe to put into a page.
+    file: the text of an SVG file.
+  """
+
+  inline: markupsafe.Markup
+  file: str
+
+  def __html__(self) -> str:
+    return str(self.inline)
+
+
+def draw(name: str, label: str, into: Callable, *args: Any) -> Picture:
+  """Draws a picture with matplotlib.
 
   Args:
     name: of the picture, a word that no other on the page has.
     label: what it shows, for those who do not see it.
-    draw: draws into a file, such as `plots.curve`: (file, *args).
-    *args: the other arguments of `draw`.
-
-  Returns:
-    The element, safe to put into a page.
+    into: draws into a file, such as `plots.curve`: (file, *args).
+    *args: the other arguments of `into`.
   """
   file = io.BytesIO()
   with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-    draw(file, *args)
+    into(file, *args)
   root = ElementTree.fromstring(file.getvalue())
-  for parent in list(root.iter()):
-    for child in list(parent):  # a <style> here would be one for the whole page
-      if child.tag in (f'{{{_NAMESPACE}}}metadata', f'{{{_NAMESPACE}}}style'):
-        parent.remove(child)
+  _remove(root, 'metadata')  # it has the time
+  text = ElementTree.tostring(root, encoding='unicode', xml_declaration=True)
+  _remove(root, 'style')  # it would be one for the whole page
   _rename(root, name)
   for size in ('width', 'height', 'version'):
     root.attrib.pop(size, None)
   root.attrib |= {'role': 'img', 'aria-label': label}
-  text = ElementTree.tostring(root, encoding='unicode')
-  return markupsafe.Markup(text.replace(_INK, 'currentColor'))
+  return Picture(themed(ElementTree.tostring(root, encoding='unicode')), text)
+
+
+def themed(text: str) -> markupsafe.Markup:
+  """Makes an SVG element take the colours of the page.
+
+  Args:
+    text: the element, safe; its colours are in attributes `style`.
+  """
+  return markupsafe.Markup(styles.themed(text).replace(INK, 'currentColor'))
+
+
+def _remove(root, tag) -> None:
+  for parent in list(root.iter()):
+    for child in list(parent):
+      if child.tag == f'{{{_NAMESPACE}}}{tag}':
+        parent.remove(child)
 
 
 def _rename(root, name) -> None:

@@ -1,6 +1,9 @@
-"""The tables of a report."""
+"""The tables of a report, as text, and as CSV."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+import csv
+import io
+import json
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,6 +11,7 @@ import numpy as np
 from fedftg_jax.results import rows as rows_lib
 from fedftg_jax.results import statistics
 from fedftg_jax.results.reader import Recorded
+from fedftg_jax.results.statistics import Paired
 from fedftg_jax.system import clock
 
 
@@ -16,6 +20,42 @@ class Table(NamedTuple):
 
   header: Sequence[str]
   rows: Sequence[Sequence[str]]
+
+  @property
+  def csv(self) -> str:
+    """The table as CSV.
+
+    Cells such as '90.9 ± 0.7' and '3 to 5' become two columns, and a dash an
+    empty cell.
+    """
+    between = [
+      next((sign for sign in _TWO if any(sign in r[i] for r in self.rows)), '')
+      for i in range(len(self.header))
+    ]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator='\n')
+    for row in (self.header, *self.rows):
+      cells: list[str] = []
+      for cell, sign in zip(row, between):
+        if sign and row is self.header:
+          cells += [cell, f'{cell},{sign}'.rstrip()]
+        elif sign:
+          value, _, other = cell.partition(sign)
+          cells += [value, other]
+        else:
+          cells.append(cell)
+      writer.writerow(map(_for_csv, cells))
+    return file.getvalue()
+
+
+def _for_csv(text: str) -> str:
+  """Writes a cell so that no spreadsheet takes it for a formula."""
+  text = '' if text == '–' else text.replace('−', '-')
+  try:
+    float(text)
+  except ValueError:
+    return f"'{text}" if text[:1] in ('=', '+', '-', '@', '\t') else text
+  return text
 
 
 # What is compared, by name: of each seed its run, and which of its models.
@@ -31,12 +71,18 @@ _TARGETS = (
   0.99,
 )  # accuracies that count rounds
 _SHOWN_TARGETS = 4
+_TWO = ' ± ', ' to '  # stand between two numbers in a cell
 _SHOWN_TENSORS = 12
 
 
 def final(entries: Entries, kind: str, average: bool = False) -> Table:
-  """Accuracies in percent: final with every seed's, best, `average` the plain
-  average of the models, and of broadcast models that on validation data."""
+  """Lists accuracies in percent: final, best, and the final one of each seed.
+
+  Args:
+    entries: what to compare.
+    kind: what their names are, such as 'method'.
+    average: whether to list the plain average of the clients' models, too.
+  """
   validated = any(
     'validation_accuracy' in run.rows[-1]
     for of_name in entries.values()
@@ -78,7 +124,7 @@ def final(entries: Entries, kind: str, average: bool = False) -> Table:
 
 
 def targets(entries: Entries, target: float | None = None) -> Table | None:
-  """Rounds and megabytes to the first evaluation at each target.
+  """Counts rounds and megabytes to the first evaluation at each target.
 
   Args:
     entries: what to compare.
@@ -108,7 +154,7 @@ def targets(entries: Entries, target: float | None = None) -> Table | None:
 
 
 def _to_target(of_name, target) -> str:
-  """'14 (182 MB)': means over the seeds that get there, and how many do not."""
+  """Writes means over the seeds that get there, as in '14 (182 MB)'."""
   found = [
     next(
       (
@@ -132,8 +178,155 @@ def _to_target(of_name, target) -> str:
   )
 
 
+def differences(tests: Mapping[str, Paired]) -> Table | None:
+  """Lists each method's difference from the first, in points, and its test.
+
+  Args:
+    tests: from `statistics.against`, of fractions.
+
+  Returns:
+    The table; None without a test.
+  """
+  if not tests:
+    return None
+  several = len(tests) > 1
+  header = ['method', 'difference', '95 % interval', 'p']
+  return Table(
+    [*header, *(['p, corrected'] if several else [])],
+    [
+      [
+        name,
+        points(test.mean),
+        f'{points(test.low)} to {points(test.high)}',
+        f'{test.p:.2g}',
+        *([f'{test.adjusted:.2g}'] if several else []),
+      ]
+      for name, test in tests.items()
+    ],
+  )
+
+
+def points(value: float) -> str:
+  """Writes a fraction in points, as '+1.25', or '−1.25' with a minus sign."""
+  return f'{100 * value:+.2f}'.replace('-', '−')
+
+
+def fronts(front: Iterable[tuple[str, float, float]], unit: str) -> Table:
+  """Lists which method is best for which cost.
+
+  Args:
+    front: from `statistics.front`.
+    unit: of the cost.
+  """
+  stretches: list[list[tuple[str, float, float]]] = []
+  for point in front:
+    if not stretches or stretches[-1][-1][0] != point[0]:
+      stretches.append([])
+    stretches[-1].append(point)
+  return Table(
+    ['best', unit, 'accuracy'],
+    [
+      [
+        stretch[0][0],
+        *(
+          ' to '.join(dict.fromkeys(format(point[i], form) for point in ends))
+          for i, form in ((1, '.3g'), (2, '.2f'))
+        ),
+      ]
+      for stretch in stretches
+      for ends in [(stretch[0], stretch[-1])]
+    ],
+  )
+
+
+def classes(
+  values: Mapping[str, np.ndarray], names: Sequence[str], signed: bool = False
+) -> Table:
+  """Lists a percentage of each class.
+
+  Args:
+    values: by name, [C]; NaN for a class without examples.
+    names: [C] of the classes.
+    signed: whether the values are changes.
+  """
+  form = '+.1f' if signed else '.1f'
+  return Table(
+    ['class', *values],
+    [
+      [
+        name,
+        *(
+          f'{v[c]:{form}}'.replace('-', '−') if np.isfinite(v[c]) else '–'
+          for v in values.values()
+        ),
+      ]
+      for c, name in enumerate(names)
+    ],
+  )
+
+
+def confusion(counts: np.ndarray, names: Sequence[str]) -> Table:
+  """Lists how many examples of each class are taken for each class.
+
+  Args:
+    counts: [C, C] examples of each class (rows) by predicted class (columns).
+    names: [C] of the classes.
+  """
+  return Table(
+    ['true class', *names],
+    [[name, *map(str, row)] for name, row in zip(names, counts.tolist())],
+  )
+
+
+def settings(
+  configs: Mapping[str, Mapping[str, Any]], without: Sequence[str] = ()
+) -> dict[str, Any]:
+  """Lists the flags of several configurations by how many of them have them.
+
+  Args:
+    configs: by name.
+    without: flags that are left out.
+
+  Returns:
+    'same': the flags that all have in common, in two halves; 'different':
+    those in which some differ that have them, a blank where one has no such
+    flag, or None; 'own': by the names that have them the flags that the others
+    do not have.
+  """
+  flags = sorted({flag for config in configs.values() for flag in config})
+  same, different = [], []
+  own: dict[str, list[list[str]]] = {}
+  for flag in flags:
+    values = {
+      name: config[flag] for name, config in configs.items() if flag in config
+    }
+    shown = [text(value) for value in values.values()]
+    if flag in without:
+      continue
+    if len({json.dumps(value) for value in values.values()}) > 1:
+      if flag != 'method' or any(v != n for n, v in values.items()):
+        row = [text(values[n]) if n in values else '' for n in configs]
+        different.append([flag, *row])
+    elif len(values) < len(configs):
+      own.setdefault(', '.join(values), []).append([flag, shown[0]])
+    else:
+      same.append([flag, shown[0]])
+  header, half = ['flag', 'value'], -(-len(same) // 2)
+  halves = same[:half], same[half:]
+  return {
+    'same': [Table(header, rows) for rows in halves if rows],
+    'different': Table(['flag', *configs], different) if different else None,
+    'own': {names: Table(header, rows) for names, rows in own.items()},
+  }
+
+
+def text(value: Any) -> str:
+  """Writes a flag's value."""
+  return f'{value:g}' if isinstance(value, float) else str(value)
+
+
 def fairness(clients: Entries) -> Table:
-  """How evenly accuracy falls to clients, means over seeds."""
+  """Lists how evenly accuracy falls to clients, means over seeds."""
   rows = []
   distributions = {
     title: key
@@ -179,8 +372,14 @@ def fairness(clients: Entries) -> Table:
 
 
 def curvature(runs: Mapping[str, Sequence[Recorded]]) -> Table | None:
-  """What `fedftg hessian` found, means over the seeds that it was asked of;
-  None if of none."""
+  """Lists what `fedftg hessian` found, means over the seeds that it measured.
+
+  Args:
+    runs: by method, those of all seeds.
+
+  Returns:
+    The table; None if none was measured.
+  """
   measures = 'top_eigenvalue', 'trace', 'H_N', 'H_D'
   rows = []
   for name, of_name in runs.items():
@@ -199,7 +398,7 @@ def curvature(runs: Mapping[str, Sequence[Recorded]]) -> Table | None:
 
 
 def curvature_by_tensor(hessian: Mapping[str, Any]) -> Table:
-  """The largest of the traces that `hessian` has for each tensor."""
+  """Lists the largest of the traces that `hessian` has for each tensor."""
   traces = {k: v for k, v in hessian['per_tensor'].items() if v is not None}
   largest = sorted(traces, key=lambda name: -abs(traces[name]))
   return Table(
@@ -209,7 +408,7 @@ def curvature_by_tensor(hessian: Mapping[str, Any]) -> Table:
 
 
 def times(runs: Mapping[str, Sequence[Recorded]]) -> Table:
-  """Seconds per stage and rounds per second, means over seeds."""
+  """Lists seconds of each stage and rounds per second, means over seeds."""
   rows = []
   for name, of_name in runs.items():
     stages = [
@@ -242,7 +441,7 @@ def times(runs: Mapping[str, Sequence[Recorded]]) -> Table:
 
 
 def on_validation(of_name) -> str:
-  """As `final_accuracies`, which only the broadcast model is measured for."""
+  """Writes the final validation accuracy, of the broadcast model only."""
   values = [
     rows_lib.summarise(run.rows).get('final_validation_accuracy')
     if model == 'broadcast'
@@ -253,7 +452,7 @@ def on_validation(of_name) -> str:
 
 
 def final_accuracies(of_name) -> list[float]:
-  """Each seed's mean over the last rounds, of one of its models."""
+  """Returns each seed's final accuracy, of one of its models; fractions."""
   return [
     rows_lib.summarise(run.rows)['final_accuracy_of'][model]
     for run, model in of_name
@@ -261,7 +460,7 @@ def final_accuracies(of_name) -> list[float]:
 
 
 def mean_text(values) -> str:
-  """Mean and, over several seeds, standard deviation, in percent."""
+  """Writes mean and, with several seeds, standard deviation, in percent."""
   return statistics.percent(statistics.mean_and_std(values))
 
 

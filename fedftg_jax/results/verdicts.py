@@ -1,4 +1,6 @@
-"""The sentences of a report: what was compared, and what it says."""
+"""The sentences of a report: what came of it, and what can be concluded."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -6,14 +8,14 @@ from fedftg_jax.results import rows, statistics, tables
 
 
 def of_sweep(summary, num_ended) -> str:
-  """The best, and what its rank says."""
+  """Names the best configuration, and says what it was chosen on."""
   best = summary['configurations'][0]
   final = statistics.percent(best['final_accuracy'])
   if summary['sorted_by'] != 'final_accuracy':
     chosen = statistics.percent(best[summary['sorted_by']])
     return (
-      f'{best["name"]} ends highest on what is kept apart, at {chosen} %; '
-      f'on the test set it has {final} %.'
+      f'{best["name"]} ends highest on the validation data, at {chosen} %. '
+      f'On the test set it has {final} %.'
     )
   text = f'{best["name"]} ends highest, at {final} % test accuracy.'
   return (
@@ -27,7 +29,7 @@ def of_sweep(summary, num_ended) -> str:
 
 
 def of_influence(summary) -> str:
-  """How well estimates rank, and whether leaving clients out helps."""
+  """Says how well estimates rank, and whether leaving clients out helps."""
   sentences = []
   ranked = {
     name: found['spearman']
@@ -71,6 +73,7 @@ def of_influence(summary) -> str:
 
 
 def of_run(run) -> str:
+  """Says what accuracy a run ends at, and what the server step adds."""
   final = rows.summarise(run.rows)['final_accuracy_of']
   last = run.rows[-1]
   text = (
@@ -79,32 +82,108 @@ def of_run(run) -> str:
     f'{rows.megabytes(last):,.0f} MB.'
   )
   if 'fine_tuned' in final:
-    gain = 100 * (final['broadcast'] - final['average'])
+    gain = tables.points(final['broadcast'] - final['average'])
     text += (
-      f" The plain average of the clients' models has "
-      f'{tables.percent(final["average"])} %: what the server adds to it is '
-      f'worth {gain:+.2f} points.'.replace('-', '−')
+      " The plain average of the clients' models has "
+      f'{tables.percent(final["average"])} %, so the server step changes it by '
+      f'{gain} points.'
     )
   return text
 
 
-def of_comparison(entries) -> str:
-  """Who ends highest, and whether that is more than the spread over seeds."""
+def of_comparison(entries: tables.Entries) -> str:
+  """Names the method that ends highest, and the next one."""
   finals = {
     name: tables.final_accuracies(of_name) for name, of_name in entries.items()
   }
-  order = sorted(finals, key=lambda name: -np.mean(finals[name]))
-  best = finals[order[0]]
-  text = f'{order[0]} ends highest, at {tables.mean_text(best)} % test accuracy'
-  if len(order) == 1:
-    return f'{order[0]} ends at {tables.mean_text(best)} % test accuracy.'
-  second = finals[order[1]]
-  gap = 100 * (np.mean(best) - np.mean(second))
-  text += f', {gap:.2f} points above {order[1]}'
-  if len(best) == 1:
-    return text + '. One seed each: whether that is chance cannot be said.'
-  spread = 100 * max(np.std(best, ddof=1), np.std(second, ddof=1))
-  return text + (
-    f', {"more" if gap > spread else "no more"} than the spread over '
-    f'{len(best)} seeds ({spread:.2f}).'
+  first, *others = sorted(finals, key=lambda name: -np.mean(finals[name]))
+  best = f'at {tables.mean_text(finals[first])} % test accuracy'
+  if not others:
+    return f'{first} ends {best}.'
+  gap = 100 * (np.mean(finals[first]) - np.mean(finals[others[0]]))
+  return f'{first} ends highest, {best}, {gap:.2f} points above {others[0]}.'
+
+
+def conclusion(
+  finals: Mapping[str, Sequence[float]], one_partition: bool
+) -> str:
+  """Says which differences from the first method are shown, and which are not.
+
+  Args:
+    finals: by method the final accuracies of all seeds, in the same order.
+    one_partition: whether all seeds share partition and schedule.
+
+  Returns:
+    A few sentences; '' for a single method.
+  """
+  base, *others = finals
+  num = len(finals[base])
+  if not others:
+    return ''
+  if num == 1:
+    return (
+      'Nothing can be concluded from one seed: the differences may be chance. '
+      f'--seeds={statistics.exact_seeds(len(others))} or more allow an exact '
+      'test.'
+    )
+  tests = statistics.against(finals)
+  found: dict[str, list[str]] = {'higher': [], 'lower': [], '': []}
+  for name, test in tests.items():
+    shown = test.adjusted < statistics.LEVEL
+    side = ('higher' if test.mean > 0 else 'lower') if shown else ''
+    found[side].append(
+      f'{name} ({tables.points(test.mean)} points, {_p(test.adjusted)})'
+    )
+  said = [
+    f'{_and(names)} {"ends" if len(names) == 1 else "end"} {side}'
+    for side, names in found.items()
+    if names and side
+  ]
+  if found['']:
+    said.append(
+      f'for {_and(found[""])} no difference is shown, which does not mean that '
+      'there is none'
+    )
+  return ' '.join(
+    (
+      f'Compared with {base} over {num} seeds, {"; ".join(said)}.',
+      _method(num, len(others)),
+      _scope(one_partition),
+    )
   )
+
+
+def _method(num_seeds: int, num_tests: int) -> str:
+  enough = statistics.exact_seeds(num_tests)
+  exact = num_seeds >= enough
+  text = 'Exact sign-flip test' if exact else 'Paired t test'
+  text += f'{"s" if num_tests > 1 else ""}, two-sided, at the 5 % level'
+  if num_tests > 1:
+    text += (
+      f', corrected after Holm for {num_tests} comparisons; other pairs were '
+      'not tested'
+    )
+  if exact:
+    return text + '.'
+  return (
+    f'{text}. With fewer than {enough} seeds this takes the differences to be '
+    'normally distributed.'
+  )
+
+
+def _scope(one_partition: bool) -> str:
+  if one_partition:
+    return (
+      'All seeds share one partition and one schedule, so it holds for these; '
+      '--vary_partition draws others.'
+    )
+  return 'Each seed has a partition and a schedule of its own.'
+
+
+def _p(value: float) -> str:
+  return 'p < 0.001' if value < 0.001 else f'p = {value:.2g}'
+
+
+def _and(names: Sequence[str]) -> str:
+  *first, last = names
+  return f'{", ".join(first)} and {last}' if first else last

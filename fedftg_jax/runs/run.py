@@ -16,7 +16,7 @@ from fedftg_jax.configuration import assembly
 from fedftg_jax.configuration.resolve import Configuration
 from fedftg_jax.data import datasets
 from fedftg_jax.data import images as images_lib
-from fedftg_jax.results import page
+from fedftg_jax.results import page, styles
 from fedftg_jax.results import rows as rows_lib
 from fedftg_jax.runs import personal, writer
 from fedftg_jax.system import cli, files
@@ -155,6 +155,7 @@ class Run:
         said = writer.describe(
           datasets.load(config['dataset'], num_classes=config['num_classes'])
         )
+      said = {name: said[name] for name in _Images._fields}
       return _Images(**{**said, 'image_shape': tuple(said['image_shape'])})
     except (OSError, ValueError, TypeError, KeyError) as error:
       raise cli.ArgumentError(
@@ -317,12 +318,17 @@ class Run:
       from matplotlib import pyplot
 
       _, axes = pyplot.subplots(layout='constrained')
-    for title, model in rows_lib.different_models(self.rows).items():
-      points = rows_lib.curve(self.rows, model)
+    models, method = rows_lib.different_models(self.rows), self.config['method']
+    like = {title: method for title in models if title.startswith('broadcast')}
+    for title, style in styles.of(models, like).items():
+      points = rows_lib.curve(self.rows, models[title])
       axes.plot(
         [done for done, _, _ in points],
         [accuracy for _, _, accuracy in points],
-        label=f'{self.config["method"]}: {title}',
+        style.dashes,
+        color=style.color,
+        marker=style.marker,
+        label=f'{method}: {title}',
       )
     axes.set(xlabel='round', ylabel='test accuracy, percent')
     axes.grid(alpha=0.3)

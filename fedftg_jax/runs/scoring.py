@@ -26,7 +26,7 @@ class Scores(NamedTuple):
   """What one evaluation of one seed gives, on the host."""
 
   # Of each different model: loss, accuracy and, but for a mean of clients,
-  # per_class.
+  # per_class and, of few classes, confusion.
   models: Mapping[str, Mapping[str, Any]]
   same: Mapping[str, str]  # of other names the model that they are
   # See `evaluation.evaluate_clients`; {} if not asked for.

@@ -9,7 +9,7 @@ from fedftg_jax import base, evaluation, influence, privacy
 from fedftg_jax.configuration import folders
 from fedftg_jax.configuration.assembly import Experiment
 from fedftg_jax.data import datasets, partition, schedules, skew
-from fedftg_jax.results import plots, rows
+from fedftg_jax.results import crate, plots, rows
 from fedftg_jax.runs import callbacks, personal, scoring
 from fedftg_jax.system import cli, clock, devices, files
 
@@ -50,6 +50,7 @@ class RunWriter:
       stale = [
         'summary.json',
         'report.html',
+        crate.NAME,
         'nearest.npz',
         'images.npz',
         personal.NAME,
@@ -168,7 +169,9 @@ class RunWriter:
     return {'dp/epsilon': rows.number(found)}
 
   def _add_classes(self, done, models) -> None:
-    """Each variant's accuracy on each class, of the last evaluation."""
+    """Each variant's accuracy on each class, of the last evaluation, and how
+    often the broadcast model takes one class for another."""
+    confusion = models['broadcast'].get('confusion')
     files.write_json(
       self._folder / 'classes.json',
       {
@@ -182,6 +185,7 @@ class RunWriter:
           for name, v in models.items()
           if 'per_class' in v
         },
+        **({} if confusion is None else {'confusion': confusion.tolist()}),
       },
     )
 
@@ -269,7 +273,9 @@ class RunWriter:
         folder / 'images.npz', {'round': np.int32(self.rounds), 'x': images}
       )
       with files.replacing(folder / 'generated.png') as temporary:
-        plots.generated(temporary, images)
+        plots.generated(
+          temporary, images, experiment.problem.dataset.class_names
+        )
       if len(experiment.problem.dataset.train_x) > 1:
         files.write_tree(
           folder / 'nearest.npz',
@@ -309,13 +315,15 @@ class RunWriter:
 
 
 def describe(dataset: datasets.Dataset) -> dict[str, Any]:
-  """Describes the images that a run's model takes, and its classes."""
+  """Describes the images that a model takes, its classes, and the data."""
   return {
     'image_shape': list(dataset.image_shape),
     'dtype': str(dataset.train_x.dtype),
     'num_classes': dataset.num_classes,
     'mean': list(dataset.mean),
     'std': list(dataset.std),
+    'class_names': list(dataset.class_names),
+    'data': datasets.fingerprints(dataset),
   }
 
 

@@ -27,6 +27,11 @@ def is_local(path: PathLike) -> bool:
   return isinstance(UPath(path), pathlib.Path)
 
 
+def is_link(path: PathLike) -> bool:
+  """Whether `path` is a link, which only this machine's file system has."""
+  return is_local(path) and os.path.islink(str(path))
+
+
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[pathlib.Path]:
   """Yields a temporary local path whose file replaces `path` on success.
@@ -73,6 +78,11 @@ def write_text(path: PathLike, text: str) -> None:
   """Writes a text file atomically."""
   with replacing(path) as temporary:
     temporary.write_text(text)
+
+
+def write_bytes(path: PathLike, content: bytes) -> None:
+  with replacing(path) as temporary:
+    temporary.write_bytes(content)
 
 
 def write_json(path: PathLike, value: Any) -> None:

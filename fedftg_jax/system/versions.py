@@ -1,9 +1,17 @@
-"""Finds the versions that a result depends on."""
+"""Finds the versions and the code that a result depends on."""
 
+import functools
 import importlib.metadata
+import json
+import pathlib
 import platform
+import subprocess
 
 import jax
+
+import fedftg_jax
+
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 def current() -> dict[str, str]:
@@ -14,3 +22,49 @@ def current() -> dict[str, str]:
     'python': platform.python_version(),
     'device': jax.devices()[0].device_kind,
   }
+
+
+@functools.cache
+def code() -> dict[str, str]:
+  """Returns this package's version and, where it is known, its commit.
+
+  The commit is known in a checkout, where '+' behind it says that files were
+  changed since, and of a package that pip installed from a repository.
+  """
+  commit = _of_checkout() or _of_installation()
+  return {
+    'version': fedftg_jax.__version__,
+    **({'commit': commit} if commit else {}),
+  }
+
+
+def _of_checkout() -> str:
+  if not (_ROOT / '.git').exists():
+    return ''
+  commit = _git('rev-parse', 'HEAD')
+  changed = _git('status', '--porcelain', '--untracked-files=no')
+  return commit + ('+' if commit and changed else '')
+
+
+def _git(*arguments: str) -> str:
+  """The output of git, which may be missing or may refuse; then ''."""
+  try:
+    return subprocess.run(
+      ['git', '-C', str(_ROOT), *arguments],
+      capture_output=True,
+      text=True,
+      timeout=10,
+      check=True,
+    ).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    return ''
+
+
+def _of_installation() -> str:
+  """As pip has written it down, see PEP 610."""
+  try:
+    installed = importlib.metadata.distribution('fedftg_jax')
+    text = installed.read_text('direct_url.json') or '{}'
+    return str(json.loads(text)['vcs_info']['commit_id'])
+  except (importlib.metadata.PackageNotFoundError, ValueError, KeyError):
+    return ''

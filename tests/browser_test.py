@@ -177,10 +177,10 @@ def write_run(folder, method, seed, accuracy, long):
   }
   names_ = [f'class {c} ' + 'n' * 7 * c for c in range(10)]
   files.write_json(
-    folder / 'data.json',
+    folder / 'model_input.json',
     {
       'class_names': names_,
-      **{
+      'data': {
         split: {'examples': 10, 'sha256': split} for split in ('train', 'test')
       },
     },

@@ -230,7 +230,6 @@ class TrainTest(parameterized.TestCase):
         'config.json',
         'counts.npz',
         'curves.png',
-        'data.json',
         'generated.npz',
         'generated.png',
         'images.npz',

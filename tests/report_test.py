@@ -196,9 +196,9 @@ class RunTest(parameterized.TestCase):
       content = (
         data['train_x'].tobytes() + data['train_y'].astype(np.int32).tobytes()
       )
-    found = self.json('data.json')
+    found = self.json('model_input.json')
     self.assertEqual(
-      found['train'],
+      found['data']['train'],
       {'examples': 60, 'sha256': hashlib.sha256(content).hexdigest()},
     )
     self.assertEqual(found['class_names'], [])
@@ -315,9 +315,10 @@ class RunTest(parameterized.TestCase):
 
   def test_names_of_classes_are_text(self):
     folder = self.copy()
-    data = files.read_json(folder / 'data.json')
+    path = folder / 'model_input.json'
+    data = files.read_json(path)
     names = ['<script>', '=1+1', '$x_1$']
-    files.write_json(folder / 'data.json', {**data, 'class_names': names})
+    files.write_json(path, {**data, 'class_names': names})
     page_lib.write(folder)
     text = (folder / 'report.html').read_text()
     self.assertNotIn('<script', text)
@@ -401,7 +402,7 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(program['softwareVersion'], fedftg_jax.__version__)
     self.assertIn({'@id': 'config.json'}, action['object'])
     self.assertEqual(entities['#flag-batch_size']['value'], '10')
-    digest = self.json('data.json')['train']['sha256']
+    digest = self.json('model_input.json')['data']['train']['sha256']
     self.assertEqual(entities[f'#data-train-{digest[:16]}']['sha256'], digest)
     (figure,) = root['variableMeasured']
     self.assertEqual(

@@ -28,7 +28,7 @@ def is_local(path: PathLike) -> bool:
 
 
 def is_link(path: PathLike) -> bool:
-  """Whether `path` is a link, which only this machine's file system has."""
+  """Tells whether `path` is a link, which only local file systems have."""
   return is_local(path) and os.path.islink(str(path))
 
 

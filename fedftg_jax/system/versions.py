@@ -47,7 +47,7 @@ def _of_checkout() -> str:
 
 
 def _git(*arguments: str) -> str:
-  """The output of git, which may be missing or may refuse; then ''."""
+  """Returns the output of git; '' if git is missing or refuses."""
   try:
     return subprocess.run(
       ['git', '-C', str(_ROOT), *arguments],
@@ -61,7 +61,7 @@ def _git(*arguments: str) -> str:
 
 
 def _of_installation() -> str:
-  """As pip has written it down, see PEP 610."""
+  """Returns the commit that pip installed, see PEP 610; '' if none."""
   try:
     installed = importlib.metadata.distribution('fedftg_jax')
     text = installed.read_text('direct_url.json') or '{}'

@@ -382,8 +382,8 @@ class PartitionTest(ProgramCase):
       plots.heatmap('', counts)
     (drawn,) = save.call_args.args[0].axes[0].images
     groups = np.ma.filled(drawn.get_array(), 0)
-    self.assertEqual(groups.shape, (400, 3))
-    np.testing.assert_allclose(groups.mean(0), counts.mean(0), rtol=0.02)
+    self.assertEqual(groups.shape, (500, 3))
+    np.testing.assert_allclose(groups.mean(0), counts.mean(0))
     self.assertEqual(drawn.get_extent(), [-0.5, 2.5, 2499.5, -0.5])
 
 

@@ -63,7 +63,7 @@ def _draw(folder, config, claim) -> None:
   with files.replacing(folder / 'partition.npz') as temporary:
     partition.save(temporary, parts)
   with files.replacing(folder / 'heatmap.png') as temporary:
-    plots.heatmap(temporary, counts)
+    plots.heatmap(temporary, counts, dataset.class_names)
   files.write_json(folder / 'measures.json', measures)
   progress.show(
     ['measure', config['partition']],

@@ -217,11 +217,7 @@ def _of_run(folder, config) -> dict[str, Any]:
   clients = {
     '': {name: [(run, name)] for name in run.clients.get('accuracy', {})}
   }
-  like = {
-    name: method
-    for name in (*entries, *clients[''], method)
-    if name.split(' = ')[0] in ('broadcast', method)
-  }
+  like = styles_lib.of_models([*entries, *clients['']], method)
   return {
     'title': f'{method} on {run.config["dataset"]}',
     'kind': 'Training run',

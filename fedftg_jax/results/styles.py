@@ -159,6 +159,16 @@ def of(names: Iterable[str], like: Mapping[str, str] = {}) -> dict[str, Style]:
   return {name: found[of_name] for name, of_name in called.items()}
 
 
+def of_models(names: Iterable[str], method: str) -> dict[str, str]:
+  """Maps the broadcast model to its method, as the argument `like` of `of`.
+
+  Args:
+    names: of the models of a run, such as 'broadcast = fine_tuned'.
+    method: that of the run.
+  """
+  return {name: method for name in names if name.split(' = ')[0] == 'broadcast'}
+
+
 def _of_method(text: str) -> Style | None:
   """Returns the style of a method or of several joined with +."""
   first, *more = text.split('+')

@@ -319,7 +319,7 @@ class Run:
 
       _, axes = pyplot.subplots(layout='constrained')
     models, method = rows_lib.different_models(self.rows), self.config['method']
-    like = {title: method for title in models if title.startswith('broadcast')}
+    like = styles.of_models(models, method)
     for title, style in styles.of(models, like).items():
       points = rows_lib.curve(self.rows, models[title])
       axes.plot(

@@ -9,7 +9,7 @@ from fedftg_jax import base, evaluation, influence, privacy
 from fedftg_jax.configuration import folders
 from fedftg_jax.configuration.assembly import Experiment
 from fedftg_jax.data import datasets, partition, schedules, skew
-from fedftg_jax.results import crate, plots, rows
+from fedftg_jax.results import crate, plots, rows, styles
 from fedftg_jax.runs import callbacks, personal, scoring
 from fedftg_jax.system import cli, clock, devices, files
 
@@ -286,14 +286,14 @@ class RunWriter:
         )
     if not devices.is_first():
       return  # the rest is made of rows, which the first process has
+    models = rows.different_models(self._rows)
+    like = styles.of_models(models, experiment.config['method'])
     with files.replacing(folder / 'curves.png') as temporary:
       plots.curves(
         temporary,
-        {
-          title: [rows.curve(self._rows, model)]
-          for title, model in rows.different_models(self._rows).items()
-        },
+        {title: [rows.curve(self._rows, m)] for title, m in models.items()},
         'test accuracy, percent',
+        styles=styles.of(models, like),
       )
     clients = self._clients and {'clients': self._clients['summary']}
     files.write_json(

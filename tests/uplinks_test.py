@@ -691,7 +691,7 @@ class ProgramTest(parameterized.TestCase):
     config = json.loads((self.folder / 'a' / 'config.json').read_text())
     self.assertEqual(config['config']['uplink_lattice'], 'a2')
     page = (self.folder / 'a' / 'report.html').read_text()
-    self.assertIn('What is measured beside accuracy', page)
+    self.assertIn('uplink/distortion', page)
 
   def test_a_residual_outlasts_a_stop(self):
     options = '--uplink=top_k', '--checkpoint_every=1', '--eval_every=1'

@@ -301,7 +301,7 @@ def _flag(name: str, method: str) -> list[str]:
     default = ','.join(map(str, default))
   elif isinstance(default, float):
     default = f'{default:g}'
-  text = re.sub(r'^<.*?>: ', '', flag.help)  # what absl adds of choices
+  text = re.sub(r'^<.*?>: |;\s+repeat this option .*$', '', flag.help)
   if method:  # or another one with the same flag
     text = re.sub(rf'^({"|".join(recipes.RECIPES)}): ', '', text)
   if re.match('[a-z]{2,} ', text):

@@ -72,33 +72,38 @@ class ResumeTest(parameterized.TestCase):
   def test_stopped_at_any_file(self):
     """The power may fail before or after any file is in its place."""
     self.assertEqual(self.train('whole')[0], 0)
-    replace, count = os.replace, 0
+    replace, replaced = os.replace, []
 
-    def cut(*paths):
-      nonlocal count
-      count += 1
-      if count == stop and not late:
+    def cut(here, there):
+      replaced.append(pathlib.Path(there).name)
+      if len(replaced) == stop and not late:
         raise PowerCut
-      replace(*paths)
-      if count == stop:
+      replace(here, there)
+      if len(replaced) == stop:
         raise PowerCut
 
-    stop = None
-    late = False
+    stop, late = None, False
     with absltest.mock.patch.object(files.os, 'replace', cut):
       self.train('counted')
-    total = count
-    self.assertGreater(total, 25)
-    for stop in (5, total // 3, total // 2 + 1, total - 8, total):
-      late, count = not late, 0
+    total, finished = len(replaced), replaced.index('summary.json') + 1
+    self.assertGreater(finished, 25)
+    for stop, late, says in (
+      (5, True, 'results in'),
+      (finished // 3, False, 'results in'),
+      (finished // 2 + 1, True, 'going on after round'),
+      (finished, False, 'going on after round'),
+      (finished, True, 'already finished'),
+      (total, True, 'already finished'),
+    ):
+      name = f'cut{stop}{late}'
+      replaced.clear()
       with absltest.mock.patch.object(files.os, 'replace', cut):
         with self.assertRaises(PowerCut):
-          self.train(f'cut{stop}')
-      status, out, err = self.train(f'cut{stop}')
+          self.train(name)
+      status, out, err = self.train(name)
       self.assertEqual(status, 0, err)
-      if total // 2 < stop < total:
-        self.assertIn('going on after round', out)
-      self.assert_same('whole', f'cut{stop}')
+      self.assertIn(says, out)
+      self.assert_same('whole', name)
 
   @parameterized.parameters(
     ('fed_ftg', ['--ftg_preset=robust', '--tensorboard']),

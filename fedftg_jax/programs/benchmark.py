@@ -63,7 +63,10 @@ _COHORTS = absl_flags.DEFINE_list(
   'Numbers of clients to time with. They replace those of the workloads.',
 )
 _PEER_PYTHON = absl_flags.DEFINE_string(
-  'peer_python', sys.executable, "Python interpreter with the peers' packages."
+  'peer_python',
+  '',
+  "Python interpreter with the peers' packages; empty for the one that runs "
+  'this program.',
 )
 _OUT = absl_flags.DEFINE_string(
   'out', 'runs/benchmark.json', 'Where to write the figures.'
@@ -77,7 +80,7 @@ def main() -> None:
         raise cli.UsageError(
           flag.name, name, 'must be one of ' + ', '.join(known)
         )
-  if shutil.which(_PEER_PYTHON.value) is None:
+  if shutil.which(_PEER_PYTHON.value or sys.executable) is None:
     raise cli.UsageError(
       'peer_python', _PEER_PYTHON.value, 'must be a Python interpreter'
     )
@@ -107,7 +110,8 @@ class Contestant:
   """A process that trains a round on request."""
 
   def __init__(self, name: str, workload: str, cohort: int):
-    python = sys.executable if name in HOME else _PEER_PYTHON.value
+    peer_python = _PEER_PYTHON.value or sys.executable
+    python = sys.executable if name in HOME else peer_python
     self.name, self.seconds, self.peak_bytes = name, [], 0
     self._errors = tempfile.TemporaryFile('w+')
     # The other environment should find this package, but no package that is

@@ -128,21 +128,6 @@ def calibration(
   }
 
 
-def confusion(probabilities: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """Counts the examples of each class by predicted class.
-
-  Args:
-    probabilities: [M, C], from `predict`.
-    y: [M] labels.
-
-  Returns:
-    [C, C] integers; rows are true classes, columns predicted ones.
-  """
-  num = probabilities.shape[1]
-  places = num * np.asarray(y) + probabilities.argmax(1)
-  return np.bincount(places, minlength=num**2).reshape(num, num)
-
-
 def _of_all(
   apply, variables, x, y, batch_size, batch_stats=False, confusion=False
 ):

@@ -33,8 +33,8 @@ from fedftg_jax.system import cli, files, progress
 absl_flags.DEFINE_list(
   'methods',
   ['fed_avg', 'fed_ftg'],
-  'Methods to compare, with commas between '
-  'them; each may carry flags after colons (fed_ftg:ftg_preset=paper).',
+  'Methods to compare, separated by commas. Each may carry flags after colons: '
+  'fed_ftg:ftg_preset=paper.',
 )
 FLAGS = absl_flags.FLAGS
 

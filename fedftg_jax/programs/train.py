@@ -5,8 +5,8 @@
 
 The bare command runs FedFTG on 5,000 real MNIST images. Everything goes into
 --workdir (default: a folder in runs/ named after the configuration):
-report.html to look at, metrics.csv to go on with, and the rest that BUILD.md
-lists.
+report.html to look at, metrics.csv for your own tables, and the files that
+docs/files.md lists.
 """
 
 import json

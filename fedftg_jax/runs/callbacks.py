@@ -60,16 +60,16 @@ class Tracker:
   """A callback that is also called when a run starts and ends."""
 
   def start(self, run: Context) -> None:
-    """Called when a run starts.
+    """Begins to follow a run, which starts now.
 
     If the run resumes from a checkpoint, `run.rows` has the rows before it.
     """
 
   def __call__(self, row: Mapping[str, Any], run: Context) -> None:
-    """Called after each evaluation, with its row."""
+    """Takes the row of an evaluation."""
 
   def finish(self, run: Context, failed: bool) -> None:
-    """Called when the run has ended; `failed` is True after an exception."""
+    """Ends the tracking of a run; `failed` is True after an exception."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Personal models of a finished run, in a file to load them from by client."""
+"""Saves and loads the personal models of a finished run, by client."""
 
 from collections.abc import Iterable
 import itertools
@@ -26,7 +26,7 @@ class Saved(NamedTuple):
 def save(
   folder: UPath, clients: Iterable[tuple[int, dict[str, Personal]]], model: str
 ) -> None:
-  """Writes clients' models, a client at a time; no file where there is none.
+  """Writes clients' models, one client at a time; without models, no file.
 
   Arrays are called CLIENT/NAME/params/... and CLIENT/NAME/stats/...; the string
   CLIENT/NAME/model is the architecture.
@@ -53,7 +53,7 @@ def save(
 
 
 def _arrays(one: Personal, model: str) -> dict[str, np.ndarray]:
-  """A model's arrays by their place in it, in the form of its architecture."""
+  """Names a model's arrays by their path in the tree of its architecture."""
   variables = one.variables
   if one.kinds:
     model, unpack = one.kinds[int(one.kind)]  # type: ignore[arg-type]

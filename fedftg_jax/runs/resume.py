@@ -1,4 +1,4 @@
-"""Where a stopped run goes on: its checkpoints, and the rows up to them."""
+"""Saves and restores the checkpoints of runs, and listens for SIGTERM."""
 
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -28,11 +28,10 @@ _REFUSED = '.refused'  # behind the name of a checkpoint that cannot be used
 
 
 def is_due(done: int, config: dict[str, Any], every: int) -> bool:
-  """Whether a checkpoint belongs after `done` rounds.
+  """Returns whether a checkpoint is due after `done` rounds.
 
-  Always at the end of a whole chunk of rounds, so that a run which goes on cuts
-  the remaining rounds into the same chunks: every `every` rounds, rounded up to
-  whole chunks, and after the last.
+  It is due after the last round, and every `every` rounds, rounded up to whole
+  chunks: a run that resumes then divides the other rounds into equal chunks.
   """
   chunk = config['eval_every']
   if not every or done % chunk:
@@ -49,7 +48,8 @@ def save(
 ) -> None:
   """Writes the checkpoint after `done` rounds of one seed's run.
 
-  Of slots on the host it holds those of the clients that have worked so far.
+  If the slots are on the host or on disk, it holds only those of clients that
+  have worked.
   """
   ids = _worked(experiment, done)
   if ids is not None:
@@ -87,9 +87,9 @@ def blank(experiment: assembly.Experiment, done: int, state: State) -> State:
   """Returns `state` in the form of a checkpoint, without the slots' values.
 
   Args:
-    experiment: what the run runs.
+    experiment: the experiment of the run.
     done: number of rounds done, at least 1.
-    state: how the run begins.
+    state: the initial state.
   """
   ids = _worked(experiment, done)
   if ids is None:
@@ -107,11 +107,11 @@ def put_back(
   """Returns the state of a checkpoint with the slots of all clients.
 
   Args:
-    experiment: what the run runs.
+    experiment: the experiment of the run.
     done: number of rounds done.
-    state: how the run begins; slots on the host are changed in place, where
-      they may be mapped from files.
-    saved: what `newest` has found.
+    state: the initial state. Slots on the host are changed in place; they may
+      be mapped from files.
+    saved: a state from `newest`.
   """
   ids = _worked(experiment, done)
   if ids is None:
@@ -132,13 +132,13 @@ def prune(folder: UPath, done: int, keep: int) -> None:
 
 
 def _read_rows(folder):
-  """The rows of metrics.jsonl; those that are no rows are left out."""
+  """Reads the rows of metrics.jsonl; leaves out lines that are no rows."""
   rows = files.read_jsonl(folder / 'metrics.jsonl')
   return [row for row in rows if isinstance(row, dict) and 'round' in row]
 
 
 def _rounds(folder):
-  """The rounds of which a run has checkpoints, ascending."""
+  """Lists the rounds with a checkpoint, ascending."""
   there = sorted(
     int(n) for n in files.names(folder / FOLDER) if _ROUND.fullmatch(n)
   )
@@ -155,22 +155,23 @@ def newest(
   seeds: Sequence[int],
   states: Sequence[State],
 ) -> tuple[int, list[State]]:
-  """The latest round from which all of some runs can go on.
+  """Restores the latest checkpoint that all runs have.
+
+  A checkpoint that cannot be used is named on the screen and renamed; then the
+  one before it is tried.
 
   Args:
-    workdirs: one per run.
-    experiment: what they run.
-    seeds: one per run.
-    states: how each run begins, without a round done.
+    workdirs: folders, one per run.
+    experiment: the experiment of all runs.
+    seeds: seeds, one per run.
+    states: initial states, one per run.
 
   Returns:
-    Rounds done, and the states then, for `put_back`. A checkpoint that cannot
-    be used is named on the screen and renamed, and the one before it tried; 0
-    where there is none.
+    The number of rounds done, and the states after them, for `put_back`; 0 and
+    the initial states without a checkpoint.
 
   Raises:
-    cli.UsageError: if there are checkpoints, but of more rounds than are asked
-      for alone.
+    cli.UsageError: if all checkpoints are of more rounds than --rounds.
     cli.RunError: if the rows up to a checkpoint are not those that the run
       wrote.
   """
@@ -207,7 +208,7 @@ def newest(
 
 
 def _set_aside(folder, done, why) -> None:
-  """Names a checkpoint that cannot be used, and renames it."""
+  """Renames a checkpoint that cannot be used, and says why."""
   place = folder / FOLDER / str(done)
   aside = place.with_name(place.name + _REFUSED)
   if aside.exists():
@@ -257,7 +258,7 @@ def _restore_from(folder, experiment, done, state, note):
 
 
 def _note(experiment, seed, done, results):
-  """By what a run knows its checkpoints: configuration, files, who was in."""
+  """Builds the identity of a checkpoint: configuration, data and rows."""
   rows, parts = experiment.problem.schedule, experiment.problem.parts
   digest = parts.digest.copy()
   for t in range(done):  # without padding, whose width depends on later rounds
@@ -278,9 +279,9 @@ def _note(experiment, seed, done, results):
 
 @contextlib.contextmanager
 def listening() -> Iterator[threading.Event]:
-  """An event that is set when the process is asked to end (SIGTERM).
+  """Yields an event that is set by SIGTERM, so that a run can end in order.
 
-  A second signal ends it at once, as does every signal outside of this.
+  A second SIGTERM ends the process at once, as it does outside this context.
   """
   asked = threading.Event()
   if threading.current_thread() is not threading.main_thread():

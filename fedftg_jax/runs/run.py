@@ -103,8 +103,10 @@ class Run:
 
   @property
   def metrics(self) -> Any:
-    """The rows without values by class, as a pandas DataFrame; a list of
-    dictionaries if pandas is not installed."""
+    """The rows without values by class, as a pandas DataFrame.
+
+    A list of dictionaries if pandas is not installed.
+    """
     flat = [*map(rows_lib.flat, self.rows)]
     try:
       import pandas  # slow to import
@@ -230,7 +232,8 @@ class Run:
     Returns:
       accuracy, loss, class_accuracy [C] (None for a class without examples),
       calibration_error and brier (see `evaluation.calibration`), confusion
-      [C, C] (rows are true classes), and the number of examples.
+      [C, C] (rows are true classes; None for more than 100 classes), and the
+      number of examples.
 
     Raises:
       ValueError: for images of another shape or type, or other classes.
@@ -267,7 +270,7 @@ class Run:
       scores = evaluation.evaluate(
         self.model, self.variables, x, y, batch_stats=self._batch_stats
       )
-    probabilities = self.predict(x)
+    confusion, probabilities = scores.get('confusion'), self.predict(x)
     return {
       'examples': len(y),
       'accuracy': rows_lib.number(scores['accuracy']),
@@ -279,13 +282,15 @@ class Run:
       'class_accuracy': [
         *map(rows_lib.number, np.asarray(scores['per_class']))
       ],
-      'confusion': evaluation.confusion(probabilities, y).tolist(),
+      'confusion': None if confusion is None else confusion.tolist(),
     }
 
   @property
   def images(self) -> np.ndarray | None:
-    """Generated images of each class, [C, n, H, W, channels] uint8, each
-    scaled to its own range; None if the method has no generator."""
+    """Generated images of each class, [C, n, H, W, channels] uint8.
+
+    Each is scaled to its own range. None if the method has no generator.
+    """
     path = self.folder / 'images.npz'
     if not path.exists():
       return None
@@ -351,8 +356,11 @@ def read_config(folder: UPath) -> Configuration:
 
 
 def read_claim(folder: UPath) -> tuple[Configuration, dict[str, str]]:
-  """Reads a run's configuration, and the fingerprints of the files that it
-  names; as `read_config`."""
+  """Reads a run's configuration and the fingerprints of the files it names.
+
+  Raises:
+    cli.ArgumentError: as for `read_config`.
+  """
   path = folder / 'config.json'
   if not path.exists():
     raise cli.ArgumentError(folder, 'must be the folder of a run')

@@ -1,5 +1,4 @@
-"""What is looked at between chunks of rounds: models, clients, generated
-images."""
+"""Evaluates models, clients and generated images between rounds."""
 
 from collections.abc import Callable, Mapping
 import functools
@@ -23,7 +22,7 @@ _COMPARED = 100  # training images whose nearest other ones are looked for
 
 
 class Scores(NamedTuple):
-  """What one evaluation of one seed gives, on the host."""
+  """Scores of one evaluation of one seed, on the host."""
 
   # Of each different model: loss, accuracy and, but for a mean of clients,
   # per_class and, of few classes, confusion.
@@ -164,7 +163,7 @@ def _all_finite(tree) -> bool:
 
 
 def _mean_of_all(experiment, state):
-  """The mean over all clients' last models, as the federation weighs them."""
+  """Returns the mean of all clients' last models, weighted as in a round."""
   count = experiment.problem.data.count
   if experiment.config['weighting'] == 'uniform':
     count = jnp.ones_like(count)
@@ -173,7 +172,7 @@ def _mean_of_all(experiment, state):
 
 
 def _images(draw, shared, num_classes):
-  """One image of each of the first classes, as bytes."""
+  """Draws one image of each of the first classes, as bytes."""
   return _as_bytes(_drawn(draw, shared, num_classes))
 
 
@@ -193,8 +192,10 @@ def _as_bytes(images):
 
 
 def of_each_class(experiment: Experiment, state) -> np.ndarray:
-  """Generated images of every class, [C, n, H, W, channels], in the space of
-  the model's float inputs."""
+  """Draws images of every class, [C, n, H, W, channels].
+
+  They are in the space of the model's float inputs.
+  """
   num_classes = experiment.problem.dataset.num_classes
   labels = jnp.repeat(jnp.arange(num_classes), _PER_CLASS)
   images = _of_labels(experiment.simulation.synthesise, state.shared, labels)
@@ -202,10 +203,10 @@ def of_each_class(experiment: Experiment, state) -> np.ndarray:
 
 
 def nearest_real(experiment: Experiment, state) -> dict[str, np.ndarray]:
-  """Of some generated images the training images nearest to them.
+  """Finds the training images that are nearest to some generated images.
 
-  Only a simulation can say this: no real server has the clients' images.
-  Distances are root mean squares over pixels, as the model sees them.
+  Only a simulation can do this: no real server has the clients' images.
+  Distances are root mean squares over pixels, after the model's normalisation.
 
   Returns:
     generated and real, [C', H, W, channels] uint8, each scaled to its own
@@ -236,8 +237,10 @@ def nearest_real(experiment: Experiment, state) -> dict[str, np.ndarray]:
 
 
 def _nearest(images, real, seen, without=None):
-  """Place in `real` and distance of what is nearest to each of `images`, but
-  for the rows `without`, one each."""
+  """Returns the index in `real` and the distance of the nearest images.
+
+  With `without`, image i is not compared with row without[i] of `real`.
+  """
   flat = images.reshape(len(images), -1)
   squares = []
   for first in range(0, len(real), _BATCH):

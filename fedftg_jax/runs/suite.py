@@ -1,7 +1,7 @@
-"""Named configurations over seeds: what `compare` and `sweep` have in common.
+"""Trains named configurations with several seeds, for `compare` and `sweep`.
 
-Each run is one of `train`, in NAME/seedK/ of the folder; those that are
-finished are left alone, those that were stopped go on.
+Each run is like one of `train`, in NAME/seedK/ of the folder. Finished runs are
+left alone, stopped ones resume.
 """
 
 from collections.abc import Mapping
@@ -23,22 +23,21 @@ absl_flags.DEFINE_integer(
 absl_flags.DEFINE_integer(
   'seeds_at_once',
   1,
-  'Seeds that are trained together, as a mapped axis of one '
-  'program; needs memory for so many.',
+  'Seeds to train at once, as a mapped axis of one program. Memory must '
+  'suffice for all of them.',
   lower_bound=1,
 )
 absl_flags.DEFINE_bool(
   'vary_partition',
   False,
-  'Add the seed to the seeds of partition and schedule '
-  'as well (seeds are then trained one by one).',
+  'Give each seed its own partition and schedule. The seed is added to theirs; '
+  'seeds are trained one by one.',
 )
 absl_flags.DEFINE_float(
   'target_accuracy',
   None,
-  'For the rounds to a target; default: the highest '
-  'multiple of 0.05 that all methods (of a sweep: half of the configurations) '
-  'reach.',
+  'Accuracy to count the rounds to. Default: the highest multiple of 0.05 that '
+  'all methods (of a sweep: half of the configurations) reach.',
   lower_bound=0,
   upper_bound=1,
 )
@@ -56,17 +55,17 @@ def train_all(
   """Trains what is not finished yet, every configuration with every seed.
 
   Args:
-    folder: where to, opened.
-    claim: what makes the folder this one's, as its config.json says it.
+    folder: folder of all runs, which this process has locked.
+    claim: identity of the folder, for its config.json.
     configs: from `resolve.config`, by name.
-    tolerant: whether the others go on where a run diverges. That is remembered,
-      and not tried again.
+    tolerant: whether to go on after a run that diverges. It is remembered, and
+      not tried again.
 
   Returns:
-    What came of them; {} in processes other than the first.
+    `figures_of` every run; {} in processes other than the first.
 
   Raises:
-    cli.UsageError: before anything is trained, where something does not fit.
+    cli.UsageError: before any training, if a configuration is wrong.
     cli.RunError: if a run diverges, unless `tolerant`.
   """
   _check(configs)
@@ -101,18 +100,19 @@ def train_all(
 def train_one(
   label: str, folder: UPath, config: Configuration, seed: int
 ) -> dict[str, Any]:
-  """Trains one seed's run, if it is not finished; its rows and figures."""
+  """Trains one seed's run, unless it is finished; returns `figures_of` it."""
   if not devices.agree(_is_over(folder, of_seed(config, seed), False)):
     _train_group(label, _build(config, seed), [(seed, folder)], False)
   return figures_of(folder, config['rounds']) or {}
 
 
 def seeds() -> range:
+  """Returns the seeds that the flags ask for."""
   return range(FLAGS.seed, FLAGS.seed + FLAGS.seeds)
 
 
 def of_seed(config: Configuration, seed: int) -> Configuration:
-  """The configuration of one seed's run."""
+  """Returns the configuration of one seed's run."""
   shift = seed if FLAGS.vary_partition else 0
   return config.replace(
     seed=seed,
@@ -135,10 +135,10 @@ def _check(configs):
 
 
 def _groups(config, places, tolerant) -> list[list[tuple[int, UPath]]]:
-  """The seeds that are trained at once, where one of them is not finished.
+  """Groups the seeds that are trained at once; drops finished groups.
 
-  Groups do not depend on what is finished: a group that was stopped goes on
-  from checkpoints that all of it have.
+  Groups do not depend on which seeds are finished, because a group resumes from
+  a checkpoint that all of its seeds have.
   """
   at_once = 1 if FLAGS.vary_partition else FLAGS.seeds_at_once
   runs = list(zip(seeds(), places))
@@ -156,14 +156,18 @@ def _groups(config, places, tolerant) -> list[list[tuple[int, UPath]]]:
 
 
 def _is_over(place, config, tolerant) -> bool:
-  """Whether there is nothing to train; refuses a folder of another run."""
+  """Returns whether nothing is left to train.
+
+  Raises:
+    cli.UsageError: if the folder holds another run.
+  """
   if folders.is_finished(place, config):
     return True
   return tolerant and _diverged(place, config['rounds'])
 
 
 def _diverged(place, rounds) -> bool:
-  """Whether it is known that the run does not get through so many rounds."""
+  """Returns whether the run is known to diverge within so many rounds."""
   path = place / DIVERGED
   return path.exists() and files.read_json(path)['rounds'] <= rounds
 
@@ -186,7 +190,7 @@ def _train(label, config, groups, tolerant) -> None:
 
 
 def _train_group(label, experiment, group, tolerant) -> None:
-  """Trains seeds at once; where one diverges, each by itself."""
+  """Trains seeds at once; if one diverges, trains each by itself."""
   group_seeds, places = zip(*group)
   try:
     training.train(
@@ -211,7 +215,7 @@ def _train_group(label, experiment, group, tolerant) -> None:
 
 
 def figures_of(folder: UPath, rounds: int) -> dict[str, Any] | None:
-  """A run's rows and figures, up to `rounds`; None if it diverged before.
+  """Reads a run's rows and figures up to `rounds`; None if it diverged.
 
   Raises:
     cli.UsageError: if it has no evaluation up to there.

@@ -1,4 +1,4 @@
-"""Training: rounds, evaluation between them, and a record of both."""
+"""Trains runs: rounds, evaluations between them, and checkpoints."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
@@ -29,7 +29,7 @@ CLIENTS = '.clients'  # in a run's folder: slots of clients, mapped
 
 
 class Keeping(NamedTuple):
-  """What a run keeps beside its results; see the flags of the same names."""
+  """Checkpoints, trackers and models to keep; see the flags of these names."""
 
   tensorboard: bool = False
   wandb: str = ''
@@ -49,7 +49,7 @@ class Keeping(NamedTuple):
 
 
 def asked_for(values: Mapping[str, Any] | None = None) -> Keeping:
-  """What the flags, or `values` by their names, ask to be kept."""
+  """Reads `Keeping` from the flags, or from `values` by their names."""
   values = values or {name: FLAGS[name].value for name in Keeping._fields}
   return Keeping(**{name: values[name] for name in Keeping._fields})
 
@@ -87,7 +87,7 @@ def complete(
 
 
 def _is_finished(folder, config, quiet) -> bool:
-  """Whether all rounds are done; such a folder need not be written to."""
+  """Returns whether all rounds are done; nothing is written then."""
   done = int(devices.agree(folders_lib.rounds_finished(folder)))
   if done > config['rounds']:
     raise cli.UsageError(
@@ -110,15 +110,15 @@ def train(
   callbacks: Sequence[callbacks_lib.Callback] = (),
   quiet: bool = False,
 ) -> None:
-  """Trains once per seed, all at once, and writes each run into its folder.
+  """Trains all seeds at once, and writes each run into its folder.
 
-  Runs go on from the last checkpoint that all of them have.
+  Runs resume from the last checkpoint that all of them have.
 
   Args:
     experiment: from `build`.
     seeds: of the training; several are a mapped axis of one program.
     folders: one per seed.
-    label: what to call the run on the screen.
+    label: name of the run on the screen.
     keeping: checkpoints, and what the runs are logged to.
     callbacks: called after each evaluation of each run, see `callbacks`.
     quiet: whether to hide the progress.
@@ -236,7 +236,7 @@ def train(
 
 @contextlib.contextmanager
 def _all_held(folders) -> Iterator[None]:
-  """Holds every run's folder."""
+  """Locks the folder of every run."""
   with contextlib.ExitStack() as locks:
     for folder in folders:
       locks.enter_context(lock.held(folder))
@@ -245,8 +245,11 @@ def _all_held(folders) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _slots(config, folder) -> Iterator[list[pathlib.Path]]:
-  """Where `init` maps clients' slots from: a folder, gone afterwards, or
-  none."""
+  """Makes a folder for clients' slots on disk, and removes it afterwards.
+
+  Yields its path as a further argument of `init`: no path if the slots are not
+  on disk.
+  """
   if config['client_state'] != 'disk':
     yield []
     return
@@ -264,10 +267,9 @@ def _slots(config, folder) -> Iterator[list[pathlib.Path]]:
 
 
 def _go_on(experiment, seeds, folders, state, several):
-  """(rounds done, state) of the last checkpoint, or as it begins.
+  """Returns (rounds done, state) of the last checkpoint; else (0, `state`).
 
-  Of several processes the first reads it, since the others may not see its
-  disk.
+  The first process reads it, because the others may not see its disk.
   """
   states = [_one_seed(state, r, several) for r in range(len(seeds))]
   done, saved = 0, states

@@ -1,4 +1,4 @@
-"""What a run writes into its folder, and what its rows come to."""
+"""Writes the files of a run into its folder."""
 
 from typing import Any
 
@@ -20,17 +20,16 @@ _SCORES = 'clients.npz'  # the scores of more clients
 
 
 class RunWriter:
-  """What one seed's run writes into its folder.
+  """Writes the files of one seed's run.
 
-  What it holds between evaluations is what its files say: `_rows`
-  metrics.jsonl, `_timings` timings.jsonl, `_clients` clients.json, `_images`
-  generated.npz.
+  Its state is that of its files: `_rows` of metrics.jsonl, `_timings` of
+  timings.jsonl, `_clients` of clients.json, `_images` of generated.npz.
   """
 
   def __init__(
     self, experiment: Experiment, folder: UPath, seed: int, done: int = 0
   ):
-    """What is there of the first `done` rounds, and nothing else, is kept."""
+    """Prepares the folder: keeps only what is of the first `done` rounds."""
     self._experiment, self._folder, self._seed = experiment, folder, seed
     self._rows, self._timings, self._clients, self._images = [], [], {}, {}
     self._down = self._up = 0  # bytes so far
@@ -71,7 +70,7 @@ class RunWriter:
     files.write_json(folder / IMAGES, describe(experiment.problem.dataset))
 
   def _read(self, done: int) -> None:
-    """Takes up what the files say of the first `done` rounds."""
+    """Reads the files of the first `done` rounds."""
     folder = self._folder
     self._rows, self._timings = (
       [row for row in files.read_jsonl(folder / name) if row['round'] <= done]
@@ -101,11 +100,14 @@ class RunWriter:
   def add(self, done: int, metrics, scores: scoring.Scores) -> None:
     """Adds the evaluation after `done` rounds and rewrites the files.
 
-    `metrics` are those of the rounds since the last evaluation.
+    Args:
+      done: number of rounds.
+      metrics: metrics of the rounds since the last evaluation, one row each.
+      scores: of the evaluation.
 
     Raises:
-      cli.RunError: where a number is not finite any more, with the rounds
-      around.
+      cli.RunError: if the loss or the state is not finite; it names the rounds
+        in which that happened.
     """
     broadcast = scores.models['broadcast']
     if not (scores.finite and np.isfinite(broadcast['loss'])):
@@ -160,7 +162,7 @@ class RunWriter:
     files.write_jsonl(self._folder / 'metrics.jsonl', self._rows)
 
   def _privacy(self, done):
-    """Epsilon so far, where there is noise."""
+    """Returns epsilon so far; nothing without noise."""
     config = self._experiment.config
     if not config['dp_noise']:
       return {}
@@ -169,8 +171,11 @@ class RunWriter:
     return {'dp/epsilon': rows.number(found)}
 
   def _add_classes(self, done, models) -> None:
-    """Each variant's accuracy on each class, of the last evaluation, and how
-    often the broadcast model takes one class for another."""
+    """Writes each model's accuracy on each class, and the confusion matrix.
+
+    Both are those of the last evaluation; the matrix is that of the broadcast
+    model.
+    """
     confusion = models['broadcast'].get('confusion')
     files.write_json(
       self._folder / 'classes.json',
@@ -190,11 +195,11 @@ class RunWriter:
     )
 
   def _add_clients(self, done, scores) -> None:
-    """Adds the clients' scores, of the last evaluation of clients.
+    """Writes the clients' scores of the last evaluation of clients.
 
     The scores of many clients are arrays in a file of their own. The rows of
-    metrics.jsonl have how evenly they fall only where every evaluation is one
-    of clients: a run's rows begin those of a longer one.
+    metrics.jsonl have their summary only if clients are evaluated every time:
+    the rows of a run must be the first rows of a longer run.
     """
     counts, which = self._counts, {}
     if self._evaluated is not None:
@@ -234,7 +239,7 @@ class RunWriter:
     files.write_json(self._folder / 'clients.json', self._clients)
 
   def _add_images(self, done, images) -> None:
-    """Keeps the images of some evaluations."""
+    """Adds the images of an evaluation, and drops some of earlier ones."""
     kept = kept_rounds([row['round'] for row in self._rows])
     self._images = {t: a for t, a in self._images.items() if t in kept}
     self._images[done] = images
@@ -261,8 +266,12 @@ class RunWriter:
     )
 
   def finish(self, state, personal_models=()) -> None:
-    """Writes the model, the pictures and, last, the summary; `personal_models`
-    as in `personal.save`."""
+    """Writes the model, the pictures and, last, the summary.
+
+    Args:
+      state: after the last round.
+      personal_models: of the clients, see `personal.save`.
+    """
     experiment, folder = self._experiment, self._folder
     state = influence.untracked(state)
     files.write_tree(folder / 'params.npz', state.variables._asdict())
@@ -328,7 +337,7 @@ def describe(dataset: datasets.Dataset) -> dict[str, Any]:
 
 
 def _bits_per_client(problem, row) -> dict[str, float]:
-  """Means over the rounds and the clients that were sent to, or have sent."""
+  """Returns the mean bits of a client and round, down and up."""
   ids, arrived = (
     a[: row['round']]
     for a in (problem.schedule.client_id, problem.schedule.arrived)
@@ -345,8 +354,7 @@ def _bits_per_client(problem, row) -> dict[str, float]:
 
 
 def label_counts(experiment: Experiment) -> dict[str, np.ndarray]:
-  """How many examples of each class each client trains and is tested on, [N,
-  C]."""
+  """Counts the training and test examples of each client and class, [N, C]."""
   dataset = experiment.problem.dataset
   return {
     split: skew.class_counts(labels, parts, dataset.num_classes).astype(
@@ -360,8 +368,10 @@ def label_counts(experiment: Experiment) -> dict[str, np.ndarray]:
 
 
 def _distributions(scores, counts):
-  """Means over the clients of the accuracy in and out of their distribution, if
-  classes were asked for."""
+  """Returns the mean accuracy in and out of the clients' distributions.
+
+  Empty if the accuracy on each class is not known.
+  """
   if 'per_class' not in scores:
     return {}
   found = evaluation.by_distribution(scores['per_class'], counts)
@@ -381,9 +391,11 @@ def _listed(values):
 
 
 def kept_rounds(rounds: list[int]) -> set[int]:
-  """Of the evaluated rounds those whose generated images are kept: the last,
-  and others spread over all. One that is kept has been since it was the
-  last."""
+  """Chooses the evaluated rounds whose generated images are kept.
+
+  These are the last one, and others at equal distances. A round that is chosen
+  later on was chosen at every earlier time, too.
+  """
   stride = 1
   while len(rounds) > stride * _KEPT_IMAGES:
     stride *= 2
@@ -391,7 +403,7 @@ def kept_rounds(rounds: list[int]) -> set[int]:
 
 
 def _class_change(scores) -> dict[str, list[float | None]]:
-  """What fine-tuning on the server changes in the accuracy on each class."""
+  """Returns the change of the accuracy on each class by fine-tuning."""
   after, before = (
     scores.models.get(scores.same.get(name, name))
     for name in ('fine_tuned', 'aggregated')

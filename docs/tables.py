@@ -61,6 +61,7 @@ _PLACES = {
   'aggregates': 'aggregates the models',
   'corrects': 'corrects the mean',
   'refines': 'refines the mean on the server',
+  'averages': 'averages models over the rounds',
 }
 
 _LONG = 300  # letters of a preset's description

@@ -43,6 +43,7 @@ with epy.lazy_api_imports(globals()):  # each is imported when first used
   from fedftg_jax.methods.moon import moon
   from fedftg_jax.methods.q_fed_avg import q_fed_avg
   from fedftg_jax.methods.remembering import remembering
+  from fedftg_jax.methods.running_average import running_average
   from fedftg_jax.methods.scaffold import scaffold
   from fedftg_jax.runs import callbacks
   from fedftg_jax.simulation import load_run, simulate

@@ -2,8 +2,8 @@
 
 `build('scaffold+fed_ftg', settings)` puts the named parts in the order in which
 the server runs them, whatever the order of the names: one part aggregates,
-others correct the mean, others refine the model. If no part aggregates,
-`fed_avg` is added.
+others correct the mean, others refine the model, and one averages models over
+rounds. If no part aggregates, `fed_avg` is added.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,10 +37,11 @@ from fedftg_jax.methods import p_fed_bred as p_fed_bred_lib
 from fedftg_jax.methods import private_fed_avg as private_fed_avg_lib
 from fedftg_jax.methods import q_fed_avg as q_fed_avg_lib
 from fedftg_jax.methods import remembering as remembering_lib
+from fedftg_jax.methods import running_average as running_average_lib
 from fedftg_jax.methods import scaffold as scaffold_lib
 
 # The server runs its steps in this order; 'local' parts have no server step.
-KINDS = ('local', 'aggregates', 'corrects', 'refines')
+KINDS = ('local', 'aggregates', 'corrects', 'refines', 'averages')
 
 
 class Settings(NamedTuple):
@@ -684,6 +685,12 @@ RECIPES = {
     prefix='ftg_',
     fields=FtgOptions,
     reveals="reads every client's model and class counts",
+  ),
+  'running_average': Recipe(
+    'averages',
+    running_average_lib.running_average,
+    'evaluates a running average of the broadcast models, too',
+    prefix='average_',
   ),
 }
 

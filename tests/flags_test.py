@@ -12,6 +12,7 @@ from fedftg_jax.configuration import flags
 DEFAULTS = {
   'q_fed_avg': {'fair_q': 1.0},
   'fed_prox': {'prox_mu': 1e-4, 'prox_to_zero': False},
+  'running_average': {'average_decay': 0.9},
   'moon': {'moon_mu': 0.5, 'moon_tau': 5.0},
   'fed_dyn': {'dyn_alpha': 0.01},
   'scaffold': {

@@ -39,6 +39,7 @@ from fedftg_jax.methods import (
   fed_zda,
   moon,
   q_fed_avg,
+  running_average,
   scaffold,
 )
 from fedftg_jax.models import classifiers
@@ -181,6 +182,7 @@ ROWS = {
     'fed_gen+fed_ftg', GEN_WORDS, 2 * CLASSES, {'fed_gen': GEN}
   ),
   'fed_mr': Row('fed_mr'),
+  'running_average': Row('running_average', server=optax.sgd(0.5)),
   'fed_mr_by_modules': Row(
     'fed_mr+fed_ntd+scaffold',
     WORDS,
@@ -562,6 +564,38 @@ def after(name, local_steps=None, **options):
 @functools.cache
 def after_fed_avg(local_steps=None):
   return after('fed_avg', local_steps)
+
+
+class RunningAverageTest(absltest.TestCase):
+  def test_weights_of_the_rounds(self):
+    """Training is that of FedAvg; a round without clients does not count."""
+    method = base.chain(fed_avg.fed_avg(), running_average.running_average(0.5))
+    rows = problems.schedule([[0, 1, 4], [2, 3, -1], [-1, -1, -1], [0, 2, 3]])
+    models, averages = [], []
+
+    def keep(done, state, info):
+      del done
+      models.append(jax.device_get(state.variables))
+      averages.append(jax.device_get(info.models['running_average']))
+
+    fed = problems.make(MODEL, method)
+    args = fed.init(KEY), problems.DATA, rows, KEY
+    federation.run(fed, *args, every=1, callback=keep)
+    plain, _ = federation.run(
+      (fed := problems.make(MODEL)), fed.init(KEY), *args[1:], every=1
+    )
+    chex.assert_trees_all_equal(models[-1], jax.device_get(plain.variables))
+    chex.assert_trees_all_equal(averages[0], models[0])
+    first, second, _, last = models
+    want = jax.tree.map(
+      lambda a, b, c: (a + 2 * b + 4 * c) / 7, first, second, last
+    )
+    chex.assert_trees_all_close(averages[-1], want, rtol=1e-6, atol=1e-7)
+
+  def test_refuses(self):
+    for decay in (-0.1, 1.0):
+      with self.assertRaisesRegex(ValueError, f'decay must be.*got {decay}'):
+        running_average.running_average(decay)
 
 
 class NeutralTest(parameterized.TestCase):

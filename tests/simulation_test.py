@@ -316,6 +316,16 @@ class ObjectsTest(SimulateCase):
     )
     self.assertEqual(recipes.parse('method:chain'), ['method:chain'])
 
+  def test_other_models_of_the_last_round(self):
+    run = self.simulate(method='running_average', average_decay=0.5)
+    (name,) = run.models
+    self.assertEqual(name, 'running_average')
+    scores = run.evaluate(self.arrays[2:], model=run.models[name])
+    row = run.rows[-1]
+    self.assertEqual(scores['accuracy'], row['accuracy'][name])
+    self.assertNotEqual(scores['loss'], row['test_loss'])
+    self.assertEmpty(self.simulate(rounds=1).models)  # FedAvg's is broadcast
+
   def test_personal(self):
     run = self.simulate(method='ditto', rounds=1)
     own = run.personal(1)
@@ -639,6 +649,13 @@ class EvaluateTest(SimulateCase):
     scores = files.read_json(path)
     self.assertEqual(scores['loss'], last['test_loss'])
     self.assertEqual(np.sum(scores['confusion']), 30)
+
+  def test_which_model(self):
+    status, _, err = self.call('--which=running_average')
+    self.assertEqual(status, 2)
+    self.assertEqual(
+      err, 'error: --which=running_average: must be one of broadcast\n'
+    )
 
   def write(self, change):
     """--dataset of a data set whose splits are changed."""

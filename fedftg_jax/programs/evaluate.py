@@ -22,6 +22,12 @@ GROUPS = ('Data',)  # of common flags in --help
 FLAGS = absl_flags.FLAGS
 
 absl_flags.DEFINE_enum('split', 'test', run.SPLITS, 'Split to score.')
+absl_flags.DEFINE_string(
+  'which',
+  'broadcast',
+  'Model to score: broadcast, or another one in models.npz, such as '
+  'running_average.',
+)
 
 
 def main(folder: str) -> None:
@@ -33,10 +39,15 @@ def main(folder: str) -> None:
   name = (
     FLAGS.dataset if FLAGS['dataset'].present else trained.config['dataset']
   )
+  which = FLAGS.which
+  if which not in ('broadcast', *trained.models):
+    known = ', '.join(['broadcast', *trained.models])
+    raise cli.UsageError('which', which, f'must be one of {known}')
   try:
     scores = trained.evaluate(
       name,
       FLAGS.split,
+      trained.models.get(which),
       num_classes=FLAGS.num_classes,
       data_dir=FLAGS.data_dir,
       manual_dir=FLAGS.manual_dir,
@@ -45,12 +56,15 @@ def main(folder: str) -> None:
     raise
   except ValueError as error:
     raise cli.UsageError('dataset', name, str(error)) from error
-  path = (
-    place / 'evaluations' / f'{folders.folder_name(name)}-{FLAGS.split}.json'
+  file = f'{folders.folder_name(name)}-{FLAGS.split}'
+  if which != 'broadcast':
+    file += f'-{which}'
+  path = place / 'evaluations' / f'{file}.json'
+  files.write_json(
+    path, {'dataset': name, 'split': FLAGS.split, 'model': which, **scores}
   )
-  files.write_json(path, {'dataset': name, 'split': FLAGS.split, **scores})
   progress.show(
-    ['measure', f'{name}, {FLAGS.split}'],
+    ['measure', f'{which}: {name}, {FLAGS.split}'],
     [
       ['examples', f'{scores["examples"]:,d}'],
       ['accuracy, percent', f'{100 * scores["accuracy"]:.2f}'],

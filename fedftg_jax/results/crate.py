@@ -39,6 +39,7 @@ _ABOUT = {
   'partition.npz': 'Which examples each client holds',
   'schedule.npz': 'Which clients take part in each round',
   'params.npz': 'The last model',
+  'models.npz': 'Other models of the last round',
   'summary.json': 'Figures of the whole',
   'report.html': 'The report',
   'table.md': 'Figures of the whole',

@@ -148,6 +148,11 @@ PARTS = {
     'such images (steps: {ftg_student_steps})',
     stores='generator',
   ),
+  'running_average': Part(
+    server='averages the models of all rounds so far, to evaluate '
+    '({average_decay} for a round less)',
+    stores='this average',
+  ),
 }
 
 

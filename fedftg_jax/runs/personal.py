@@ -17,10 +17,11 @@ NAME = 'personal.npz'  # in a run's folder
 
 
 class Saved(NamedTuple):
-  """A personal model of a client."""
+  """A model of a finished run."""
 
   model: str  # the architecture, a name for `models.build`, as is --model
   variables: Variables  # NumPy arrays
+  batch_stats: bool = False  # whether BatchNorm normalises by each batch
 
 
 def save(

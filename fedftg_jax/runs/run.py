@@ -4,6 +4,7 @@ import base64
 from collections.abc import Sequence
 import functools
 import html
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -128,24 +129,45 @@ class Run:
   @functools.cached_property
   def variables(self) -> Variables:
     """The variables of the trained model, which the server broadcasts last."""
-    like = jax.eval_shape(self.model.init, jax.random.key(0))
+    return self._read('params.npz')['']
+
+  @functools.cached_property
+  def models(self) -> dict[str, personal.Saved]:
+    """The other models of the last round by name, for `predict`.
+
+    These are the evaluated models that differ from the broadcast one, such as
+    'running_average', or 'aggregated' of FedFTG.
+    """
+    if not (self.folder / writer.MODELS).exists():
+      return {}
+    return {
+      name: self._saved(variables)
+      for name, variables in self._read(writer.MODELS).items()
+    }
+
+  def _read(self, name: str) -> dict[str, Variables]:
+    """Reads a file of models by the prefix of their arrays, such as ''."""
+    like = jax.eval_shape(self.model.init, jax.random.key(0))._asdict()
     try:
-      arrays = files.read_arrays(self.folder / 'params.npz')
-      variables = jax.tree.map_with_path(
-        lambda path, leaf: arrays[
-          jax.tree_util.keystr(path, simple=True, separator='/')
-        ],
-        like._asdict(),
-      )
+      arrays = files.read_arrays(self.folder / name)
+      prefixes = {re.split('params/|stats/', array)[0] for array in arrays}
+      models = {
+        prefix.rstrip('/'): jax.tree.map_with_path(
+          lambda path, leaf: arrays[
+            prefix + jax.tree_util.keystr(path, simple=True, separator='/')  # noqa: B023
+          ],
+          like,
+        )
+        for prefix in sorted(prefixes)
+      }
     except (OSError, ValueError, KeyError) as error:
       raise cli.ArgumentError(
-        self.folder, f'has a params.npz that does not fit its model: {error}'
+        self.folder, f'has a {name} that does not fit its model: {error}'
       ) from error
-    if jax.tree.map(np.shape, variables) != jax.tree.map(
-      np.shape, like._asdict()
-    ):
-      raise cli.ArgumentError(self.folder, 'has a params.npz of another model')
-    return Variables(**variables)
+    for variables in models.values():
+      if jax.tree.map(np.shape, variables) != jax.tree.map(np.shape, like):
+        raise cli.ArgumentError(self.folder, f'has a {name} of another model')
+    return {prefix: Variables(**tree) for prefix, tree in models.items()}
 
   @functools.cached_property
   def _images(self) -> _Images:
@@ -164,11 +186,6 @@ class Run:
         self.folder, f'has no {writer.IMAGES} that can be read: {error}'
       ) from error
 
-  @property
-  def _batch_stats(self) -> bool:
-    """Whether BatchNorm normalises by each batch, as in the evaluations."""
-    return self.config['batch_norm'] == 'local'
-
   def predict(
     self, x: np.ndarray, model: personal.Saved | None = None
   ) -> np.ndarray:
@@ -180,8 +197,8 @@ class Run:
     Args:
       x: [M, H, W, channels] images like those of the data set, such as raw
         uint8.
-      model: a client's personal model, from `personal`; None for the model that
-        the server broadcasts.
+      model: a model from `models`, or a client's personal model from
+        `personal`; None for the model that the server broadcasts.
 
     Returns:
       [M, C] float32; rows sum to 1.
@@ -189,16 +206,24 @@ class Run:
     Raises:
       ValueError: for images of another shape or type.
     """
-    x = self._checked(x)
+    x, (classifier, saved) = self._checked(x), self._chosen(model)
     with assembly.matmul_precision(self.config):
-      if model is None:
-        return evaluation.predict(
-          self.model, self.variables, x, batch_stats=self._batch_stats
-        )
-      classifier = self.model
-      if model.model != self.config['model']:
-        classifier = assembly.by_name(self.config, self._images)(model.model)
-      return evaluation.predict(classifier, model.variables, x)
+      return evaluation.predict(
+        classifier, saved.variables, x, batch_stats=saved.batch_stats
+      )
+
+  def _chosen(self, model: personal.Saved | None) -> tuple[Model, Any]:
+    """Returns a classifier and its variables; those of broadcast for None."""
+    if model is None:
+      return self.model, self._saved(self.variables)
+    if model.model == self.config['model']:
+      return self.model, model
+    return assembly.by_name(self.config, self._images)(model.model), model
+
+  def _saved(self, variables: Variables) -> personal.Saved:
+    """Returns a model of the server; its statistics mean nothing if local."""
+    is_local = self.config['batch_norm'] == 'local'
+    return personal.Saved(self.config['model'], variables, is_local)
 
   def _checked(self, x) -> np.ndarray:
     x, want = np.asarray(x), self._images
@@ -213,6 +238,7 @@ class Run:
     self,
     data: str | tuple[Any, Any] | None = None,
     split: str = 'test',
+    model: personal.Saved | None = None,
     *,
     num_classes: int = 0,
     data_dir: str | None = None,
@@ -224,6 +250,7 @@ class Run:
       data: name of a data set; (images, labels); or None for the data set of
         the training, as published.
       split: 'test' or 'train', for a data set by name.
+      model: as for `predict`.
       num_classes: C, for a data set by name; 0 for one more than the largest
         training label.
       data_dir: where prepared data sets are kept, see `datasets.load`.
@@ -263,14 +290,15 @@ class Run:
         f'labels must be one integer from 0 to {self._images.num_classes - 1} '
         f'for each of the {len(x)} images'
       )
-    return self._score(x, y)
+    return self._score(x, y, model)
 
-  def _score(self, x, y) -> dict[str, Any]:
+  def _score(self, x, y, model) -> dict[str, Any]:
+    classifier, saved = self._chosen(model)
     with assembly.matmul_precision(self.config):
       scores = evaluation.evaluate(
-        self.model, self.variables, x, y, batch_stats=self._batch_stats
+        classifier, saved.variables, x, y, batch_stats=saved.batch_stats
       )
-    confusion, probabilities = scores.get('confusion'), self.predict(x)
+    confusion, probabilities = scores.get('confusion'), self.predict(x, model)
     return {
       'examples': len(y),
       'accuracy': rows_lib.number(scores['accuracy']),

@@ -135,16 +135,13 @@ def load_run(
 
 def _with_files(flags: Mapping[str, Any]) -> dict[str, Any]:
   """Adds the flags of `preset` and `config`; those that are given win."""
-  flags, found = dict(flags), {}
+  flags = dict(flags)
   named = {name: flags.pop(name, None) for name in ('preset', 'config')}
   argv = [
     'simulate',
     *(f'--{k}={v}' for k, v in named.items() if v is not None),
   ]
-  for arg in cli.with_files(argv)[1:]:
-    name, has_value, value = cli.name_of(arg), '=' in arg, arg.partition('=')[2]
-    found[name] = value if has_value else arg.lstrip('-') == name
-  return {**found, **flags}
+  return {**cli.values_of(argv), **flags}
 
 
 def _resolved(flags: Mapping[str, Any]) -> tuple[dict[str, Any], Given]:

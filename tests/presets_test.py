@@ -12,11 +12,17 @@ import numpy as np
 import pytest
 
 from fedftg_jax.configuration import assembly, resolve
-from fedftg_jax.programs import compare, compression, sweep
+from fedftg_jax.programs import (
+  compare,
+  compression,
+  influence,  # noqa: F401, its flags
+  sweep,
+)
 from fedftg_jax.system import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / 'experiments' / 'presets'
+PROGRAMS = 'train', 'compare', 'sweep', 'compression', 'influence'
 NAMES = sorted(path.stem for path in FOLDER.glob('*.flags'))
 
 
@@ -79,20 +85,27 @@ class PresetsTest(parameterized.TestCase):
       originals / 'cifar-10-batches-bin',
       [*(f'data_batch_{i}.bin' for i in range(1, 6)), 'test_batch.bin'],
       1,
-      60,
+      1000,
     )
     write_cifar(
       originals / 'cifar-100-binary', ['train.bin', 'test.bin'], 2, 300
     )
     for prefix in ('train', 't10k'):
       write_idx(originals / 'fashion_mnist', prefix, 500)
+    for name, prefix, num in (
+      ('mnist', 'train', 15_000),
+      ('mnist', 't10k', 100),
+      ('emnist', 'emnist-balanced-train', 10_000),
+      ('emnist', 'emnist-balanced-test', 100),
+    ):
+      write_idx(originals / name, prefix, num)
 
   @contextlib.contextmanager
   def parsed(self, name):
     """Sets the flags to a preset's within the context; gives its program."""
     text = (FOLDER / f'{name}.flags').read_text()
     command = re.match(
-      r'# \.venv/bin/python -m experiments\.(train|compare|sweep|compression) '
+      rf'# \.venv/bin/python -m experiments\.({"|".join(PROGRAMS)}) '
       rf'--flagfile=experiments/presets/{name}\.flags\n',
       text,
     )

@@ -15,6 +15,7 @@ NAMES = {
   'influence': 'ranks clients by how the model would differ without them',
   'partition': 'draws a partition and measures how skewed it is',
   'hessian': "measures the curvature of a run's loss, and across clients",
+  'check_paper': 'compares finished runs with published figures',
   'evaluate': 'scores the trained model of a run on a data set',
   'report': 'writes report.html again, from a folder of results',
   'benchmark': 'times a round of this package and of other simulators',

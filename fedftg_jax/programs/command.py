@@ -51,7 +51,7 @@ def _interrupted(number, frame) -> None:
 
 def _usage() -> str:
   lines = [
-    f'  fedftg {name:<10} {what}' for name, what in programs.NAMES.items()
+    f'  fedftg {name:<11} {what}' for name, what in programs.NAMES.items()
   ]
   return '\n'.join(
     [

@@ -261,6 +261,26 @@ def with_files(argv: Sequence[str]) -> list[str]:
   return [with_home(arg) for arg in argv]
 
 
+def values_of(argv: Sequence[str]) -> dict[str, str | bool]:
+  """Returns the flags of a command line by name, with those of its files.
+
+  Args:
+    argv: a command line, with the program's name first.
+
+  Returns:
+    Texts, and True or False for a flag without a value. If a flag is given
+    several times, the last one counts.
+
+  Raises:
+    UsageError: as for `with_files`.
+  """
+  found: dict[str, str | bool] = {}
+  for arg in with_files(argv)[1:]:
+    name, has_value, value = name_of(arg), '=' in arg, arg.partition('=')[2]
+    found[name] = value if has_value else arg.lstrip('-') == name
+  return found
+
+
 def with_home(arg: str) -> str:
   """Replaces ~ by the home folder in a flag whose value is a path."""
   return _HOME.sub(lambda m: m[1] + os.path.expanduser('~'), arg)

@@ -1,0 +1,256 @@
+"""Compares finished runs with published figures.
+
+  fedftg check_paper runs/niid_bench
+  fedftg check_paper runs/mine --published=pfllib
+
+The folder is that of a run, a comparison or a sweep. Its runs are compared with
+the figures of the preset of the same name, or of --published. The published
+figures are in experiments/presets/published.yaml, with their sources. Each
+figure is compared with all runs of its method and flags, as the mean over
+seeds. The difference is also given in standard deviations, of one seed here and
+of one published seed together. Flags in which the runs differ from the preset
+are named, since they may explain a difference. Writes check_paper.json.
+"""
+
+from collections.abc import Iterator, Mapping
+import math
+from typing import Any, NamedTuple
+
+from absl import flags as absl_flags
+import numpy as np
+from upath import UPath
+import yaml
+
+from fedftg_jax import recipes
+from fedftg_jax.configuration import resolve
+from fedftg_jax.configuration.resolve import Configuration
+from fedftg_jax.results import reader, rows, tables
+from fedftg_jax.system import cli, files, own_flags, progress
+
+ARGUMENT = 'FOLDER'
+GROUPS = ()  # of common flags in --help
+PUBLISHED = cli.PRESETS / 'published.yaml'
+FLAGS = absl_flags.FLAGS
+
+absl_flags.DEFINE_string(
+  'published',
+  '',
+  "Preset whose published figures to compare with; default: the folder's name.",
+)
+
+# Flags that differ between seeds, or that change no accuracy but by rounding.
+_FREE = (
+  'seed',
+  'partition_seed',
+  'schedule_seed',
+  'eval_every',
+  'evaluate_clients',
+  'evaluated_clients',
+  'personalise',
+  'clients_by_class',
+  'evaluate_all',
+  'conv',
+  'client_chunk',
+  'client_state',
+  'num_devices',
+)
+_KEYS = ('percent', 'deviation', 'figure')  # of a figure; others are flags
+
+
+class Compared(NamedTuple):
+  """A published figure beside runs that differ in nothing but the seed.
+
+  Attributes:
+    flags: the flags that the figure is of.
+    published: in percent.
+    deviation: standard deviation of the published seeds; None if unknown.
+    ours: accuracy of each seed, in percent.
+    rounds: of the runs.
+    differs: what the runs and the preset have for the flags that differ.
+  """
+
+  flags: dict[str, Any]
+  published: float
+  deviation: float | None
+  ours: list[float]
+  rounds: int
+  differs: dict[str, tuple[Any, Any]]
+
+  @property
+  def difference(self) -> float:
+    """Mean of the runs less the published figure, in points."""
+    return float(np.mean(self.ours)) - self.published
+
+  @property
+  def deviations(self) -> float | None:
+    """The difference in standard deviations; None if neither is known."""
+    own = np.std(self.ours, ddof=1) if len(self.ours) > 1 else 0.0
+    both = math.hypot(own, self.deviation or 0.0)
+    return self.difference / both if both else None
+
+
+def main(folder: str) -> None:
+  try:
+    place = UPath(folder)
+  except (ValueError, ImportError) as error:  # a store that is not known here
+    raise cli.ArgumentError(folder, str(error)) from error
+  known = yaml.safe_load(PUBLISHED.read_text())
+  name = FLAGS.published or place.name
+  if name not in known:
+    raise cli.UsageError(
+      'published', name, f'must be one of {", ".join(known)}'
+    )
+  found = compare(place, name, known[name])
+  if not found:
+    raise cli.ArgumentError(
+      folder, f'has no finished run of a method with a figure in {name}'
+    )
+  source, checked = known[name]['source'], known[name]['checked']
+  progress.show(
+    ['run', 'seeds', 'rounds', 'ours', 'published', 'difference', 'deviations'],
+    [*map(_cells, found)],
+  )
+  for one in found:
+    if one.differs:
+      print(f'{_named(one.flags)} differs from the preset: {_said(one)}')
+  print(f'published: {source}')
+  if not checked:
+    print('Nobody has checked these figures there. Do not quote them.')
+  path = place / 'check_paper.json'
+  files.write_json(
+    path,
+    {
+      'preset': name,
+      'source': source,
+      'checked': checked,
+      'figures': [
+        {
+          **one._asdict(),
+          'difference': one.difference,
+          'deviations': one.deviations,
+        }
+        for one in found
+      ],
+    },
+  )
+  print(f'written: {path}')
+
+
+def compare(
+  folder: UPath, name: str, published: Mapping[str, Any]
+) -> list[Compared]:
+  """Compares the runs in a folder with the published figures of a preset.
+
+  Args:
+    folder: of a run, a comparison or a sweep.
+    name: of the preset.
+    published: its entry in published.yaml.
+
+  Returns:
+    A comparison for each figure and each group of runs that differ in nothing
+    but the seed.
+  """
+  groups: dict[str, list[reader.Recorded]] = {}
+  for run in _runs(folder):
+    config = {k: v for k, v in run.config.items() if k not in _FREE}
+    groups.setdefault(repr(sorted(config.items())), []).append(run)
+  found = []
+  for figure in published['figures']:
+    wanted = {k: v for k, v in figure.items() if k not in _KEYS}
+    preset = preset_config(name, wanted)
+    for runs in groups.values():
+      config = Configuration(runs[0].config)
+      if [_comparable(k, config[k]) for k in wanted] != [
+        _comparable(k, preset[k]) for k in wanted
+      ]:
+        continue
+      what = figure.get('figure', published['figure'])
+      ours = [of_run for run in runs if (of_run := _figure(run.rows, what))]
+      if not ours:
+        continue
+      found.append(
+        Compared(
+          wanted,
+          figure['percent'],
+          figure.get('deviation'),
+          ours,
+          runs[0].rows[-1]['round'],
+          {
+            k: (config[k], preset[k])
+            for k in sorted({*config, *preset} - {*_FREE, *wanted})
+            if config[k] != preset[k]
+          },
+        )
+      )
+  return found
+
+
+def preset_config(name: str, changes: Mapping[str, Any]) -> Configuration:
+  """Returns the configuration of a run of a preset, with some flags changed."""
+  values = cli.values_of(['check_paper', f'--preset={name}'])
+  ours = {k: v for k, v in values.items() if k in own_flags.FLAGS}
+  values = resolve.from_arguments({**ours, **changes})
+  # The data need not be here: the configuration is checked without them.
+  config = resolve.config(**{**values, 'dataset': 'arrays:'})
+  return config.replace(dataset=values['dataset'])
+
+
+def _runs(folder: UPath) -> Iterator[reader.Recorded]:
+  """Yields the finished runs below a folder, in the order of their names."""
+  for path in sorted(folder.rglob('summary.json')):
+    saved = path.parent / 'config.json'
+    if saved.exists() and 'program' not in files.read_json(saved)['config']:
+      yield reader.read(path.parent)
+
+
+def _comparable(flag: str, value: Any) -> Any:
+  return recipes.parse(value) if flag == 'method' else value
+
+
+def _figure(of: list[dict[str, Any]], what: str) -> float | None:
+  """Returns the figure of a run in percent; None if a row does not have it."""
+  when, _, name = what.partition(' ')
+  if when == 'final':
+    of = [r for r in of if r['round'] > of[-1]['round'] - rows.FINAL_ROUNDS]
+  values = []
+  for row in of:
+    value: Any = row
+    for key in name.split('/'):
+      value = value.get(key) if isinstance(value, dict) else None
+    if value is None:
+      return None
+    values.append(value)
+  return 100 * float(np.mean(values) if when == 'final' else np.max(values))
+
+
+def _cells(one: Compared) -> list[str]:
+  ours = f'{np.mean(one.ours):.2f}'
+  if len(one.ours) > 1:
+    ours += f' ± {np.std(one.ours, ddof=1):.2f}'
+  published = f'{one.published:.2f}'
+  if one.deviation is not None:
+    published += f' ± {one.deviation:.2f}'
+  return [
+    _named(one.flags),
+    str(len(one.ours)),
+    str(one.rounds),
+    ours,
+    published,
+    f'{one.difference:+.2f}',
+    '' if one.deviations is None else f'{one.deviations:+.1f}',
+  ]
+
+
+def _named(flags: Mapping[str, Any]) -> str:
+  method, *others = (
+    tables.text(v) if k == 'method' else f'{k}={tables.text(v)}'
+    for k, v in sorted(flags.items(), key=lambda item: item[0] != 'method')
+  )
+  return ':'.join([method, *others])
+
+
+def _said(one: Compared) -> str:
+  return ', '.join(
+    f'{flag}={tables.text(ours)} ({tables.text(preset)})'
+    for flag, (ours, preset) in one.differs.items()
+  )

@@ -1,0 +1,138 @@
+"""Tests the comparison of finished runs with published figures."""
+
+import json
+import pathlib
+
+from absl.testing import absltest, parameterized
+import yaml
+
+from fedftg_jax.programs import check_paper
+from fedftg_jax.system import cli
+from tests import programs
+
+KNOWN = yaml.safe_load(check_paper.PUBLISHED.read_text())
+FIGURES = [
+  (name, i) for name, one in KNOWN.items() for i in range(len(one['figures']))
+]
+
+
+def _flags(figure):
+  others = 'percent', 'deviation', 'figure'
+  return {k: v for k, v in figure.items() if k not in others}
+
+
+class PublishedTest(parameterized.TestCase):
+  """The file is well formed."""
+
+  @parameterized.parameters(*KNOWN)
+  def test_fields(self, name):
+    self.assertCountEqual(
+      KNOWN[name], ['source', 'checked', 'figure', 'figures']
+    )
+    figures = KNOWN[name]['figures']
+    for one in [KNOWN[name], *figures]:
+      if 'figure' in one:
+        self.assertRegex(
+          one['figure'], r'^(best|final) (test_accuracy|clients/)'
+        )
+    for one in figures:
+      self.assertTrue(10 < one['percent'] < 100, one)
+    self.assertLen({str(_flags(one)) for one in figures}, len(figures))
+
+  @parameterized.parameters(*FIGURES)
+  def test_is_of_a_run_of_the_preset(self, name, i):
+    wanted = _flags(KNOWN[name]['figures'][i])
+    config = check_paper.preset_config(name, wanted)
+    self.assertEqual({k: config[k] for k in wanted}, wanted)
+
+  def test_presets_name_the_program(self):
+    for name in KNOWN:
+      text = (cli.PRESETS / f'{name}.flags').read_text()
+      with self.subTest(name):
+        self.assertRegex(text, '(?m)^# Expected.*')
+        self.assertIn('fedftg check_paper', text)
+
+
+class CheckTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+
+  def write(self, place, config, accuracies, **row):
+    """Writes what the program reads of a finished run."""
+    folder = self.folder / place
+    folder.mkdir(parents=True)
+    rows = [
+      {'round': t, 'test_accuracy': a, **row}
+      for t, a in enumerate(accuracies, 1)
+    ]
+    (folder / 'config.json').write_text(
+      json.dumps({'config': config, 'versions': {}, 'contents': {}})
+    )
+    (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    (folder / 'summary.json').write_text('{}')
+
+  def check(self, *flags):
+    return programs.call(check_paper, str(self.folder), *flags)
+
+  def test_figures_by_hand(self):
+    config = check_paper.preset_config(
+      'niid_bench', {'method': 'scaffold', 'partition': 'classes'}
+    )
+    for seed, accuracies in enumerate(([0.5, 0.7, 0.6], [0.9, 0.2, 0.1])):
+      self.write(f'a/seed{seed}', {**config, 'seed': seed}, accuracies)
+    shorter = {**config, 'rounds': 3, 'method': 'fed_avg'}
+    self.write('b/seed0', shorter, [0.8])
+    self.write('c/seed0', {**config, 'method': 'moon'}, [0.8])
+    status, out, err = self.check('--published=niid_bench')
+    self.assertEqual(status, 0, err)
+    found = json.loads((self.folder / 'check_paper.json').read_text())
+    self.assertTrue(found['checked'])
+    avg, scaffold = found['figures']
+    self.assertEqual(scaffold['ours'], [70.0, 90.0])
+    self.assertAlmostEqual(scaffold['difference'], 80 - 33.8)
+    both = (41**2 + 200) ** 0.5  # two seeds, 10 points from their mean each
+    self.assertAlmostEqual(scaffold['deviations'], (80 - 33.8) / both)
+    self.assertEmpty(scaffold['differs'])
+    self.assertEqual(avg['differs']['rounds'], [3, 50])
+    self.assertIn('weighting', avg['differs'])  # SCAFFOLD's, in this config
+    self.assertRegex(out, r'fed_avg:partition=classes differs.*rounds=3 \(50\)')
+    self.assertNotIn('moon', out)
+    self.assertNotIn('quote', out)
+
+  def test_unchecked_figures_are_named_so(self):
+    config = check_paper.preset_config(
+      'cifar10_fed_ntd', {'method': 'fed_ntd', 'shards_per_client': 2}
+    )
+    self.write('seed0', config, [0.1] + 10 * [0.5])
+    status, out, err = self.check('--published=cifar10_fed_ntd')
+    self.assertEqual(status, 0, err)
+    self.assertIn('Nobody has checked these figures', out)
+    self.assertRegex(out, r'50\.00 .* 52\.61 .* -2\.61')
+
+  def test_a_figure_of_personal_models(self):
+    config = check_paper.preset_config('pfllib', {'method': 'ditto'})
+    clients = {'ditto': {'weighted_mean': 0.96}}
+    self.write('seed0', config, [0.5], clients=clients)
+    self.write('seed1', {**config, 'rounds': 7}, [0.5])  # has no such value
+    status, _, err = self.check('--published=pfllib')
+    self.assertEqual(status, 0, err)
+    found = json.loads((self.folder / 'check_paper.json').read_text())
+    (one,) = found['figures']
+    self.assertEqual(one['ours'], [96.0])
+
+  def test_refused(self):
+    status, _, err = self.check()
+    self.assertEqual(status, 2)
+    self.assertRegex(
+      err, '^error: --published=.*must be one of niid_bench, pfllib'
+    )
+    status, _, err = self.check('--published=pfllib')
+    self.assertEqual(status, 2)
+    self.assertIn(
+      'has no finished run of a method with a figure in pfllib', err
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()

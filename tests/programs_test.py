@@ -873,9 +873,10 @@ class BenchmarkTest(parameterized.TestCase):
     status, screen, err = call(
       benchmark,
       '--workloads=W0',
-      '--against=plain_jax,torch,fedjax',
+      '--against=plain_jax,torch,torch_compiled,fedjax,one_step,matmul,copy',
       '--cohorts=3',
       '--repeat=2',
+      '--precisions=bfloat16',
       f'--out={out}',
       draw=True,
     )
@@ -883,20 +884,71 @@ class BenchmarkTest(parameterized.TestCase):
     figures = json.loads(out.read_text())
     self.assertContainsSubset(['processor', 'cores'], figures['machine'])
     rows = {row['who']: row for row in figures['rows']}
-    self.assertContainsSubset(['ours', 'plain_jax'], rows)
+    limits = ['one_step', 'matmul', 'copy']
+    self.assertContainsSubset(['ours', 'plain_jax', *limits], rows)
+    for name in limits:
+      self.assertCountEqual(rows[name]['cost'], ['gflop', 'gbyte'])
+    self.assertRegex(screen, r'matmul .* 100\.0 %')
     for name, row in rows.items():
       self.assertEqual((row['workload'], row['cohort']), ('W0', 3))
+      self.assertEqual(row['precision'], 'bfloat16')
       self.assertLen(row['all_seconds'], 2)
       self.assertGreater(row['seconds'], 0)
       self.assertGreater(row['peak_bytes'], 1e7)
       self.assertIn(name, screen)
-    for name in {'torch', 'fedjax'} - rows.keys():
-      self.assertIn(f'{name} left out: No module named', err)
+    for name in {'torch', 'torch_compiled', 'fedjax'} - rows.keys():
+      self.assertRegex(err, f'{name} left out: (No module named|float32 only)')
     self.assertEqual(Image.open(out.with_suffix('.png')).format, 'PNG')
+
+  def test_resumes(self):
+    """What is in the file is not timed again; time that is over ends it."""
+    out = pathlib.Path(self.create_tempdir().full_path, 'speed.json')
+    row = {
+      'workload': 'W1',
+      'cohort': 50,
+      'who': 'ours',
+      'device': 'cpu',
+      'peak_bytes': 10**9,
+      'seconds': 2.0,
+      'all_seconds': [2.0],
+      'compile_seconds': 1.0,
+      'versions': {},
+    }
+    saved = {'machine': benchmark.machine(), 'rows': [row]}
+    out.write_text(json.dumps(saved))
+    timed = []
+
+    def instead(cell, names, repeat, console):
+      del repeat, console
+      timed.append(cell)
+      time.sleep(0.1)
+      name, cohort, precision = cell
+      new = {'workload': name, 'cohort': cohort, 'precision': precision}
+      return [{**row, **new, 'who': who, 'cost': {}} for who in names]
+
+    flags = ('--resume', '--against=', f'--out={out}', '--workloads=W1,W2,W3')
+    with absltest.mock.patch.object(benchmark, 'time_side_by_side', instead):
+      status, screen, err = call(benchmark, *flags, '--minutes=0.002')
+      self.assertEqual(status, 0, err)
+      self.assertEqual(timed, [('W2', 10, 'default')])
+      self.assertIn('1 of 2 are left', err)
+      self.assertRegex(screen, r'W1 .* 126 ')  # GFLOP/s: 252 in 2 s
+      call(benchmark, *flags)
+    self.assertEqual(timed[1:], [('W3', 100, 'default')])
+    self.assertLen(json.loads(out.read_text())['rows'], 3)
+    for change, why in (
+      ({'machine': {}}, 'has figures of another machine'),
+      ({'rows': 3}, 'is damaged'),
+    ):
+      out.write_text(json.dumps(saved | change))
+      status, _, err = call(benchmark, *flags)
+      self.assertEqual(status, 2)
+      self.assertIn(why, err)
 
   @parameterized.parameters(
     ('--workloads=W9', '--workloads=W9: must be one of W1'),
     ('--against=tf', '--against=tf: must be one of torch'),
+    ('--precisions=f8', '--precisions=f8: must be one of default'),
     ('--repeat=0', '--repeat=0: must be a positive'),
     ('--cohorts=2,x', '--cohorts=x: must be positive integers'),
     ('--peer_python=/no/python', '--peer_python=/no/python: must be a Python'),

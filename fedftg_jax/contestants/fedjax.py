@@ -38,6 +38,7 @@ class Classifier(nn.Module):
 
 
 def prepare(workload):
+  workloads.need_float32(workload)
   if workload.iterations or workload.model not in CONVS:
     raise NotImplementedError('no server step, no BatchNorm')
   x, y = workloads.examples(workload)

@@ -32,12 +32,16 @@ class SmallCNN(nn.Module):
 
 def make_model(workload, conv=None):
   """Builds the model of a workload."""
+  dtype = jnp.bfloat16 if workload.bfloat16 else None
   if workload.model == 'small_cnn':
-    return models.from_flax(
-      SmallCNN(conv or convolution.default()), workload.image_shape
-    )
+    module = SmallCNN(conv or convolution.default())
+    return models.from_flax(module, workload.image_shape, dtype=dtype)
   return models.build(
-    workload.model, workload.image_shape, workloads.NUM_CLASSES, conv=conv
+    workload.model,
+    workload.image_shape,
+    workloads.NUM_CLASSES,
+    conv=conv,
+    dtype=dtype,
   )
 
 

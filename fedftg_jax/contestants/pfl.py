@@ -19,6 +19,7 @@ PACKAGES = ('pfl', 'torch')
 
 
 def prepare(workload):
+  workloads.need_float32(workload)
   if workload.iterations:
     raise NotImplementedError('no server step')
   where = torch_loop.device()

@@ -180,6 +180,7 @@ def tensors(workload, where):
 
 def prepare(workload):
   where = device()
+  workloads.need_float32(workload)
   if workload.iterations:
     return server_step(workload, where)
   x, y = tensors(workload, where)

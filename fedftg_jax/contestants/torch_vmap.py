@@ -10,6 +10,7 @@ PACKAGES = ('torch',)
 
 
 def prepare(workload):
+  workloads.need_float32(workload)
   if workload.iterations or workload.model == 'resnet18':
     raise NotImplementedError('no server step, no BatchNorm')
   where = torch_loop.device()

@@ -1,9 +1,10 @@
 """Runs one contestant in a process of its own, for `fedftg benchmark`.
 
-  python -m fedftg_jax.contestants.worker NAME WORKLOAD COHORT
+  python -m fedftg_jax.contestants.worker NAME WORKLOAD COHORT PRECISION
 
 It prints a line of JSON when it is ready (device, versions, seconds of the
-first round, which compiles). Then, for every line that it reads, it trains a
+first round, which compiles, and what the contestant's own `cost` counts, if it
+has any). Then, for every line that it reads, it trains a
 round and prints a line with the seconds it took and the peak memory so far. It
 ends when its input ends.
 """
@@ -18,17 +19,20 @@ import time
 from fedftg_jax.contestants import workloads
 
 
-def main(name: str, workload: str, cohort: str) -> None:
+def main(name: str, workload: str, cohort: str, precision: str) -> None:
   """Prepares the contestant, and times a round for every line read."""
   # Only answers go to the real stdout; all other output goes to stderr.
   answers, sys.stdout = sys.stdout, sys.stderr
   try:
     contestant = importlib.import_module(f'fedftg_jax.contestants.{name}')
-    start = time.perf_counter()
-    round_ = contestant.prepare(
-      workloads.WORKLOADS[workload]._replace(cohort=int(cohort))
+    work = workloads.WORKLOADS[workload]._replace(
+      cohort=int(cohort), bfloat16=precision == 'bfloat16'
     )
+    start = time.perf_counter()
+    round_ = contestant.prepare(work)
     round_()
+    first_seconds = time.perf_counter() - start
+    cost = contestant.cost(work) if hasattr(contestant, 'cost') else {}
   except Exception as error:
     # Whatever the error is, the others can still be timed.
     text = ' '.join(str(error).split())
@@ -39,7 +43,8 @@ def main(name: str, workload: str, cohort: str) -> None:
   print(
     json.dumps(
       {
-        'first_seconds': time.perf_counter() - start,
+        'first_seconds': first_seconds,
+        'cost': cost,
         'device': device(),
         'versions': {
           p: importlib.metadata.version(p) for p in contestant.PACKAGES

@@ -18,6 +18,8 @@ class Workload(NamedTuple):
     gflop: multiplications and additions of a round, in 10^9; None if not
       counted.
     iterations: iterations of the server step; 0 for local training.
+    bfloat16: whether layers compute in bfloat16, with float32 weights, instead
+      of float32 with the fast matrix products of the device.
   """
 
   help: str
@@ -28,6 +30,7 @@ class Workload(NamedTuple):
   batch_size: int
   gflop: float | None = None
   iterations: int = 0
+  bfloat16: bool = False
 
 
 NUM_CLASSES = 10
@@ -94,6 +97,16 @@ WORKLOADS = {
     2,
   ),
 }
+
+
+def need_float32(workload: Workload) -> None:
+  """Leaves out a contestant that has no bfloat16.
+
+  Raises:
+    NotImplementedError: if the workload asks for it.
+  """
+  if workload.bfloat16:
+    raise NotImplementedError('float32 only')
 
 
 def examples(workload: Workload) -> tuple[np.ndarray, np.ndarray]:

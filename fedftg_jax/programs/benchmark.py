@@ -3,6 +3,7 @@
   fedftg benchmark --workloads=W1,W3 --repeat=5
   fedftg benchmark --peer_python=bench/bin/python
   fedftg benchmark --workloads=W2 --cohorts=1,2,4,8 --against=torch
+  fedftg benchmark --precisions=default,bfloat16 --minutes=9 --resume
 
 Each contestant runs in a process of its own. They take turns, round by round,
 while the others wait, so that a change in the machine's load affects all of
@@ -15,7 +16,14 @@ other versions than this package; --peer_python names the interpreter of an
 environment that has them. To compare per core, pin the program: taskset -c 0
 python -m ...
 
-It writes --out (JSON) and, beside it, a picture of the same name.
+Three contestants tell how near to the limits of the device the others are.
+matmul is a large matrix product, and the column "of matmul" is the share of its
+speed. copy reads and writes a large array. one_step is one local step of all
+clients, with the bytes that XLA counts for it.
+
+It writes --out (JSON) and, beside it, a picture of the same name, after each
+workload. A run that was stopped, by --minutes or otherwise, goes on with
+--resume.
 """
 
 import json
@@ -26,6 +34,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 from absl import flags as absl_flags
@@ -39,8 +48,18 @@ from fedftg_jax.system import cli, devices, files, progress
 GROUPS = ()  # of common flags in --help
 OURS = 'ours'
 # Contestants that run in our environment; the others use --peer_python.
-HOME = (OURS, 'plain_jax', 'centralised')
-PEERS = ('torch', 'torch_vmap', 'fedjax', 'pfl', 'plain_jax', 'centralised')
+HOME = (OURS, 'plain_jax', 'centralised', 'one_step', 'matmul', 'copy')
+PEERS = (
+  'torch',
+  'torch_vmap',
+  'torch_central',
+  'torch_compiled',
+  'fedjax',
+  'pfl',
+  *HOME[1:],
+)
+LIMITS = HOME[3:]  # no rounds: what the device and a step can do
+PRECISIONS = ('default', 'bfloat16')
 
 _WORKLOADS = absl_flags.DEFINE_list(
   'workloads',
@@ -51,7 +70,7 @@ _WORKLOADS = absl_flags.DEFINE_list(
 )
 _AGAINST = absl_flags.DEFINE_list(
   'against',
-  list(PEERS),
+  [peer for peer in PEERS if peer not in LIMITS],
   'Contestants to compare with. They are ' + ', '.join(PEERS) + '.',
 )
 _REPEAT = absl_flags.DEFINE_integer(
@@ -68,13 +87,32 @@ _PEER_PYTHON = absl_flags.DEFINE_string(
   "Python interpreter with the peers' packages; empty for the one that runs "
   'this program.',
 )
+_PRECISIONS = absl_flags.DEFINE_list(
+  'precisions',
+  ['default'],
+  'Precisions to time. default is float32 with the fast matrix products of the '
+  'device; in bfloat16 layers compute in it, and weights are float32.',
+)
+_MINUTES = absl_flags.DEFINE_float(
+  'minutes',
+  0.0,
+  'Minutes after which no further workload is begun; 0 for no limit.',
+  lower_bound=0,
+)
+_RESUME = absl_flags.DEFINE_bool(
+  'resume', False, 'Keep the figures that are in --out, and add the others.'
+)
 _OUT = absl_flags.DEFINE_string(
   'out', 'runs/benchmark.json', 'Where to write the figures.'
 )
 
 
 def main() -> None:
-  for flag, known in ((_WORKLOADS, workloads.WORKLOADS), (_AGAINST, PEERS)):
+  for flag, known in (
+    (_WORKLOADS, workloads.WORKLOADS),
+    (_AGAINST, PEERS),
+    (_PRECISIONS, PRECISIONS),
+  ):
     for name in flag.value:
       if name not in known:
         raise cli.UsageError(
@@ -91,25 +129,68 @@ def main() -> None:
   if out.suffix != '.json':
     raise cli.UsageError('out', out, 'must end in .json')
   console = rich_console.Console(stderr=True)
-  rows = []
-  for name in _WORKLOADS.value:
-    own = workloads.WORKLOADS[name]
-    console.print(f'{name}: {own.help}')
-    for cohort in map(int, _COHORTS.value or [own.cohort]):  # type: ignore[arg-type,list-item]
-      if _COHORTS.value:
-        console.print(f' {cohort} clients')
-      rows += time_side_by_side(
-        name, cohort, [OURS, *_AGAINST.value], _REPEAT.value, console
+  start, longest = time.monotonic(), 0.0
+  done = _resumed(out) if _RESUME.value else []
+  cells = [
+    cell
+    for cell in _cells()
+    if cell not in [(r['workload'], r['cohort'], r['precision']) for r in done]
+  ]
+  for i, (name, cohort, precision) in enumerate(cells):
+    begun = time.monotonic()
+    # A workload takes about as long as the longest one before it.
+    if _MINUTES.value and begun + longest > start + 60 * _MINUTES.value:
+      console.print(
+        f'{len(cells) - i} of {len(cells)} are left: the same command with '
+        '--resume goes on'
       )
-      write_results(rows, out)  # so that results survive an interruption
-  progress.show(*result_table(rows))
+      break
+    console.print(f'{name}: {workloads.WORKLOADS[name].help}')
+    console.print(f' {cohort} clients, {precision}')
+    done += time_side_by_side(
+      (name, cohort, precision), [OURS, *_AGAINST.value], _REPEAT.value, console
+    )
+    write_results(done, out)  # so that results survive an interruption
+    longest = max(longest, time.monotonic() - begun)
+  progress.show(*result_table(done))
   print(f'figures: {out}, {out.with_suffix(".png")}')
+
+
+def _cells() -> list[tuple[str, int, str]]:
+  """Lists what is timed: workload, number of clients, precision."""
+  return [
+    (name, int(cohort), precision)
+    for name in _WORKLOADS.value
+    for cohort in _COHORTS.value or [str(workloads.WORKLOADS[name].cohort)]
+    for precision in _PRECISIONS.value
+  ]
+
+
+def _resumed(out: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads the figures of a benchmark that was stopped; [] if there are none.
+
+  Raises:
+    cli.UsageError: if the file is damaged, or of another machine.
+  """
+  if not out.exists():
+    return []
+  try:
+    saved = files.read_json(out)
+    rows, where = saved['rows'], saved['machine']
+    for row in rows:
+      row.setdefault('precision', 'default')
+      row.setdefault('cost', {})
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise cli.UsageError('out', out, f'is damaged ({error})') from error
+  if where != machine():
+    raise cli.UsageError('out', out, 'has figures of another machine')
+  return rows
 
 
 class Contestant:
   """A process that trains a round on request."""
 
-  def __init__(self, name: str, workload: str, cohort: int):
+  def __init__(self, name: str, workload: str, cohort: int, precision: str):
     peer_python = _PEER_PYTHON.value or sys.executable
     python = sys.executable if name in HOME else peer_python
     self.name, self.seconds, self.peak_bytes = name, [], 0
@@ -127,6 +208,7 @@ class Contestant:
         name,
         workload,
         str(cohort),
+        precision,
       ],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
@@ -168,13 +250,14 @@ class Contestant:
 
 
 def time_side_by_side(
-  workload, cohort, names, repeat, console
+  cell: tuple[str, int, str], names, repeat, console
 ) -> list[dict[str, Any]]:
   """Times one workload; returns its rows, ours first."""
+  workload, cohort, precision = cell
   here, about = [], {}
   try:
     for name in names:
-      contestant = Contestant(name, workload, cohort)
+      contestant = Contestant(name, *cell)
       here.append(contestant)
       about[name] = contestant.answer()
       if 'left_out' in about[name]:
@@ -194,12 +277,14 @@ def time_side_by_side(
       {
         'workload': workload,
         'cohort': cohort,
+        'precision': precision,
         'who': contestant.name,
         'device': first['device'],
         'peak_bytes': contestant.peak_bytes,
         'seconds': median,
         'all_seconds': contestant.seconds,
         'compile_seconds': max(first['first_seconds'] - median, 0.0),
+        'cost': first['cost'],
         'versions': first['versions'],
       }
     )
@@ -211,20 +296,29 @@ def result_table(
   rows: list[dict[str, Any]],
 ) -> tuple[list[str], list[list[str]]]:
   """Formats the results: header and rows, as text."""
-  ours = {_title(r): r['seconds'] for r in rows if r['who'] == OURS}
+  ours, limits = (
+    {_title(r): r for r in rows if r['who'] == who} for who in (OURS, 'matmul')
+  )
   lines = []
   for r in rows:
-    own = workloads.WORKLOADS[r['workload']]
-    gflop = own.gflop and own.gflop * r['cohort'] / own.cohort
+    title, speed = _title(r), _gflop_per_second(r)
+    is_round = r['who'] not in LIMITS
+    moved = r['cost'].get('gbyte')
     lines.append(
       [
-        _title(r),
+        title,
         r['who'],
         r['device'],
         f'{r["seconds"]:.3g}',
         f'{min(r["all_seconds"]):.3g} - {max(r["all_seconds"]):.3g}',
-        f'{r["seconds"] / ours[_title(r)]:.2f}' if _title(r) in ours else '',
-        f'{gflop / r["seconds"]:.0f}' if gflop else '',
+        f'{r["seconds"] / ours[title]["seconds"]:.2f}'
+        if title in ours and is_round
+        else '',
+        f'{speed:.0f}' if speed else '',
+        f'{100 * speed / _gflop_per_second(limits[title]):.1f} %'
+        if speed and title in limits
+        else '',
+        f'{moved / r["seconds"]:.0f}' if moved else '',
         f'{r["peak_bytes"] / 1e9:.2f}',
         f'{r["compile_seconds"]:.1f}',
       ]
@@ -237,16 +331,25 @@ def result_table(
     'range',
     'times ours',
     'GFLOP/s',
+    'of matmul',
+    'GB/s',
     'peak GB',
     'compile s',
   ], lines
 
 
+def _gflop_per_second(row: dict[str, Any]) -> float:
+  """Returns the speed of a row, 0 if its operations are not counted."""
+  own = workloads.WORKLOADS[row['workload']]
+  gflop = own.gflop and own.gflop * row['cohort'] / own.cohort
+  return (row['cost'].get('gflop') or gflop or 0.0) / row['seconds']
+
+
 def _title(row: dict[str, Any]) -> str:
   name, cohort = row['workload'], row['cohort']
-  return (
-    name if cohort == workloads.WORKLOADS[name].cohort else f'{name} x {cohort}'
-  )
+  if cohort != workloads.WORKLOADS[name].cohort:
+    name += f' x {cohort}'
+  return name if row['precision'] == 'default' else f'{name} {row["precision"]}'
 
 
 def write_results(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
@@ -254,7 +357,8 @@ def write_results(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
   files.write_json(out, {'machine': machine(), 'rows': rows})
   groups = {}
   for r in rows:
-    groups.setdefault(_title(r), {})[r['who']] = r['seconds']
+    if r['who'] not in LIMITS:
+      groups.setdefault(_title(r), {})[r['who']] = r['seconds']
   with files.replacing(out.with_suffix('.png')) as temporary:
     plots.bars(temporary, groups, 'seconds per round')
 

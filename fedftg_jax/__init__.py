@@ -46,4 +46,4 @@ with epy.lazy_api_imports(globals()):  # each is imported when first used
   from fedftg_jax.methods.running_average import running_average
   from fedftg_jax.methods.scaffold import scaffold
   from fedftg_jax.runs import callbacks
-  from fedftg_jax.simulation import load_run, simulate
+  from fedftg_jax.simulation import compare, load_run, simulate

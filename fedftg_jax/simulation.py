@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import inspect
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 import weakref
 
 import jax
@@ -24,7 +24,7 @@ from fedftg_jax.configuration import flags as flags_lib
 from fedftg_jax.configuration.assembly import Given
 from fedftg_jax.data import datasets
 from fedftg_jax.models import modules
-from fedftg_jax.runs import training
+from fedftg_jax.runs import comparison, training
 from fedftg_jax.runs.callbacks import Callback
 from fedftg_jax.runs.run import Run
 from fedftg_jax.system import cli, devices, files, own_flags
@@ -112,6 +112,138 @@ def simulate(
     run = Run(folder, given.model)
     weakref.finalize(run, stack.pop_all().close)
     return run
+
+
+class Comparison(NamedTuple):
+  """A finished comparison, from `compare`.
+
+  Attributes:
+    folder: with report.html, summary.json and, in METHOD/seedK/, the runs.
+    runs: of each method by name, a run for each seed.
+    conclusion: what can be concluded, and what not; '' for one seed.
+  """
+
+  folder: UPath
+  runs: dict[str, list[Run]]
+  conclusion: str
+
+  def __repr__(self) -> str:
+    """Returns the final accuracy of each run, and the conclusion."""
+    lines = []
+    for name, runs in self.runs.items():
+      finals = [100 * run.summary['final_accuracy'] for run in runs]
+      lines.append(f'{name}: ' + ', '.join(f'{x:.2f} %' for x in finals))
+    return '\n'.join([*lines, self.conclusion]).strip()
+
+  def report(self) -> UPath:
+    """Returns the path of report.html."""
+    return self.folder / 'report.html'
+
+
+def compare(
+  methods: Mapping[str, Parts | Mapping[str, Any]],
+  *,
+  workdir: str,
+  seeds: int = 1,
+  vary_partition: bool = False,
+  progress: bool = True,
+  **flags: Any,
+) -> Comparison:
+  """Trains several methods with several seeds, as `fedftg compare` does.
+
+  Example:
+    compared = fedftg_jax.compare(
+      {'FedAvg': 'fed_avg', 'mine': ['fed_avg', pull(0.01)]},
+      seeds=3, rounds=20, workdir='runs/mine')
+    print(compared)
+
+  Args:
+    methods: by name, the argument `method` of `simulate`, or a mapping with all
+      arguments of `simulate` in which this method differs. The first is what
+      the others are tested against.
+    workdir: folder of the comparison. The same call resumes one that was
+      stopped, and skips runs that are finished.
+    seeds: number of runs of each method; their seeds are consecutive.
+    vary_partition: whether each seed has its own partition and schedule.
+    progress: whether to show a progress bar.
+    **flags: arguments of `simulate` for all methods.
+
+  Returns:
+    The runs, and what can be concluded. Several processes cannot compare.
+
+  Raises:
+    TypeError, ValueError, RuntimeError: as for `simulate`. Wrong values are
+      found before any training.
+  """
+  calls = {
+    name: {**flags, **(own if isinstance(own, Mapping) else {'method': own})}
+    for name, own in methods.items()
+  }
+  with _as_exceptions():
+    values = _values_of_all(calls, seeds)
+    (base, *_) = values.values()
+    claim = comparison.claim(resolve.config(**base))
+    numbers = range(base['seed'], base['seed'] + seeds)
+    folder = folders.workdir(workdir, claim)
+    with folders.opened(folder, {**claim, **folders.contents(claim)}):
+      folders.claim_folder(folder, claim)
+      runs = {
+        name: [
+          simulate(
+            **_of_seed(call, values[name], seed, vary_partition),
+            workdir=str(folder / folders.folder_name(name) / f'seed{seed}'),
+            progress=progress,
+          )
+          for seed in numbers
+        ]
+        for name, call in calls.items()
+      }
+      results = {
+        name: [comparison.figures(run.folder) for run in of_name]
+        for name, of_name in runs.items()
+      }
+      *_, conclusion = comparison.write(
+        folder, results, claim, numbers, not vary_partition
+      )
+  return Comparison(folder, runs, conclusion)
+
+
+def _values_of_all(
+  calls: Mapping[str, Any], seeds: int
+) -> dict[str, dict[str, Any]]:
+  """Checks the arguments of all methods, and returns the values of the flags.
+
+  Raises:
+    cli.UsageError: for a wrong value, or one that all methods must share.
+  """
+  if not calls:
+    raise cli.UsageError('methods', calls, 'must have at least one method')
+  if seeds < 1:
+    raise cli.UsageError('seeds', seeds, 'must be at least 1')
+  values, claims = {}, {}
+  for name, call in calls.items():
+    call = _with_files({**call, 'workdir': ''})
+    call = {k: v for k, v in call.items() if k not in devices.Start._fields}
+    values[name], _ = _resolved(call)
+    claims[name] = comparison.claim(resolve.config(**values[name]))
+  (first, base), *others = claims.items()
+  for name, claim in others:
+    for flag in sorted(claim.keys() | base.keys()):
+      if claim.get(flag) != base.get(flag):
+        raise cli.UsageError(
+          flag,
+          claim.get(flag),
+          f'{name} must have the same as {first}, which has {base.get(flag)}',
+        )
+  return values
+
+
+def _of_seed(call, values, seed: int, vary_partition: bool) -> dict[str, Any]:
+  """Returns the arguments of one seed's run, see `suite.of_seed`."""
+  if not vary_partition:
+    return {**call, 'seed': seed}
+  seeded = {k: values[k] + seed for k in ('partition_seed', 'schedule_seed')}
+  return {**call, **seeded, 'seed': seed}
 
 
 def load_run(

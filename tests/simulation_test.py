@@ -28,7 +28,7 @@ from fedftg_jax.configuration import resolve
 from fedftg_jax.data import datasets
 from fedftg_jax.data import images as images_lib
 from fedftg_jax.models import modules
-from fedftg_jax.programs import evaluate, train
+from fedftg_jax.programs import compare, evaluate, train
 from fedftg_jax.results import rows as rows_lib
 from fedftg_jax.runs import callbacks
 from fedftg_jax.system import files, own_flags
@@ -346,6 +346,80 @@ class ObjectsTest(SimulateCase):
       datasets.fingerprint(dataset),
       datasets.fingerprint(datasets.load(f'npz:{self.path}')),
     )
+
+
+class CompareTest(SimulateCase):
+  def compare(self, methods, name, **changes):
+    with contextlib.redirect_stdout(io.StringIO()):
+      return fedftg_jax.compare(
+        methods,
+        **{**SMALL, 'dataset': f'npz:{self.path}', **changes},
+        workdir=str(self.folder / name),
+      )
+
+  def test_same_bytes_as_the_program(self):
+    methods = {
+      'fed_avg': 'fed_avg',
+      'fed_prox:prox_mu=0.5': {'method': 'fed_prox', 'prox_mu': 0.5},
+    }
+    several = {'seeds': 2, 'seed': 1, 'vary_partition': True, 'rounds': 2}
+    flags = {k: v for k, v in SMALL.items() if k != 'method'} | several
+    status, _, err = programs.call(
+      compare,
+      *(f'--{k}={v}' for k, v in flags.items()),
+      f'--methods={",".join(methods)}',
+      f'--dataset=npz:{self.path}',
+      f'--workdir={self.folder / "program"}',
+    )
+    self.assertEqual(status, 0, err)
+    got = self.compare(methods, 'call', **several)
+    there = self.folder / 'program'
+    summary, own = (
+      {
+        k: v for k, v in files.read_json(f / 'summary.json').items()
+        if k != 'methods'
+      }
+      for f in (there, got.folder)
+    )  # fmt: skip
+    self.assertEqual(summary, own)
+    for place in ('fed_avg/seed2', 'fed_prox_prox_mu=0.5/seed1'):
+      for name in ('params.npz', 'metrics.jsonl', 'partition.npz'):
+        self.assertEqual(
+          (there / place / name).read_bytes(),
+          (got.folder / place / name).read_bytes(),
+          place,
+        )
+    self.assertEqual([*got.runs], [*methods])
+    self.assertEqual([r.config['seed'] for r in got.runs['fed_avg']], [1, 2])
+    self.assertIn('Compared with fed_avg over 2 seeds', repr(got))
+    self.assertTrue(got.report().exists())
+
+  def test_own_method_and_resume(self):
+    methods = {'FedAvg': {}, 'mine': {'method': pull(0.5), 'momentum': 0.5}}
+    first = self.compare(methods, 'own', rounds=1)
+    kept = (first.folder / 'mine/seed0/params.npz').stat().st_mtime_ns
+    again = self.compare(methods, 'own', rounds=1)
+    self.assertEqual(
+      (again.folder / 'mine/seed0/params.npz').stat().st_mtime_ns, kept
+    )
+    self.assertEqual(again.runs['mine'][0].config['method'], 'part:pull')
+    self.assertRegex(repr(again), r'^FedAvg: \d.*\nmine: \d+\.\d\d %')
+
+  @parameterized.parameters(
+    ({}, {}, 'methods.*must have at least one'),
+    (
+      {'a': 'fed_avg', 'b': {'rounds': 9}},
+      {},
+      'rounds=9: b must have the same',
+    ),
+    ({'a': 'fed_avg', 'b': {'dirichlet_alpha': 9}}, {}, 'dirichlet_alpha=9'),
+    ({'a': 'fed_avg', 'b': 'fed_avgg'}, {}, 'did you mean fed_avg'),
+    ({'a': 'fed_avg'}, {'seeds': 0}, 'seeds=0: must be at least 1'),
+  )
+  def test_refused_before_any_training(self, methods, changes, why):
+    with self.assertRaisesRegex(ValueError, why):
+      self.compare(methods, 'refused', **changes)
+    self.assertFalse((self.folder / 'refused').exists())
 
 
 class RefusedTest(SimulateCase):

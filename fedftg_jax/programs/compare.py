@@ -24,11 +24,10 @@ import re
 
 from absl import flags as absl_flags
 
-from fedftg_jax.configuration import flags, folders, resolve
+from fedftg_jax.configuration import folders, resolve
 from fedftg_jax.configuration.resolve import Configuration
-from fedftg_jax.results import page, plots, statistics, verdicts
-from fedftg_jax.runs import suite
-from fedftg_jax.system import cli, files, progress
+from fedftg_jax.runs import comparison, suite
+from fedftg_jax.system import cli, progress
 
 absl_flags.DEFINE_list(
   'methods',
@@ -38,46 +37,32 @@ absl_flags.DEFINE_list(
 )
 FLAGS = absl_flags.FLAGS
 
-# What every method of a comparison shares.
-_SHARED = (
-  'seed',
-  'rounds',
-  'eval_every',
-  'dataset',
-  'data_dir',
-  'manual_dir',
-  'workdir',
-  'public_data',
-  'validation_share',
-  'dropout_rate',
-  'dropout_after_work',
-  'straggler_rate',
-  'min_availability',
-  'partition',
-  'partition_seed',
-  *sorted({flag for _, used in flags.PARTITIONS.values() for flag in used}),
-  'flip_labels',
-  'num_clients',
-  'cohort',
-  'leave_out',
-  'schedule',
-  'schedule_seed',
-)
-
 
 def main() -> None:
   base = resolve.config()
   configs = parse_methods(FLAGS.methods)
   resolve.say_unused(configs.values())
   folder = folders.workdir(FLAGS.workdir, base, 'compare', *configs)
-  shared = {
-    'program': 'compare',
-    **{k: v for k, v in base.items() if k in _SHARED and k != 'seed'},
-  }
-  with folders.opened(folder, {**shared, **folders.contents(shared)}):
-    results = suite.train_all(folder, shared, configs)
-    if results:
-      write_results(results, folder, shared)
+  claim = comparison.claim(base)
+  with folders.opened(folder, {**claim, **folders.contents(claim)}):
+    results = suite.train_all(folder, claim, configs)
+    if not results:  # not the first process
+      return
+    header, rows, conclusion = comparison.write(
+      folder,
+      results,
+      claim,
+      suite.seeds(),
+      not FLAGS.vary_partition,
+      FLAGS.target_accuracy,
+    )
+  progress.show(header, rows)
+  print(
+    f'report: {folder}/report.html; pictures: {folder}/curves.png, '
+    f'{folder}/*/seed*/*.png'
+  )
+  if conclusion:
+    print(conclusion)
 
 
 def parse_methods(names: list[str]) -> dict[str, Configuration]:
@@ -94,7 +79,7 @@ def parse_methods(names: list[str]) -> dict[str, Configuration]:
       flag, _, text = change.partition('=')
       if flag in resolve.PRESENTATION:
         raise cli.UsageError('methods', name, f'{flag} changes no result')
-      if flag in _SHARED:
+      if flag in comparison.SHARED:
         raise cli.UsageError(
           'methods', name, f'{flag} must be the same for all methods'
         )
@@ -108,42 +93,3 @@ def parse_methods(names: list[str]) -> dict[str, Configuration]:
   if not configs:
     raise cli.UsageError('methods', '', 'must name at least one method')
   return configs
-
-
-def write_results(results, folder, shared) -> None:
-  """Writes and prints the results, and what can be concluded from them."""
-  target = FLAGS.target_accuracy or statistics.common_target(results)
-  summary = {
-    name: statistics.over_seeds(runs, target) for name, runs in results.items()
-  }
-  finals = {
-    name: figures['final_accuracy']['per_seed']
-    for name, figures in summary.items()
-  }
-  conclusion = verdicts.conclusion(finals, not suite.FLAGS.vary_partition)
-  files.write_json(
-    folder / 'summary.json',
-    {
-      'methods': summary,
-      'conclusion': conclusion,
-      'target_accuracy': target,
-      'seeds': list(suite.seeds()),
-      'config': shared,
-    },
-  )
-  header, rows = statistics.comparison_table(summary, target)
-  statistics.write_table(folder / 'table.md', header, rows)
-  with files.replacing(folder / 'curves.png') as temporary:
-    plots.curves(
-      temporary,
-      statistics.curves(results),
-      'test accuracy, percent',
-      'broadcast model',
-    )
-  written = page.write(folder)
-  progress.show(header, rows)
-  print(
-    f'report: {written}; pictures: {folder}/curves.png, {folder}/*/seed*/*.png'
-  )
-  if conclusion:
-    print(conclusion)

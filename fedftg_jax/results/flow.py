@@ -310,7 +310,7 @@ def _made(names, config, flags) -> list[str]:
   rate = config.get('server_learning_rate', 1.0)
   steps = []
   for name in names:
-    aggregates = recipes.RECIPES[name].kind == 'aggregates'
+    aggregates = recipes.recipe(name).kind == 'aggregates'
     if aggregates and config.get('dp_noise'):
       steps.append(
         f'adds noise to the sum ({flags["dp_noise"]} times the norm)'

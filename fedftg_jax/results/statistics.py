@@ -15,7 +15,7 @@ from fedftg_jax.system import files
 with epy.lazy_imports():
   from scipy import stats
 
-# By name, each seed's figures, see `suite.figures_of`; None where it diverged.
+# By name, each seed's `comparison.figures`; None where it diverged.
 Results = Mapping[str, Sequence[dict[str, Any] | None]]
 
 # What a sweep is sorted by, and what pictures call it.

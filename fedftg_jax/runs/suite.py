@@ -13,8 +13,8 @@ from upath import UPath
 
 from fedftg_jax.configuration import assembly, folders
 from fedftg_jax.configuration.resolve import Configuration
-from fedftg_jax.results import reader, rows, statistics
-from fedftg_jax.runs import training
+from fedftg_jax.results import statistics
+from fedftg_jax.runs import comparison, training
 from fedftg_jax.system import cli, devices, files, progress
 
 absl_flags.DEFINE_integer(
@@ -223,13 +223,6 @@ def figures_of(folder: UPath, rounds: int) -> dict[str, Any] | None:
   if _diverged(folder, rounds) and folders.rounds_finished(folder) < rounds:
     return None
   try:
-    run_ = reader.read(folder, rounds)
+    return comparison.figures(folder, rounds)
   except ValueError as error:  # a longer one, evaluated less often
     raise cli.UsageError('rounds', rounds, str(error)) from error
-  seconds = sum(row['train_seconds'] for row in run_.timings)
-  return {
-    **rows.summarise(run_.rows),
-    'train_seconds': seconds,
-    'rows': run_.rows,
-    'clients': run_.clients.get('summary', {}),
-  }

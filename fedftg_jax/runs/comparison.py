@@ -1,0 +1,116 @@
+"""Writes the results of a comparison: several methods, each with some seeds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from upath import UPath
+
+from fedftg_jax.configuration import flags
+from fedftg_jax.results import page, plots, reader, rows, statistics, verdicts
+from fedftg_jax.system import files
+
+# What every method of a comparison shares.
+SHARED = (
+  'seed',
+  'rounds',
+  'eval_every',
+  'dataset',
+  'data_dir',
+  'manual_dir',
+  'workdir',
+  'public_data',
+  'validation_share',
+  'dropout_rate',
+  'dropout_after_work',
+  'straggler_rate',
+  'min_availability',
+  'partition',
+  'partition_seed',
+  *sorted({flag for _, used in flags.PARTITIONS.values() for flag in used}),
+  'flip_labels',
+  'num_clients',
+  'cohort',
+  'leave_out',
+  'schedule',
+  'schedule_seed',
+)
+
+
+def claim(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what identifies a comparison, for the config.json of its folder.
+
+  Args:
+    config: that of any of its runs.
+  """
+  shared = {k: v for k, v in config.items() if k in SHARED and k != 'seed'}
+  return {'program': 'compare', **shared}
+
+
+def figures(folder: UPath, rounds: int | None = None) -> dict[str, Any]:
+  """Reads the figures and rows of a finished run, up to `rounds`.
+
+  Raises:
+    ValueError: if it has no evaluation up to there.
+  """
+  run = reader.read(folder, rounds)
+  return {
+    **rows.summarise(run.rows),
+    'train_seconds': sum(row['train_seconds'] for row in run.timings),
+    'rows': run.rows,
+    'clients': run.clients.get('summary', {}),
+  }
+
+
+def write(
+  folder: UPath,
+  results: statistics.Results,
+  claimed: Mapping[str, Any],
+  seeds: Sequence[int],
+  one_partition: bool,
+  target: float | None = None,
+) -> tuple[list[str], list[list[str]], str]:
+  """Writes table.md, summary.json, curves.png and report.html.
+
+  Args:
+    folder: the comparison's; the runs are in METHOD/seedK/.
+    results: by method, `figures` of each seed.
+    claimed: see `claim`.
+    seeds: of the runs.
+    one_partition: whether all seeds share partition and schedule.
+    target: accuracy to count the rounds to; None for the highest multiple of
+      0.05 that all methods reach.
+
+  Returns:
+    Header and rows of the table, and what can be concluded.
+  """
+  target = target or statistics.common_target(results)
+  summary = {
+    name: statistics.over_seeds(runs, target)  # type: ignore[arg-type]
+    for name, runs in results.items()
+  }
+  finals = {
+    name: of_name['final_accuracy']['per_seed']
+    for name, of_name in summary.items()
+  }
+  conclusion = verdicts.conclusion(finals, one_partition)
+  files.write_json(
+    folder / 'summary.json',
+    {
+      'methods': summary,
+      'conclusion': conclusion,
+      'target_accuracy': target,
+      'seeds': list(seeds),
+      'config': dict(claimed),
+    },
+  )
+  header, lines = statistics.comparison_table(summary, target)
+  statistics.write_table(folder / 'table.md', header, lines)
+  with files.replacing(folder / 'curves.png') as temporary:
+    plots.curves(
+      temporary,
+      statistics.curves(results),
+      'test accuracy, percent',
+      'broadcast model',
+    )
+  page.write(folder)
+  return header, lines, conclusion

@@ -305,7 +305,8 @@ class OriginalFilesTest(parameterized.TestCase):
         '--file_format=array_record"',
       ),
       ('cifar10:9.9.9', 'is not prepared in .*"tfds build cifar10:9.9.9 '),
-      ('no such', 'must be one of mnist5k, mnist, fashion_mnist'),
+      ('no such', '^must be one of mnist5k, mnist, fashion_mnist'),
+      (str(self.folder), f'^did you mean folder:{self.folder}.* must be one'),
     ):
       with self.assertRaisesRegex(ValueError, message):
         datasets.check_name(name, self.data_dir)

@@ -461,6 +461,7 @@ class RefusedTest(SimulateCase):
     ({'model': Asking()}, 'needs temperature'),
     ({'model': nn.Dense(3)}, r'gives \[2, 8, 8, 3\] for 2 images'),
     ({'model': 3}, 'int is no model'),
+    ({'model': Dense}, 'Dense is a class of flax.linen; must be a module'),
     ({'model': Dense(), 'norm': 'batch'}, 'is a flag of models by name'),
     ({'model': Dense(), 'method': 'moon'}, 'needs a model that has features'),
     ({'model': Normed(), 'dp_clip': 1.0}, 'must not be batch'),

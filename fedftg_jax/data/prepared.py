@@ -190,8 +190,11 @@ def _explain(name, root):
   if base not in BUILDERS and base not in tfds.list_builders(
     with_community_datasets=False
   ):
+    path = pathlib.Path(name)
+    kind = 'folder' if path.is_dir() else 'npz' if path.is_file() else ''
+    hint = f'did you mean {kind}:{name}? ' if kind else ''
     raise ValueError(
-      f'must be one of {", ".join(BUILDERS)}, npz:PATH, folder:PATH, '
+      f'{hint}must be one of {", ".join(BUILDERS)}, npz:PATH, folder:PATH, '
       'synthetic, or another image-classification set of TensorFlow Datasets'
     )
   raise ValueError(

@@ -52,6 +52,10 @@ def from_module(
   name = name_of(module)
   if isinstance(module, base.Model):
     model = module
+  elif isinstance(module, type) and issubclass(module, nn.Module):
+    raise ValueError(
+      f'{name} is a class of flax.linen; must be a module, as in {name}()'
+    )
   elif isinstance(module, nn.Module):
     model = models.wrap(module, image_shape, mean, std, dtype)
   elif isinstance(module, nnx.Module) or callable(module):

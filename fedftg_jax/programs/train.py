@@ -40,8 +40,9 @@ def main() -> None:
     page.write(folder)
   summary = json.loads((folder / 'summary.json').read_text())
   print(
-    f'final accuracy {100 * summary["final_accuracy"]:.2f} % (mean over the '
-    f'last {rows.FINAL_ROUNDS} rounds) after {summary["rounds"]} rounds; '
+    f'final accuracy {100 * summary["final_accuracy"]:.2f} % (mean of the '
+    f'evaluations in the last {rows.FINAL_ROUNDS} rounds) after '
+    f'{summary["rounds"]} rounds; '
     f'{summary["train_seconds"]:.0f} s of training, '
     f'{summary["compile_seconds"]:.0f} s of compilation; results in {folder}'
   )

@@ -340,11 +340,11 @@ def _most_confused(counts: np.ndarray, names: Sequence[str]) -> str:
   order = np.argsort(-shares, axis=None, kind='stable')[:_CONFUSIONS]
   pairs = [np.unravel_index(place, shares.shape) for place in order]
   said = [
-    f'{names[true]} for {names[taken]} ({shares[true, taken]:.1f} %)'
+    f'{names[true]} as {names[taken]} ({shares[true, taken]:.1f} %)'
     for true, taken in pairs
     if shares[true, taken] > 0
   ]
-  return f'Most often it takes {", ".join(said)}.' if said else ''
+  return f'Most often it classifies {", ".join(said)}.' if said else ''
 
 
 def _class_changes(runs) -> dict[str, svg.Picture]:

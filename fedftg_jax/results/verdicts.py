@@ -76,9 +76,11 @@ def of_run(run) -> str:
   """Says what accuracy a run ends at, and what the server step adds."""
   final = rows.summarise(run.rows)['final_accuracy_of']
   last = run.rows[-1]
+  num = sum(r['round'] > last['round'] - rows.FINAL_ROUNDS for r in run.rows)
   text = (
-    f'{tables.percent(final["broadcast"])} % test accuracy (mean over the last '
-    f'{rows.FINAL_ROUNDS} rounds) after {last["round"]} rounds and '
+    f'{tables.percent(final["broadcast"])} % test accuracy (mean of the '
+    f'{num} evaluations in the last {rows.FINAL_ROUNDS} rounds) after '
+    f'{last["round"]} rounds and '
     f'{rows.megabytes(last):,.0f} MB.'
   )
   if 'fine_tuned' in final:

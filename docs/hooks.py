@@ -1,4 +1,4 @@
-"""What `mkdocs build` does to pages: formulas become MathML.
+"""Converts the formulas of pages to MathML, for `mkdocs build`.
 
 A formula is written in LaTeX, as GitHub shows it too: between dollar signs in a
 line, or as a block fenced as `math`. MathML needs no script, no font and no

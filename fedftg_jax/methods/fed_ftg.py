@@ -357,7 +357,11 @@ def fed_ftg(
     num_classes: C.
     iterations: I, iterations in a round; 0 switches fine-tuning off.
     batch_size: B, number of generated images in a batch.
-    generator_steps, student_steps, terms, joint, student_bn: see `fine_tune`.
+    generator_steps: see `fine_tune`.
+    student_steps: likewise.
+    terms: likewise.
+    joint: likewise.
+    student_bn: likewise.
     generator_optimizer: an optax optimiser, or a function of the round that
       returns one.
     student_optimizer: likewise.

@@ -1,6 +1,7 @@
 """Tests the pages: examples, links, commands, and what is generated."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 import pathlib
@@ -67,13 +68,13 @@ def anchors(path):
 class ExamplesTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_readme(self):
-    if not hasattr(fedftg_jax, 'simulate'):
-      self.skipTest('no fedftg_jax.simulate')
     (code,) = examples('README.md')
-    small = code.replace("'lenet', rounds=20", "'mlp', rounds=2")
+    small = code.replace('rounds=20', 'rounds=2')
     self.assertNotEqual(small, code)
     scope = {}
-    exec(small, scope)
+    with contextlib.chdir(self.create_tempdir().full_path):
+      exec(small, scope)
+      self.assertTrue(scope['result'].report().exists())
     self.assertNotEmpty(scope['result'].metrics)
 
   @parameterized.parameters('docs/python.md', 'docs/own_model.md')
@@ -100,10 +101,20 @@ class ExamplesTest(parameterized.TestCase):
       called.append(simulation.simulate(*args, **flags))
       return called[-1]
 
+    small_comparison = functools.partial(
+      simulation.compare,
+      train_examples=200,
+      model='mlp',
+      num_clients=4,
+      cohort=2,
+      local_epochs=1,
+    )
+
     scope = {}
     with (
       contextlib.chdir(self.create_tempdir().full_path),
       absltest.mock.patch.object(fedftg_jax, 'simulate', small),
+      absltest.mock.patch.object(fedftg_jax, 'compare', small_comparison),
       absltest.mock.patch.dict(os.environ, programs.QUIET),
     ):
       for code in examples('docs/simulate.md'):
@@ -113,6 +124,7 @@ class ExamplesTest(parameterized.TestCase):
         exec(code, scope)
     self.assertGreater(len(called), 8)
     self.assertEqual(scope['run'].summary['rounds'], 6)
+    self.assertEqual([*scope['compared'].runs], ['FedAvg', 'pulled'])
 
   def test_arrays_of_ones_own(self):
     (code,) = examples('docs/own_data.md')
@@ -149,6 +161,18 @@ class ExamplesTest(parameterized.TestCase):
     np.testing.assert_allclose(
       info.metrics['drift'], optax.tree.norm(moved, squared=True), rtol=1e-5
     )
+    length = optax.tree.norm(moved)
+    for most in (0.5 * length, 2 * length):
+      fed = problems.make(method=scope['clipped_server'](most))
+      args = fed.init(key), problems.DATA, problems.row([0]), key
+      new, info = fed.round(*args)
+      got = optax.tree.sub(new.variables.params, args[0].variables.params)
+      np.testing.assert_allclose(
+        optax.tree.norm(got), min(length, most), rtol=1e-5
+      )
+      np.testing.assert_allclose(
+        info.metrics['clipped_server/norm'], length, rtol=1e-5
+      )
 
 
 class PagesTest(parameterized.TestCase):

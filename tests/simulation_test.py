@@ -403,6 +403,7 @@ class CompareTest(SimulateCase):
       (again.folder / 'mine/seed0/params.npz').stat().st_mtime_ns, kept
     )
     self.assertEqual(again.runs['mine'][0].config['method'], 'part:pull')
+    self.assertIn('applies pull, an own method', again.report().read_text())
     self.assertRegex(repr(again), r'^FedAvg: \d.*\nmine: \d+\.\d\d %')
 
   @parameterized.parameters(

@@ -317,6 +317,8 @@ def _made(names, config, flags) -> list[str]:
       )
     if name in PARTS and PARTS[name].server:
       steps.append(PARTS[name].server.format_map(flags))
+    elif name not in PARTS:
+      steps.append(f'applies {name.partition(":")[2]}, an own method')
     if aggregates and (optimizer, rate) != ('sgd', 1.0):
       steps.append(
         f'takes a step of {optimizer} along the mean change (learning rate '

@@ -558,6 +558,17 @@ class PersonalModels(Protocol):
   def __call__(self, view: View, /) -> Mapping[str, Personal]: ...
 
 
+class ServerModels(Protocol):
+  """Returns further models that the server keeps, by name, for evaluation.
+
+  They are made from the server's slot after the round, also if no client
+  arrived. A finished run keeps them. Models that are known only during a round
+  belong into `Info.models`.
+  """
+
+  def __call__(self, shared: PyTree, /) -> Mapping[str, Variables]: ...
+
+
 class MessageBits(Protocol):
   """Counts the bits of one client's message, as an integer."""
 
@@ -620,6 +631,7 @@ class Method(NamedTuple):
     stacked: values that the server needs from every client at the same time,
       such as their models as teachers.
     update: the server's step.
+    models: further models that the server keeps, for evaluation.
     synthesise: images of the method's generator; None if it has no generator.
     aggregates: whether `update` makes the new model from the clients' models. A
       federation needs one such part, such as `fed_avg`. Set it to True also for
@@ -649,6 +661,7 @@ class Method(NamedTuple):
     shared,
     Info(),
   )
+  models: ServerModels = lambda shared: {}
   synthesise: Synthesise | None = None
   aggregates: bool = False
   sends_model: bool = True
@@ -840,6 +853,12 @@ def chain(*parts: Method) -> Method:
       models = merged('model', models, info.models)
     return variables, tuple(new_shared), Info(metrics, models)
 
+  def models(shared):
+    kept = {}
+    for p, s in zip(parts, shared):
+      kept = merged('model', kept, dict(p.models(s)))
+    return kept
+
   able = [i for i, p in enumerate(parts) if p.synthesise is not None]
 
   def synthesise(shared, labels, key):
@@ -860,6 +879,7 @@ def chain(*parts: Method) -> Method:
     summed=functools.partial(each, 'summed'),
     stacked=functools.partial(each, 'stacked'),
     update=update,
+    models=models,
     synthesise=synthesise if able else None,
     aggregates=any(p.aggregates for p in parts),
     sends_model=all(p.sends_model for p in parts),

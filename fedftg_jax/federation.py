@@ -235,6 +235,7 @@ def federation(
       name: trees.where(acts, models[name], state.variables)
       for name in info.models
     }
+    models = merged('model', models, dict(method.models(server_slot)))
     clients = trees.scatter(state.clients, written, slots)
     return stacking.everywhere(
       (

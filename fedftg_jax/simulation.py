@@ -10,6 +10,8 @@ It runs the code of `fedftg train`: the same arguments give the same bytes.
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import inspect
+import numbers
+import os
 import tempfile
 from typing import Any, NamedTuple
 import weakref
@@ -143,9 +145,10 @@ class Comparison(NamedTuple):
 def compare(
   methods: Mapping[str, Parts | Mapping[str, Any]],
   *,
-  workdir: str,
+  workdir: str | os.PathLike[str],
   seeds: int = 1,
   vary_partition: bool = False,
+  callbacks: Sequence[Callback] = (),
   progress: bool = True,
   **flags: Any,
 ) -> Comparison:
@@ -159,14 +162,15 @@ def compare(
 
   Args:
     methods: by name, the argument `method` of `simulate`, or a mapping with all
-      arguments of `simulate` in which this method differs. The first is what
-      the others are tested against.
+      of its flags in which this method differs. The first is what the others
+      are tested against.
     workdir: folder of the comparison. The same call resumes one that was
       stopped, and skips runs that are finished.
     seeds: number of runs of each method; their seeds are consecutive.
     vary_partition: whether each seed has its own partition and schedule.
+    callbacks: as for `simulate`, of every run.
     progress: whether to show a progress bar.
-    **flags: arguments of `simulate` for all methods.
+    **flags: flags of `simulate` for all methods.
 
   Returns:
     The runs, and what can be concluded. Several processes cannot compare.
@@ -175,16 +179,17 @@ def compare(
     TypeError, ValueError, RuntimeError: as for `simulate`. Wrong values are
       found before any training.
   """
-  calls = {
-    name: {**flags, **(own if isinstance(own, Mapping) else {'method': own})}
-    for name, own in methods.items()
-  }
   with _as_exceptions():
-    values = _values_of_all(calls, seeds)
+    calls = _calls(methods, flags)
+    if not isinstance(seeds, numbers.Integral) or seeds < 1:
+      raise cli.UsageError('seeds', seeds, 'must be an integer of at least 1')
+    values = _values_of_all(calls)
     (base, *_) = values.values()
     claim = comparison.claim(resolve.config(**base))
-    numbers = range(base['seed'], base['seed'] + seeds)
-    folder = folders.workdir(workdir, claim)
+    all_seeds = range(base['seed'], base['seed'] + seeds)
+    if not os.fspath(workdir):
+      raise cli.UsageError('workdir', workdir, 'must name a folder')
+    folder = folders.workdir(os.fspath(workdir), claim)
     with folders.opened(folder, {**claim, **folders.contents(claim)}):
       folders.claim_folder(folder, claim)
       runs = {
@@ -192,9 +197,10 @@ def compare(
           simulate(
             **_of_seed(call, values[name], seed, vary_partition),
             workdir=str(folder / folders.folder_name(name) / f'seed{seed}'),
+            callbacks=callbacks,
             progress=progress,
           )
-          for seed in numbers
+          for seed in all_seeds
         ]
         for name, call in calls.items()
       }
@@ -203,29 +209,55 @@ def compare(
         for name, of_name in runs.items()
       }
       *_, conclusion = comparison.write(
-        folder, results, claim, numbers, not vary_partition
+        folder, results, claim, all_seeds, not vary_partition
       )
   return Comparison(folder, runs, conclusion)
 
 
-def _values_of_all(
-  calls: Mapping[str, Any], seeds: int
-) -> dict[str, dict[str, Any]]:
-  """Checks the arguments of all methods, and returns the values of the flags.
+def _calls(methods, flags) -> dict[str, dict[str, Any]]:
+  """Returns the flags of each method by name.
+
+  Raises:
+    cli.UsageError: for a name that cannot be a folder of its own, or an
+      argument that is not a flag of one method.
+  """
+  if not isinstance(methods, Mapping) or not methods:
+    raise cli.UsageError(
+      'methods', methods, 'must map at least one name to a method'
+    )
+  taken = {'report', *comparison.FILES}
+  calls = {}
+  for name, own in methods.items():
+    place = folders.folder_name(name) if isinstance(name, str) else ''
+    if not place.strip('.') or place in taken:
+      raise cli.UsageError(
+        'methods', name, 'must be a name that can be a folder of its own'
+      )
+    taken.add(place)
+    own = dict(own) if isinstance(own, Mapping) else {'method': own}
+    for argument in own.keys() & {'workdir', 'callbacks', 'progress', 'seed'}:
+      raise cli.UsageError(
+        argument, own[argument], f'must be the same for all methods, not {name}'
+      )
+    calls[name] = {**flags, **own}
+  return calls
+
+
+def _values_of_all(calls: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Checks and builds all methods, and returns the values of the flags.
 
   Raises:
     cli.UsageError: for a wrong value, or one that all methods must share.
   """
-  if not calls:
-    raise cli.UsageError('methods', calls, 'must have at least one method')
-  if seeds < 1:
-    raise cli.UsageError('seeds', seeds, 'must be at least 1')
   values, claims = {}, {}
   for name, call in calls.items():
     call = _with_files({**call, 'workdir': ''})
     call = {k: v for k, v in call.items() if k not in devices.Start._fields}
-    values[name], _ = _resolved(call)
-    claims[name] = comparison.claim(resolve.config(**values[name]))
+    values[name], given = _resolved(call)
+    config = resolve.config(**values[name])
+    claims[name] = comparison.claim(config)
+    places = values[name]['data_dir'], values[name]['manual_dir'], given
+    assembly.build(config, *places)
   (first, base), *others = claims.items()
   for name, claim in others:
     for flag in sorted(claim.keys() | base.keys()):

@@ -121,6 +121,23 @@ class CheckTest(parameterized.TestCase):
     (one,) = found['figures']
     self.assertEqual(one['ours'], [96.0])
 
+  def test_damaged(self):
+    config = check_paper.preset_config('pfllib', {'method': 'fed_avg'})
+    for name, text in (
+      ('config.json', '{'),
+      ('config.json', '[]'),
+      ('metrics.jsonl', ''),
+      ('metrics.jsonl', '{"round"'),
+    ):
+      place = f'{len([*self.folder.iterdir()])}'
+      self.write(place, config, [0.5])
+      (self.folder / place / name).write_text(text)
+      status, _, err = self.check('--published=pfllib')
+      self.assertEqual(status, 2)
+      self.assertRegex(err, f'^error: .*/{place}: is damaged')
+      self.assertEqual(err.count('\n'), 1)
+      (self.folder / place / 'summary.json').unlink()
+
   def test_refused(self):
     status, _, err = self.check()
     self.assertEqual(status, 2)

@@ -939,11 +939,17 @@ class BenchmarkTest(parameterized.TestCase):
     for change, why in (
       ({'machine': {}}, 'has figures of another machine'),
       ({'rows': 3}, 'is damaged'),
+      ({'rows': [{}]}, 'is damaged'),
+      ({'rows': [{**row, 'workload': 'W9'}]}, 'is damaged'),
+      ({'rows': [{**row, 'all_seconds': []}]}, 'is damaged'),
+      ({'against': ['torch']}, r'--against=\[\]: .* has figures with'),
+      ({'repeat': 3}, '--repeat=5: .* has figures with 3'),
     ):
       out.write_text(json.dumps(saved | change))
       status, _, err = call(benchmark, *flags)
       self.assertEqual(status, 2)
-      self.assertIn(why, err)
+      self.assertRegex(err, why)
+      self.assertEqual(err.count('\n'), 1)
 
   @parameterized.parameters(
     ('--workloads=W9', '--workloads=W9: must be one of W1'),

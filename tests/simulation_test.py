@@ -396,7 +396,14 @@ class CompareTest(SimulateCase):
 
   def test_own_method_and_resume(self):
     methods = {'FedAvg': {}, 'mine': {'method': pull(0.5), 'momentum': 0.5}}
-    first = self.compare(methods, 'own', rounds=1)
+    rounds = []
+    first = self.compare(
+      methods,
+      'own',
+      rounds=1,
+      callbacks=[lambda row, run: rounds.append(row['round'])],
+    )
+    self.assertEqual(rounds, [1, 1])
     kept = (first.folder / 'mine/seed0/params.npz').stat().st_mtime_ns
     again = self.compare(methods, 'own', rounds=1)
     self.assertEqual(
@@ -407,7 +414,19 @@ class CompareTest(SimulateCase):
     self.assertRegex(repr(again), r'^FedAvg: \d.*\nmine: \d+\.\d\d %')
 
   @parameterized.parameters(
-    ({}, {}, 'methods.*must have at least one'),
+    ({}, {}, 'methods.*must map at least one name'),
+    (['fed_avg'], {}, 'methods.*must map at least one name'),
+    ({'..': 'fed_avg'}, {}, 'methods=..: must be a name that can be a folder'),
+    ({1: 'fed_avg'}, {}, 'methods=1: must be a name'),
+    ({'summary.json': 'fed_avg'}, {}, 'must be a name that can be'),
+    ({'a b': 'fed_avg', 'a:b': 'fed_prox'}, {}, 'methods=a:b: must be a name'),
+    ({'a': {'seed': 7}}, {}, 'seed=7: must be the same for all methods'),
+    ({'a': {'workdir': 'b'}}, {}, 'workdir=b: must be the same'),
+    (
+      {'a': 'fed_avg', 'b': 'fed_gen'},
+      {'model': Dense()},
+      'needs a model that has a head',
+    ),
     (
       {'a': 'fed_avg', 'b': {'rounds': 9}},
       {},
@@ -415,7 +434,8 @@ class CompareTest(SimulateCase):
     ),
     ({'a': 'fed_avg', 'b': {'dirichlet_alpha': 9}}, {}, 'dirichlet_alpha=9'),
     ({'a': 'fed_avg', 'b': 'fed_avgg'}, {}, 'did you mean fed_avg'),
-    ({'a': 'fed_avg'}, {'seeds': 0}, 'seeds=0: must be at least 1'),
+    ({'a': 'fed_avg'}, {'seeds': 0}, 'seeds=0: must be an integer of at'),
+    ({'a': 'fed_avg'}, {'seeds': 1.5}, 'seeds=1.5: must be an integer'),
   )
   def test_refused_before_any_training(self, methods, changes, why):
     with self.assertRaisesRegex(ValueError, why):

@@ -68,6 +68,7 @@ def remembering(part: Method, num_classes: int, decay: float) -> Method:
     send=lambda variables, shared, *args: part.send(
       variables, shared.inner, *args
     ),
+    models=lambda shared: part.models(shared.inner),
     synthesise=part.synthesise
     and (lambda shared, *args: part.synthesise(shared.inner, *args)),  # type: ignore[misc]
   )

@@ -17,7 +17,7 @@ from fedftg_jax.base import Info, Method, Variables
 class Slot(NamedTuple):
   """The server's slot of `running_average`."""
 
-  total: Variables  # (1 - d) sum_i d^(t - i) w_i
+  average: Variables  # the initial model before the first round
   weight: jax.Array  # [] 1 - d^t
 
 
@@ -26,7 +26,7 @@ def running_average(decay: float = 0.9) -> Method:
 
   After t rounds with models w_1 to w_t, the average is
   sum_i d^(t - i) w_i / sum_i d^(t - i). Rounds in which no client arrived do
-  not count. `Info.models` has it as 'running_average'.
+  not count. It is evaluated as 'running_average'.
 
   Args:
     decay: d, discount per round of earlier models in the average.
@@ -42,20 +42,19 @@ def running_average(decay: float = 0.9) -> Method:
 
   def init(key, variables):
     del key
-    return Slot(jax.tree.map(jnp.zeros_like, variables), jnp.zeros(())), ()
+    return Slot(variables, jnp.zeros(())), ()
 
   def update(variables, shared, received, key):
     del received, key
-    total, weight = jax.tree.map(
-      lambda old, new: decay * old + (1 - decay) * new,
-      shared,
-      Slot(variables, jnp.ones(())),
+    weight = decay * shared.weight + (1 - decay)
+    share = (1 - decay) / weight  # of the new model
+    average = jax.tree.map(
+      lambda old, new: old + share * (new - old), shared.average, variables
     )
-    average = jax.tree.map(lambda leaf: leaf / weight, total)
-    return (
-      variables,
-      Slot(total, weight),
-      Info(models={'running_average': average}),
-    )
+    return variables, Slot(average, weight), Info()
 
-  return Method(init=init, update=update)
+  return Method(
+    init=init,
+    update=update,
+    models=lambda shared: {'running_average': shared.average},
+  )

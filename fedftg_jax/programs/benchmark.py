@@ -180,10 +180,25 @@ def _resumed(out: pathlib.Path) -> list[dict[str, Any]]:
     for row in rows:
       row.setdefault('precision', 'default')
       row.setdefault('cost', {})
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise cli.UsageError('out', out, f'is damaged ({error})') from error
+    result_table(rows)
+  except (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ZeroDivisionError,
+  ) as error:
+    raise cli.UsageError(
+      'out', out, f'is damaged ({type(error).__name__}: {error})'
+    ) from error
   if where != machine():
     raise cli.UsageError('out', out, 'has figures of another machine')
+  for flag in (_AGAINST, _REPEAT):
+    before = saved.get(flag.name, flag.value)
+    if before != flag.value:
+      raise cli.UsageError(
+        flag.name, flag.value, f'{out} has figures with {before}'
+      )
   return rows
 
 
@@ -354,7 +369,15 @@ def _title(row: dict[str, Any]) -> str:
 
 def write_results(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
   """Writes the figures and the picture."""
-  files.write_json(out, {'machine': machine(), 'rows': rows})
+  files.write_json(
+    out,
+    {
+      'machine': machine(),
+      _AGAINST.name: _AGAINST.value,
+      _REPEAT.name: _REPEAT.value,
+      'rows': rows,
+    },
+  )
   groups = {}
   for r in rows:
     if r['who'] not in LIMITS:

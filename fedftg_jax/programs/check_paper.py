@@ -24,7 +24,7 @@ import yaml
 from fedftg_jax import recipes
 from fedftg_jax.configuration import resolve
 from fedftg_jax.configuration.resolve import Configuration
-from fedftg_jax.results import reader, rows, tables
+from fedftg_jax.results import rows, tables
 from fedftg_jax.system import cli, files, own_flags, progress
 
 ARGUMENT = 'FOLDER'
@@ -55,6 +55,11 @@ _FREE = (
   'num_devices',
 )
 _KEYS = ('percent', 'deviation', 'figure')  # of a figure; others are flags
+
+
+class _Run(NamedTuple):
+  config: dict[str, Any]
+  rows: list[dict[str, Any]]  # of metrics.jsonl
 
 
 class Compared(NamedTuple):
@@ -95,7 +100,7 @@ def main(folder: str) -> None:
   except (ValueError, ImportError) as error:  # a store that is not known here
     raise cli.ArgumentError(folder, str(error)) from error
   known = yaml.safe_load(PUBLISHED.read_text())
-  name = FLAGS.published or place.name
+  name = FLAGS.published or place.absolute().resolve().name
   if name not in known:
     raise cli.UsageError(
       'published', name, f'must be one of {", ".join(known)}'
@@ -150,7 +155,7 @@ def compare(
     A comparison for each figure and each group of runs that differ in nothing
     but the seed.
   """
-  groups: dict[str, list[reader.Recorded]] = {}
+  groups: dict[str, list[_Run]] = {}
   for run in _runs(folder):
     config = {k: v for k, v in run.config.items() if k not in _FREE}
     groups.setdefault(repr(sorted(config.items())), []).append(run)
@@ -167,6 +172,10 @@ def compare(
       what = figure.get('figure', published['figure'])
       ours = [of_run for run in runs if (of_run := _figure(run.rows, what))]
       if not ours:
+        progress.say(
+          f'{_named(wanted)}: no row has {what.split()[1]}, which needs '
+          '--evaluate_clients=every'
+        )
         continue
       found.append(
         Compared(
@@ -195,12 +204,26 @@ def preset_config(name: str, changes: Mapping[str, Any]) -> Configuration:
   return config.replace(dataset=values['dataset'])
 
 
-def _runs(folder: UPath) -> Iterator[reader.Recorded]:
-  """Yields the finished runs below a folder, in the order of their names."""
+def _runs(folder: UPath) -> Iterator[_Run]:
+  """Yields the finished runs below a folder, in the order of their names.
+
+  Raises:
+    cli.ArgumentError: if one of them is damaged.
+  """
   for path in sorted(folder.rglob('summary.json')):
-    saved = path.parent / 'config.json'
-    if saved.exists() and 'program' not in files.read_json(saved)['config']:
-      yield reader.read(path.parent)
+    place = path.parent
+    if not (place / 'config.json').exists():
+      continue
+    try:
+      config = dict(files.read_json(place / 'config.json')['config'])
+      if 'program' not in config:
+        run = _Run(config, files.read_jsonl(place / 'metrics.jsonl'))
+        int(run.rows[-1]['round'])
+        yield run
+    except (OSError, ValueError, LookupError, TypeError) as error:
+      raise cli.ArgumentError(
+        place, f'is damaged ({type(error).__name__}: {error})'
+      ) from error
 
 
 def _comparable(flag: str, value: Any) -> Any:

@@ -39,15 +39,17 @@ def main(folder: str) -> None:
   name = (
     FLAGS.dataset if FLAGS['dataset'].present else trained.config['dataset']
   )
-  which = FLAGS.which
-  if which not in ('broadcast', *trained.models):
-    known = ', '.join(['broadcast', *trained.models])
-    raise cli.UsageError('which', which, f'must be one of {known}')
+  which, chosen = FLAGS.which, None
+  if which != 'broadcast':
+    chosen = trained.models.get(which)
+    if chosen is None:
+      known = ', '.join(['broadcast', *trained.models])
+      raise cli.UsageError('which', which, f'must be one of {known}')
   try:
     scores = trained.evaluate(
       name,
       FLAGS.split,
-      trained.models.get(which),
+      chosen,
       num_classes=FLAGS.num_classes,
       data_dir=FLAGS.data_dir,
       manual_dir=FLAGS.manual_dir,

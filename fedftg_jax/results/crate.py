@@ -39,7 +39,7 @@ _ABOUT = {
   'partition.npz': 'Which examples each client holds',
   'schedule.npz': 'Which clients take part in each round',
   'params.npz': 'The last model',
-  'models.npz': 'Other models of the last round',
+  'models.npz': 'Further models that the server keeps',
   'summary.json': 'Figures of the whole',
   'report.html': 'The report',
   'table.md': 'Figures of the whole',

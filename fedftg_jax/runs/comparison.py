@@ -9,6 +9,16 @@ from fedftg_jax.configuration import flags
 from fedftg_jax.results import page, plots, reader, rows, statistics, verdicts
 from fedftg_jax.system import files
 
+# Files of a comparison beside the folders of its methods.
+FILES = (
+  'config.json',
+  'summary.json',
+  'table.md',
+  'curves.png',
+  'report.html',
+  'ro-crate-metadata.json',
+  'check_paper.json',
+)
 # What every method of a comparison shares.
 SHARED = (
   'seed',

@@ -129,14 +129,16 @@ class Run:
   @functools.cached_property
   def variables(self) -> Variables:
     """The variables of the trained model, which the server broadcasts last."""
-    return self._read('params.npz')['']
+    models = self._read('params.npz')
+    if '' not in models:
+      raise cli.ArgumentError(self.folder, 'has a params.npz without a model')
+    return models['']
 
   @functools.cached_property
   def models(self) -> dict[str, personal.Saved]:
-    """The other models of the last round by name, for `predict`.
+    """Further models that the server kept by name, for `predict`.
 
-    These are the evaluated models that differ from the broadcast one, such as
-    'running_average', or 'aggregated' of FedFTG.
+    See `base.ServerModels`; the method `running_average` has one.
     """
     if not (self.folder / writer.MODELS).exists():
       return {}

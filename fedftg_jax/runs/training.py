@@ -184,8 +184,6 @@ def train(
         scores = score(done, one, models, info.same, key)
         metrics = {k: v[r] if several else v for k, v in info.metrics.items()}
         run.add(done, metrics, scores)
-        if done == config['rounds']:
-          run.add_models(models, info.same)
       clock.lap('evaluate')
       timing = clock.row(done)
       for r, (run, of_run) in enumerate(zip(runs, calls)):

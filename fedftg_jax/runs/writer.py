@@ -14,7 +14,7 @@ from fedftg_jax.runs import callbacks, personal, scoring
 from fedftg_jax.system import cli, clock, devices, files
 
 IMAGES = 'model_input.json'  # in a run's folder, see `describe`
-MODELS = 'models.npz'  # in a run's folder, see `RunWriter.add_models`
+MODELS = 'models.npz'  # in a run's folder: other models of the server
 _KEPT_IMAGES = 12  # evaluations of which generated images are kept, at most
 _LISTED = 10_000  # clients, at most, whose scores are listed in clients.json
 _SCORES = 'clients.npz'  # the scores of more clients
@@ -54,9 +54,8 @@ class RunWriter:
         'nearest.npz',
         'images.npz',
         personal.NAME,
+        MODELS,
       ]
-      if done < experiment.config['rounds']:
-        stale.append(MODELS)
       if not done:
         stale += ['clients.json', _SCORES, 'generated.npz']
       for name in stale:
@@ -251,23 +250,6 @@ class RunWriter:
       {f'round_{t:06d}': a for t, a in self._images.items()},
     )
 
-  def add_models(self, models, same) -> None:
-    """Writes the models that are evaluated beside the broadcast one.
-
-    This is done before the last checkpoint, since only the round has them.
-
-    Args:
-      models: variables by name.
-      same: pairs of a name and the name of an identical model.
-    """
-    others = {
-      name: variables._asdict()
-      for name, variables in models.items()
-      if name not in dict(same)
-    }
-    if others:
-      files.write_tree(self._folder / MODELS, others)
-
   def add_timing(self, timing) -> None:
     self._timings.append(timing)
     files.write_jsonl(self._folder / 'timings.jsonl', self._timings)
@@ -295,6 +277,14 @@ class RunWriter:
     experiment, folder = self._experiment, self._folder
     state = influence.untracked(state)
     files.write_tree(folder / 'params.npz', state.variables._asdict())
+    others = {
+      name: variables._asdict()
+      for name, variables in experiment.simulation.method.models(
+        state.shared
+      ).items()
+    }
+    if others:
+      files.write_tree(folder / MODELS, others)
     personal.save(folder, personal_models, experiment.config['model'])
     if experiment.simulation.method.synthesise is not None:
       images = scoring.of_each_class(experiment, state)

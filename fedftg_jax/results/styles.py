@@ -68,6 +68,7 @@ _METHODS = (
   'p_fed_bred',
   'fed_zdac',
   'kd_lwof',
+  'running_average',
 )
 # What refines the model of another method changes the line, not the colour.
 _REFINED = {'fed_ftg': '--', 'fed_df': ':', 'fed_df_public': ':'}

@@ -109,7 +109,7 @@ class WheelTest(absltest.TestCase):
     (code,) = re.findall(
       r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(), re.M | re.S
     )
-    small = code.replace("'lenet', rounds=20", "'mlp', rounds=2")
+    small = code.replace('rounds=20', 'rounds=2')
     self.assertNotEqual(small, code)
     (self.folder / 'my.py').write_text(small)
     self.call(self.bin / 'python', 'my.py')

@@ -170,7 +170,8 @@ def compare(
       ]:
         continue
       what = figure.get('figure', published['figure'])
-      ours = [of_run for run in runs if (of_run := _figure(run.rows, what))]
+      found_here = [_figure(run.rows, what) for run in runs]
+      ours = [percent for percent in found_here if percent is not None]
       if not ours:
         progress.say(
           f'{_named(wanted)}: no row has {what.split()[1]}, which needs '

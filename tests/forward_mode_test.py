@@ -212,7 +212,7 @@ class ConvolutionTest(parameterized.TestCase):
       ) / (2 * small)
       self.assertLess(relative_gap(product, differences), 1e-6)
 
-  @parameterized.parameters('winograd', 'blocked', 'matmul')
+  @parameterized.parameters('winograd', 'blocked', 'matmul', 'pallas', 'mixed')
   def test_frozen(self, implementation):
     """Convolutions with hand-written gradients pass within `frozen`.
 

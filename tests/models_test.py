@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 import chex
@@ -931,6 +932,80 @@ class ConvolutionTest(parameterized.TestCase):
   )
   def test_where_winograd_does_not_pay(self, outputs, size, channels):
     self.assertIsNone(winograd.tiling(10, outputs, size, channels))
+
+  @parameterized.parameters((3, (16, 17), False), (4, (70, 16), True))
+  def test_pallas(self, size, channels, valid):
+    """Compares values and gradients of two clients with the plain one.
+
+    More than 64 channels are more than one block.
+    """
+
+    def run(implementation, x, kernel):
+      def both(x, kernel):
+        out, pull = jax.vjp(
+          jax.vmap(
+            lambda x, k: convolution.convolve(x, k, implementation, valid=valid)
+          ),
+          x,
+          kernel,
+        )
+        return out, pull(jnp.sin(out))
+
+      return jax.jit(both)(x, kernel)
+
+    with enable_x64(True):
+      x = jax.random.normal(KEY, (2, 2, 7, 6, channels[0]))
+      kernel = jax.random.normal(KEY, (2, size, size, *channels))
+      chex.assert_trees_all_close(
+        run('pallas', x, kernel), run('lax', x, kernel), atol=1e-11
+      )
+
+  def test_pallas_becomes_triton(self):
+    """A GPU's kernels are made; none is run."""
+
+    def both(x, kernel):
+      out, pull = jax.vjp(
+        jax.vmap(lambda x, k: convolution.convolve(x, k, 'pallas')), x, kernel
+      )
+      return pull(out)
+
+    with mock.patch.object(jax, 'default_backend', lambda: 'gpu'):
+      text = (
+        jax.jit(both)
+        .trace(jnp.zeros((2, 3, 9, 8, 20)), jnp.zeros((2, 5, 5, 20, 16)))
+        .lower(lowering_platforms=('cuda',))
+        .as_text()
+      )
+    self.assertEqual(text.count('custom_call @__gpu$xla.gpu.triton('), 3)
+    self.assertFalse('stablehlo.dot_general' in text)
+
+  @parameterized.parameters(convolution.convolve, convolution.convolve_enlarged)
+  def test_mixed(self, convolve):
+    """A kernel that is shared is convolved by `lax`, others are not."""
+    x = jax.random.normal(KEY, (2, 3, 7, 6, 4))
+    kernel = jax.random.normal(KEY, (2, 3, 3, 4, 5))
+
+    def run(implementation, axes):
+      def both(x, kernel):
+        out, pull = jax.vjp(
+          jax.vmap(lambda x, k: convolve(x, k, implementation), axes), x, kernel
+        )
+        return out, pull(jnp.sin(out))
+
+      return jax.jit(both)
+
+    for axes, args in (
+      ((0, 0), (x, kernel)),
+      ((0, None), (x, kernel[0])),
+      ((None, 0), (x[0], kernel)),
+    ):
+      mixed = run('mixed', axes)
+      chex.assert_trees_all_close(
+        mixed(*args), run('lax', axes)(*args), rtol=1e-4, atol=1e-4
+      )
+      self.assertEqual(
+        'convolution' in mixed.lower(*args).as_text(), axes[1] is None
+      )
 
   @parameterized.parameters((4, 3, 5, 2), (1, 2, 2, 3))
   def test_enlarged(self, height, width, num_in, num_out):

@@ -873,7 +873,8 @@ class BenchmarkTest(parameterized.TestCase):
     status, screen, err = call(
       benchmark,
       '--workloads=W0',
-      '--against=plain_jax,torch,torch_compiled,fedjax,one_step,matmul,copy',
+      '--against=plain_jax,torch,torch_compiled,fedjax,one_step,matmul,copy,'
+      'ours:conv=pallas:flat=1',
       '--cohorts=3',
       '--repeat=2',
       '--precisions=bfloat16',
@@ -885,7 +886,8 @@ class BenchmarkTest(parameterized.TestCase):
     self.assertContainsSubset(['processor', 'cores'], figures['machine'])
     rows = {row['who']: row for row in figures['rows']}
     limits = ['one_step', 'matmul', 'copy']
-    self.assertContainsSubset(['ours', 'plain_jax', *limits], rows)
+    ours = ['ours', 'ours:conv=pallas:flat=1']
+    self.assertContainsSubset([*ours, 'plain_jax', *limits], rows)
     for name in limits:
       self.assertCountEqual(rows[name]['cost'], ['gflop', 'gbyte'])
     self.assertRegex(screen, r'matmul .* 100\.0 %')
@@ -954,6 +956,15 @@ class BenchmarkTest(parameterized.TestCase):
   @parameterized.parameters(
     ('--workloads=W9', '--workloads=W9: must be one of W1'),
     ('--against=tf', '--against=tf: must be one of torch'),
+    ('--against=ours:x=1', '--against=ours:x=1: x is none of the options'),
+    (
+      '--against=ours:conv=fast',
+      '--against=ours:conv=fast: conv must be one of winograd',
+    ),
+    (
+      '--against=ours:client_chunk=all',
+      '--against=ours:client_chunk=all: client_chunk must be one of 0 to 9999',
+    ),
     ('--precisions=f8', '--precisions=f8: must be one of default'),
     ('--repeat=0', '--repeat=0: must be a positive'),
     ('--cohorts=2,x', '--cohorts=x: must be positive integers'),

@@ -1,18 +1,28 @@
-"""fedftg_jax itself: the functions that a run calls in a round."""
+"""fedftg_jax itself: the functions that a run calls in a round.
+
+Its options are candidates that may make it faster (`OPTIONS`).
+"""
 
 from flax import linen as nn
 import jax
+from jax import flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedftg_jax import distillation, federation, models, solvers
+from fedftg_jax import base, distillation, federation, models, solvers
 from fedftg_jax.contestants import workloads
 from fedftg_jax.data import clients, schedules
 from fedftg_jax.methods import fed_avg, fed_ftg
 from fedftg_jax.models import classifiers, convolution, layers
 
 PACKAGES = ('jax',)
+# Each with the function that reads its value, and what is allowed.
+OPTIONS = {
+  'conv': (str, convolution.IMPLEMENTATIONS),
+  'client_chunk': (int, range(10**4)),
+  'flat': (int, (0, 1)),  # the parameters of a model as one array
+}
 
 
 class SmallCNN(nn.Module):
@@ -45,8 +55,55 @@ def make_model(workload, conv=None):
   )
 
 
-def prepare(workload, conv=None, client_chunk=None):
+def options(texts: list[str]) -> dict[str, str | int]:
+  """Parses options as they are given to the benchmark, 'conv=pallas'.
+
+  Raises:
+    ValueError: for an unknown option or value.
+  """
+  found = {}
+  for text in texts:
+    name, _, value = text.partition('=')
+    if name not in OPTIONS:
+      raise ValueError(f'{name} is none of the options ' + ', '.join(OPTIONS))
+    read, allowed = OPTIONS[name]
+    if read is int and not value.isdigit() or read(value) not in allowed:
+      known = (
+        f'{allowed[0]} to {allowed[-1]}'
+        if isinstance(allowed, range)
+        else ', '.join(map(str, allowed))
+      )
+      raise ValueError(f'{name} must be one of {known}')
+    found[name] = read(value)
+  return found
+
+
+def as_one_array(model: base.Model) -> base.Model:
+  """Makes a model whose parameters are one array.
+
+  So a step of descent and a mean over clients are one kernel each.
+  """
+  params = jax.eval_shape(model.init, jax.random.key(0)).params
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), params)
+  unravel = flatten_util.ravel_pytree(zeros)[1]
+
+  def init(key):
+    variables = model.init(key)
+    return variables._replace(
+      params=flatten_util.ravel_pytree(variables.params)[0]
+    )
+
+  def apply(variables, *args, **kwargs):
+    whole = variables._replace(params=unravel(variables.params))
+    return model.apply(whole, *args, **kwargs)
+
+  return base.Model(init, apply)
+
+
+def prepare(workload, conv=None, client_chunk=None, flat=0):
   model = make_model(workload, conv)
+  if flat:
+    model = as_one_array(model)
   if workload.iterations:
     return _server_step(workload, model, conv)
   x, y = workloads.examples(workload)

@@ -24,12 +24,15 @@ def main(name: str, workload: str, cohort: str, precision: str) -> None:
   # Only answers go to the real stdout; all other output goes to stderr.
   answers, sys.stdout = sys.stdout, sys.stderr
   try:
-    contestant = importlib.import_module(f'fedftg_jax.contestants.{name}')
+    module, *options = name.split(':')
+    contestant = importlib.import_module(f'fedftg_jax.contestants.{module}')
     work = workloads.WORKLOADS[workload]._replace(
       cohort=int(cohort), bfloat16=precision == 'bfloat16'
     )
     start = time.perf_counter()
-    round_ = contestant.prepare(work)
+    round_ = contestant.prepare(
+      work, **(contestant.options(options) if options else {})
+    )
     round_()
     first_seconds = time.perf_counter() - start
     cost = contestant.cost(work) if hasattr(contestant, 'cost') else {}

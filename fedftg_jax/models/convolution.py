@@ -6,20 +6,30 @@ Written as slices and matrix products, a convolution stays a (batched) matrix
 product.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
+from fedftg_jax.models import pallas, winograd
 from fedftg_jax.models import windows as windows_
-from fedftg_jax.models import winograd
 from fedftg_jax.models.windows import taps
 
 # Gathered images of one convolution with up to _CACHE numbers are made at once,
 # larger ones in blocks of at most _BLOCK numbers.
 _CACHE, _BLOCK = 2**22, 2**19
 _PLAIN = ('im2col', 'slices', 'lax')  # JAX derives their gradients
-IMPLEMENTATIONS = ('winograd', 'blocked', 'matmul', 'im2col', 'slices', 'lax')
+IMPLEMENTATIONS = (
+  'winograd',
+  'blocked',
+  'matmul',
+  'pallas',
+  'im2col',
+  'slices',
+  'mixed',
+  'lax',
+)
 # By backend. The choice for CPUs is measured, that for GPUs in part
 # (docs/speed.md), that for TPUs is not. Within an implementation the method
 # depends on the layer's shape: see `winograd.tiling` and `convolve`.
@@ -40,12 +50,10 @@ def convolve(
 ) -> jax.Array:
   """Convolves with zero padding; at stride 1 it keeps the image size.
 
-  A 1 x 1 kernel is one matrix product in every implementation. The padding is
-  (k
-  - 1) // 2 before and k // 2 after, for every stride, as in PyTorch ('SAME'
-    pads
-  less in front of strides). The kernel is cast to the type of `x`; its gradient
-  is accumulated in the kernel's own type.
+  A 1 x 1 kernel is one matrix product in every implementation. The padding of a
+  kernel of size k is (k - 1) // 2 before and k // 2 after, for every stride, as
+  in PyTorch ('SAME' pads less in front of strides). The kernel is cast to the
+  type of `x`; its gradient is accumulated in the kernel's own type.
 
   Args:
     x: [B, H, W, I] images.
@@ -58,9 +66,12 @@ def convolve(
       and elsewhere, and in bfloat16, which is too short for the transforms, is
       'blocked'; 'im2col' always gathers and leaves the gradient to JAX;
       'slices' multiplies each shifted image and adds up; 'lax' is
-      `jax.lax.conv_general_dilated`. The gradients of the first three are
-      written by hand: `jax.jvp` passes through a gradient of them, but through
-      a call without a gradient only within `losses.frozen`.
+      `jax.lax.conv_general_dilated`; 'mixed' is 'lax' where all that is mapped
+      shares the kernel, and 'matmul' where each has its own; 'pallas' is
+      `pallas.convolve` where stride and channels suit it, else 'matmul'. The
+      gradients of all but 'im2col', 'slices' and 'lax' are written by hand:
+      `jax.jvp` passes through a gradient of them, but through a call without a
+      gradient only within `losses.frozen`.
     stride: stride in both directions.
     valid: whether to use no padding; the result is smaller by the kernel less
       one pixel.
@@ -78,6 +89,14 @@ def convolve(
   )
   if h == w == 1:
     implementation = 'im2col' if implementation in _PLAIN else 'matmul'
+  if implementation == 'mixed':
+    shared, own = (
+      functools.partial(
+        convolve, implementation=chosen, stride=stride, valid=valid
+      )
+      for chosen in ('lax', 'matmul')
+    )
+    return _mixed(shared, own, x, kernel)
   if implementation == 'lax':
     return jax.lax.conv_general_dilated(
       x,
@@ -86,6 +105,10 @@ def convolve(
       padding,
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
+  if implementation == 'pallas':
+    if stride == 1 and min(num_in, num_out) >= pallas.LEAST:
+      return pallas.convolve(x, kernel, padding)
+    implementation = 'matmul'
   if implementation == 'slices':
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     kernel = kernel.astype(x.dtype)
@@ -128,11 +151,18 @@ def convolve_enlarged(
     x: [B, H, W, I] images.
     kernel: [3, 3, I, O].
     implementation: see `convolve`; here 'slices' is 'im2col', 'im2col' is
-      'matmul' with its gradient left to JAX, and 'winograd' is 'blocked'.
+      'matmul' with its gradient left to JAX, 'winograd' is 'blocked', and
+      'pallas' is 'matmul'.
 
   Returns:
     [B, 2 H, 2 W, O] images.
   """
+  if implementation == 'mixed':
+    shared, own = (
+      functools.partial(convolve_enlarged, implementation=chosen)
+      for chosen in ('lax', 'matmul')
+    )
+    return _mixed(shared, own, x, kernel)
   _, height, width, num_in = x.shape
   # Rows of the result 2 i - 1 ... 2 i + 2, by rows of the kernel.
   fold = jnp.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], kernel.dtype)
@@ -232,3 +262,36 @@ _multiply_scatter.defvjp(
     _correlate(windows, blocked, cotangent, saved[0], saved[1].dtype),
   ),
 )
+
+
+def _mixed(shared, own, x, kernel):
+  """Computes `shared(x, kernel)`, or `own` where kernels are mapped over."""
+
+  def pull(function):
+    return lambda x, kernel, cotangent: jax.vjp(function, x, kernel)[1](
+      cotangent
+    )
+
+  forward, backward = _either(shared, own), _either(pull(shared), pull(own))
+  run = jax.custom_vjp(forward)
+  run.defvjp(
+    lambda *saved: (forward(*saved), saved),
+    lambda saved, cotangent: backward(*saved, cotangent),
+  )
+  return run(x, kernel)
+
+
+def _either(shared, own):
+  """Makes a function that is `shared`; mapped over its second argument, `own`.
+
+  Both compute the same.
+  """
+  run = jax.custom_batching.custom_vmap(shared)
+
+  @run.def_vmap
+  def mapped(size, is_mapped, *args):
+    axes = [0 if one else None for one in is_mapped]
+    out = jax.vmap(own if is_mapped[1] else shared, axes, axis_size=size)(*args)
+    return out, jax.tree.map(lambda _: True, out)
+
+  return run

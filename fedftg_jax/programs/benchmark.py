@@ -21,6 +21,9 @@ matmul is a large matrix product, and the column "of matmul" is the share of its
 speed. copy reads and writes a large array. one_step is one local step of all
 clients, with the bytes that XLA counts for it.
 
+Ours has options, as ours:conv=pallas:client_chunk=2, which --against takes like
+any other contestant: candidates that may be faster.
+
 It writes --out (JSON) and, beside it, a picture of the same name, after each
 workload. A run that was stopped, by --minutes or otherwise, goes on with
 --resume.
@@ -41,7 +44,7 @@ from absl import flags as absl_flags
 import numpy as np
 from rich import console as rich_console
 
-from fedftg_jax.contestants import workloads
+from fedftg_jax.contestants import ours, workloads
 from fedftg_jax.results import plots
 from fedftg_jax.system import cli, devices, files, progress
 
@@ -71,7 +74,11 @@ _WORKLOADS = absl_flags.DEFINE_list(
 _AGAINST = absl_flags.DEFINE_list(
   'against',
   [peer for peer in PEERS if peer not in LIMITS],
-  'Contestants to compare with. They are ' + ', '.join(PEERS) + '.',
+  'Contestants to compare with. They are '
+  + ', '.join(PEERS)
+  + ', and ours with options: '
+  + ', '.join(ours.OPTIONS)
+  + '.',
 )
 _REPEAT = absl_flags.DEFINE_integer(
   'repeat', 5, 'Number of timed rounds. A first one compiles.', lower_bound=1
@@ -114,7 +121,12 @@ def main() -> None:
     (_PRECISIONS, PRECISIONS),
   ):
     for name in flag.value:
-      if name not in known:
+      if flag is _AGAINST and name.startswith(OURS + ':'):
+        try:
+          ours.options(name.split(':')[1:])
+        except ValueError as error:
+          raise cli.UsageError(flag.name, name, str(error)) from error
+      elif name not in known:
         raise cli.UsageError(
           flag.name, name, 'must be one of ' + ', '.join(known)
         )
@@ -207,7 +219,8 @@ class Contestant:
 
   def __init__(self, name: str, workload: str, cohort: int, precision: str):
     peer_python = _PEER_PYTHON.value or sys.executable
-    python = sys.executable if name in HOME else peer_python
+    home = name.split(':')[0] in HOME
+    python = sys.executable if home else peer_python
     self.name, self.seconds, self.peak_bytes = name, [], 0
     self._errors = tempfile.TemporaryFile('w+')
     # The other environment should find this package, but no package that is
@@ -311,7 +324,7 @@ def result_table(
   rows: list[dict[str, Any]],
 ) -> tuple[list[str], list[list[str]]]:
   """Formats the results: header and rows, as text."""
-  ours, limits = (
+  base, limits = (
     {_title(r): r for r in rows if r['who'] == who} for who in (OURS, 'matmul')
   )
   lines = []
@@ -326,8 +339,8 @@ def result_table(
         r['device'],
         f'{r["seconds"]:.3g}',
         f'{min(r["all_seconds"]):.3g} - {max(r["all_seconds"]):.3g}',
-        f'{r["seconds"] / ours[title]["seconds"]:.2f}'
-        if title in ours and is_round
+        f'{r["seconds"] / base[title]["seconds"]:.2f}'
+        if title in base and is_round
         else '',
         f'{speed:.0f}' if speed else '',
         f'{100 * speed / _gflop_per_second(limits[title]):.1f} %'

@@ -18,7 +18,7 @@ from fedftg_jax.results import rows as rows_lib
 from fedftg_jax.results import styles as styles_lib
 
 _CONFUSIONS = 3  # most frequent ones that are named
-_OPEN = 4  # of more pictures of a kind the rest is folded away
+_OPEN = 6  # two rows; of more pictures of a kind the rest is folded away
 
 
 def build(

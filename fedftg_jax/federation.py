@@ -17,7 +17,7 @@ These rules hold for every method, and they are implemented only here:
 
 from collections.abc import Callable
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -522,6 +522,29 @@ def over_seeds(fed: Federation) -> Federation:
     fed.personalise,
     fed.mesh,
   )
+
+
+def bytes_per_client(fed: Federation, data: Data) -> int:
+  """Estimates the memory that a stacked client needs while it is trained.
+
+  The local training of two clients is compiled, not run.
+
+  Args:
+    fed: the simulation, with the clients' slots on the device.
+    data: of all clients.
+
+  Returns:
+    Bytes, those of the client's slot and its model included.
+  """
+  key = jax.random.key(0)
+  ids = jax.ShapeDtypeStruct((2,), jnp.int32)
+  compiled = (
+    jax.jit(jax.vmap(fed.personalise, (None, None, 0, 0, None)))
+    .lower(jax.eval_shape(fed.init, key), data, ids, ids, key)
+    .compile()
+  )
+  memory: Any = compiled.memory_analysis()
+  return (memory.temp_size_in_bytes + memory.output_size_in_bytes) // 2
 
 
 def run(

@@ -28,6 +28,32 @@ def default_chunk() -> int:
   return 1 if jax.default_backend() == 'cpu' else 0
 
 
+def free_bytes() -> int | None:
+  """Returns the free memory of the first device, None if it does not say."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'bytes_limit' not in stats:
+    return None
+  return stats['bytes_limit'] - stats.get('bytes_in_use', 0)
+
+
+def chunk_that_fits(free: float, each: float, rows: int) -> int:
+  """Returns how many clients to stack at once so that they fit the memory.
+
+  The chunks of a cohort are about equal: of 10 clients of which 8 would fit, 5
+  are stacked.
+
+  Args:
+    free: bytes that there are.
+    each: bytes that a client needs while it is trained.
+    rows: number of clients of a round on a device.
+
+  Returns:
+    1 to `rows`.
+  """
+  most = max(1, min(rows, int(free // max(each, 1))))
+  return -(-rows // -(-rows // most))
+
+
 def make_mesh(num_devices: int = 0) -> Mesh:
   """Makes a mesh over the first `num_devices` devices of all processes.
 

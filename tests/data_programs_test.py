@@ -1,10 +1,13 @@
 """Tests data sets, partitions, augmentation and validation in the programs."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 from absl.testing import absltest, flagsaver, parameterized
 from matplotlib import figure
@@ -12,7 +15,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from fedftg_jax import base, evaluation
+from fedftg_jax import base, evaluation, federation, stacking
 from fedftg_jax.configuration import assembly, flags, folders, resolve
 from fedftg_jax.programs import compare, partition, train
 from fedftg_jax.results import plots
@@ -74,6 +77,23 @@ class TrainTest(ProgramCase):
       [r['train_loss'] for r in self.rows(name)] for name in 'ab'
     )
     np.testing.assert_allclose(chunked, stacked, rtol=1e-4)
+
+  def test_stacks_as_many_clients_as_fit(self):
+    """Their number depends on the memory that the device says is free."""
+    self.run_program(train, 'a', '--client_chunk=auto', '--cohort=4')
+    config = self.config('a')['config']
+    self.assertEqual(config['client_chunk'], 'auto')
+    build = lambda: assembly.build(config).simulation.client_chunk
+    self.assertEqual(build(), 1)  # a CPU does not say it
+    for clients, want in ((4.1, 4), (3.9, 2), (1.1, 1), (0.1, 1)):
+      free = 10**6 * clients / assembly._SHARE
+      with (
+        mock.patch.object(stacking, 'free_bytes', lambda: free),
+        mock.patch.object(federation, 'bytes_per_client', lambda *_: 10**6),
+        contextlib.redirect_stderr(io.StringIO()) as err,
+      ):
+        self.assertEqual(build(), want)
+      self.assertStartsWith(err.getvalue(), f'note: {want} of 4 clients at')
 
   def test_validation(self):
     changes = '--validation_share=0.2', '--partition_seed=3'

@@ -495,6 +495,9 @@ class RunTest(parameterized.TestCase):
 
     of_8, of_16, of_32 = (work_space(s, 0) for s in (8, 16, 32))
     self.assertBetween((of_32 - of_16) / (of_16 - of_8), 1.8, 2.2)
+    fed, data = problems.make(problems.NORMED, sizes=[20]), [20]
+    each = federation.bytes_per_client(fed, problems.make_data(data))
+    self.assertBetween(each / ((of_32 - of_16) / 16), 0.8, 2)
     capped = [work_space(s, 4) for s in (8, 32)]
     self.assertLess(capped[1], 1.1 * capped[0])
     self.assertLess(capped[1], of_8)

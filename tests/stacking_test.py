@@ -34,6 +34,19 @@ def make(name, model=problems.LINEAR, options=None, **settings):
   return problems.make(model, method, **settings)
 
 
+class ChunkTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (100, 10, 10, 10),
+    (99, 10, 10, 5),  # 9 would fit: chunks are equal
+    (45, 10, 10, 4),
+    (5, 10, 10, 1),  # less than one: it is tried all the same
+    (-5, 10, 3, 1),
+    (100, 0, 3, 3),
+  )
+  def test_fits(self, free, each, rows, want):
+    self.assertEqual(stacking.chunk_that_fits(free, each, rows), want)
+
+
 class OverClientsTest(parameterized.TestCase):
   """Compares with a Python loop."""
 

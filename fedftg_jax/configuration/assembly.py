@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
+import sys
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -21,6 +22,8 @@ from fedftg_jax import (
   models,
   recipes,
   solvers,
+  stacking,
+  trees,
   uplinks,
 )
 from fedftg_jax.configuration import flags, folders
@@ -38,6 +41,8 @@ from fedftg_jax.methods import batch_norm
 from fedftg_jax.models import modules
 from fedftg_jax.system import cli, devices
 
+_SHARE = 0.8  # of the free memory, for a round's clients with client_chunk=auto
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Simulation:
@@ -47,6 +52,7 @@ class Simulation:
   method: base.Method
   federation: base.Federation
   tracked: list[int]  # clients whose influence is tracked
+  client_chunk: int  # clients that are stacked at once, 0 for all
 
   @functools.cached_property
   def of_seeds(self) -> base.Federation:
@@ -125,7 +131,7 @@ def build(
   """
   config = Configuration(config)
   problem = make_problem(config, data_dir, manual_dir, given)
-  simulation = _simulation(config, problem.dataset, len(problem.parts), given)
+  simulation = _simulation(config, problem, given)
   if simulation.tracked:
     _check_tracking(config, simulation.federation, problem)
   return Experiment(config, folders.contents(config), simulation, problem)
@@ -210,8 +216,10 @@ def fingerprint(experiment: Experiment, given: Given) -> str:
   with the version of JAX.
   """
   config = experiment.config.replace(client_state='device', num_devices=1)
+  if config['client_chunk'] == flags.AUTO:  # must not depend on the memory
+    config = config.replace(client_chunk=1)
   problem = experiment.problem
-  simulation = _simulation(config, problem.dataset, len(problem.parts), given)
+  simulation = _simulation(config, problem, given)
   fed = simulation.federation
   key = jax.random.key(0)
   row = jax.tree.map(  # of a width that does not depend on the schedule
@@ -279,7 +287,8 @@ def by_name(config: Configuration, images: Images) -> Callable[..., base.Model]:
   )
 
 
-def _simulation(config, dataset, num_clients, given) -> Simulation:
+def _simulation(config, problem, given) -> Simulation:
+  dataset, num_clients = problem.dataset, len(problem.parts)
   build = by_name(config, dataset)
   model = make_model(config, dataset, given.model)
   steps = config['local_steps'] or None
@@ -299,8 +308,6 @@ def _simulation(config, dataset, num_clients, given) -> Simulation:
     solver=solver,
     num_clients=num_clients,
     weighting=config['weighting'],
-    client_chunk=config['client_chunk'],
-    mesh=devices.mesh(config['num_devices']),
     client_state='device' if config['client_state'] == 'device' else 'host',
   )
   uplink = uplinks.build(
@@ -312,10 +319,44 @@ def _simulation(config, dataset, num_clients, given) -> Simulation:
     _method, config, dataset, model, build, num_clients, own=given.parts
   )
   method = make_method(*last)
+  mesh, chunk = devices.mesh(config['num_devices']), config['client_chunk']
+  if chunk == flags.AUTO:
+    probe = make(method, uplink=uplink, client_state='device')
+    kept = config['client_state'] == 'device'
+    chunk = _chunk_that_fits(probe, problem, mesh, kept)
+  make = functools.partial(make, client_chunk=chunk, mesh=mesh)
   fed = _checked('uplink', config, make, method, uplink=uplink)
   if tracked:
     fed = _tracking(config, fed, make, make_method, uplink, tracked)
-  return Simulation(model, method, fed, tracked)
+  return Simulation(model, method, fed, tracked, chunk)
+
+
+def _chunk_that_fits(probe, problem, mesh, kept) -> int:
+  """Returns how many clients of a round fit the device's memory at once.
+
+  A fifth of what is free is left for the server's work and the rest.
+
+  Args:
+    probe: the simulation, with the clients' slots on the device.
+    problem: the data and the schedule.
+    mesh: devices that share the clients, or None.
+    kept: whether the clients' slots will be on the device.
+  """
+  free = stacking.free_bytes()
+  if free is None:
+    return stacking.default_chunk()
+  if kept:
+    state = jax.eval_shape(probe.init, jax.random.key(0))
+    free -= trees.num_bits(state.clients) // 8
+  rows = -(-problem.schedule.client_id.shape[1] // (mesh.size if mesh else 1))
+  each = federation.bytes_per_client(probe, problem.data)
+  chunk = stacking.chunk_that_fits(_SHARE * free, each, rows)
+  print(
+    f'note: {chunk} of {rows} clients at once, with {each / 1e6:.1f} MB each '
+    f'and {free / 1e6:.0f} MB free',
+    file=sys.stderr,
+  )
+  return chunk
 
 
 def _tracking(

@@ -6,6 +6,8 @@ import re
 import typing
 from typing import Any
 
+from absl import flags as absl_flags
+
 from fedftg_jax import federation, models, recipes, uplinks
 from fedftg_jax.data import augment, partition
 from fedftg_jax.methods import batch_norm
@@ -63,12 +65,31 @@ _ELSEWHERE: dict[str, tuple[Any, str]] = {
     '--prox_to_zero adds --prox_mu to it.',
   ),
 }
+AUTO = 'auto'  # of --client_chunk
 EVALUATE_CLIENTS = ('none', 'final', 'every')
 SECTIONS: dict[str, list[str]] = {}  # the flags of each group, for --help
 # A description and the flags of each method, for --help.
 METHODS: dict[str, tuple[str, list[str]]] = {}
 _SERVER = ('server_optimizer', 'server_learning_rate', 'server_eps_root')
 _GENERATOR = ('generator_width', 'noise_dim', 'generator_bias')
+
+
+class IntegerOrAuto(absl_flags.ArgumentParser):
+  """Parses an integer of at least 0, or 'auto'."""
+
+  syntactic_help = 'an integer of at least 0, or auto'
+
+  def parse(self, argument):
+    if argument == AUTO:
+      return AUTO
+    parser = absl_flags.IntegerParser(lower_bound=0)
+    try:
+      return parser.parse(argument)
+    except ValueError as error:
+      raise ValueError(f'must be {self.syntactic_help}') from error
+
+  def flag_type(self):
+    return 'int or auto'
 
 
 def of_method(method: str) -> dict[str, str]:
@@ -359,12 +380,14 @@ def _define_federation() -> None:
     'CPU, else all.',
     lower_bound=0,
   )
-  flags.DEFINE_integer(
+  flags.DEFINE(
+    IntegerOrAuto(),
     'client_chunk',
     None,
-    'Clients that are stacked at once, 0 for all. Default: 1 on a CPU, else '
-    'all.',
-    lower_bound=0,
+    'Clients that are stacked at once, 0 for all; auto: as many as fit the '
+    "device's memory, estimated before the run (1 on a CPU). Default: 1 on a "
+    'CPU, else all.',
+    serializer=absl_flags.ArgumentSerializer(),
   )
   flags.DEFINE_enum(
     'client_state',

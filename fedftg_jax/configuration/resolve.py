@@ -100,6 +100,10 @@ def config(**changes: Any) -> Configuration:
     values['conv'] = convolution.default()
   if values['client_chunk'] is None:
     values['client_chunk'] = stacking.default_chunk()
+  elif values['client_chunk'] == flags.AUTO and devices.several_processes():
+    raise cli.UsageError(
+      'client_chunk', flags.AUTO, 'works for one process: give a number'
+    )
   values['num_devices'] = _num_devices(values['num_devices'])
   if values['truncation'] is None and values['curvature'] == 'lwet':
     values['truncation'] = 1.0

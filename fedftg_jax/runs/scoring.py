@@ -87,7 +87,7 @@ def scorer(experiment: Experiment, data: Data, put: Callable) -> Callable:
   # The mean of statistics that clients keep to themselves says nothing.
   local = config['batch_norm'] == 'local'
   when = config['evaluate_clients']
-  chunk = config['client_chunk'] or schedule.client_id.shape[1]
+  chunk = simulation.client_chunk or schedule.client_id.shape[1]
   of_clients = functools.partial(
     evaluation.evaluate_clients,
     simulation.federation,

@@ -224,7 +224,7 @@ def train(
         one,
         data,
         key,
-        chunk=config['client_chunk'] or schedule.client_id.shape[1],
+        chunk=simulation.client_chunk or schedule.client_id.shape[1],
         ids=evaluated,
       )
       run.finish(one, models if keeping.save_personal else ())

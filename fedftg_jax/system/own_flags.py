@@ -14,6 +14,7 @@ from absl import flags
 
 FLAGS = flags.FlagValues()
 
+DEFINE = functools.partial(flags.DEFINE, flag_values=FLAGS)
 DEFINE_bool = functools.partial(flags.DEFINE_bool, flag_values=FLAGS)
 DEFINE_enum = functools.partial(flags.DEFINE_enum, flag_values=FLAGS)
 DEFINE_float = functools.partial(flags.DEFINE_float, flag_values=FLAGS)

@@ -8,8 +8,9 @@ equal weights, with FedFTG's class-level weights by the class that the student
 predicts, and with these weights by the true class, which no server knows. With
 the same three kinds of weights it distils the mean of the models on images that
 no client has, as many as FedFTG generates. The training is not changed. For
-each base it writes runs in BASE/seedK/ of --workdir, and means over seeds of
-some rounds in teachers.md.
+each base it writes runs in BASE/seedK/ of --workdir, and means over seeds: of
+some rounds in teachers.md, and how far each is above the broadcast model, by
+round, in teachers.png.
 """
 
 from absl import app, flags
@@ -22,7 +23,8 @@ import fedftg_jax
 from fedftg_jax import base, distillation, models
 from fedftg_jax.data import datasets
 from fedftg_jax.methods import fed_ftg
-from fedftg_jax.results import statistics
+from fedftg_jax.results import plots, statistics
+from fedftg_jax.system import files
 
 _DATASET = flags.DEFINE_string('dataset', 'fashion_mnist', 'Data set.')
 _BASES = flags.DEFINE_list(
@@ -37,6 +39,15 @@ _SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds.', lower_bound=1)
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/teachers', 'Where to write.')
 
 ITERATIONS, BATCH, STEPS = 10, 50, 5  # as many images and steps as FedFTG
+BATCH_OF_TESTS = 500
+WINDOWS = (5, 10), (30, 50), (80, 100)  # rounds of the table
+# In the picture; an ensemble that knows the true class is far above them.
+SHOWN = (
+  'running average',
+  'ensemble, uniform',
+  'ensemble, predicted',
+  'student, uniform',
+)
 KINDS = 'uniform', 'predicted', 'true'  # where the weights are from
 
 
@@ -75,13 +86,17 @@ def watching(
         logits, weights(kind, alpha, variables, x, y)
       )
 
-    def hits(kind):
-      def of_batch(xy):
-        guess = jnp.argmax(target(kind, *xy), axis=-1)
-        return jnp.mean(guess == xy[1])
+    def hits(xy):
+      return [
+        jnp.mean(jnp.argmax(target(kind, *xy), axis=-1) == xy[1])
+        for kind in KINDS
+      ]
 
-      batches = jax.tree.map(lambda a: a.reshape(-1, 500, *a.shape[1:]), test)
-      return jnp.mean(jax.lax.map(of_batch, batches))
+    size = min(BATCH_OF_TESTS, len(test[1]))
+    batches = jax.tree.map(
+      lambda a: a[: len(a) // size * size].reshape(-1, size, *a.shape[1:]), test
+    )
+    of_ensembles = map(jnp.mean, jax.lax.map(hits, batches))
 
     rows = jax.random.randint(key, (ITERATIONS, BATCH), 0, len(apart[1]))
 
@@ -106,7 +121,7 @@ def watching(
       variables,
       shared,
       base.Info(
-        {f'ensemble/{kind}': hits(kind) for kind in KINDS},
+        {f'ensemble/{kind}': x for kind, x in zip(KINDS, of_ensembles)},
         {f'student_{kind}': student(kind) for kind in KINDS},
       ),
     )
@@ -125,22 +140,19 @@ def main(argv: list[str]) -> None:
   order = order[: _EXAMPLES.value]
   rest = order[: len(order) // 6]
   train = order[len(order) // 6 :]
-  tests = len(whole.test_y) // 500 * 500
   model = models.build(
     'mlp', whole.image_shape, whole.num_classes, mean=whole.mean, std=whole.std
   )
   part = watching(
     model,
-    (whole.test_x[:tests], whole.test_y[:tests]),
+    (whole.test_x, whole.test_y),
     (whole.train_x[rest], whole.train_y[rest]),
     whole.num_classes,
   )
   data = whole._replace(
     train_x=whole.train_x[train], train_y=whole.train_y[train]
   )
-  windows = [(5, 10), (30, 50), (80, 100)]
-  header = ['method', 'rounds']
-  lines = []
+  lines, panels = [], []
   for name in _BASES.value:
     runs = [
       fedftg_jax.simulate(
@@ -160,30 +172,41 @@ def main(argv: list[str]) -> None:
       )
       for seed in range(_SEEDS.value)
     ]
-    for first, last in windows:
-      rows = [
-        row for run in runs for row in run.rows if first <= row['round'] <= last
-      ]
-      if not rows:
-        continue
-      said = {
-        'broadcast model': [r['test_accuracy'] for r in rows],
-        **{f'ensemble, {k}': [r[f'ensemble/{k}'] for r in rows] for k in KINDS},
-        **{
-          f'student, {k}': [r['accuracy'][f'student_{k}'] for r in rows]
-          for k in KINDS
-        },
-        'running average': [r['accuracy']['running_average'] for r in rows],
-      }
-      header = ['method', 'rounds', *said]
-      lines.append(
-        [name, f'{first} to {last}']
-        + [f'{100 * np.mean(values):.2f}' for values in said.values()]
-      )
-      statistics.write_table(
-        UPath(_WORKDIR.value) / 'teachers.md', header, lines
-      )
-  print((UPath(_WORKDIR.value) / 'teachers.md').read_text())
+    rows = [row for run in runs for row in run.rows]
+    for first, last in WINDOWS:
+      some = [_measures(r) for r in rows if first <= r['round'] <= last]
+      if some:
+        means = [100 * np.mean([r[kind] for r in some]) for kind in some[0]]
+        lines.append([name, f'{first} to {last}', *(f'{x:.2f}' for x in means)])
+    panels.append(_panel(name, rows))
+  header = ['method', 'rounds', *_measures(rows[0])]
+  folder = UPath(_WORKDIR.value)
+  statistics.write_table(folder / 'teachers.md', header, lines)
+  with files.replacing(folder / 'teachers.png') as temporary:
+    plots.panels(temporary, panels, 'round')
+  print((folder / 'teachers.md').read_text())
+
+
+def _measures(row) -> dict[str, float]:
+  """Returns the accuracies of one evaluation by name."""
+  accuracy = row['accuracy']
+  return {
+    'broadcast model': row['test_accuracy'],
+    **{f'ensemble, {k}': row[f'ensemble/{k}'] for k in KINDS},
+    **{f'student, {k}': accuracy[f'student_{k}'] for k in KINDS},
+    'running average': accuracy['running_average'],
+  }
+
+
+def _panel(name, rows) -> plots.Panel:
+  """Makes the panel of a base: points above the broadcast model, by round."""
+  series = {}
+  for done in sorted({row['round'] for row in rows}):
+    some = [_measures(row) for row in rows if row['round'] == done]
+    for kind in SHOWN:
+      gain = np.mean([r[kind] - r['broadcast model'] for r in some])
+      series.setdefault(kind, []).append((done, 100 * gain))
+  return plots.Panel(name, 'points above the broadcast model', series)
 
 
 if __name__ == '__main__':

@@ -441,6 +441,21 @@ class SyntheticTest(ProgramCase):
       '| 400 | `scaffold` |', (self.folder / 'large/table.md').read_text()
     )
 
+  @pytest.mark.slow
+  def test_what_a_server_could_distil(self):
+    """The script's table and picture, of a small federation."""
+    command = [sys.executable, '-m', 'experiments.teachers', '--seeds=1']
+    command += [f'--dataset=npz:{self.data}', '--rounds=10', '--bases=fed_avg']
+    folder = self.folder / 'teachers'
+    subprocess.run([*command, f'--workdir={folder}'], cwd=ROOT, check=True)
+    _, _, row = (folder / 'teachers.md').read_text().strip().split('\n')
+    name, rounds, *accuracies = (x.strip() for x in row.strip('| ').split('|'))
+    self.assertEqual((name, rounds), ('fed_avg', '5 to 10'))
+    values = [json.loads(x) for x in accuracies]
+    self.assertLen(values, 8)
+    self.assertBetween(min(values), 20, 100)
+    self.assertEqual(Image.open(folder / 'teachers.png').format, 'PNG')
+
 
 class ErrorsTest(ProgramCase):
   @parameterized.parameters(

@@ -250,11 +250,11 @@ def _method(name: str, page: pathlib.Path) -> str:
       f'{", ".join(others)}.'
     )
   facts.append(
-    'Private sums (`--dp_clip`, `--secure_aggregation`) cannot protect it: it '
-    f'{recipe.reveals}.'
+    'Differential privacy (`--dp_clip`) and `--secure_aggregation` cannot '
+    f'protect it: it {recipe.reveals}.'
     if recipe.reveals
-    else 'Goes with private sums (`--dp_clip`, `--secure_aggregation`) where '
-    'the model has no BatchNorm.'
+    else 'Goes with differential privacy (`--dp_clip`) and '
+    '`--secure_aggregation` where the model has no BatchNorm.'
   )
   if given:
     facts.append(f'Also reads {", ".join(f"`--{f}`" for f in given)}.')

@@ -525,26 +525,30 @@ def over_seeds(fed: Federation) -> Federation:
 
 
 def bytes_per_client(fed: Federation, data: Data) -> int:
-  """Estimates the memory that a stacked client needs while it is trained.
+  """Estimates the memory that a stacked client needs in a round.
 
-  The local training of two clients is compiled, not run.
+  The local training of two clients is compiled, not run. To it come the slot
+  before and after the round, and twice the size of the model, for what is sent.
 
   Args:
     fed: the simulation, with the clients' slots on the device.
     data: of all clients.
 
   Returns:
-    Bytes, those of the client's slot and its model included.
+    Bytes.
   """
   key = jax.random.key(0)
+  state = jax.eval_shape(fed.init, key)
   ids = jax.ShapeDtypeStruct((2,), jnp.int32)
   compiled = (
     jax.jit(jax.vmap(fed.personalise, (None, None, 0, 0, None)))
-    .lower(jax.eval_shape(fed.init, key), data, ids, ids, key)
+    .lower(state, data, ids, ids, key)
     .compile()
   )
   memory: Any = compiled.memory_analysis()
-  return (memory.temp_size_in_bytes + memory.output_size_in_bytes) // 2
+  training = memory.temp_size_in_bytes + memory.output_size_in_bytes
+  slot = trees.num_bits(state.clients) // 8 // len(data.count)
+  return training // 2 + 2 * slot + trees.num_bits(state.variables) // 4
 
 
 def run(

@@ -28,12 +28,12 @@ def default_chunk() -> int:
   return 1 if jax.default_backend() == 'cpu' else 0
 
 
-def free_bytes() -> int | None:
-  """Returns the free memory of the first device, None if it does not say."""
-  stats = jax.local_devices()[0].memory_stats() or {}
-  if 'bytes_limit' not in stats:
-    return None
-  return stats['bytes_limit'] - stats.get('bytes_in_use', 0)
+def memory_limit() -> int | None:
+  """Returns how many bytes of the first device JAX may use.
+
+  It is None if the device does not say.
+  """
+  return (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
 
 
 def chunk_that_fits(free: float, each: float, rows: int) -> int:

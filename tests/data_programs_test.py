@@ -1,7 +1,5 @@
 """Tests data sets, partitions, augmentation and validation in the programs."""
 
-import contextlib
-import io
 import json
 import os
 import pathlib
@@ -10,12 +8,13 @@ import sys
 from unittest import mock
 
 from absl.testing import absltest, flagsaver, parameterized
+import jax
 from matplotlib import figure
 import numpy as np
 from PIL import Image
 import pytest
 
-from fedftg_jax import base, evaluation, federation, stacking
+from fedftg_jax import base, evaluation, federation, stacking, trees
 from fedftg_jax.configuration import assembly, flags, folders, resolve
 from fedftg_jax.programs import compare, partition, train
 from fedftg_jax.results import plots
@@ -79,21 +78,53 @@ class TrainTest(ProgramCase):
     np.testing.assert_allclose(chunked, stacked, rtol=1e-4)
 
   def test_stacks_as_many_clients_as_fit(self):
-    """Their number depends on the memory that the device says is free."""
-    self.run_program(train, 'a', '--client_chunk=auto', '--cohort=4')
+    """Their number depends on the memory that the device says it has."""
+    changes = '--client_chunk=auto', '--cohort=4', '--method=scaffold'
+    out = self.run_program(train, 'a', *changes)
+    self.assertIn('--client_chunk=auto: 1\n', out)  # a CPU does not say it
     config = self.config('a')['config']
     self.assertEqual(config['client_chunk'], 'auto')
-    build = lambda: assembly.build(config).simulation.client_chunk
-    self.assertEqual(build(), 1)  # a CPU does not say it
-    for clients, want in ((4.1, 4), (3.9, 2), (1.1, 1), (0.1, 1)):
-      free = 10**6 * clients / assembly._SHARE
-      with (
-        mock.patch.object(stacking, 'free_bytes', lambda: free),
-        mock.patch.object(federation, 'bytes_per_client', lambda *_: 10**6),
-        contextlib.redirect_stderr(io.StringIO()) as err,
-      ):
-        self.assertEqual(build(), want)
-      self.assertStartsWith(err.getvalue(), f'note: {want} of 4 clients at')
+    built = assembly.build(config)
+    fed, data = built.simulation.federation, built.problem.data
+    each = federation.bytes_per_client(fed, data)
+    state = jax.eval_shape(fed.init, jax.random.key(0))
+    model = trees.num_bits(state.variables) / 8
+    slots = trees.num_bits(state.clients) / 8
+    fixed = trees.num_bits(data) / 8 + slots + 2 * slots + 4 * model
+    for limit, want in (
+      (fixed + 4.01 * each, 4),
+      (fixed + 3.9 * each, 2),  # chunks are equal
+      (fixed + 1.1 * each, 1),
+      (2.2 * each, 1),
+      (0, 1),
+    ):
+      limit /= assembly._SHARE
+      with mock.patch.object(stacking, 'memory_limit', lambda: limit):
+        self.assertEqual(assembly.build(config).simulation.client_chunk, want)
+
+  def test_errors_of_client_chunk(self):
+    for changes, message in (
+      (['--client_chunk=x'], 'x: must be an integer of at least 0, or auto'),
+      (['--client_chunk=-1'], '-1: must be an integer of at least 0, or auto'),
+      (
+        ['--client_chunk=auto', '--track=all'],
+        'auto: is for one process, without --track',
+      ),
+    ):
+      status, _, err = call(train, *self.args, *changes, '--workdir=')
+      self.assertEqual(status, 2)
+      self.assertStartsWith(err, 'error: --client_chunk=' + message)
+    status, _, err = call(
+      compare,
+      *self.args[:1],
+      '--methods=fed_avg',
+      '--client_chunk=auto',
+      '--seeds=2',
+      '--seeds_at_once=2',
+      f'--workdir={self.folder}/c',
+    )
+    self.assertEqual(status, 2)
+    self.assertRegex(err, '--seeds_at_once=2: must be 1 with --client_chunk')
 
   def test_validation(self):
     changes = '--validation_share=0.2', '--partition_seed=3'

@@ -13,7 +13,7 @@ import pytest
 
 from fedftg_jax import base, federation, keys, losses, solvers, trees
 from fedftg_jax.data import clients
-from fedftg_jax.methods import fed_avg
+from fedftg_jax.methods import fed_avg, scaffold
 from tests import problems
 
 KEY = jax.random.key(7)
@@ -484,10 +484,13 @@ class RunTest(parameterized.TestCase):
     """It does not grow with the cohort if a chunk limits the stacked
     clients."""
 
-    def work_space(cohort, client_chunk):
+    def work_space(cohort, client_chunk, **settings):
       data = problems.make_data([20] * cohort)
       fed = problems.make(
-        problems.NORMED, sizes=[20] * cohort, client_chunk=client_chunk
+        problems.NORMED,
+        sizes=[20] * cohort,
+        client_chunk=client_chunk,
+        **settings,
       )
       rows = problems.row(range(cohort), num_clients=cohort)
       compiled = fed.round.lower(fed.init(KEY), data, rows, KEY).compile()
@@ -495,12 +498,20 @@ class RunTest(parameterized.TestCase):
 
     of_8, of_16, of_32 = (work_space(s, 0) for s in (8, 16, 32))
     self.assertBetween((of_32 - of_16) / (of_16 - of_8), 1.8, 2.2)
-    fed, data = problems.make(problems.NORMED, sizes=[20]), [20]
-    each = federation.bytes_per_client(fed, problems.make_data(data))
-    self.assertBetween(each / ((of_32 - of_16) / 16), 0.8, 2)
     capped = [work_space(s, 4) for s in (8, 32)]
     self.assertLess(capped[1], 1.1 * capped[0])
     self.assertLess(capped[1], of_8)
+    slots = dict(
+      method=base.chain(fed_avg.fed_avg(), scaffold.scaffold()),
+      uplink=optax.trace(0.5),
+    )
+    for settings in ({}, slots):
+      slope = (
+        work_space(32, 0, **settings) - work_space(16, 0, **settings)
+      ) / 16
+      fed = problems.make(problems.NORMED, sizes=[20], **settings)
+      each = federation.bytes_per_client(fed, problems.make_data([20]))
+      self.assertBetween(each / slope, 0.9, 2.5)
 
   def test_slots_that_hold_the_model(self):
     """A slot may hold the model's own arrays, although the state is donated."""

@@ -874,7 +874,7 @@ class BenchmarkTest(parameterized.TestCase):
       benchmark,
       '--workloads=W0',
       '--against=plain_jax,torch,torch_compiled,fedjax,one_step,matmul,copy,'
-      'ours:conv=pallas:flat=1',
+      'ours:flat=1:client_chunk=2,ours:conv=pallas',
       '--cohorts=3',
       '--repeat=2',
       '--precisions=bfloat16',
@@ -886,7 +886,8 @@ class BenchmarkTest(parameterized.TestCase):
     self.assertContainsSubset(['processor', 'cores'], figures['machine'])
     rows = {row['who']: row for row in figures['rows']}
     limits = ['one_step', 'matmul', 'copy']
-    ours = ['ours', 'ours:conv=pallas:flat=1']
+    ours = ['ours', 'ours:flat=1:client_chunk=2']
+    self.assertIn('ours:conv=pallas left out: no convolutions', err)
     self.assertContainsSubset([*ours, 'plain_jax', *limits], rows)
     for name in limits:
       self.assertCountEqual(rows[name]['cost'], ['gflop', 'gbyte'])
@@ -940,6 +941,10 @@ class BenchmarkTest(parameterized.TestCase):
     self.assertLen(json.loads(out.read_text())['rows'], 3)
     for change, why in (
       ({'machine': {}}, 'has figures of another machine'),
+      (
+        {'machine': {**benchmark.machine(), 'xla_flags': '--xla_x=1'}},
+        'of another machine or XLA_FLAGS',
+      ),
       ({'rows': 3}, 'is damaged'),
       ({'rows': [{}]}, 'is damaged'),
       ({'rows': [{**row, 'workload': 'W9'}]}, 'is damaged'),
@@ -953,10 +958,25 @@ class BenchmarkTest(parameterized.TestCase):
       self.assertRegex(err, why)
       self.assertEqual(err.count('\n'), 1)
 
+  def test_parameters_as_one_array(self):
+    """The candidate computes what the model computes."""
+    model = ours.make_model(workloads.WORKLOADS['W0'])
+    flat = ours.as_one_array(model)
+    x = np.random.RandomState(0).rand(3, 28, 28, 1).astype(np.float32)
+    key = jax.random.key(0)
+    self.assertEqual(flat.init(key).params.ndim, 1)
+    run = lambda m: jax.jit(lambda: m.apply(m.init(key), x).logits)()
+    np.testing.assert_array_equal(run(flat), run(model))
+
   @parameterized.parameters(
     ('--workloads=W9', '--workloads=W9: must be one of W1'),
     ('--against=tf', '--against=tf: must be one of torch'),
-    ('--against=ours:x=1', '--against=ours:x=1: x is none of the options'),
+    ('--against=ours:x=1', "--against=ours:x=1: 'x' is none of the options"),
+    ('--against=ours:', "--against=ours:: '' is none of the options"),
+    (
+      '--against=ours:flat=1:flat=0',
+      '--against=ours:flat=1:flat=0: flat is given twice',
+    ),
     (
       '--against=ours:conv=fast',
       '--against=ours:conv=fast: conv must be one of winograd',

@@ -329,6 +329,7 @@ class FiguresTest(parameterized.TestCase):
   @parameterized.parameters(
     (('a',), [((0.1,), 50.0, 1.0), ((1,), np.nan, 0.0), ((0.01,), 60.0, 0.0)]),
     (('a',), [(('mlp',), 50.0, 0.0), (('resnet18_cifar',), 60.0, 0.0)]),
+    (('a',), [(('auto',), 50.0, 0.0), ((2,), 60.0, 0.0), ((1,), 60.0, 0.0)]),
     (
       ('a', 'b'),
       [
@@ -353,6 +354,8 @@ class FiguresTest(parameterized.TestCase):
     if len(swept) == 2:  # y has no b: its score is that of every b
       self.assertEqual(ticks, ['0.1', '0.2'])
       self.assertEqual(texts, ['50.0', '×', '40.0', '40.0'])
+    elif points[0][0] == ('auto',):  # numbers first
+      self.assertEqual(ticks, ['1', '2', 'auto'])
     elif len(points) == 3:
       self.assertEqual(ticks, ['0.01', '0.1', '1'])
       self.assertEqual(axes.get_xscale(), 'log')

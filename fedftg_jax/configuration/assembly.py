@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
-import sys
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,6 +13,7 @@ import optax
 
 from fedftg_jax import (
   base,
+  client_state,
   compiling,
   curvature,
   evaluation,
@@ -322,8 +322,9 @@ def _simulation(config, problem, given) -> Simulation:
   mesh, chunk = devices.mesh(config['num_devices']), config['client_chunk']
   if chunk == flags.AUTO:
     probe = make(method, uplink=uplink, client_state='device')
-    kept = config['client_state'] == 'device'
-    chunk = _chunk_that_fits(probe, problem, mesh, kept)
+    chunk = _chunk_that_fits(config, probe, problem, mesh)
+  elif chunk is None:  # a configuration from before this flag
+    chunk = stacking.default_chunk()
   make = functools.partial(make, client_chunk=chunk, mesh=mesh)
   fed = _checked('uplink', config, make, method, uplink=uplink)
   if tracked:
@@ -331,32 +332,39 @@ def _simulation(config, problem, given) -> Simulation:
   return Simulation(model, method, fed, tracked, chunk)
 
 
-def _chunk_that_fits(probe, problem, mesh, kept) -> int:
+def _chunk_that_fits(config, probe, problem, mesh) -> int:
   """Returns how many clients of a round fit the device's memory at once.
 
-  A fifth of what is free is left for the server's work and the rest.
+  It depends on the configuration and the kind of device alone, so that a run
+  that goes on has the same number. A fifth of the memory is left for the
+  server's work.
 
   Args:
+    config: the configuration.
     probe: the simulation, with the clients' slots on the device.
     problem: the data and the schedule.
     mesh: devices that share the clients, or None.
-    kept: whether the clients' slots will be on the device.
   """
-  free = stacking.free_bytes()
-  if free is None:
+  limit = stacking.memory_limit()
+  if limit is None:
     return stacking.default_chunk()
-  if kept:
-    state = jax.eval_shape(probe.init, jax.random.key(0))
-    free -= trees.num_bits(state.clients) // 8
-  rows = -(-problem.schedule.client_id.shape[1] // (mesh.size if mesh else 1))
-  each = federation.bytes_per_client(probe, problem.data)
-  chunk = stacking.chunk_that_fits(_SHARE * free, each, rows)
-  print(
-    f'note: {chunk} of {rows} clients at once, with {each / 1e6:.1f} MB each '
-    f'and {free / 1e6:.0f} MB free',
-    file=sys.stderr,
+  state = jax.eval_shape(probe.init, jax.random.key(0))
+  num, cohort = len(problem.parts), problem.schedule.client_id.shape[1]
+  slot = trees.num_bits(state.clients) // 8 // num
+  slots = (
+    num
+    if config['client_state'] == 'device'
+    else client_state.table_size(num, config['eval_every'], cohort)
   )
-  return chunk
+  sent = cohort * (2 * slot + trees.num_bits(state.variables) // 8)
+  free = _SHARE * limit - (
+    trees.num_bits(problem.data) // 8 + slots * slot + sent
+  )
+  return stacking.chunk_that_fits(
+    free,
+    federation.bytes_per_client(probe, problem.data),
+    -(-cohort // (mesh.size if mesh else 1)),
+  )
 
 
 def _tracking(

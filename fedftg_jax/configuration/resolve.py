@@ -100,10 +100,13 @@ def config(**changes: Any) -> Configuration:
     values['conv'] = convolution.default()
   if values['client_chunk'] is None:
     values['client_chunk'] = stacking.default_chunk()
-  elif values['client_chunk'] == flags.AUTO and devices.several_processes():
-    raise cli.UsageError(
-      'client_chunk', flags.AUTO, 'works for one process: give a number'
-    )
+  elif values['client_chunk'] == flags.AUTO:
+    if devices.several_processes() or values['track']:
+      raise cli.UsageError(
+        'client_chunk',
+        flags.AUTO,
+        'is for one process, without --track: give a number',
+      )
   values['num_devices'] = _num_devices(values['num_devices'])
   if values['truncation'] is None and values['curvature'] == 'lwet':
     values['truncation'] = 1.0

@@ -3,6 +3,8 @@
 Its options are candidates that may make it faster (`OPTIONS`).
 """
 
+from collections.abc import Sequence
+
 from flax import linen as nn
 import jax
 from jax import flatten_util
@@ -17,11 +19,10 @@ from fedftg_jax.methods import fed_avg, fed_ftg
 from fedftg_jax.models import classifiers, convolution, layers
 
 PACKAGES = ('jax',)
-# Each with the function that reads its value, and what is allowed.
-OPTIONS = {
-  'conv': (str, convolution.IMPLEMENTATIONS),
-  'client_chunk': (int, range(10**4)),
-  'flat': (int, (0, 1)),  # the parameters of a model as one array
+OPTIONS: dict[str, Sequence[str | int]] = {  # each with its values
+  'conv': convolution.IMPLEMENTATIONS,
+  'client_chunk': range(10**4),
+  'flat': (0, 1),  # the parameters of a model as one array
 }
 
 
@@ -59,29 +60,29 @@ def options(texts: list[str]) -> dict[str, str | int]:
   """Parses options as they are given to the benchmark, 'conv=pallas'.
 
   Raises:
-    ValueError: for an unknown option or value.
+    ValueError: for an unknown or repeated option, or a wrong value.
   """
-  found = {}
+  found: dict[str, str | int] = {}
   for text in texts:
     name, _, value = text.partition('=')
     if name not in OPTIONS:
-      raise ValueError(f'{name} is none of the options ' + ', '.join(OPTIONS))
-    read, allowed = OPTIONS[name]
-    if read is int and not value.isdigit() or read(value) not in allowed:
-      known = (
-        f'{allowed[0]} to {allowed[-1]}'
-        if isinstance(allowed, range)
-        else ', '.join(map(str, allowed))
-      )
-      raise ValueError(f'{name} must be one of {known}')
-    found[name] = read(value)
+      raise ValueError(f'{name!r} is none of the options ' + ', '.join(OPTIONS))
+    if name in found:
+      raise ValueError(f'{name} is given twice')
+    allowed = {str(one): one for one in OPTIONS[name]}
+    if value not in allowed:
+      known = list(allowed)
+      if len(known) > 10:
+        known = [f'{known[0]} to {known[-1]}']
+      raise ValueError(f'{name} must be one of ' + ', '.join(known))
+    found[name] = allowed[value]
   return found
 
 
 def as_one_array(model: base.Model) -> base.Model:
   """Makes a model whose parameters are one array.
 
-  So a step of descent and a mean over clients are one kernel each.
+  A step of descent and a mean over clients then have one array to work on.
   """
   params = jax.eval_shape(model.init, jax.random.key(0)).params
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), params)
@@ -101,6 +102,10 @@ def as_one_array(model: base.Model) -> base.Model:
 
 
 def prepare(workload, conv=None, client_chunk=None, flat=0):
+  if conv and workload.model == 'mlp':
+    raise NotImplementedError('no convolutions')
+  if client_chunk is not None and workload.iterations:
+    raise NotImplementedError('no clients')
   model = make_model(workload, conv)
   if flat:
     model = as_one_array(model)

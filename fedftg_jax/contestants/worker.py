@@ -1,6 +1,7 @@
 """Runs one contestant in a process of its own, for `fedftg benchmark`.
 
-  python -m fedftg_jax.contestants.worker NAME WORKLOAD COHORT PRECISION
+  python -m fedftg_jax.contestants.worker NAME[:OPTION=VALUE] WORKLOAD COHORT \
+    PRECISION
 
 It prints a line of JSON when it is ready (device, versions, seconds of the
 first round, which compiles, and what the contestant's own `cost` counts, if it

@@ -12,13 +12,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fedftg_jax.models import pallas, winograd
 from fedftg_jax.models import windows as windows_
+from fedftg_jax.models import winograd
 from fedftg_jax.models.windows import taps
 
 # Gathered images of one convolution with up to _CACHE numbers are made at once,
 # larger ones in blocks of at most _BLOCK numbers.
 _CACHE, _BLOCK = 2**22, 2**19
+_CHANNELS = 16  # fewer would be mostly padding in the kernels of `pallas`
 _PLAIN = ('im2col', 'slices', 'lax')  # JAX derives their gradients
 IMPLEMENTATIONS = (
   'winograd',
@@ -68,16 +69,20 @@ def convolve(
       'slices' multiplies each shifted image and adds up; 'lax' is
       `jax.lax.conv_general_dilated`; 'mixed' is 'lax' where all that is mapped
       shares the kernel, and 'matmul' where each has its own; 'pallas' is
-      `pallas.convolve` where stride and channels suit it, else 'matmul'. The
-      gradients of all but 'im2col', 'slices' and 'lax' are written by hand:
-      `jax.jvp` passes through a gradient of them, but through a call without a
-      gradient only within `losses.frozen`.
+      `pallas.convolve` where stride and channels suit it, else 'matmul'. JAX
+      derives all gradients of 'im2col', 'slices' and 'lax'. Through the others
+      `jax.jvp` passes where it follows a gradient, but through a call without a
+      gradient only within `losses.frozen`; and 'mixed' and 'pallas' have no
+      gradient of a gradient in reverse mode.
     stride: stride in both directions.
     valid: whether to use no padding; the result is smaller by the kernel less
       one pixel.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), O] images.
+
+  Raises:
+    ValueError: if the kernel is larger than the images with their padding.
   """
   h, w, num_in, num_out = kernel.shape
   if x.dtype == jnp.bfloat16 and implementation == 'winograd':
@@ -87,6 +92,12 @@ def convolve(
     if valid
     else (((h - 1) // 2, h // 2), ((w - 1) // 2, w // 2))
   )
+  for n, pad, k in zip(x.shape[1:3], padding, (h, w)):
+    if n + sum(pad) < k:
+      raise ValueError(
+        f'a kernel of {h} x {w} pixels does not fit images of {x.shape[1]} x '
+        f'{x.shape[2]}.'
+      )
   if h == w == 1:
     implementation = 'im2col' if implementation in _PLAIN else 'matmul'
   if implementation == 'mixed':
@@ -106,7 +117,9 @@ def convolve(
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
   if implementation == 'pallas':
-    if stride == 1 and min(num_in, num_out) >= pallas.LEAST:
+    if stride == 1 and min(num_in, num_out) >= _CHANNELS and len(x):
+      from fedftg_jax.models import pallas  # half a second
+
       return pallas.convolve(x, kernel, padding)
     implementation = 'matmul'
   if implementation == 'slices':
@@ -290,8 +303,15 @@ def _either(shared, own):
 
   @run.def_vmap
   def mapped(size, is_mapped, *args):
+    if not any(is_mapped):  # as where a derivative alone is mapped
+      out = shared(*args)
+      return out, jax.tree.map(lambda _: False, out)
     axes = [0 if one else None for one in is_mapped]
-    out = jax.vmap(own if is_mapped[1] else shared, axes, axis_size=size)(*args)
+    over = functools.partial(jax.vmap, in_axes=axes, axis_size=size)
+    if is_mapped[1]:
+      out = over(own)(*args)
+    else:  # an outer map may still be over kernels
+      out = _either(over(shared), over(own))(*args)
     return out, jax.tree.map(lambda _: True, out)
 
   return run

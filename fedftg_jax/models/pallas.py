@@ -6,8 +6,8 @@ an output is a sum over the taps of products of shifted rows. The kernels read
 these rows where they are: no window is written to memory, as `windows.gather`
 does. Under `vmap` the client is one more axis of the grid.
 
-Rows, channels and blocks are padded to powers of two, as Triton wants them. Not
-run on a GPU so far; elsewhere the kernels are interpreted, which is slow and
+Rows, channels and blocks are padded to powers of two, as Triton wants them. No
+GPU has run the kernels so far. On a CPU they are interpreted, which is slow and
 serves tests.
 """
 
@@ -19,27 +19,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 import jax.numpy as jnp
 
-LEAST = 16  # channels; fewer would be mostly padding
 _ROWS = 128  # of a block
-_CHANNELS = 64  # most of a block
+_CHANNELS = 16, 64  # of a block, at least and at most
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve(x: jax.Array, kernel: jax.Array, padding) -> jax.Array:
   """Convolves at stride 1.
 
   Args:
-    x: [B, H, W, I] images.
-    kernel: [h, w, I, O]; cast to the type of `x`.
-    padding: zeros before and after, ((before, after), (before, after)).
+    x: [B, H, W, I] images, B at least 1.
+    kernel: [h, w, I, O]; cast to the type of `x`. Its gradient is added up in
+      its own type.
+    padding: zeros before and after, ((before, after), (before, after)), so many
+      that the result has pixels.
 
   Returns:
     [B, H', W', O] images of the type of `x`.
+
+  Raises:
+    NotImplementedError: on a TPU.
   """
-  return _convolve(x, kernel, padding)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve(x, kernel, padding):
   return _multiply(x, kernel.astype(x.dtype), padding)
 
 
@@ -54,7 +54,7 @@ def _pull(padding, saved, cotangent):
   return _multiply(cotangent, flipped, around), by_kernel.astype(kernel.dtype)
 
 
-_convolve.defvjp(
+convolve.defvjp(
   lambda x, kernel, padding: (
     _multiply(x, kernel.astype(x.dtype), padding),  # `jax.jvp` can pass it
     (x, kernel),
@@ -76,48 +76,6 @@ def _bilinear(function):
   return whole
 
 
-@_bilinear
-def _product(x, kernel, padding, size):
-  """Multiplies the rows under each tap by `kernel` and adds up."""
-  rows, height, width, batch = _rows(x, padding, size)
-  num, taps = len(rows), size[0] * size[1]
-  last = (size[0] - 1) * width + size[1] - 1
-  rows = jnp.pad(rows, ((0, -num % _ROWS + last), (0, 0)))
-  num_in, num_out = rows.shape[1], _power(kernel.shape[3])
-  kernel = kernel.reshape(taps, *kernel.shape[2:])
-  kernel = jnp.pad(
-    kernel,
-    ((0, 0), (0, num_in - kernel.shape[1]), (0, num_out - kernel.shape[2])),
-  )
-  each_in, each_out = min(num_in, _CHANNELS), min(num_out, _CHANNELS)
-  sums = _sums(x.dtype)
-
-  def add_up(x_ref, kernel_ref, out_ref):
-    first = pl.program_id(0) * _ROWS
-    out = pl.ds(pl.program_id(1) * each_out, each_out)
-
-    def add(block, total):
-      here = pl.ds(block * each_in, each_in)
-      for i, j in itertools.product(*map(range, size)):
-        total += jnp.dot(
-          x_ref[pl.ds(first + i * width + j, _ROWS), here],
-          kernel_ref[i * size[1] + j, here, out],
-          preferred_element_type=sums,
-        )
-      return total
-
-    total = jnp.zeros((_ROWS, each_out), sums)
-    total = jax.lax.fori_loop(0, num_in // each_in, add, total)
-    out_ref[pl.ds(first, _ROWS), out] = total.astype(out_ref.dtype)
-
-  out = _call(
-    add_up,
-    (-(-num // _ROWS), num_out // each_out),
-    jax.ShapeDtypeStruct((num + -num % _ROWS, num_out), x.dtype),
-  )(rows, kernel)
-  return out[:num].reshape(batch, height, width, num_out)
-
-
 def _multiply(x, kernel, padding):
   """Computes the convolution itself."""
   out = _product(x, kernel, padding, kernel.shape[:2])
@@ -129,79 +87,124 @@ def _multiply(x, kernel, padding):
 
 
 @_bilinear
+def _product(x, kernel, padding, size):
+  """Multiplies the rows under each tap by `kernel` and adds up."""
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  batch, height, width, num_in = x.shape
+  rows, blocks = _rows(x, (size[0] - 1) * width + size[1] - 1)
+  whole_in, each_in = _channels(num_in)
+  whole_out, each_out = _channels(kernel.shape[3])
+  kernel = jnp.pad(
+    kernel,
+    (*((0, 0),) * 2, (0, whole_in - num_in), (0, whole_out - kernel.shape[3])),
+  )
+  sums = _sums(x.dtype)
+
+  def add_up(x_ref, kernel_ref, out_ref):
+    first = pl.program_id(0) * _ROWS
+    out = pl.ds(pl.program_id(1) * each_out, each_out)
+
+    def add(block, total):
+      here = pl.ds(block * each_in, each_in)
+      for i, j in itertools.product(*map(range, size)):
+        total += jnp.dot(
+          x_ref[pl.ds(first + i * width + j, _ROWS), here],
+          kernel_ref[i, j, here, out],
+          preferred_element_type=sums,
+        )
+      return total
+
+    total = jnp.zeros((_ROWS, each_out), sums)
+    total = jax.lax.fori_loop(0, whole_in // each_in, add, total)
+    out_ref[pl.ds(first, _ROWS), out] = total.astype(out_ref.dtype)
+
+  out = _call(
+    add_up,
+    (blocks, whole_out // each_out),
+    jax.ShapeDtypeStruct((blocks * _ROWS, whole_out), x.dtype),
+  )(rows, kernel)
+  num = batch * height * width
+  return out[:num].reshape(batch, height, width, whole_out)
+
+
+@_bilinear
 def _correlate(x, cotangent, padding, size):
   """Computes the kernel's gradient, [h, w, I, O]."""
-  rows, height, width, _ = _rows(x, padding, size)
-  others = jnp.pad(
-    cotangent,
-    (
-      (0, 0),
-      (0, height - cotangent.shape[1]),
-      (0, width - cotangent.shape[2]),
-      (0, _power(cotangent.shape[3]) - cotangent.shape[3]),
-    ),
-  ).reshape(len(rows), -1)
-  num = len(rows)
-  last = (size[0] - 1) * width + size[1] - 1
-  rows = jnp.pad(rows, ((0, -num % _ROWS + last), (0, 0)))
-  others = jnp.pad(others, ((0, -num % _ROWS), (0, 0)))
-  num_in, num_out = rows.shape[1], others.shape[1]
-  each_in, each_out = min(num_in, _CHANNELS), min(num_out, _CHANNELS)
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  _, height, width, num_in = x.shape
+  _, rows_out, columns_out, num_out = cotangent.shape
+  rows, blocks = _rows(x, (size[0] - 1) * width + size[1] - 1)
+  others, _ = _rows(
+    jnp.pad(
+      cotangent,
+      ((0, 0), (0, height - rows_out), (0, width - columns_out), (0, 0)),
+    )
+  )
+  whole_in, each_in = _channels(num_in)
+  whole_out, each_out = _channels(num_out)
   sums = _sums(x.dtype)
 
   def add_up(x_ref, other_ref, out_ref):
-    row, column = pl.program_id(0), pl.program_id(1)
+    i, j = pl.program_id(0), pl.program_id(1)
     into = pl.ds(pl.program_id(2) * each_in, each_in)
     out = pl.ds(pl.program_id(3) * each_out, each_out)
-    shift = row * width + column
+    shift = i * width + j
 
-    def add(i, total):
+    def add(block, total):
       return total + jnp.dot(
-        x_ref[pl.ds(i * _ROWS + shift, _ROWS), into].T,
-        other_ref[pl.ds(i * _ROWS, _ROWS), out],
+        x_ref[pl.ds(block * _ROWS + shift, _ROWS), into].T,
+        other_ref[pl.ds(block * _ROWS, _ROWS), out],
         preferred_element_type=sums,
       )
 
     total = jnp.zeros((each_in, each_out), sums)
-    out_ref[row, column, into, out] = jax.lax.fori_loop(
-      0, -(-num // _ROWS), add, total
-    )
+    out_ref[i, j, into, out] = jax.lax.fori_loop(0, blocks, add, total)
 
   out = _call(
     add_up,
-    (*size, num_in // each_in, num_out // each_out),
-    jax.ShapeDtypeStruct((*size, num_in, num_out), sums),
+    (*size, whole_in // each_in, whole_out // each_out),
+    jax.ShapeDtypeStruct((*size, whole_in, whole_out), sums),
   )(rows, others)
-  return out[:, :, : x.shape[3], : cotangent.shape[3]]
+  return out[:, :, :num_in, :num_out]
 
 
-def _rows(x, padding, size):
-  """Lays padded images out as rows of pixels.
+def _rows(x, more=0):
+  """Lays images out as rows of pixels, with padding.
+
+  Args:
+    x: [B, H, W, channels].
+    more: rows of padding that are read after the last block.
 
   Returns:
-    [B * height * width, channels], height, width and B.
+    The rows, and the number of their blocks.
   """
-  x = jnp.pad(x, ((0, 0), *padding, (0, _power(x.shape[3]) - x.shape[3])))
-  batch, height, width, channels = x.shape
-  return x.reshape(-1, channels), height, width, batch
+  *sizes, channels = x.shape
+  num = sizes[0] * sizes[1] * sizes[2]
+  padding = (0, -num % _ROWS + more), (0, _channels(channels)[0] - channels)
+  return jnp.pad(x.reshape(num, channels), padding), -(-num // _ROWS)
 
 
-def _call(kernel, grid, out):
-  """Runs `kernel` on whole arrays, of which it reads what it needs."""
-  return pl.pallas_call(
-    kernel,
-    out,
-    grid=grid,
-    compiler_params=triton.CompilerParams(),
-    interpret=jax.default_backend() != 'gpu',
-  )
-
-
-def _power(num):
-  """Returns the number of channels with their padding."""
-  return max(pl.next_power_of_2(num), LEAST)
+def _channels(num):
+  """Returns the number of channels with their padding, and that of a block."""
+  least, most = _CHANNELS
+  whole = max(pl.next_power_of_2(num), least)
+  return whole, min(whole, most)
 
 
 def _sums(dtype):
   """Returns the type in which products are added up."""
   return jnp.promote_types(dtype, jnp.float32)
+
+
+def _call(kernel, grid, out):
+  """Runs `kernel` on whole arrays, of which it reads what it needs."""
+  backend = jax.default_backend()
+  if backend == 'tpu':
+    raise NotImplementedError("conv='pallas' has no kernels for a TPU.")
+  return pl.pallas_call(
+    kernel,
+    out,
+    grid=grid,
+    compiler_params=triton.CompilerParams(),
+    interpret=backend == 'cpu',
+  )

@@ -188,7 +188,7 @@ def _resumed(out: pathlib.Path) -> list[dict[str, Any]]:
     return []
   try:
     saved = files.read_json(out)
-    rows, where = saved['rows'], saved['machine']
+    rows, where = saved['rows'], {'xla_flags': '', **saved['machine']}
     for row in rows:
       row.setdefault('precision', 'default')
       row.setdefault('cost', {})
@@ -204,7 +204,9 @@ def _resumed(out: pathlib.Path) -> list[dict[str, Any]]:
       'out', out, f'is damaged ({type(error).__name__}: {error})'
     ) from error
   if where != machine():
-    raise cli.UsageError('out', out, 'has figures of another machine')
+    raise cli.UsageError(
+      'out', out, 'has figures of another machine or XLA_FLAGS'
+    )
   for flag in (_AGAINST, _REPEAT):
     before = saved.get(flag.name, flag.value)
     if before != flag.value:
@@ -405,4 +407,5 @@ def machine() -> dict[str, Any]:
     'platform': platform.platform(),
     'processor': devices.processor(),
     'cores': len(os.sched_getaffinity(0)),
+    'xla_flags': os.environ.get('XLA_FLAGS', ''),
   }

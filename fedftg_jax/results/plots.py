@@ -641,7 +641,8 @@ def bars(
     xlabel: what the values are.
   """
   styles = styles_lib.of(name for values in groups.values() for name in values)
-  size = 3.6 * len(groups) + 0.6, 3
+  most = max(map(len, groups.values()), default=0)
+  size = 3.6 * len(groups) + 0.6, max(3, 0.35 * most + 0.8)
   with _drawn(path, size, 1, len(groups)) as grid:
     for axes, (title, values) in zip(grid[0], groups.items()):
       for name, value in values.items():
@@ -691,7 +692,9 @@ def _is_number(value) -> bool:
 
 def _in_order(values: set) -> list:
   """Numbers ascending; else by name."""
-  return sorted(values, key=lambda v: v if _is_number(v) else str(v))
+  return sorted(
+    values, key=lambda v: (not _is_number(v), v if _is_number(v) else str(v))
+  )
 
 
 def _draw_line(axes, values, scores) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from fedftg_jax import evaluation, influence
 from fedftg_jax import models as models_lib
 from fedftg_jax.base import Data
+from fedftg_jax.configuration import flags
 from fedftg_jax.configuration.assembly import Experiment
 from fedftg_jax.data import clients
 from fedftg_jax.data import images as images_lib
@@ -41,6 +42,18 @@ class Scores(NamedTuple):
   # [C', H, W, channels] uint8, of each class the same noise every time; None
   # without a generator.
   images: np.ndarray | None
+
+
+def at_once(experiment: Experiment) -> int:
+  """Returns how many clients are evaluated at once.
+
+  With --client_chunk=auto it is one: the chunk was made to fit training, and
+  the batches here are larger.
+  """
+  if experiment.config['client_chunk'] == flags.AUTO:
+    return 1
+  cohort = experiment.problem.schedule.client_id.shape[1]
+  return experiment.simulation.client_chunk or cohort
 
 
 def evaluated_clients(experiment: Experiment) -> np.ndarray | None:
@@ -74,7 +87,7 @@ def scorer(experiment: Experiment, data: Data, put: Callable) -> Callable:
     base key) -> Scores, of one seed; all processes have to call it.
   """
   config, dataset = experiment.config, experiment.problem.dataset
-  simulation, schedule = experiment.simulation, experiment.problem.schedule
+  simulation = experiment.simulation
   model = simulation.model
   test = put(
     clients.from_partition(
@@ -87,11 +100,10 @@ def scorer(experiment: Experiment, data: Data, put: Callable) -> Callable:
   # The mean of statistics that clients keep to themselves says nothing.
   local = config['batch_norm'] == 'local'
   when = config['evaluate_clients']
-  chunk = simulation.client_chunk or schedule.client_id.shape[1]
   of_clients = functools.partial(
     evaluation.evaluate_clients,
     simulation.federation,
-    chunk=chunk,
+    chunk=at_once(experiment),
     batch_size=_BATCH,
   )
   some = evaluated_clients(experiment)

@@ -11,7 +11,7 @@ from absl import flags as absl_flags
 import jax
 from upath import UPath
 
-from fedftg_jax.configuration import assembly, folders
+from fedftg_jax.configuration import assembly, flags, folders
 from fedftg_jax.configuration.resolve import Configuration
 from fedftg_jax.results import statistics
 from fedftg_jax.runs import comparison, training
@@ -131,6 +131,12 @@ def _check(configs):
         'seeds_at_once',
         FLAGS.seeds_at_once,
         'must be 1 without --client_state=device',
+      )
+    if FLAGS.seeds_at_once > 1 and config['client_chunk'] == flags.AUTO:
+      raise cli.UsageError(
+        'seeds_at_once',
+        FLAGS.seeds_at_once,
+        'must be 1 with --client_chunk=auto',
       )
 
 

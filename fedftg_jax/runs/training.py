@@ -14,7 +14,7 @@ import numpy as np
 from upath import UPath
 
 from fedftg_jax import evaluation, federation, influence
-from fedftg_jax.configuration import assembly
+from fedftg_jax.configuration import assembly, flags
 from fedftg_jax.configuration import folders as folders_lib
 from fedftg_jax.configuration.assembly import Experiment
 from fedftg_jax.configuration.resolve import Configuration
@@ -172,6 +172,8 @@ def train(
         f'{len(evaluated):,} of {len(experiment.problem.parts):,} clients are '
         'evaluated one by one (--evaluated_clients)'
       )
+    if config['client_chunk'] == flags.AUTO and not quiet:
+      progress.say(f'--client_chunk=auto: {simulation.client_chunk}')
     clock = clock_lib.Clock(first)
     bar = progress.Progress(label, config['rounds'], first, quiet)
 
@@ -224,7 +226,7 @@ def train(
         one,
         data,
         key,
-        chunk=simulation.client_chunk or schedule.client_id.shape[1],
+        chunk=scoring.at_once(experiment),
         ids=evaluated,
       )
       run.finish(one, models if keeping.save_personal else ())

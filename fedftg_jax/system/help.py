@@ -14,7 +14,11 @@ import types
 from absl import flags
 
 _WIDTH = 80
-_TYPES = {'comma separated list of strings': 'LIST', 'string enum': 'NAME'}
+_TYPES = {
+  'comma separated list of strings': 'LIST',
+  'string enum': 'NAME',
+  'int or auto': 'INT|auto',
+}
 _COLUMN = 31  # where the texts of one-line descriptions begin
 _FILES = (
   'Flags from a file, one per line: --flagfile=PATH, or in YAML: --config=PATH.'

@@ -670,6 +670,28 @@ FAULTS = (
     'return codes_alone + jnp.uint32(SCALAR_BITS)',
     OF_UPLINKS,
   ),
+  # Candidates for a GPU, and the memory of one.
+  Fault(
+    'pallas_last_block_cut',
+    'fedftg_jax/models/pallas.py',
+    'padding = (0, -num % _ROWS + more)',
+    'padding = (0, more)',
+    ('models_test.py',),
+  ),
+  Fault(
+    'mixed_unmapped_repeated',
+    'fedftg_jax/models/convolution.py',
+    'if not any(is_mapped):',
+    'if False:',
+    ('models_test.py',),
+  ),
+  Fault(
+    'auto_forgets_slots',
+    'fedftg_jax/configuration/assembly.py',
+    'slots * slot + sent',
+    'sent',
+    ('data_programs_test.py',),
+  ),
 )
 
 

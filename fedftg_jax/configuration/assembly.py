@@ -41,7 +41,7 @@ from fedftg_jax.methods import batch_norm
 from fedftg_jax.models import modules
 from fedftg_jax.system import cli, devices
 
-_SHARE = 0.8  # of the free memory, for a round's clients with client_chunk=auto
+_SHARE = 0.8  # of the memory, for clients and data with --client_chunk=auto
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

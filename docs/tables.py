@@ -354,8 +354,8 @@ def _ftg_presets(name: str, page: pathlib.Path) -> str:
   presets = {p: recipes.ftg_options(p)._asdict() for p in recipes.FTG_PRESETS}
   for preset, options in presets.items():
     options['generator_bias'] = recipes.FTG_PRESETS[preset]['generator_bias']
-    if preset != 'robust':  # see `recipes.Settings.weight_decay`
-      options['weight_decay'] = "the clients'"
+    if preset != 'robust':  # see `configuration.resolve.config`
+      options |= dict.fromkeys(('batch_size', 'weight_decay'), "the clients'")
 
   def cell(value):
     if isinstance(value, bool):

@@ -248,7 +248,11 @@ FTG_PRESETS: dict[str, dict[str, Any]] = {
   'paper': dict(labels='iid', generator_bias=True),
   'intended': dict(generator_bias=False),
   'robust': dict(
-    weight_decay=0.0, student_clip=3.0, memory=0.9, generator_bias=False
+    batch_size=10,
+    weight_decay=0.0,
+    student_clip=3.0,
+    memory=0.9,
+    generator_bias=False,
   ),
 }
 

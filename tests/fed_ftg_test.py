@@ -483,6 +483,8 @@ class PiecesTest(parameterized.TestCase):
       changed('robust'),
       dict(
         mended,
+        batch_size=10,
+        gen_step='joint',
         student_bn='keep',
         hard_samples=False,
         ensemble='logit',

@@ -55,12 +55,7 @@ DEFAULTS = {
   },
   'fed_ftg': {
     'ftg_preset': 'official',
-    'ftg_batch_size': 0,
-    **{
-      f'ftg_{name}': None
-      for name in recipes.FtgOptions._fields
-      if name != 'batch_size'
-    },
+    **{f'ftg_{name}': None for name in recipes.FtgOptions._fields},
   },
 }
 

@@ -172,18 +172,29 @@ class TrainTest(parameterized.TestCase):
     self.assertEqual(decays, [decay, decay + 0.25])
 
   @parameterized.parameters(
-    ({}, 0.5),
-    ({'ftg_preset': 'robust'}, 0.0),
-    ({'ftg_weight_decay': 0.25}, 0.25),
-    ({'ftg_preset': 'robust', 'ftg_weight_decay': 0.25}, 0.25),
+    ({}, 0.5, 7),
+    ({'ftg_preset': 'robust'}, 0.0, 10),
+    ({'ftg_weight_decay': 0.25, 'ftg_batch_size': 3}, 0.25, 3),
+    (
+      {
+        'ftg_preset': 'robust',
+        'ftg_weight_decay': 0.25,
+        'ftg_batch_size': 0,
+      },
+      0.25,
+      7,
+    ),
   )
-  def test_the_students_weight_decay(self, changes, decay):
-    """By default it is that of the clients, as in the official code."""
+  def test_what_the_server_takes_from_the_clients(self, changes, decay, batch):
+    """The defaults are the clients', as in the official code."""
     with flagsaver.flagsaver():
-      config = resolve.config(method='fed_ftg', weight_decay=0.5, **changes)
+      config = resolve.config(
+        method='fed_ftg', weight_decay=0.5, batch_size=7, **changes
+      )
     options = assembly._options('fed_ftg', config)
     self.assertEqual(options['weight_decay'], decay)
-    self.assertEqual(config['weight_decay'], 0.5)
+    self.assertEqual(options['batch_size'], batch)
+    self.assertEqual((config['weight_decay'], config['batch_size']), (0.5, 7))
 
   def test_precision(self):
     self.check_precision('bfloat16')

@@ -58,8 +58,12 @@ FTG = 'ftg_'
 # Options whose default is the value of another flag: the default of their own
 # flag, and a text that names the other one.
 _ELSEWHERE: dict[str, tuple[Any, str]] = {
-  'batch_size': (0, '0 for --batch_size.'),
-  'weight_decay': (
+  'df_batch_size': (0, '0 for --batch_size.'),
+  FTG + 'batch_size': (
+    None,
+    '0 for --batch_size (code). Default: 10 with --ftg_preset=robust, else 0.',
+  ),
+  FTG + 'weight_decay': (
     None,
     'Default: 0 with --ftg_preset=robust, else --weight_decay (code). '
     '--prox_to_zero adds --prox_mu to it.',
@@ -653,8 +657,8 @@ def _define_options(method: str) -> None:
       choices = list(typing.get_args(option.annotation))
     text = help_of[name].replace(' (here also a function of the round)', '')
     text = f'{method}: {text}'
-    if name in _ELSEWHERE:
-      default, which = _ELSEWHERE[name]
+    if flag in _ELSEWHERE:
+      default, which = _ELSEWHERE[flag]
       text += ' ' + which
     elif 'preset' in recipe.options and name != 'preset':
       text += f' Default: that of the preset ({default} in official).'

@@ -83,8 +83,9 @@ def config(**changes: Any) -> Configuration:
   values: dict[str, Any] = {f.name: f.value for f in _ours()} | changes
   around = recipes.FTG_PRESETS[values[FTG + 'preset']]
   preset = recipes.ftg_options(values[FTG + 'preset'])._asdict()
-  if 'weight_decay' not in around:
-    preset['weight_decay'] = values['weight_decay']
+  for name in ('batch_size', 'weight_decay'):
+    if name not in around:
+      preset[name] = values[name]
   for name, value in preset.items():
     if values[FTG + name] is None:
       values[FTG + name] = value

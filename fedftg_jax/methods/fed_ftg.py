@@ -25,10 +25,11 @@ choices:
   intended  the code with its defects fixed: fidelity weighted per sample,
             student loss not divided by C, aggregated BatchNorm statistics kept;
   robust    ours: 'intended' without hard samples, with the mean of the
-            teachers' logits (measured in docs/when_it_pays.md).
+            teachers' logits and one generator step for all teachers (measured
+            in docs/when_it_pays.md).
 
-A preset's choices outside this step (weight decay, gradient bound, label draws,
-the teacher of `remembering`, biases of the generator) are in
+A preset's choices outside this step (batch, weight decay, gradient bound, label
+draws, the teacher of `remembering`, biases of the generator) are in
 `recipes.FTG_PRESETS`.
 
 Privacy: the server learns every client's class counts.
@@ -122,6 +123,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     terms=MENDED._replace(
       discrepancy=None, ensemble=distillation.mean_of_logits
     ),
+    joint=True,
     student_bn=distillation.kept_statistics,
   ),
 }

@@ -20,6 +20,7 @@ from fedftg_jax.models.windows import taps
 # larger ones in blocks of at most _BLOCK numbers.
 _CACHE, _BLOCK = 2**22, 2**19
 _CHANNELS = 16  # fewer would be mostly padding in the kernels of `pallas`
+_WIDE = 64, 128  # most columns of a product, of narrow and wide kernels
 _PLAIN = ('im2col', 'slices', 'lax')  # JAX derives their gradients
 IMPLEMENTATIONS = (
   'winograd',
@@ -62,7 +63,8 @@ def convolve(
     implementation: 'matmul' gathers the h * w shifted images and multiplies
       once, or, if there are fewer outputs than inputs, multiplies once and adds
       up the h * w shifted products; 'blocked' does so for a few images at a
-      time, so that what is gathered stays in the CPU's cache; 'winograd'
+      time, so that what is gathered stays in the CPU's cache, and with few
+      input channels for several outputs at a time; 'winograd'
       multiplies transformed tiles where that saves products, see `winograd`,
       and elsewhere, and in bfloat16, which is too short for the transforms, is
       'blocked'; 'im2col' always gathers and leaves the gradient to JAX;
@@ -130,7 +132,12 @@ def convolve(
       for i in range(h)
       for j in range(w)
     )
-  windows = windows_.Windows(x.shape[1:3], (h, w), padding, stride)  # type: ignore[arg-type]
+  windows = windows_.Windows(
+    x.shape[1:3],  # type: ignore[arg-type]
+    (h, w),
+    padding,
+    (stride, stride),
+  )
   if implementation == 'im2col':
     return windows.gather(x) @ kernel.reshape(-1, num_out).astype(x.dtype)
   if implementation == 'winograd' and stride == 1:
@@ -138,6 +145,9 @@ def convolve(
     if plan:
       return winograd.convolve(x, kernel, padding, plan)
   blocked = implementation in ('blocked', 'winograd')
+  tile = _tile(windows, num_in, num_out) if blocked and stride == 1 else 1
+  if tile > 1:
+    return _multiply_tiles(windows, tile, x, kernel)
   if num_in <= num_out or stride > 1:
     return _gather_multiply(windows, blocked, x, kernel.reshape(-1, num_out).T)
   # Each input contributes to the outputs around it: these are the windows of
@@ -149,6 +159,39 @@ def convolve(
   windows = windows_.Windows(windows.num, (h, w), around)  # type: ignore[arg-type]
   flipped = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(num_in, -1)
   return _multiply_scatter(windows, blocked, x, flipped)
+
+
+def _tile(windows, num_in, num_out):
+  """Chooses how many outputs side by side to compute from one longer window.
+
+  With few channels, copying and narrow products take longer than arithmetic:
+  then a longer window is worth its products with zeros, of which a wider kernel
+  has a smaller share.
+  """
+  if num_in >= min(_CHANNELS, num_out):
+    return 1
+  most = min(_WIDE[windows.size[1] >= 5] // num_out, windows.num[1])
+  return next((t for t in (8, 4, 2) if t <= most), 1)
+
+
+def _multiply_tiles(windows, tile, x, kernel):
+  """Multiplies the windows of `tile` outputs by as many shifted kernels."""
+  (height, width), (down, (before, after)) = windows.size, windows.padding
+  rows, columns = windows.num
+  num = -(-columns // tile)
+  wide = windows._replace(
+    size=(height, width + tile - 1),
+    padding=(down, (before, after + num * tile - columns)),
+    stride=(1, tile),
+  )
+  shifted = [
+    jnp.pad(kernel, ((0, 0), (i, tile - 1 - i), (0, 0), (0, 0)))
+    for i in range(tile)
+  ]
+  kernels = jnp.stack(shifted, axis=-2).reshape(-1, tile * kernel.shape[3])
+  y = _gather_multiply(wide, True, x, kernels.T)
+  y = y.reshape(len(x), rows, num * tile, kernel.shape[3])
+  return y[:, :, :columns]
 
 
 def convolve_enlarged(
@@ -190,7 +233,7 @@ def convolve_enlarged(
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
   windows = windows_.Windows(
-    (2 * height, 2 * width), (4, 4), ((1, 1), (1, 1)), 2
+    (2 * height, 2 * width), (4, 4), ((1, 1), (1, 1)), (2, 2)
   )
   multiply_scatter = (
     _plain_multiply_scatter if implementation in _PLAIN else _multiply_scatter

@@ -346,6 +346,8 @@ def max_pool(
   pad = padding, padding
   if padding:
     x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)), constant_values=-jnp.inf)
-  for axis in (1, 2):
-    x = functools.reduce(_larger, windows.taps(x, axis, size, stride))
-  return x
+  batch, height, width, channels = x.shape
+  rows = x.reshape(batch, height, width * channels)  # long rows to compare
+  x = functools.reduce(_larger, windows.taps(rows, 1, size, stride))
+  x = x.reshape(batch, x.shape[1], width, channels)
+  return functools.reduce(_larger, windows.taps(x, 2, size, stride))

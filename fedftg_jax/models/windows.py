@@ -13,14 +13,16 @@ class Windows(NamedTuple):
   image: tuple[int, int]  # height and width
   size: tuple[int, int]  # h, w
   padding: tuple[tuple[int, int], tuple[int, int]]  # zeros before and after
-  stride: int = 1
+  stride: tuple[int, int] = (1, 1)  # down and across
 
   @property
   def num(self) -> tuple[int, int]:
     """The number of windows along height and width."""
     return tuple(  # type: ignore[return-value]
-      (n + sum(pad) - k) // self.stride + 1
-      for n, pad, k in zip(self.image, self.padding, self.size)
+      (n + sum(pad) - k) // stride + 1
+      for n, pad, k, stride in zip(
+        self.image, self.padding, self.size, self.stride
+      )
     )
 
   def gather(self, x: jax.Array) -> jax.Array:
@@ -32,11 +34,25 @@ class Windows(NamedTuple):
     a time.
     """
     x = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
-    for axis in (2, 1):
-      x = jnp.concatenate(
-        taps(x, axis, self.size[axis - 1], self.stride), axis=-1
-      )
-    return x
+    rows = taps(self._gather_columns(x), 1, self.size[0], self.stride[0])
+    return jnp.concatenate(rows, axis=-1)
+
+  def _gather_columns(self, x):
+    """Gathers the columns of the windows, [B, H, windows across, w * I].
+
+    As many columns as the stride lie side by side, and are copied at once.
+    """
+    stride, width, num = self.stride[1], self.size[1], self.num[1]
+    batch, height, columns, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -columns % stride), (0, 0)))
+    x = x.reshape(batch, height, -(-columns // stride), stride * channels)
+    return jnp.concatenate(
+      [
+        x[:, :, j // stride : j // stride + num, : (width - j) * channels]
+        for j in range(0, width, stride)
+      ],
+      axis=-1,
+    )
 
   def scatter(self, x: jax.Array) -> jax.Array:
     """Adds up windows' pixels to images [B, *image, I]: `gather` transposed."""

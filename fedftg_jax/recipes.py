@@ -248,6 +248,7 @@ FTG_PRESETS: dict[str, dict[str, Any]] = {
   'paper': dict(labels='iid', generator_bias=True),
   'intended': dict(generator_bias=False),
   'robust': dict(
+    generator_steps=2,
     batch_size=10,
     weight_decay=0.0,
     student_clip=3.0,

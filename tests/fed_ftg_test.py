@@ -485,6 +485,7 @@ class PiecesTest(parameterized.TestCase):
         mended,
         batch_size=10,
         gen_step='joint',
+        generator_steps=2,
         student_bn='keep',
         hard_samples=False,
         ensemble='logit',

@@ -1010,6 +1010,7 @@ class BenchmarkTest(parameterized.TestCase):
   @parameterized.parameters(
     ('small_cnn', (32, 32, 3), 896 + 18_496 + 1_605_760 + 1_290),
     ('fedavg_cnn', (32, 32, 3), 4_864 + 102_464 + 1_573_248 + 73_920 + 1_930),
+    ('niid_cnn', (28, 28, 1), 156 + 2_416 + 30_840 + 10_164 + 850),
     ('mlp', (28, 28, 1), 157_000 + 40_200 + 2_010),
   )
   def test_sizes_of_the_models(self, name, image_shape, size):

@@ -16,9 +16,15 @@ PACKAGES = ('fedjax', 'jax')
 CONVS = {  # (width, size, padding, whether to pool)
   'small_cnn': [(32, 3, 'VALID', False), (64, 3, 'VALID', True)],
   'fedavg_cnn': [(64, 5, 'SAME', True), (64, 5, 'SAME', True)],
+  'niid_cnn': [(6, 5, 'VALID', True), (16, 5, 'VALID', True)],
   'mlp': [],
 }
-DENSES = {'small_cnn': (128,), 'fedavg_cnn': (384, 192), 'mlp': (200, 200)}
+DENSES = {
+  'small_cnn': (128,),
+  'fedavg_cnn': (384, 192),
+  'niid_cnn': (120, 84),
+  'mlp': (200, 200),
+}
 
 
 class Classifier(nn.Module):

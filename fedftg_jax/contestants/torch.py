@@ -84,6 +84,26 @@ class FedAvgCNN(nn.Sequential):
     )
 
 
+class NIIDCNN(nn.Sequential):
+  """conv5x5x6, pool, conv5x5x16, pool (without padding), fc120, fc84, fc."""
+
+  def __init__(self):
+    super().__init__(
+      nn.Conv2d(1, 6, 5),
+      nn.MaxPool2d(2),
+      nn.ReLU(),
+      nn.Conv2d(6, 16, 5),
+      nn.MaxPool2d(2),
+      nn.ReLU(),
+      nn.Flatten(),
+      nn.Linear(4 * 4 * 16, 120),
+      nn.ReLU(),
+      nn.Linear(120, 84),
+      nn.ReLU(),
+      nn.Linear(84, workloads.NUM_CLASSES),
+    )
+
+
 class Block(nn.Module):
   """A residual block of two 3 x 3 convolutions."""
 
@@ -130,6 +150,7 @@ MODELS = {
   'mlp': MLP,
   'small_cnn': SmallCNN,
   'fedavg_cnn': FedAvgCNN,
+  'niid_cnn': NIIDCNN,
   'resnet18': ResNet18,
 }
 

@@ -10,7 +10,7 @@ class Workload(NamedTuple):
 
   Attributes:
     help: description.
-    model: 'small_cnn', 'fedavg_cnn', 'mlp' or 'resnet18'.
+    model: 'small_cnn', 'fedavg_cnn', 'niid_cnn', 'mlp' or 'resnet18'.
     image_shape: (height, width, channels).
     cohort: number of clients in the round; of teachers in the server step.
     num_examples: number of examples of each client.
@@ -86,6 +86,15 @@ WORKLOADS = {
     500,
     50,
     1116,
+  ),
+  'W6': Workload(
+    '10 clients x 640 images 28x28x1, batch 64, LeNet of 6 and 16 channels',
+    'niid_cnn',
+    (28, 28, 1),
+    10,
+    640,
+    64,
+    9.7,
   ),
   'W0': Workload(
     'not a measurement, only a check that all start: 2 clients x 4 examples, '

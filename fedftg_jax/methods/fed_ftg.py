@@ -25,12 +25,12 @@ choices:
   intended  the code with its defects fixed: fidelity weighted per sample,
             student loss not divided by C, aggregated BatchNorm statistics kept;
   robust    ours: 'intended' without hard samples, with the mean of the
-            teachers' logits and one generator step for all teachers (measured
-            in docs/when_it_pays.md).
+            teachers' logits and generator steps for all teachers together
+            (measured in docs/when_it_pays.md).
 
-A preset's choices outside this step (batch, weight decay, gradient bound, label
-draws, the teacher of `remembering`, biases of the generator) are in
-`recipes.FTG_PRESETS`.
+A preset's other choices (numbers of steps and images, weight decay, gradient
+bound, label draws, the teacher of `remembering`, biases of the generator) are
+in `recipes.FTG_PRESETS`.
 
 Privacy: the server learns every client's class counts.
 """

@@ -66,7 +66,7 @@ PRECISIONS = ('default', 'bfloat16')
 
 _WORKLOADS = absl_flags.DEFINE_list(
   'workloads',
-  ['W1', 'W2', 'W3', 'W4', 'W5'],
+  ['W1', 'W2', 'W3', 'W4', 'W5', 'W6'],
   'Workloads to time. They are '
   + '; '.join(f'{k}: {w.help}' for k, w in workloads.WORKLOADS.items())
   + '.',

@@ -22,6 +22,7 @@ from fedftg_jax.models import (
   layers,
   modules,
   resnet,
+  windows,
   winograd,
 )
 from tests import problems
@@ -932,6 +933,20 @@ class ConvolutionTest(parameterized.TestCase):
   )
   def test_where_winograd_does_not_pay(self, outputs, size, channels):
     self.assertIsNone(winograd.tiling(10, outputs, size, channels))
+
+  @parameterized.parameters(
+    (28, 5, (1, 6), 8),
+    (28, 5, (1, 64), 2),
+    (10, 5, (6, 16), 4),  # a row has six outputs
+    (28, 3, (1, 32), 2),
+    (28, 3, (1, 64), 1),
+    (28, 3, (16, 32), 1),
+    (28, 3, (3, 3), 1),
+    (5, 5, (1, 6), 1),
+  )
+  def test_outputs_of_a_window(self, width, size, channels, want):
+    part = windows.Windows((width, width), (size, size), ((0, 0),) * 2)
+    self.assertEqual(convolution._tile(part, *channels), want)
 
   @parameterized.parameters(
     ((3, 3), (16, 17), False),

@@ -176,11 +176,7 @@ class TrainTest(parameterized.TestCase):
     ({'ftg_preset': 'robust'}, 0.0, 10),
     ({'ftg_weight_decay': 0.25, 'ftg_batch_size': 3}, 0.25, 3),
     (
-      {
-        'ftg_preset': 'robust',
-        'ftg_weight_decay': 0.25,
-        'ftg_batch_size': 0,
-      },
+      {'ftg_preset': 'robust', 'ftg_weight_decay': 0.25, 'ftg_batch_size': 0},
       0.25,
       7,
     ),

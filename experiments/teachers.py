@@ -2,15 +2,17 @@
 
   python -m experiments.teachers
   python -m experiments.teachers --bases=scaffold --seeds=1 --rounds=10
+  python -m experiments.teachers --broadcast=true --workdir=runs/teachers_true
 
 In each round it measures the clients' models together, as an ensemble: with
 equal weights, with FedFTG's class-level weights by the class that the student
 predicts, and with these weights by the true class, which no server knows. With
 the same three kinds of weights it distils the mean of the models on images that
-no client has, as many as FedFTG generates. The training is not changed. For
-each base it writes runs in BASE/seedK/ of --workdir, and means over seeds: of
-some rounds in teachers.md, and how far each is above the broadcast model, by
-round, in teachers.png.
+no client has, as many as FedFTG generates. The training is not changed, unless
+--broadcast names the student that the next round's clients get. For each base
+it writes runs in BASE/seedK/ of --workdir, and means over seeds: of some rounds
+in teachers.md, and how far each is above the broadcast model, by round, in
+teachers.png.
 """
 
 from absl import app, flags
@@ -23,8 +25,10 @@ import fedftg_jax
 from fedftg_jax import base, distillation, models
 from fedftg_jax.data import datasets
 from fedftg_jax.methods import fed_ftg
-from fedftg_jax.results import plots, statistics
+from fedftg_jax.results import plots, rows, statistics
 from fedftg_jax.system import files
+
+KINDS = 'uniform', 'predicted', 'true'  # where the weights are from
 
 _DATASET = flags.DEFINE_string('dataset', 'fashion_mnist', 'Data set.')
 _BASES = flags.DEFINE_list(
@@ -36,6 +40,12 @@ _EXAMPLES = flags.DEFINE_integer(
 _ALPHA = flags.DEFINE_float('dirichlet_alpha', 0.1, 'Label skew.')
 _ROUNDS = flags.DEFINE_integer('rounds', 100, 'Rounds.', lower_bound=2)
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds.', lower_bound=1)
+_BROADCAST = flags.DEFINE_enum(
+  'broadcast',
+  'mean',
+  ['mean', *KINDS],
+  'The model that is broadcast: the mean, or a student by its weights.',
+)
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/teachers', 'Where to write.')
 
 ITERATIONS, BATCH, STEPS = 10, 50, 5  # as many images and steps as FedFTG
@@ -48,7 +58,6 @@ SHOWN = (
   'ensemble, predicted',
   'student, uniform',
 )
-KINDS = 'uniform', 'predicted', 'true'  # where the weights are from
 
 
 def watching(
@@ -56,14 +65,17 @@ def watching(
   test: tuple[np.ndarray, np.ndarray],
   apart: tuple[np.ndarray, np.ndarray],
   num_classes: int,
+  broadcast: str = 'mean',
 ) -> base.Method:
-  """Builds a part that measures ensembles and students, and changes nothing.
+  """Builds a part that measures ensembles and students.
 
   Args:
     model: the classifier.
     test: images and labels on which ensembles are measured.
     apart: images that no client has, and their labels, for students.
     num_classes: C.
+    broadcast: 'mean', which changes nothing, or the weights of the student that
+      is broadcast instead.
   """
   test, apart = jax.tree.map(jnp.asarray, (test, apart))
   optimizer = distillation.sgd(0.1, 0.0, 3.0)
@@ -98,11 +110,11 @@ def watching(
     )
     of_ensembles = map(jnp.mean, jax.lax.map(hits, batches))
 
-    rows = jax.random.randint(key, (ITERATIONS, BATCH), 0, len(apart[1]))
+    chosen = jax.random.randint(key, (ITERATIONS, BATCH), 0, len(apart[1]))
 
     def student(kind):
-      def iteration(student, rows):
-        x, y = apart[0][rows], apart[1][rows]
+      def iteration(student, chosen):
+        x, y = apart[0][chosen], apart[1][chosen]
         wanted = target(kind, x, y)
         student, _ = distillation.distil(
           model,
@@ -115,14 +127,15 @@ def watching(
         )
         return student, None
 
-      return jax.lax.scan(iteration, variables, rows)[0]
+      return jax.lax.scan(iteration, variables, chosen)[0]
 
+    students = {kind: student(kind) for kind in KINDS}
     return (
-      variables,
+      students.get(broadcast, variables),
       shared,
       base.Info(
         {f'ensemble/{kind}': x for kind, x in zip(KINDS, of_ensembles)},
-        {f'student_{kind}': student(kind) for kind in KINDS},
+        {f'student_{kind}': x for kind, x in students.items()},
       ),
     )
 
@@ -148,16 +161,20 @@ def main(argv: list[str]) -> None:
     (whole.test_x, whole.test_y),
     (whole.train_x[rest], whole.train_y[rest]),
     whole.num_classes,
+    _BROADCAST.value,
   )
   data = whole._replace(
     train_x=whole.train_x[train], train_y=whole.train_y[train]
   )
   lines, panels = [], []
-  for name in _BASES.value:
+  for method in _BASES.value:
+    name = method
+    if _BROADCAST.value != 'mean':
+      name += f', {_BROADCAST.value} student'
     runs = [
       fedftg_jax.simulate(
         data,
-        method=[name, part, 'running_average'],
+        method=[method, part, 'running_average'],
         model='mlp',
         rounds=_ROUNDS.value,
         local_epochs=2,
@@ -168,18 +185,22 @@ def main(argv: list[str]) -> None:
         seed=seed,
         partition_seed=seed,
         schedule_seed=seed,
-        workdir=str(UPath(_WORKDIR.value) / name / f'seed{seed}'),
+        workdir=str(
+          UPath(_WORKDIR.value)
+          / name.replace(', ', '_').replace(' ', '_')
+          / f'seed{seed}'
+        ),
       )
       for seed in range(_SEEDS.value)
     ]
-    rows = [row for run in runs for row in run.rows]
+    evaluated = [row for run in runs for row in run.rows]
     for first, last in WINDOWS:
-      some = [_measures(r) for r in rows if first <= r['round'] <= last]
+      some = [_measures(r) for r in evaluated if first <= r['round'] <= last]
       if some:
         means = [100 * np.mean([r[kind] for r in some]) for kind in some[0]]
         lines.append([name, f'{first} to {last}', *(f'{x:.2f}' for x in means)])
-    panels.append(_panel(name, rows))
-  header = ['method', 'rounds', *_measures(rows[0])]
+    panels.append(_panel(name, evaluated))
+  header = ['method', 'rounds', *_measures(evaluated[0])]
   folder = UPath(_WORKDIR.value)
   statistics.write_table(folder / 'teachers.md', header, lines)
   with files.replacing(folder / 'teachers.png') as temporary:
@@ -189,20 +210,19 @@ def main(argv: list[str]) -> None:
 
 def _measures(row) -> dict[str, float]:
   """Returns the accuracies of one evaluation by name."""
-  accuracy = row['accuracy']
   return {
-    'broadcast model': row['test_accuracy'],
+    'broadcast model': rows.accuracy(row),
     **{f'ensemble, {k}': row[f'ensemble/{k}'] for k in KINDS},
-    **{f'student, {k}': accuracy[f'student_{k}'] for k in KINDS},
-    'running average': accuracy['running_average'],
+    **{f'student, {k}': rows.accuracy(row, f'student_{k}') for k in KINDS},
+    'running average': rows.accuracy(row, 'running_average'),
   }
 
 
-def _panel(name, rows) -> plots.Panel:
+def _panel(name, evaluated) -> plots.Panel:
   """Makes the panel of a base: points above the broadcast model, by round."""
   series = {}
-  for done in sorted({row['round'] for row in rows}):
-    some = [_measures(row) for row in rows if row['round'] == done]
+  for done in sorted({row['round'] for row in evaluated}):
+    some = [_measures(row) for row in evaluated if row['round'] == done]
     for kind in SHOWN:
       gain = np.mean([r[kind] - r['broadcast model'] for r in some])
       series.setdefault(kind, []).append((done, 100 * gain))

@@ -487,6 +487,19 @@ class SyntheticTest(ProgramCase):
     self.assertBetween(min(values), 20, 100)
     self.assertEqual(Image.open(folder / 'teachers.png').format, 'PNG')
 
+  @pytest.mark.slow
+  def test_a_student_is_broadcast(self):
+    """With --broadcast the student is the model that clients get."""
+    command = [sys.executable, '-m', 'experiments.teachers', '--seeds=1']
+    command += [f'--dataset=npz:{self.data}', '--rounds=5', '--bases=fed_avg']
+    folder = self.folder / 'teachers'
+    command += ['--broadcast=true', f'--workdir={folder}']
+    subprocess.run(command, cwd=ROOT, check=True)
+    metrics = folder / 'fed_avg_true_student/seed0/metrics.jsonl'
+    same = json.loads(metrics.read_text().splitlines()[-1])['same_models']
+    self.assertEqual(same.get('student_true'), 'broadcast')
+    self.assertNotIn('student_uniform', same)
+
 
 class ErrorsTest(ProgramCase):
   @parameterized.parameters(

@@ -774,6 +774,19 @@ class DevicesTest(parameterized.TestCase):
     self.assert_same_run('one', 'all')
 
   @pytest.mark.slow
+  def test_a_cpu_is_divided(self):
+    """A process of its own, which has not counted its devices yet."""
+    command = [sys.executable, '-m', 'experiments.train', *self.args]
+    command += ['--num_devices=2', f'--workdir={self.folder / "divided"}']
+    others = {k: v for k, v in os.environ.items() if 'DEVICE' not in k}
+    others.pop('XLA_FLAGS', None)
+    subprocess.run(command, cwd=ROOT, env=others, check=True)
+    config = json.loads((self.folder / 'divided/config.json').read_text())
+    self.assertEqual(config['config']['num_devices'], 2)
+    self.train('two', '--num_devices=2')
+    self.assert_same_run('two', 'divided')
+
+  @pytest.mark.slow
   def test_seeds_at_once_on_devices(self):
     for name, devices in (('one', 1), ('two', 2)):
       status, _, err = call(

@@ -380,8 +380,8 @@ def _define_federation() -> None:
   flags.DEFINE_integer(
     'num_devices',
     None,
-    'Devices that share the clients of a round, 0 for all. Default: one on a '
-    'CPU, else all.',
+    'Devices that share the clients of a round, 0 for all. A CPU is divided '
+    'into as many. Default: one on a CPU, else all.',
     lower_bound=0,
   )
   flags.DEFINE(

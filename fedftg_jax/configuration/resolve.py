@@ -81,6 +81,8 @@ def config(**changes: Any) -> Configuration:
     cli.UsageError: for a wrong value.
   """
   values: dict[str, Any] = {f.name: f.value for f in _ours()} | changes
+  # First, since other defaults depend on the devices that JAX counts here.
+  values['num_devices'] = _num_devices(values['num_devices'])
   around = recipes.FTG_PRESETS[values[FTG + 'preset']]
   preset = recipes.ftg_options(values[FTG + 'preset'])._asdict()
   for name in ('batch_size', 'weight_decay'):
@@ -108,7 +110,6 @@ def config(**changes: Any) -> Configuration:
         flags.AUTO,
         'is for one process, without --track: give a number',
       )
-  values['num_devices'] = _num_devices(values['num_devices'])
   if values['truncation'] is None and values['curvature'] == 'lwet':
     values['truncation'] = 1.0
   check.check(values)
@@ -129,6 +130,8 @@ def _num_devices(asked: int | None) -> int:
   """
   if asked is None:
     return devices.default_num()
+  if asked > 1:
+    devices.divide_cpu(asked)
   if asked and devices.several_processes():
     raise cli.UsageError(
       'num_devices', asked, 'must be 0 (all) with several processes'

@@ -7,6 +7,7 @@ data. All hold the same arrays, the clients of a round are divided among all
 devices, and only process 0 writes files.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -19,6 +20,8 @@ import numpy as np
 
 from fedftg_jax import stacking
 from fedftg_jax.system import own_flags as flags
+
+MOST_OF_A_CPU = 256  # each device has threads of its own
 
 flags.DEFINE_string(
   'compile_cache',
@@ -99,11 +102,25 @@ def default_num() -> int:
   """Returns the default number of devices that share the clients.
 
   These are all devices, except on a CPU with a single process: there it is 1,
-  because the devices are threads on the same cores.
+  because what is fastest there depends on the model, see docs/devices.md.
   """
   if jax.default_backend() == 'cpu' and not several_processes():
     return 1
   return len(jax.devices())
+
+
+def divide_cpu(num: int) -> None:
+  """Lets JAX count `num` devices on a CPU, which then share its cores.
+
+  This does nothing if JAX has counted the devices already, was told a number of
+  them (JAX_NUM_CPU_DEVICES), or would be asked for more than MOST_OF_A_CPU.
+  Other devices are not concerned.
+  """
+  told = jax.config.jax_num_cpu_devices != -1  # type: ignore[attr-defined]
+  if told or num > MOST_OF_A_CPU:
+    return
+  with contextlib.suppress(RuntimeError):  # they are counted
+    jax.config.update('jax_num_cpu_devices', num)
 
 
 def several_processes() -> bool:

@@ -197,9 +197,6 @@ class FtgOptions(NamedTuple):
       K (ablation of the class-level ensemble).
     student_reduction: student loss as a mean over batch and classes ('mean_bc',
       code) or over the batch alone ('batchmean', C times larger).
-    temperature: temperature of the softmaxes of ensemble and student in the
-      student's loss, which is then multiplied by T^2 (Hinton et al.,
-      arXiv:1503.02531); 1 in the code.
     student_bn: 'overwrite', the student is distilled in train mode and its
       BatchNorm statistics become those of generated images (code); 'batch', the
       same, but the aggregated statistics are kept; or 'keep', the student also
@@ -233,7 +230,6 @@ class FtgOptions(NamedTuple):
   ensemble: str = 'prob'
   teacher_weight: str = 'class'
   student_reduction: str = 'mean_bc'
-  temperature: float = 1.0
   student_bn: str = 'overwrite'
   labels: str = 'quota'
   label_sampling: str = 'customised'
@@ -297,8 +293,6 @@ def ftg_options(preset: str = 'official', **changes) -> FtgOptions:
   for name in options._fields:
     if name in PARTS:
       _check_choice(name, getattr(options, name), PARTS[name])
-  if not options.temperature > 0:
-    raise ValueError(f'temperature must be above 0, got {options.temperature}.')
   return options
 
 
@@ -328,7 +322,6 @@ def _fed_ftg(model, generator, num_classes, preset='official', **changes):
     part['teacher_weight'],
     o.lambda_cls,
     o.lambda_dis,
-    o.temperature,
   )
   return _remembering(
     fed_ftg_lib.fed_ftg(

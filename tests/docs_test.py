@@ -190,6 +190,8 @@ class PagesTest(parameterized.TestCase):
   def test_flags_of_commands_exist(self):
     tables.define_flags()
     known = {*absl_flags.FLAGS, 'help', 'helpfull'}
+    for script in (ROOT / 'experiments').glob('*.py'):  # flags of its own
+      known |= set(re.findall(r"DEFINE_\w+\(\s*'(\w+)'", script.read_text()))
     for name, page in PAGES.items():
       text = page.read_text().replace('\\\n', ' ')
       for block in re.findall(r'^```\n(.*?)^```$', text, re.M | re.S):

@@ -174,7 +174,7 @@ class PlainLoopTest(parameterized.TestCase):
     def target(made, noise, y):
       x, _ = GENERATOR.apply(made, noise, y)
       weight = [jnp.asarray(a)[y][:, None] for a in alpha]
-      logits = [model.apply(t, x).logits / options.temperature for t in taught]
+      logits = [model.apply(t, x).logits for t in taught]
       if options.ensemble == 'prob':
         return x, sum(a * jax.nn.softmax(v) for a, v in zip(weight, logits))
       return x, sum(weight) * jax.nn.softmax(
@@ -187,13 +187,9 @@ class PlainLoopTest(parameterized.TestCase):
         out = model.apply(
           student._replace(params=params), x, train=options.student_bn != 'keep'
         )
-        ce = (
-          -(q * jax.nn.log_softmax(out.logits / options.temperature))
-          .sum(-1)
-          .mean()
-        )
+        ce = -(q * jax.nn.log_softmax(out.logits)).sum(-1).mean()
         over = 1 if options.student_reduction == 'batchmean' else q.shape[1]
-        return options.temperature**2 * ce / over, out.stats
+        return ce / over, out.stats
 
       grads, stats = jax.grad(value, has_aux=True)(student.params)
       if options.student_clip:
@@ -219,8 +215,8 @@ class PlainLoopTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
     *((name, name) for name in recipes.FTG_PRESETS),
-    # What no preset has, at once: an equality. The clip is reached in one of
-    # the student's four steps: in all, it would hide the temperature's square.
+    # What no preset has, at once. The clip is reached in one of the student's
+    # four steps.
     (
       'others',
       'official',
@@ -228,7 +224,6 @@ class PlainLoopTest(parameterized.TestCase):
         md='kl',
         student_bn='batch',
         student_clip=0.1,
-        temperature=3.0,
         lambda_cls=0.5,
         lambda_dis=0.25,
         teacher_weight='uniform',
@@ -503,7 +498,6 @@ class PiecesTest(parameterized.TestCase):
     (dict(batch_size=0), 'batch_size must be at least 1, got 0'),
     (dict(student_clip=-1.0), 'clip_norm must be at least 0, got -1'),
     (dict(memory=1.0), 'memory must be at least 0 and below 1'),
-    (dict(temperature=0.0), 'temperature must be above 0, got 0'),
   )
   def test_errors(self, options, message):
     with self.assertRaisesRegex(ValueError, message):

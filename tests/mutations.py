@@ -277,13 +277,6 @@ FAULTS = (
     OF_FED_FTG,
   ),
   Fault(
-    'fed_ftg_temperature_not_squared',
-    FED_FTG,
-    'terms.temperature**2',
-    'terms.temperature',
-    OF_FED_FTG,
-  ),
-  Fault(
     'fed_ftg_key_drawn_from_twice',
     FED_FTG,
     'draw_labels(key_labels, counts',

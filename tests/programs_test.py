@@ -369,6 +369,14 @@ class TrainTest(parameterized.TestCase):
     status, _, err = self.train('mine')
     self.assertEqual(status, 2)
     self.assertIn('holds other files', err)
+    # A flag of earlier versions matters only where it changed something.
+    saved = json.loads((run / 'config.json').read_text())
+    for value, right in (1.0, 0), (3.0, 2):
+      saved['config']['ftg_temperature'] = value
+      (run / 'config.json').write_text(json.dumps(saved))
+      status, _, err = self.train('cut')
+      self.assertEqual(status, right)
+    self.assertIn('another configuration (ftg_temperature: 3.0', err)
     # A config.json that cannot be read is not overwritten.
     (run / 'config.json').write_text('{')
     status, _, err = self.train('cut')
@@ -573,7 +581,6 @@ class ErrorsTest(parameterized.TestCase):
     ('--ftg_memory=1', '--ftg_memory=1.0: must be below 1'),
     ('--df_memory=1', '--df_memory=1.0: must be below 1'),
     ('--ftg_iterations=99999999', '--ftg_iterations=99999999: must be at most'),
-    ('--ftg_temperature=0', '--ftg_temperature=0.0: must be above 0'),
     ('--norm=batch --model=mlp', '--norm=batch: must be none with --model=mlp'),
     (
       '--norm=group --model=softmax',

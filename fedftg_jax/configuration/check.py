@@ -100,7 +100,6 @@ def check(values: dict[str, Any]) -> None:
     or values['size_power'],
     'needs --size_sigma or --size_power above 0',
   )
-  require('ftg_temperature', values['ftg_temperature'] > 0, 'must be above 0')
   for name in FTG + 'memory', 'df_memory':
     require(name, values[name] < 1, 'must be below 1')
   # Only for the methods in use: for the others, their batch size may be that of

@@ -18,6 +18,8 @@ from fedftg_jax.system import versions as versions_
 
 # Prefixes of flag values after which the path of a file or a folder follows.
 _NAMES_FILES = ('npz', 'file', 'folder')
+# Flags of earlier versions, at the values at which they changed nothing.
+_GONE = {'ftg_temperature': 1.0}
 
 
 def contents(config: dict[str, Any]) -> dict[str, str]:
@@ -185,6 +187,9 @@ def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
     raise cli.UsageError(
       'workdir', folder, f'holds a {kind}; choose another folder'
     )
+  for name, value in _GONE.items():
+    if there.get(name) == value:
+      del there[name]
   for name in sorted((ours.keys() | there.keys()) - {'rounds'}):
     if there.get(name) != ours.get(name):
       raise cli.UsageError(

@@ -109,7 +109,6 @@ class Terms(NamedTuple):
   weights: Callable = class_weights  # or `uniform_weights`
   lambda_cls: float = 1.0
   lambda_dis: float = 1.0
-  temperature: float = 1.0  # of the softmaxes in T^2 l_kd (arXiv:1503.02531)
 
 
 CODE = Terms()
@@ -274,11 +273,6 @@ def fine_tune(
     )
     return carry, {name: value[:, 0] for name, value in by_name.items()}
 
-  def distance(logits, target):
-    return terms.temperature**2 * terms.distance(
-      logits / terms.temperature, target
-    )
-
   def iteration(carry, draws):
     student, *generating = carry
     z, labels = draws
@@ -291,13 +285,12 @@ def fine_tune(
       lambda made: generator.apply(made, z, labels)[0], generating[0]
     )
     logits = distillation.frozen_logits(model, teachers, images)
-    together = lambda logits: terms.ensemble(logits, alpha[:, labels])
-    target = together(logits / terms.temperature)
+    target = terms.ensemble(logits, alpha[:, labels])
     tuned, loss = distillation.distil(
       model,
       student,
       student_optimizer,
-      distance,
+      terms.distance,
       lambda i: (images, target),
       student_steps,
       forward=student_bn,
@@ -309,7 +302,7 @@ def fine_tune(
     return (tuned, *generating), {
       **by_name,
       'student': loss,
-      **(diagnostics.of_images(together(logits), labels, before, after)),
+      **(diagnostics.of_images(target, labels, before, after)),
     }
 
   (student, made, _), by_name = jax.lax.scan(

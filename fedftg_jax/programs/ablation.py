@@ -86,7 +86,6 @@ OWN: Mapping[str, list[dict[str, Any]]] = {
     dict(ftg_lambda_cls=0.0),
     dict(ftg_generator_lr=0.001),
     dict(ftg_student_lr=0.01),
-    dict(ftg_temperature=3.0),
   ],
 }
 FACTORS = {**SETTINGS, **OWN}

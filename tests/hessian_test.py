@@ -121,6 +121,20 @@ class ProgramTest(parameterized.TestCase):
     self.assertNotIn('clients', found)
     self.assertIn('Curvature', (self.folder / 'kept/report.html').read_text())
 
+  def test_trained_on_more_devices_than_there_are(self):
+    shutil.copytree(self.folder / 'kept', self.folder / 'elsewhere')
+    path = self.folder / 'elsewhere' / 'config.json'
+    saved = files.read_json(path)
+    saved['config']['num_devices'] = 64
+    files.write_json(path, saved)
+    for name in 'kept', 'elsewhere':
+      status, _, err = self.call(name, '--clients=0')
+      self.assertEqual(status, 0, err)
+    self.assertEqual(
+      files.read_json(self.folder / 'elsewhere' / 'hessian.json'),
+      files.read_json(self.folder / 'kept' / 'hessian.json'),
+    )
+
   def test_errors(self):
     folder = self.folder / 'empty'
     folder.mkdir()

@@ -74,7 +74,10 @@ def main(folder: str) -> None:
 
 
 def _config(place) -> Configuration:
-  """Reads the configuration of the run in a folder, and checks its files."""
+  """Reads the configuration of the run in a folder, and checks its files.
+
+  One device measures, however many have trained.
+  """
   config, contents = run.read_claim(place)
   try:
     there = folders.contents(config)
@@ -85,7 +88,7 @@ def _config(place) -> Configuration:
     raise cli.ArgumentError(
       place, f'used other files: {", ".join(contents)} changed since then'
     )
-  return config
+  return config.replace(num_devices=1)
 
 
 def _measure(place, experiment) -> dict:
@@ -95,7 +98,7 @@ def _measure(place, experiment) -> dict:
   start = experiment.simulation.federation.init(key_init)
   state, done, slots = _state(place, experiment, start)
   progress.say(f'the model of round {done}')
-  put = functools.partial(devices.put, num_devices=config['num_devices'])
+  put = functools.partial(devices.put, num_devices=1)
   data, key_run = put((problem.data, key_run))
   some = _spread(problem.parts.rows, FLAGS.examples)
   sample = put(Data(data.x, data.y, jnp.asarray(some), jnp.int32(len(some))))

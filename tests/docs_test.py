@@ -306,7 +306,7 @@ class GeneratedTest(absltest.TestCase):
     self.assertTrue(all('moon' in row for row in rows))
     self.assertTrue(any('`moon+fed_ftg` | 86.53' in row for row in rows))
     self.assertEqual(
-      tables.PARTS['measured']('fed_nova', page), 'Not measured yet.'
+      tables.PARTS['measured']('fed_other', page), 'Not measured yet.'
     )
 
 

@@ -23,6 +23,7 @@ from upath import UPath
 
 import fedftg_jax
 from fedftg_jax import base, distillation, models
+from fedftg_jax.configuration import folders
 from fedftg_jax.data import datasets
 from fedftg_jax.methods import fed_ftg
 from fedftg_jax.results import plots, rows, statistics
@@ -186,9 +187,7 @@ def main(argv: list[str]) -> None:
         partition_seed=seed,
         schedule_seed=seed,
         workdir=str(
-          UPath(_WORKDIR.value)
-          / name.replace(', ', '_').replace(' ', '_')
-          / f'seed{seed}'
+          UPath(_WORKDIR.value) / folders.folder_name(name) / f'seed{seed}'
         ),
       )
       for seed in range(_SEEDS.value)

@@ -495,7 +495,7 @@ class SyntheticTest(ProgramCase):
     folder = self.folder / 'teachers'
     command += ['--broadcast=true', f'--workdir={folder}']
     subprocess.run(command, cwd=ROOT, check=True)
-    metrics = folder / 'fed_avg_true_student/seed0/metrics.jsonl'
+    metrics = folder / 'fed_avg,_true_student/seed0/metrics.jsonl'
     same = json.loads(metrics.read_text().splitlines()[-1])['same_models']
     self.assertEqual(same.get('student_true'), 'broadcast')
     self.assertNotIn('student_uniform', same)

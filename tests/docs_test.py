@@ -190,16 +190,22 @@ class PagesTest(parameterized.TestCase):
   def test_flags_of_commands_exist(self):
     tables.define_flags()
     known = {*absl_flags.FLAGS, 'help', 'helpfull'}
-    for script in (ROOT / 'experiments').glob('*.py'):  # flags of its own
-      known |= set(re.findall(r"DEFINE_\w+\(\s*'(\w+)'", script.read_text()))
+    own = {
+      script.stem: set(
+        re.findall(r"DEFINE_\w+\(\s*'(\w+)'", script.read_text())
+      )
+      for script in (ROOT / 'experiments').glob('*.py')
+    }
     for name, page in PAGES.items():
       text = page.read_text().replace('\\\n', ' ')
       for block in re.findall(r'^```\n(.*?)^```$', text, re.M | re.S):
         for line in block.splitlines():
-          command = re.split(r'fedftg |experiments\.\w', line, maxsplit=1)
-          for flag in re.findall(r'--([a-z_]+)', ''.join(command[1:])):
+          found = re.search(r'(?:fedftg |experiments\.(\w+))(.*)', line)
+          script, rest = found.groups() if found else (None, '')
+          for flag in re.findall(r'--([a-z_]+)', rest):
+            here = known | own.get(script, set())
             with self.subTest(name, line=line):
-              self.assertTrue({flag, flag.removeprefix('no')} & known, flag)
+              self.assertTrue({flag, flag.removeprefix('no')} & here, flag)
 
   def test_readme_is_short(self):
     self.assertLessEqual(len((ROOT / 'README.md').read_text().split('\n')), 151)

@@ -98,7 +98,7 @@ def _measure(place, experiment) -> dict:
   start = experiment.simulation.federation.init(key_init)
   state, done, slots = _state(place, experiment, start)
   progress.say(f'the model of round {done}')
-  put = functools.partial(devices.put, num_devices=1)
+  put = functools.partial(devices.put, num_devices=config['num_devices'])
   data, key_run = put((problem.data, key_run))
   some = _spread(problem.parts.rows, FLAGS.examples)
   sample = put(Data(data.x, data.y, jnp.asarray(some), jnp.int32(len(some))))

@@ -1234,6 +1234,16 @@ class MaxPoolTest(parameterized.TestCase):
     out = jax.jit(both, static_argnums=0)(lambda x: layers.max_pool(x, *window))
     chex.assert_trees_all_close(out, both(plain), atol=1e-6)
 
+  def test_before_the_bias(self):
+    """Pooling before the bias is added gives the values of pooling after it."""
+    x = jax.random.normal(KEY, (2, 7, 6, 3))
+    plain, pooled = layers.Conv(4, 3), layers.Conv(4, 3, pool=True)
+    params = plain.init(KEY, x)
+    after = lambda params, x: layers.max_pool(plain.apply(params, x))
+    np.testing.assert_array_equal(pooled.apply(params, x), after(params, x))
+    pull = lambda f: jax.vjp(f, params, x)[1](jnp.sin(after(params, x)))
+    chex.assert_trees_all_close(pull(pooled.apply), pull(after), atol=1e-5)
+
   def test_one_pixel(self):
     x = jnp.full((1, 1, 1, 2), -3.0)
     np.testing.assert_array_equal(layers.max_pool(x, 3, 2, 1), x)

@@ -34,10 +34,15 @@ class SmallCNN(nn.Module):
   @nn.compact
   def __call__(self, x, mask=None, train=False):
     for i, width in enumerate((32, 64)):
-      x = layers.Conv(
-        width, 3, implementation=self.conv, valid=True, name=f'conv{i}'
-      )(x)
-      x = nn.relu(x) if not i else nn.relu(layers.max_pool(x))
+      conv = layers.Conv(
+        width,
+        3,
+        implementation=self.conv,
+        valid=True,
+        pool=i == 1,
+        name=f'conv{i}',
+      )
+      x = nn.relu(conv(x))
     return classifiers.MLP(workloads.NUM_CLASSES, (128,), name='mlp')(x)
 
 

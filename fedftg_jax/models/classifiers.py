@@ -56,12 +56,15 @@ class CNN(nn.Module):
         options.norm != 'batch',
         options.conv,
         valid=self.valid,
+        pool=options.norm == 'none',
         name=f'conv{i}',
       )(x)
-      x = layers.Norm(options.norm, unbiased=options.torch_bn, name=f'norm{i}')(
-        x, mask, train
-      )
-      x = nn.relu(layers.max_pool(x))
+      if options.norm != 'none':
+        norm = layers.Norm(
+          options.norm, unbiased=options.torch_bn, name=f'norm{i}'
+        )
+        x = layers.max_pool(norm(x, mask, train))
+      x = nn.relu(x)
     return MLP(
       self.num_classes, self.dense_widths, options.projection_dim, name='mlp'
     )(x)

@@ -57,6 +57,8 @@ class Conv(nn.Module):
     enlarge: whether the image is first enlarged by 2 (nearest neighbour).
     stride: stride in both directions; must be 1 with `enlarge`.
     valid: see `convolution.convolve`; must be False with `enlarge`.
+    pool: whether to max-pool over 2 x 2. The bias is added afterwards, which
+      gives the same values and is less work.
     kernel_init: initialisation of the kernel.
     bias_init: initialisation of the bias, None for PyTorch's default.
   """
@@ -68,6 +70,7 @@ class Conv(nn.Module):
   enlarge: bool = False
   stride: int = 1
   valid: bool = False
+  pool: bool = False
   kernel_init: Callable = kernel_init
   bias_init: Callable | None = None
 
@@ -88,6 +91,8 @@ class Conv(nn.Module):
       x = convolution.convolve(
         x, kernel, self.implementation, self.stride, self.valid
       )
+    if self.pool:
+      x = max_pool(x)
     if self.use_bias:
       init = self.bias_init or bias_init(self.size**2 * num_in)
       x += self.param('bias', init, (self.features,)).astype(dtype)
@@ -299,14 +304,22 @@ def head(
   return Dense(num_classes, name='head')(x), x
 
 
+@jax.custom_jvp
 def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
   """Computes the elementwise maximum; NaN where either value is NaN.
 
-  Its derivative compares the two values with each other. That of `jnp.max`
-  searches the stored maximum among arguments that XLA may have computed again
-  with other rounding. It can then find none and give 0 / 0.
+  Its derivative compares the two values with each other, and is that of the
+  first where they are equal. That of `jnp.max` searches the stored maximum
+  among arguments that XLA may have computed again with other rounding. It can
+  then find none and give 0 / 0.
   """
-  return jnp.where((a >= b) | (a != a), a, b)
+  return jnp.maximum(a, b)
+
+
+@_larger.defjvp
+def _larger_jvp(values, tangents):
+  a, b = values
+  return _larger(a, b), jnp.where(a >= b, *tangents)
 
 
 def mean_pool(x: jax.Array) -> jax.Array:

@@ -295,7 +295,9 @@ class Local(NamedTuple):
 
   variables: Variables
   num_steps: jax.Array  # [] int32, number of steps taken
-  step_size: jax.Array  # [] learning rate of this round
+  # [] how far a step moved the model per unit of a constant gradient, mean over
+  # the steps: the learning rate of this round, with momentum more.
+  step_size: jax.Array
   metrics: Mapping[str, jax.Array]  # scalars
   # In a chain: new slots of the inner parts. Hooks pass it on unchanged.
   within: tuple = ()

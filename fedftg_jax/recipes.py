@@ -492,7 +492,7 @@ RECIPES = {
     'aggregates',
     fed_nova_lib.fed_nova,
     'mean normalised by the number of local steps',
-    reveals='sends its number of steps',
+    reveals='sends how far its steps lead',
   ),
   'q_fed_avg': Recipe(
     'aggregates',

@@ -44,7 +44,8 @@ def local_sgd(
     weight_decay: coefficient of the L2 decay towards zero.
     clip_norm: largest global norm of a gradient; None for no clipping.
     optimizer: maps a gradient to a direction, e.g. `optax.trace(0.9)`; without
-      a learning rate of its own.
+      a learning rate of its own. It is also applied to a tree of numbers, to
+      find `Local.step_size`.
     augment: (key, images of a batch) -> images, applied anew in each step. It
       is applied only to images that the client trains on, not to those on which
       a method measures something.
@@ -136,20 +137,29 @@ def local_sgd(
       {'train_loss': loss / jnp.maximum(seen, 1)},
       optimizer_state=view.optimizer_state,
     )
-    if objective.rule is None:
-      return local._replace(optimizer_state=memory)
-    return local._replace(memory=memory)
+    if objective.rule is not None:
+      return local._replace(memory=memory)
+    state, (_, reach) = memory
+    per_step = jnp.where(num_steps > 0, reach / jnp.maximum(num_steps, 1), 1)
+    return local._replace(optimizer_state=state, step_size=step_size * per_step)
 
   return solve
 
 
 def _descent(optimizer, view) -> Rule:
-  """Makes the rule of gradient descent; its memory is the optimiser's state."""
+  """Makes the rule of gradient descent.
+
+  Its memory is the optimiser's state, and what the optimiser has made of a
+  gradient of ones so far: its state there, and the sum of its directions.
+  """
+  params = view.variables.params
+  ones = jax.tree.map(lambda _: jnp.ones(()), params)  # a number per array
   begin = view.optimizer_state
   if begin is None:
-    begin = optimizer.init(view.variables.params)
+    begin = optimizer.init(params)
 
-  def step(direction, variables, opt_state, drawn, step_size, key):
+  def step(direction, variables, memory, drawn, step_size, key):
+    opt_state, (ones_state, reach) = memory
     (batch,) = drawn
     grads, aux = direction(variables, batch, key)
     updates, opt_state = optimizer.update(grads, opt_state, variables.params)
@@ -159,9 +169,11 @@ def _descent(optimizer, view) -> Rule:
       updates,
     )
     variables = variables._replace(params=params, stats=aux.stats)
-    return variables, opt_state, aux.cross_entropy
+    moved, ones_state = optimizer.update(ones, ones_state, ones)
+    reach += sum(jax.tree.leaves(moved)) / max(len(jax.tree.leaves(moved)), 1)
+    return variables, (opt_state, (ones_state, reach)), aux.cross_entropy
 
-  return Rule(begin, step)
+  return Rule((begin, (optimizer.init(ones), jnp.zeros(()))), step)
 
 
 def batches(

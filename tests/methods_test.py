@@ -1391,12 +1391,12 @@ def cross_entropy(params, rows):
   return losses.cross_entropy(logits, problems.DATA.y[rows])
 
 
-class ByHandTest(absltest.TestCase):
+class ByHandTest(parameterized.TestCase):
   """Combines the results of two clients by hand."""
 
-  def ends(self, state, ids, num_steps=None):
+  def ends(self, state, ids, num_steps=None, **changes):
     """Returns each client's model after its own local training."""
-    fed = problems.make(MODEL, weighting='uniform')
+    fed = problems.make(MODEL, weighting='uniform', **changes)
     num_steps = num_steps or {k: base.NO_LIMIT for k in ids}
     return [
       fed.round(
@@ -1405,8 +1405,8 @@ class ByHandTest(absltest.TestCase):
       for k in ids
     ]
 
-  def step(self, method, ids, num_steps=None):
-    fed = problems.make(MODEL, base.chain(method))
+  def step(self, method, ids, num_steps=None, **changes):
+    fed = problems.make(MODEL, base.chain(method), **changes)
     plain = problems.make(MODEL).init(KEY)
     state = fed.init(KEY)._replace(variables=plain.variables)
     num_steps = num_steps or {k: base.NO_LIMIT for k in ids}
@@ -1414,16 +1414,24 @@ class ByHandTest(absltest.TestCase):
     after, _ = fed.round(state, problems.DATA, cohort, KEY)
     return plain, after.variables.params
 
-  def test_fed_nova(self):
-    """Clients 1 (12 examples) and 3 (5) take 4 and 2 steps."""
-    steps = {1: 4, 3: 2}
-    plain, got = self.step(fed_nova.fed_nova(), [1, 3], steps)
+  @parameterized.parameters(
+    (optax.identity(), 4, 2),
+    (optax.trace(0.5), 1 + 1.5 + 1.75 + 1.875, 1 + 1.5),
+  )
+  def test_fed_nova(self, optimizer, first, second):
+    """Clients 1 (12 examples) and 3 (5) take 4 and 2 steps.
+
+    `first` and `second` are ||a_k||_1: with momentum the last gradient moves a
+    model by 1, the one before it by 1 + 0.5, and so on.
+    """
+    steps, solve = {1: 4, 3: 2}, problems.solver(optimizer=optimizer)
+    plain, got = self.step(fed_nova.fed_nova(), [1, 3], steps, solve=solve)
     w = plain.variables.params
-    a, b = self.ends(plain, [1, 3], steps)
-    effective = 12 / 17 * 4 + 5 / 17 * 2
+    a, b = self.ends(plain, [1, 3], steps, solve=solve)
+    effective = 12 / 17 * first + 5 / 17 * second
     want = jax.tree.map(
       lambda w, a, b: (
-        w + effective * (12 / 17 * (a - w) / 4 + 5 / 17 * (b - w) / 2)
+        w + effective * (12 / 17 * (a - w) / first + 5 / 17 * (b - w) / second)
       ),
       w,
       a,
@@ -1470,6 +1478,24 @@ class ByHandTest(absltest.TestCase):
     chex.assert_trees_all_close(
       server, jax.tree.map(lambda a: a * 12 / 40, want), atol=1e-6
     )
+
+  def test_scaffold_with_momentum(self):
+    """A control variate is never larger than the gradients that it averages.
+
+    Were the steps counted as plain ones, it would grow from round to round.
+    """
+    solve = problems.solver(
+      epochs=20, clip_norm=None, optimizer=optax.trace(0.9)
+    )
+    method = base.chain(fed_avg.fed_avg(), scaffold.scaffold())
+    fed = problems.make(problems.LINEAR, method, solve=solve)
+    rows = problems.schedule([range(5)] * 8)
+    state, _ = federation.run(fed, fed.init(KEY), problems.DATA, rows, KEY)
+    (_, own), _ = state.clients
+    # A gradient of softmax regression is at most sqrt(2) |x|, with the bias.
+    longest = jnp.sqrt(1 + jnp.sum(problems.DATA.x**2, (1, 2, 3))).max()
+    for norm in jax.vmap(optax.tree.norm)(own):
+      self.assertBetween(float(norm), 1e-3, float(2**0.5 * longest))
 
   def test_moon_keeps_what_was_trained(self):
     fed = problems.make(

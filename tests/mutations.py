@@ -195,6 +195,13 @@ FAULTS = (
     OF_SOLVER,
   ),
   Fault(
+    'solver_momentum_is_no_longer_way',
+    SOLVER,
+    'step_size=step_size * per_step',
+    'step_size=step_size',
+    OF_SOLVER,
+  ),
+  Fault(
     'solver_decay_is_clipped',
     SOLVER,
     '      grads, _ = clip.update(grads, clip.init(params))\n'

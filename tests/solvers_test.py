@@ -115,6 +115,25 @@ class LocalSgdTest(parameterized.TestCase):
     np.testing.assert_allclose(local.step_size, 0.125)
     np.testing.assert_allclose(local.variables.params, 2.0 - 0.125)
 
+  @parameterized.product(
+    optimizer=(
+      optax.identity(),
+      optax.trace(0.9),
+      optax.trace(0.5, nesterov=True),
+    ),
+    count=(0, 1, 12),
+    limit=(base.NO_LIMIT, 2),
+  )
+  def test_mean_step_size(self, optimizer, count, limit):
+    """A constant gradient moves the model by steps * step size * gradient."""
+    solve = solvers.local_sgd(0.1, batch_size=3, epochs=2, optimizer=optimizer)
+    local = solve(objective(3.0), view(count, limit), KEY)
+    moved = 2.0 - local.variables.params
+    reach = local.num_steps * local.step_size
+    np.testing.assert_allclose(moved, 3 * reach, rtol=1e-5)
+    if optimizer == optax.identity() or local.num_steps < 2:
+      self.assertEqual(local.step_size, jnp.float32(0.1))
+
   def test_optimizer_state_is_fresh(self):
     solve = solvers.local_sgd(
       1.0, batch_size=6, epochs=1, optimizer=optax.trace(0.5)

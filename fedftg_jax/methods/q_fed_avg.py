@@ -3,7 +3,7 @@
 Li, Sanjabi, Beirami and Smith, Fair Resource Allocation in Federated Learning,
 ICLR 2020, arXiv:1905.10497, Algorithm 2. The objective is sum_k p_k F_k^(q + 1)
 / (q + 1). With F_k the loss of the received model on the client's data, d_k =
-w_k - w and L = 1 / learning rate,
+w_k - w and L = 1 / learning rate (`Local.step_size`),
 
   w <- w + sum_k p_k F_k^q d_k / sum_k p_k (q F_k^(q - 1) L ||d_k||^2 + F_k^q).
 

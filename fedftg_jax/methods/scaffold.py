@@ -7,16 +7,18 @@ sum_j n_j, M steps of size lr):
 
   client   min CE + <theta, c / s_k - c_k>
   option 1 c_k' = gradient of the client's cross-entropy at w, over all its data
-  option 2 c_k' = c_k - c + (w - w_k) / (M lr)
+  option 2 c_k' = c_k - c + (w - w_k) / (M lr), lr being `Local.step_size`
   server   c <- c + (1 / N) sum_k s_k (c_k' - c_k)
 
 Deviations: the paper has no s_k (they are 1 for clients of equal size; note
 that c is not divided by s_k in option 2, as in the codes). The official codes
 take M = 50 steps for every client, whatever its size (--local_steps), and an
 unweighted mean (weighting='uniform', as recipes do). The paper's server step
-size is a server optimiser here, optax.sgd(eta_g). Two defects of the official
-codes are available as arguments: `learning_rate` and `untuned_reference`. The
-control variates cover parameters only.
+size is a server optimiser here, optax.sgd(eta_g). The paper has no momentum;
+with it the mean step is longer than the learning rate, and c_k would grow
+without bound if option 2 divided by the learning rate. Two defects of the
+official codes are available as arguments: `learning_rate` and
+`untuned_reference`. The control variates cover parameters only.
 """
 
 import jax
@@ -40,9 +42,9 @@ def scaffold(
 
   Args:
     option: 1 or 2, how a client updates its control variate.
-    learning_rate: lr in option 2; None for that of the round. The official
-      codes use the first round's learning rate in every round, and so ignore
-      its decay.
+    learning_rate: lr in option 2; None for the mean step size of the round. The
+      official codes use the first round's learning rate in every round, and so
+      ignore its decay.
     untuned_reference: whether option 2 compares with the mean before
       fine-tuning instead of the received model, as the official SCAFFOLD with
       FedFTG does. The effect of fine-tuning then leaks into c_k, and the

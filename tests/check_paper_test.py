@@ -139,11 +139,17 @@ class CheckTest(parameterized.TestCase):
       (self.folder / place / 'summary.json').unlink()
 
   def test_refused(self):
-    status, _, err = self.check()
-    self.assertEqual(status, 2)
-    self.assertRegex(
-      err, '^error: --published=.*must be one of niid_bench, pfllib'
-    )
+    for flags, message in (
+      ((), '^error: .* name one of them by --published: niid_bench, pfllib'),
+      (
+        ('--published=mine',),
+        '^error: --published=mine: must be one of niid_bench, pfllib',
+      ),
+    ):
+      status, _, err = self.check(*flags)
+      self.assertEqual(status, 2)
+      self.assertRegex(err, message)
+      self.assertEqual(err.count('\n'), 1)
     status, _, err = self.check('--published=pfllib')
     self.assertEqual(status, 2)
     self.assertIn(

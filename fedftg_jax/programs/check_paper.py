@@ -102,8 +102,13 @@ def main(folder: str) -> None:
   known = yaml.safe_load(PUBLISHED.read_text())
   name = FLAGS.published or place.absolute().resolve().name
   if name not in known:
-    raise cli.UsageError(
-      'published', name, f'must be one of {", ".join(known)}'
+    names = ', '.join(known)
+    if FLAGS.published:
+      raise cli.UsageError('published', name, f'must be one of {names}')
+    raise cli.ArgumentError(
+      folder,
+      'is not named after a preset with published figures; name one of them '
+      f'by --published: {names}',
     )
   found = compare(place, name, known[name])
   if not found:

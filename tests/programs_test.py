@@ -699,6 +699,25 @@ class ErrorsTest(parameterized.TestCase):
     self.assertEqual(help_.returncode, 0)
     self.assertIn('Concentration of the Dirichlet', help_.stdout)
 
+  def test_no_reader(self):
+    """Output whose reader has ended stops a program without a word."""
+    code = (
+      "from fedftg_jax.system import cli; cli.flags.FLAGS(['program']); "
+      'cli.guarded(lambda: [print(i, flush=True) for i in range(10**6)])'
+    )
+    process = subprocess.Popen(
+      [sys.executable, '-c', code],
+      cwd=ROOT,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+    )
+    self.assertEqual(process.stdout.readline(), '0\n')
+    process.stdout.close()
+    self.assertEqual(process.stderr.read(), '')
+    self.assertEqual(process.wait(60), 141)
+    process.stderr.close()
+
   @pytest.mark.slow
   def test_interruption(self):
     """Ctrl-C ends with one line and status 130; the same command completes."""

@@ -114,6 +114,9 @@ def guarded(main: Callable[[], None]) -> None:
     _fail(error)
   except RunError as error:
     _fail(error, status=1)
+  except BrokenPipeError:
+    _drop_output()
+    sys.exit(141)  # as the shell reports a program that SIGPIPE ended
   except OSError as error:
     _fail(_os_error(error), status=1)
   except MemoryError as error:
@@ -214,9 +217,14 @@ def _help(program: types.ModuleType, args: Sequence[str]) -> None:
       sys.stdout.flush()
     except ValueError as error:
       _fail(UsageError('help', name, str(error)))
-    except BrokenPipeError:  # its reader, such as `head`, has ended
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+      _drop_output()
     sys.exit(0)
+
+
+def _drop_output() -> None:
+  """Lets output go nowhere whose reader, such as `head`, has ended."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def given() -> frozenset[str]:

@@ -491,7 +491,7 @@ RECIPES = {
   'fed_nova': Recipe(
     'aggregates',
     fed_nova_lib.fed_nova,
-    'mean normalised by the number of local steps',
+    'mean normalised by how far local steps lead',
     reveals='sends how far its steps lead',
   ),
   'q_fed_avg': Recipe(

@@ -170,7 +170,8 @@ def _descent(optimizer, view) -> Rule:
     )
     variables = variables._replace(params=params, stats=aux.stats)
     moved, ones_state = optimizer.update(ones, ones_state, ones)
-    reach += sum(jax.tree.leaves(moved)) / max(len(jax.tree.leaves(moved)), 1)
+    moved = jax.tree.leaves(moved)
+    reach += sum(moved) / max(len(moved), 1)
     return variables, (opt_state, (ones_state, reach)), aux.cross_entropy
 
   return Rule((begin, (optimizer.init(ones), jnp.zeros(()))), step)

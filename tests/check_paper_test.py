@@ -150,6 +150,9 @@ class CheckTest(parameterized.TestCase):
       self.assertEqual(status, 2)
       self.assertRegex(err, message)
       self.assertEqual(err.count('\n'), 1)
+    status, _, err = programs.call(check_paper, f'{self.folder}/none')
+    self.assertEqual(status, 2)
+    self.assertIn('none: must be a folder with finished runs', err)
     status, _, err = self.check('--published=pfllib')
     self.assertEqual(status, 2)
     self.assertIn(

@@ -1,5 +1,8 @@
 """Tests the programs as a user meets them: files, repeats, resuming, errors."""
 
+import contextlib
+import errno
+import io
 import json
 import os
 import pathlib
@@ -25,7 +28,7 @@ from fedftg_jax.programs import benchmark, compare, train
 from fedftg_jax.results import plots, statistics
 from fedftg_jax.results import rows as rows_lib
 from fedftg_jax.runs import writer
-from fedftg_jax.system import versions
+from fedftg_jax.system import cli, versions
 from tests.programs import ROOT, call, forget, small, write_data
 
 
@@ -542,6 +545,10 @@ class ErrorsTest(parameterized.TestCase):
     ('--momentum=1', '--momentum=1.0: must be below 1'),
     ('--nesterov', '--nesterov=True: needs a --momentum above 0'),
     ('--keep_momentum', '--keep_momentum=True: needs a --momentum above 0'),
+    (
+      '--method=scaffold --scaffold_lr0 --momentum=0.9',
+      '--scaffold_lr0=True: needs --momentum=0',
+    ),
     ('--public_data=20', '--public_data=20: must be train:NUM or npz:PATH'),
     ('--method=fed_df_public', '--public_data=: fed_df_public needs images'),
     ('--dirichlet_alpha=0', '--dirichlet_alpha=0.0: must be above 0'),
@@ -717,6 +724,20 @@ class ErrorsTest(parameterized.TestCase):
     self.assertEqual(process.stderr.read(), '')
     self.assertEqual(process.wait(60), 141)
     process.stderr.close()
+
+  def test_another_broken_pipe(self):
+    """A pipe that is not the output's is an error."""
+
+    def main():
+      raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+
+    with (
+      self.assertRaises(SystemExit) as stop,
+      contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+      cli.guarded(main)
+    self.assertEqual(stop.exception.code, 1)
+    self.assertIn('Broken pipe', err.getvalue())
 
   @pytest.mark.slow
   def test_interruption(self):
@@ -913,6 +934,16 @@ class DevicesTest(parameterized.TestCase):
 
 
 class BenchmarkTest(parameterized.TestCase):
+  @pytest.mark.slow
+  def test_a_process_that_ended(self):
+    contestant = benchmark.Contestant('matmul', 'W0', 3, 'float32')
+    self.addCleanup(contestant.close)
+    self.assertNotIn('left_out', contestant.answer())
+    contestant._process.kill()
+    contestant._process.wait()
+    with self.assertRaisesRegex(cli.RunError, 'matmul: ended with status -9'):
+      contestant.run()
+
   @pytest.mark.slow
   def test_side_by_side(self):
     out = pathlib.Path(self.create_tempdir().full_path, 'speed.json')

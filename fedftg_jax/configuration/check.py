@@ -138,6 +138,11 @@ def check(values: dict[str, Any]) -> None:
     not values['scaffold_lr0'] or values['learning_rate'] > 0,
     'needs a --learning_rate above 0',
   )
+  require(
+    'scaffold_lr0',
+    not values['scaffold_lr0'] or not values['momentum'],
+    'needs --momentum=0: with momentum a step is longer than a learning rate',
+  )
   _check_privacy(values, require)
   _check_public(values, require)
   _check_uplink(values)

@@ -29,6 +29,7 @@ workload. A run that was stopped, by --minutes or otherwise, goes on with
 --resume.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -263,8 +264,9 @@ class Contestant:
 
   def run(self) -> None:
     """Trains a round and records its time and the peak memory."""
-    self._process.stdin.write('\n')  # type: ignore[union-attr]
-    self._process.stdin.flush()  # type: ignore[union-attr]
+    with contextlib.suppress(BrokenPipeError):  # then the answer is the reason
+      self._process.stdin.write('\n')  # type: ignore[union-attr]
+      self._process.stdin.flush()  # type: ignore[union-attr]
     answer = self.answer()
     if 'seconds' not in answer:
       raise cli.RunError(f'{self.name}: {answer["left_out"]}')

@@ -100,6 +100,8 @@ def main(folder: str) -> None:
   except (ValueError, ImportError) as error:  # a store that is not known here
     raise cli.ArgumentError(folder, str(error)) from error
   known = yaml.safe_load(PUBLISHED.read_text())
+  if not place.is_dir():
+    raise cli.ArgumentError(folder, 'must be a folder with finished runs')
   name = FLAGS.published or place.absolute().resolve().name
   if name not in known:
     names = ', '.join(known)

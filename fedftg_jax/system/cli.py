@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 import difflib
 import errno
 import functools
+import io
 import os
 import pathlib
 import re
+import select
 import signal
 import sys
 import types
@@ -114,10 +116,9 @@ def guarded(main: Callable[[], None]) -> None:
     _fail(error)
   except RunError as error:
     _fail(error, status=1)
-  except BrokenPipeError:
-    _drop_output()
-    sys.exit(141)  # as the shell reports a program that SIGPIPE ended
   except OSError as error:
+    if _output_has_no_reader():
+      sys.exit(141)  # as the shell reports a program that SIGPIPE ended
     _fail(_os_error(error), status=1)
   except MemoryError as error:
     _fail(_memory(error), status=1)
@@ -218,13 +219,25 @@ def _help(program: types.ModuleType, args: Sequence[str]) -> None:
     except ValueError as error:
       _fail(UsageError('help', name, str(error)))
     except BrokenPipeError:
-      _drop_output()
+      _output_has_no_reader()
     sys.exit(0)
 
 
-def _drop_output() -> None:
-  """Lets output go nowhere whose reader, such as `head`, has ended."""
-  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _output_has_no_reader() -> bool:
+  """Returns whether the reader of the output, such as `head`, has ended.
+
+  Then what is left of the output goes nowhere.
+  """
+  try:
+    output = sys.stdout.fileno()
+  except io.UnsupportedOperation:  # no file, as in a notebook
+    return False
+  poll = select.poll()
+  poll.register(output, 0)
+  ended = any(event & select.POLLERR for _, event in poll.poll(0))
+  if ended:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+  return ended
 
 
 def given() -> frozenset[str]:

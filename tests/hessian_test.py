@@ -121,6 +121,23 @@ class ProgramTest(parameterized.TestCase):
     self.assertNotIn('clients', found)
     self.assertIn('Curvature', (self.folder / 'kept/report.html').read_text())
 
+  def test_clients_that_train_no_model(self):
+    status, _, err = programs.call(
+      train,
+      *self.args,
+      '--method=fed_dm',
+      '--dm_iterations=1',
+      '--dm_server_epochs=1',
+      '--rounds=1',
+      f'--workdir={self.folder / "images"}',
+    )
+    assert status == 0, err
+    status, out, err = self.call('images')
+    self.assertEqual(status, 0, err)
+    self.assertIn('the clients train no model', out + err)
+    found = files.read_json(self.folder / 'images' / 'hessian.json')
+    self.assertNotIn('clients', found)
+
   def test_trained_on_more_devices_than_there_are(self):
     shutil.copytree(self.folder / 'kept', self.folder / 'elsewhere')
     path = self.folder / 'elsewhere' / 'config.json'

@@ -543,17 +543,17 @@ class FurtherContractTest(Contract):
       self.check(row)
 
 
-def after(name, local_steps=None, **options):
-  """Returns the model after three rounds of a method with these options."""
+def after(name, local_steps=None, model=MODEL, **options):
+  """Returns the variables after three rounds of a method with these options."""
   settings = recipes.Settings(
-    MODEL,
+    model,
     CLASSES,
     generator=GENERATOR,
     options={name: options} if options else {},
     build_model=ARCHITECTURES.__getitem__,
     image_shape=problems.IMAGE_SHAPE,
   )
-  fed = problems.make(MODEL, recipes.build(name, settings))
+  fed = problems.make(model, recipes.build(name, settings))
   rows = problems.schedule([[0, 1, 4], [2, 3, -1], [0, 2, 3]])
   if local_steps:
     rows = rows._replace(num_steps=np.full((3, 3), local_steps, np.int32))
@@ -564,8 +564,8 @@ def after(name, local_steps=None, **options):
 
 
 @functools.cache
-def after_fed_avg(local_steps=None):
-  return after('fed_avg', local_steps)
+def after_fed_avg(local_steps=None, model=MODEL):
+  return after('fed_avg', local_steps, model)
 
 
 class RunningAverageTest(absltest.TestCase):
@@ -623,6 +623,17 @@ class NeutralTest(parameterized.TestCase):
   )
   def test_switched_off_bit_by_bit(self, name, options):
     chex.assert_trees_all_equal(after(name, **options), after_fed_avg())
+
+  @parameterized.parameters(
+    ('fed_zdac', dict(ZDAC, per_class=0)),
+    ('fed_zdas', dict(ZDAS, images=0)),
+    ('fed_zdas', dict(ZDAS, tune_steps=0)),
+  )
+  def test_switched_off_with_batch_norm(self, name, options):
+    chex.assert_trees_all_equal(
+      after(name, model=problems.NORMED, **options),
+      after_fed_avg(model=problems.NORMED),
+    )
 
   @parameterized.parameters(
     ('fed_prox', dict(mu=0.0)),
@@ -895,6 +906,59 @@ class FedDmTest(parameterized.TestCase):
       moved.mean(1) - real.mean(1), (1 - 2 * rate / 2) * error, atol=1e-6
     )
 
+  def test_value_and_gradient_against_numpy(self):
+    """Equation 8 of a model with one tanh layer, in float64.
+
+    The gradient of the images is derived by hand.
+    """
+    rng = np.random.RandomState(0)
+    real, images = rng.randn(3, 5, 2, 2, 1), rng.randn(3, 2, 2, 2, 1)
+    w, v, owned = rng.randn(4, 6), rng.randn(6, 3), np.array([1, 0, 1])
+
+    def outputs(x):
+      features = np.tanh(x.reshape(*x.shape[:2], 4) @ w)  # [C, I, 6]
+      return features, features @ v
+
+    (h_x, z_x), (h_s, z_s) = outputs(real), outputs(images)
+    d_h, d_z = h_s.mean(1) - h_x.mean(1), z_s.mean(1) - z_x.mean(1)
+    value = np.sum(owned * (np.sum(d_h**2, 1) + np.sum(d_z**2, 1)))
+    of_features = 2 / images.shape[1] * (d_h + d_z @ v.T) * owned[:, None]
+    slope = (of_features[:, None] * (1 - h_s**2)) @ w.T
+
+    def forward(variables, x):
+      features = jnp.tanh(x.reshape(len(x), 4) @ variables[0])
+      return base.Output(features @ variables[1], features, ())
+
+    with enable_x64(True):
+      found, gradient = jax.value_and_grad(fed_dm.matching_loss, 3)(
+        base.Model(None, forward), (w, v), real, images, owned > 0
+      )
+      np.testing.assert_allclose(found, value, rtol=1e-12)
+      np.testing.assert_allclose(
+        gradient, slope.reshape(images.shape), rtol=1e-10, atol=1e-13
+      )
+
+  def test_momentum_of_the_pixels(self):
+    """Two steps by hand, of a client whose only example is always drawn."""
+    options = dict(
+      init='noise', iterations=2, rho=0.0, image_lr=0.2, image_momentum=0.6
+    )
+    _, _, message, data = self.sent(2, **options)
+    example = MODEL.normalise(data.x[data.index[:1]])
+    real = jnp.broadcast_to(
+      example, (CLASSES, DM['real_batch'], *problems.IMAGE_SHAPE)
+    )
+    start = jax.random.normal(
+      jax.random.split(KEY)[0], (CLASSES, DM['ipc'], *problems.IMAGE_SHAPE)
+    )
+    slope = jax.grad(fed_dm.matching_loss, 3)
+    first = slope(MODEL, MODEL.init(KEY), real, start)
+    once = start - 0.2 * first
+    second = slope(MODEL, MODEL.init(KEY), real, once)
+    twice = once - 0.2 * (0.6 * first + second)
+    label = int(data.y[data.index[0]])
+    np.testing.assert_allclose(message.x[label], twice[label], atol=1e-5)
+
   def test_classes_that_are_not_owned_count_in_nothing(self):
     variables, owned = MODEL.init(KEY), jnp.array([True, False, True])
     real, images = self.images(4), self.images(2, 2)
@@ -1013,6 +1077,46 @@ class FedDmTest(parameterized.TestCase):
     self.assertFalse(jnp.any(kept_then[1]))
     nothing, *_ = update(x, owned, [False, False])
     chex.assert_trees_all_equal(nothing, variables)
+
+  def test_steps_of_the_server(self):
+    """Two epochs of one batch by hand: SGD with decay and momentum."""
+    lr, decay, momentum = 0.1, 0.3, 0.7
+    part = fed_dm.fed_dm(
+      MODEL,
+      CLASSES,
+      problems.IMAGE_SHAPE,
+      ipc=2,
+      server_epochs=2,
+      server_batch_size=20,
+      server_lr=lr,
+      server_momentum=momentum,
+      server_weight_decay=decay,
+    )
+    variables = MODEL.init(KEY)
+    received = base.Received(*[None] * 8)._replace(
+      stacked=fed_dm.Images(self.images(2)[None], jnp.ones((1, CLASSES), bool)),
+      arrived=jnp.array([True]),
+      round=jnp.int32(0),
+    )
+    kept, _ = part.init(KEY, variables)
+    trained, *_ = part.update(variables, kept, received, KEY)
+
+    def loss(params):
+      x = self.images(2).reshape(-1, *problems.IMAGE_SHAPE)
+      logits = MODEL.apply(variables._replace(params=params), x).logits
+      return losses.cross_entropy(logits, jnp.repeat(jnp.arange(CLASSES), 2))
+
+    params = variables.params
+    velocity = jax.tree.map(jnp.zeros_like, params)
+    for _ in range(2):
+      velocity = jax.tree.map(
+        lambda v, g, p: momentum * v + g + decay * p,
+        velocity,
+        jax.grad(loss)(params),
+        params,
+      )
+      params = jax.tree.map(lambda p, v: p - lr * v, params, velocity)
+    chex.assert_trees_all_close(trained.params, params, rtol=1e-4, atol=1e-5)
 
   def test_errors(self):
     make = functools.partial(

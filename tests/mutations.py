@@ -58,6 +58,7 @@ ENGINE = 'fedftg_jax/federation.py'
 SOLVER = 'fedftg_jax/solvers.py'
 FED_FTG = 'fedftg_jax/methods/fed_ftg.py'
 DISTILLATION = 'fedftg_jax/distillation.py'
+FED_DM = 'fedftg_jax/methods/fed_dm.py'
 SCAFFOLD = 'fedftg_jax/methods/scaffold.py'
 FED_DYN = 'fedftg_jax/methods/fed_dyn.py'
 MOON = 'fedftg_jax/methods/moon.py'
@@ -691,6 +692,28 @@ FAULTS = (
     'slots * slot + sent',
     'sent',
     ('data_programs_test.py',),
+  ),
+  # Made images and flat minima.
+  Fault(
+    'dm_logits_do_not_match',
+    FED_DM,
+    'for a in (output.features, output.logits)',
+    'for a in (output.features,)',
+    ('methods_test.py',),
+  ),
+  Fault(
+    'dm_pixels_without_momentum',
+    FED_DM,
+    'velocity = image_momentum * velocity + gradient',
+    'velocity = gradient',
+    ('methods_test.py',),
+  ),
+  Fault(
+    'dm_server_without_decay',
+    FED_DM,
+    'weight_decay=server_weight_decay,',
+    'weight_decay=0.0,',
+    ('methods_test.py',),
   ),
 )
 

@@ -1,6 +1,7 @@
 """Tests that every preset is valid and documents command, time and score."""
 
 import contextlib
+import importlib
 import pathlib
 import re
 import struct
@@ -19,6 +20,7 @@ from fedftg_jax.programs import (
   sweep,
 )
 from fedftg_jax.system import cli
+from tests import programs
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / 'experiments' / 'presets'
@@ -148,6 +150,48 @@ class PresetsTest(parameterized.TestCase):
     else:
       self.assertLen(built.problem.parts, first['num_clients'])
     self.assertLen(built.problem.schedule.client_id, first['rounds'])
+
+  @parameterized.named_parameters(
+    ('fed_ftg', 'cifar10_table', '--list=partition=iid', '--norm=none'),
+    ('fed_gen', 'mnist_fed_gen', '--model=fedgen_cnn'),
+    ('fed_ntd', 'cifar10_fed_ntd'),
+    ('fed_align', 'cifar100_fed_align', '--model=resnet20'),
+    ('fed_dm', 'cifar10_fed_dm', '--dm_iterations=2', '--dm_server_epochs=1'),
+    ('fed_mr', 'cifar10_fed_mr', '--norm=none'),
+    ('p_fed_bred', 'fashion_mnist_p_fed_bred'),
+    ('fed_influence', 'emnist_fed_influence', '--curvatures=exact'),
+    ('uveqfed', 'cifar10_uveqfed', '--codecs=uveqfed', '--lattices=D4'),
+    ('niid_bench', 'niid_bench'),
+  )
+  @pytest.mark.slow  # below the parameters: applies to all cases
+  def test_ends_with_a_report(self, name, *flags):
+    """With fewer images, clients and rounds and, mostly, another model."""
+    with self.parsed(name) as program:
+      pass
+    workdir = self.folder / f'{name}_run'
+    small = {
+      'train_examples': 400,
+      'num_clients': 4,
+      'cohort': 2,
+      'rounds': 1,
+      'eval_every': 1,
+      'local_epochs': 1,
+      'batch_size': 10,
+      'model': 'softmax',
+    }
+    if program != 'influence':
+      small['seeds'] = 1
+    status, out, err = programs.call(
+      importlib.import_module(f'fedftg_jax.programs.{program}'),
+      f'--flagfile={FOLDER}/{name}.flags',
+      f'--manual_dir={self.folder}/originals',
+      f'--data_dir={self.folder}/data',
+      f'--workdir={workdir}',
+      *(f'--{flag}={value}' for flag, value in small.items()),
+      *flags,
+    )
+    self.assertEqual(status, 0, err[-3000:])
+    self.assertTrue((workdir / 'report.html').exists(), out)
 
   @parameterized.parameters(*NAMES)
   def test_says_what_was_measured(self, name):

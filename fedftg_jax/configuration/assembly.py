@@ -529,16 +529,26 @@ def _method(
     further += (solvers.kept_optimizer(_optimizer(config)),)
   if config['evaluate_all']:
     further += (evaluation.last_models(),)
-  return _checked(
-    'method',
-    config,
-    recipes.build,
-    config['method'],
-    settings,
-    *further,
-    *last,
-    refining=refining,
-  )
+  try:
+    return recipes.build(
+      config['method'], settings, *further, *last, refining=refining
+    )
+  except ValueError as error:
+    flag, right = _of_option(config['method'], str(error))
+    raise cli.UsageError(flag, config[flag], right) from error
+
+
+def _of_option(method: str, message: str) -> tuple[str, str]:
+  """Returns the flag of the option that a message begins with, and the rest.
+
+  Without such an option it is `method`, and the whole message.
+  """
+  name, _, rest = message.partition(' ')
+  for part in recipes.parse(method):
+    for flag, option in flags.of_method(part).items():
+      if option == name:
+        return flag, rest
+  return 'method', message
 
 
 def _privacy(config) -> dict[str, Any]:

@@ -7,7 +7,8 @@ The folder is that of a run, a comparison or a sweep. Its runs are compared with
 the figures of the preset of the same name, or of --published. The published
 figures are in experiments/presets/published.yaml, with their sources. Each
 figure is compared with all runs of its method and flags, as the mean over
-seeds. The difference is also given in standard deviations, of one seed here and
+seeds; a figure of the best value of a flag with the runs of the best value. The
+difference is also given in standard deviations, of one seed here and
 of one published seed together. Flags in which the runs differ from the preset
 are named, since they may explain a difference. Writes check_paper.json.
 """
@@ -54,7 +55,8 @@ _FREE = (
   'client_state',
   'num_devices',
 )
-_KEYS = ('percent', 'deviation', 'figure')  # of a figure; others are flags
+# Of a figure; others are flags.
+_KEYS = ('percent', 'deviation', 'figure', 'best_of')
 
 
 class _Run(NamedTuple):
@@ -170,6 +172,8 @@ def compare(
   for figure in published['figures']:
     wanted = {k: v for k, v in figure.items() if k not in _KEYS}
     preset = preset_config(name, wanted)
+    chosen = figure.get('best_of')
+    of_figure = []
     for runs in groups.values():
       config = Configuration(runs[0].config)
       if [_comparable(k, config[k]) for k in wanted] != [
@@ -185,20 +189,24 @@ def compare(
           '--evaluate_clients=every'
         )
         continue
-      found.append(
+      best = {chosen: config[chosen]} if chosen else {}
+      of_figure.append(
         Compared(
-          wanted,
+          {**wanted, **best},
           figure['percent'],
           figure.get('deviation'),
           ours,
           runs[0].rows[-1]['round'],
           {
             k: (config[k], preset[k])
-            for k in sorted({*config, *preset} - {*_FREE, *wanted})
+            for k in sorted({*config, *preset} - {*_FREE, *wanted, *best})
             if config[k] != preset[k]
           },
         )
       )
+    if chosen and of_figure:
+      of_figure = [max(of_figure, key=lambda one: np.mean(one.ours))]
+    found += of_figure
   return found
 
 

@@ -16,6 +16,7 @@ from absl import flags as absl_flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from upath import UPath
 
 from fedftg_jax import client_state, second_order
@@ -144,29 +145,37 @@ def _measure(place, experiment) -> dict:
   }
   if FLAGS.clients:
     of_variables = lambda variables: traces(variables, sample).per_tensor
-    found['clients'] = {
-      'slots': slots,
-      **_across_clients(experiment, state, data, key_run, put, of_variables),
-    }
+    across = _across_clients(
+      experiment, state, data, key_run, put, of_variables
+    )
+    if across:
+      found['clients'] = {'slots': slots, **across}
   return found
 
 
 def _across_clients(experiment, state, data, key, put, traces) -> dict:
   """Measures how curvature differs between the clients' models.
 
-  Each client trains from the model, by its own local training.
+  Each client trains from the model, by its own local training. If none moves the
+  model, as in FedDM, there is nothing to compare, and the result is {}.
   """
   fed, parts = experiment.simulation.federation, experiment.problem.parts
   ids = _spread(np.flatnonzero(parts.sizes), FLAGS.clients)
   slots = client_state.read(state.clients, ids)
   state = put(state._replace(clients=slots))
   personalise = jax.jit(lambda *args: fed.personalise(*args)[1])
-  vectors = []
+  vectors, moved = [], False
   for i, client in enumerate(ids):
     models = personalise(state, data, jnp.int32(client), jnp.int32(i), key)
-    of_client = traces(models['personalised'].variables)
+    local = models['personalised'].variables
+    change = optax.tree.sub(local.params, state.variables.params)
+    moved |= bool(optax.tree.norm(change) > 0)
+    of_client = traces(local)
     vectors.append(jnp.stack(jax.tree.leaves(of_client)))
     progress.say(f'client {client}, {i + 1} of {len(ids)}')
+  if not moved:
+    progress.say('the clients train no model: H_N and H_D are left out')
+    return {}
   stacked = jnp.stack(vectors)  # [K, J]
   return {
     'ids': ids.tolist(),

@@ -2,6 +2,7 @@
 
   python -m experiments.teachers
   python -m experiments.teachers --bases=scaffold --seeds=1 --rounds=10
+  python -m experiments.teachers --model=lenet --rounds=60 --workdir=runs/teachers_lenet
   python -m experiments.teachers --broadcast=true --workdir=runs/teachers_true
 
 In each round it measures the clients' models together, as an ensemble: with
@@ -35,6 +36,7 @@ _DATASET = flags.DEFINE_string('dataset', 'fashion_mnist', 'Data set.')
 _BASES = flags.DEFINE_list(
   'bases', ['fed_avg', 'scaffold', 'fed_dyn'], 'Methods to look at.'
 )
+_MODEL = flags.DEFINE_string('model', 'mlp', 'Model.')
 _EXAMPLES = flags.DEFINE_integer(
   'train_examples', 12000, 'Training examples; a sixth is kept apart.'
 )
@@ -51,7 +53,8 @@ _WORKDIR = flags.DEFINE_string('workdir', 'runs/teachers', 'Where to write.')
 
 ITERATIONS, BATCH, STEPS = 10, 50, 5  # as many images and steps as FedFTG
 BATCH_OF_TESTS = 500
-WINDOWS = (5, 10), (30, 50), (80, 100)  # rounds of the table
+# Rounds of the table, as shares of all rounds.
+WINDOWS = (0.05, 0.1), (0.3, 0.5), (0.8, 1.0)
 # In the picture; an ensemble that knows the true class is far above them.
 SHOWN = (
   'running average',
@@ -155,7 +158,11 @@ def main(argv: list[str]) -> None:
   rest = order[: len(order) // 6]
   train = order[len(order) // 6 :]
   model = models.build(
-    'mlp', whole.image_shape, whole.num_classes, mean=whole.mean, std=whole.std
+    _MODEL.value,
+    whole.image_shape,
+    whole.num_classes,
+    mean=whole.mean,
+    std=whole.std,
   )
   part = watching(
     model,
@@ -176,7 +183,7 @@ def main(argv: list[str]) -> None:
       fedftg_jax.simulate(
         data,
         method=[method, part, 'running_average'],
-        model='mlp',
+        model=_MODEL.value,
         rounds=_ROUNDS.value,
         local_epochs=2,
         dirichlet_alpha=_ALPHA.value,
@@ -193,7 +200,8 @@ def main(argv: list[str]) -> None:
       for seed in range(_SEEDS.value)
     ]
     evaluated = [row for run in runs for row in run.rows]
-    for first, last in WINDOWS:
+    for window in WINDOWS:
+      first, last = (round(_ROUNDS.value * share) for share in window)
       some = [_measures(r) for r in evaluated if first <= r['round'] <= last]
       if some:
         means = [100 * np.mean([r[kind] for r in some]) for kind in some[0]]

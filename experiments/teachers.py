@@ -2,7 +2,7 @@
 
   python -m experiments.teachers
   python -m experiments.teachers --bases=scaffold --seeds=1 --rounds=10
-  python -m experiments.teachers --model=lenet --rounds=60 --workdir=runs/teachers_lenet
+  python -m experiments.teachers --model=lenet --rounds=60
   python -m experiments.teachers --broadcast=true --workdir=runs/teachers_true
 
 In each round it measures the clients' models together, as an ensemble: with

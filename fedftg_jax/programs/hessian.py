@@ -156,8 +156,8 @@ def _measure(place, experiment) -> dict:
 def _across_clients(experiment, state, data, key, put, traces) -> dict:
   """Measures how curvature differs between the clients' models.
 
-  Each client trains from the model, by its own local training. If none moves the
-  model, as in FedDM, there is nothing to compare, and the result is {}.
+  Each client trains from the model, by its own local training. If none moves
+  the model, as in FedDM, there is nothing to compare, and the result is {}.
   """
   fed, parts = experiment.simulation.federation, experiment.problem.parts
   ids = _spread(np.flatnonzero(parts.sizes), FLAGS.clients)

@@ -17,7 +17,7 @@ FIGURES = [
 
 
 def _flags(figure):
-  others = 'percent', 'deviation', 'figure'
+  others = 'percent', 'deviation', 'figure', 'best_of'
   return {k: v for k, v in figure.items() if k not in others}
 
 
@@ -109,6 +109,21 @@ class CheckTest(parameterized.TestCase):
     self.assertEqual(status, 0, err)
     self.assertIn('Nobody has checked these figures', out)
     self.assertRegex(out, r'50\.00 .* 52\.61 .* -2\.61')
+
+  def test_a_figure_of_the_best_value_of_a_flag(self):
+    config = check_paper.preset_config(
+      'niid_bench', {'method': 'fed_prox', 'partition': 'classes'}
+    )
+    for mu, accuracy in ((0.01, 0.7), (0.1, 0.8), (1.0, 0.6)):
+      self.write(f'{mu}', {**config, 'prox_mu': mu}, [accuracy])
+    status, out, err = self.check('--published=niid_bench')
+    self.assertEqual(status, 0, err)
+    found = json.loads((self.folder / 'check_paper.json').read_text())
+    (one,) = found['figures']
+    self.assertEqual(one['ours'], [80.0])
+    self.assertEqual(one['flags']['prox_mu'], 0.1)
+    self.assertNotIn('prox_mu', one['differs'])
+    self.assertRegex(out, 'prox_mu=0.1')
 
   def test_a_figure_of_personal_models(self):
     config = check_paper.preset_config('pfllib', {'method': 'ditto'})

@@ -155,7 +155,6 @@ class PresetsTest(parameterized.TestCase):
     ('fed_ftg', 'cifar10_table', '--list=partition=iid', '--norm=none'),
     ('fed_gen', 'mnist_fed_gen', '--model=fedgen_cnn'),
     ('fed_ntd', 'cifar10_fed_ntd'),
-    ('fed_align', 'cifar100_fed_align', '--model=resnet20'),
     ('fed_dm', 'cifar10_fed_dm', '--dm_iterations=2', '--dm_server_epochs=1'),
     ('fed_mr', 'cifar10_fed_mr', '--norm=none'),
     ('p_fed_bred', 'fashion_mnist_p_fed_bred'),
@@ -164,10 +163,11 @@ class PresetsTest(parameterized.TestCase):
     ('niid_bench', 'niid_bench'),
   )
   @pytest.mark.slow  # below the parameters: applies to all cases
-  def test_ends_with_a_report(self, name, *flags):
+  def test_ends_with_a_table(self, name, *flags):
     """With fewer images, clients, rounds and, mostly, another model.
 
-    Of lists only the first and the last value are trained.
+    Of lists only the first and the last value are trained. FedAlign's preset is
+    left out: a model with stages takes minutes to compile.
     """
     with self.parsed(name) as program:
       pass
@@ -203,7 +203,7 @@ class PresetsTest(parameterized.TestCase):
       *flags,
     )
     self.assertEqual(status, 0, err[-3000:])
-    self.assertTrue((workdir / 'report.html').exists(), out)
+    self.assertTrue((workdir / 'table.md').exists(), out)
 
   @parameterized.parameters(*NAMES)
   def test_says_what_was_measured(self, name):

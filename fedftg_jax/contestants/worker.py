@@ -7,15 +7,17 @@ It prints a line of JSON when it is ready (device, versions, seconds of the
 first round, which compiles, and what the contestant's own `cost` counts, if it
 has any). Then, for every line that it reads, it trains a
 round and prints a line with the seconds it took and the peak memory so far. It
-ends when its input ends.
+ends when its input ends, or with a line that says why it cannot go on.
 """
 
+from collections.abc import Iterator
 import importlib
 import importlib.metadata
 import json
 import resource
 import sys
 import time
+from typing import Any
 
 from fedftg_jax.contestants import workloads
 
@@ -23,51 +25,41 @@ from fedftg_jax.contestants import workloads
 def main(name: str, workload: str, cohort: str, precision: str) -> None:
   """Prepares the contestant, and times a round for every line read."""
   # Only answers go to the real stdout; all other output goes to stderr.
-  answers, sys.stdout = sys.stdout, sys.stderr
+  where, sys.stdout = sys.stdout, sys.stderr
   try:
-    module, *options = name.split(':')
-    contestant = importlib.import_module(f'fedftg_jax.contestants.{module}')
     work = workloads.WORKLOADS[workload]._replace(
       cohort=int(cohort), bfloat16=precision == 'bfloat16'
     )
-    start = time.perf_counter()
-    round_ = contestant.prepare(
-      work, **(contestant.options(options) if options else {})
-    )
-    round_()
-    first_seconds = time.perf_counter() - start
-    cost = contestant.cost(work) if hasattr(contestant, 'cost') else {}
+    for answer in answers(name, work):
+      print(json.dumps(answer), file=where, flush=True)
   except Exception as error:
     # Whatever the error is, the others can still be timed.
     text = ' '.join(str(error).split())
     if not isinstance(error, (ImportError, NotImplementedError)):
       text = f'{type(error).__name__}: {text}'
-    print(json.dumps({'left_out': text}), file=answers, flush=True)
-    return
-  print(
-    json.dumps(
-      {
-        'first_seconds': first_seconds,
-        'cost': cost,
-        'device': device(),
-        'versions': {
-          p: importlib.metadata.version(p) for p in contestant.PACKAGES
-        },
-      }
-    ),
-    file=answers,
-    flush=True,
+    print(json.dumps({'left_out': text}), file=where, flush=True)
+
+
+def answers(name: str, work: workloads.Workload) -> Iterator[dict[str, Any]]:
+  """Yields what is printed: when the contestant is ready, and of each round."""
+  module, *options = name.split(':')
+  contestant = importlib.import_module(f'fedftg_jax.contestants.{module}')
+  start = time.perf_counter()
+  round_ = contestant.prepare(
+    work, **(contestant.options(options) if options else {})
   )
+  round_()
+  yield {
+    'first_seconds': time.perf_counter() - start,
+    'cost': contestant.cost(work) if hasattr(contestant, 'cost') else {},
+    'device': device(),
+    'versions': {p: importlib.metadata.version(p) for p in contestant.PACKAGES},
+  }
   for _ in sys.stdin:
     start = time.perf_counter()
     round_()
-    print(
-      json.dumps(
-        {'seconds': time.perf_counter() - start, 'peak_bytes': peak_bytes()}
-      ),
-      file=answers,
-      flush=True,
-    )
+    seconds = time.perf_counter() - start
+    yield {'seconds': seconds, 'peak_bytes': peak_bytes()}
 
 
 def peak_bytes() -> int:

@@ -5,11 +5,12 @@
   fedftg benchmark --workloads=W2 --cohorts=1,2,4,8 --against=torch
   fedftg benchmark --precisions=default,bfloat16 --minutes=9 --resume
 
-Each contestant runs in a process of its own. They take turns, round by round,
-while the others wait, so that a change in the machine's load affects all of
-them. The table shows medians, the ratio of each to ours, and the peak memory of
-the process (on an accelerator, of its device). A contestant whose package is
-missing, or that cannot do a workload, is named and left out.
+Each contestant runs in a process of its own. It takes turns with ours, round by
+round, while the other waits, so that a change in the machine's load affects
+both. The table shows medians, the ratio of each to ours in the same turns, and
+the peak memory of the process (on an accelerator, of its device). A contestant
+whose package is missing, that cannot do a workload, or that fails, is left out,
+with the reason.
 
 The peers are separate packages (requirements-bench.txt), some of which need
 other versions than this package; --peer_python names the interpreter of an
@@ -24,12 +25,15 @@ clients, with the bytes that XLA counts for it.
 Ours has options, as ours:conv=pallas:client_chunk=2, which --against takes like
 any other contestant: candidates that may be faster.
 
-It writes --out (JSON) and, beside it, a picture of the same name, after each
-workload. A run that was stopped, by --minutes or otherwise, goes on with
---resume.
+It writes --out (JSON) after every round of a contestant, and at the end a
+picture of the same name. A run that was stopped, by --minutes or otherwise,
+goes on with --resume: with the rounds that are missing, and without what was
+left out. Then ours is prepared again, to take turns.
 """
 
+from collections.abc import Callable
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -64,6 +68,9 @@ PEERS = (
 )
 LIMITS = HOME[3:]  # no rounds: what the device and a step can do
 PRECISIONS = ('default', 'bfloat16')
+ENVIRONMENT = {**os.environ, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+Cell = tuple[str, int, str]  # workload, number of clients, precision
+Rows = dict[tuple[str, int, str, str], dict[str, Any]]  # by cell and contestant
 
 _WORKLOADS = absl_flags.DEFINE_list(
   'workloads',
@@ -104,7 +111,9 @@ _PRECISIONS = absl_flags.DEFINE_list(
 _MINUTES = absl_flags.DEFINE_float(
   'minutes',
   0.0,
-  'Minutes after which no further workload is begun; 0 for no limit.',
+  'Minutes after which no contestant is prepared and no round is begun; 0 for '
+  'no limit. What is being prepared then is not cut off, and still gets one '
+  'round.',
   lower_bound=0,
 )
 _RESUME = absl_flags.DEFINE_bool(
@@ -142,35 +151,40 @@ def main() -> None:
   if out.suffix != '.json':
     raise cli.UsageError('out', out, 'must end in .json')
   console = rich_console.Console(stderr=True)
-  start, longest = time.monotonic(), 0.0
-  done = _resumed(out) if _RESUME.value else []
-  cells = [
-    cell
-    for cell in _cells()
-    if cell not in [(r['workload'], r['cohort'], r['precision']) for r in done]
-  ]
-  for i, (name, cohort, precision) in enumerate(cells):
-    begun = time.monotonic()
-    # A workload takes about as long as the longest one before it.
-    if _MINUTES.value and begun + longest > start + 60 * _MINUTES.value:
-      console.print(
-        f'{len(cells) - i} of {len(cells)} are left: the same command with '
-        '--resume goes on'
-      )
-      break
-    console.print(f'{name}: {workloads.WORKLOADS[name].help}')
-    console.print(f' {cohort} clients, {precision}')
-    done += time_side_by_side(
-      (name, cohort, precision), [OURS, *_AGAINST.value], _REPEAT.value, console
+  deadline = time.monotonic() + 60 * (_MINUTES.value or float('inf'))
+  rows = _resumed(out) if _RESUME.value else {}
+  names, repeat = list(dict.fromkeys([OURS, *_AGAINST.value])), _REPEAT.value
+  for cell in _cells():
+    time_cell(
+      cell,
+      names,
+      repeat,
+      rows,
+      save=lambda: write_figures(rows, out),
+      late=lambda: time.monotonic() > deadline,
+      console=console,
     )
-    write_results(done, out)  # so that results survive an interruption
-    longest = max(longest, time.monotonic() - begun)
-  progress.show(*result_table(done))
+  left = [
+    (*cell, name)
+    for cell in _cells()
+    for name in names
+    if not _is_done(rows.get((*cell, name)), repeat)
+  ]
+  if left:
+    console.print(
+      f'{len(left)} of {len(names) * len(_cells())} are left: the same command '
+      'with --resume goes on'
+    )
+  draw(rows, out)
+  progress.show(*result_table(rows))
+  for row in rows.values():
+    if 'left_out' in row:
+      print(f'left out: {_title(row)} {row["who"]}: {row["left_out"]}')
   print(f'figures: {out}, {out.with_suffix(".png")}')
 
 
-def _cells() -> list[tuple[str, int, str]]:
-  """Lists what is timed: workload, number of clients, precision."""
+def _cells() -> list[Cell]:
+  """Lists what is timed."""
   return [
     (name, int(cohort), precision)
     for name in _WORKLOADS.value
@@ -179,20 +193,21 @@ def _cells() -> list[tuple[str, int, str]]:
   ]
 
 
-def _resumed(out: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads the figures of a benchmark that was stopped; [] if there are none.
+def _resumed(out: pathlib.Path) -> Rows:
+  """Reads the figures of a benchmark that was stopped; {} if there are none.
 
   Raises:
     cli.UsageError: if the file is damaged, or of another machine.
   """
   if not out.exists():
-    return []
+    return {}
   try:
     saved = files.read_json(out)
-    rows, where = saved['rows'], {'xla_flags': '', **saved['machine']}
-    for row in rows:
-      row.setdefault('precision', 'default')
-      row.setdefault('cost', {})
+    rows = {}
+    for row in saved['rows']:
+      row = {'precision': 'default', 'cost': {}, 'ours_seconds': [], **row}
+      rows[row['workload'], row['cohort'], row['precision'], row['who']] = row
+    where = {'xla_flags': '', **saved['machine']}
     result_table(rows)
   except (
     ValueError,
@@ -206,15 +221,13 @@ def _resumed(out: pathlib.Path) -> list[dict[str, Any]]:
     ) from error
   if where != machine():
     raise cli.UsageError(
-      'out', out, 'has figures of another machine or XLA_FLAGS'
+      'out', out, 'has figures of another machine, accelerator or XLA_FLAGS'
     )
-  for flag in (_AGAINST, _REPEAT):
-    before = saved.get(flag.name, flag.value)
-    if before != flag.value:
-      raise cli.UsageError(
-        flag.name, flag.value, f'{out} has figures with {before}'
-      )
   return rows
+
+
+class LeftOut(Exception):
+  """The reason why a contestant cannot go on."""
 
 
 class Contestant:
@@ -224,7 +237,6 @@ class Contestant:
     peer_python = _PEER_PYTHON.value or sys.executable
     home = name.split(':')[0] in HOME
     python = sys.executable if home else peer_python
-    self.name, self.seconds, self.peak_bytes = name, [], 0
     self._errors = tempfile.TemporaryFile('w+')
     # The other environment should find this package, but no package that is
     # installed next to it.
@@ -246,32 +258,38 @@ class Contestant:
       stderr=self._errors,
       text=True,
       cwd=self._place.name,
-      env={**os.environ, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'},
+      env=ENVIRONMENT,
     )
 
   def answer(self) -> dict[str, Any]:
-    """Reads an answer; 'left_out' has the reason if the process has ended."""
-    line = self._process.stdout.readline()  # type: ignore[union-attr]
-    if line:
-      return json.loads(line)
-    self._process.wait()
-    self._errors.seek(0)
-    last = [line for line in self._errors if line.strip()][-1:]
-    return {
-      'left_out': ''.join(last).strip()
-      or (f'ended with status {self._process.returncode}')
-    }
+    """Reads an answer: first the one of a contestant that is ready.
 
-  def run(self) -> None:
-    """Trains a round and records its time and the peak memory."""
+    Raises:
+      LeftOut: if there is none.
+    """
+    line = self._process.stdout.readline()  # type: ignore[union-attr]
+    if not line:
+      self._process.wait()
+      self._errors.seek(0)
+      last = [line for line in self._errors if line.strip()][-1:]
+      raise LeftOut(
+        ''.join(last).strip() or f'ended with status {self._process.returncode}'
+      )
+    answer = json.loads(line)
+    if 'left_out' in answer:
+      raise LeftOut(answer['left_out'])
+    return answer
+
+  def run(self) -> dict[str, Any]:
+    """Trains a round; returns its seconds and the peak memory so far.
+
+    Raises:
+      LeftOut: if the contestant fails.
+    """
     with contextlib.suppress(BrokenPipeError):  # then the answer is the reason
       self._process.stdin.write('\n')  # type: ignore[union-attr]
       self._process.stdin.flush()  # type: ignore[union-attr]
-    answer = self.answer()
-    if 'seconds' not in answer:
-      raise cli.RunError(f'{self.name}: {answer["left_out"]}')
-    self.seconds.append(answer['seconds'])
-    self.peak_bytes = answer['peak_bytes']
+    return self.answer()
 
   def close(self) -> None:
     """Ends the process."""
@@ -281,61 +299,131 @@ class Contestant:
     self._place.cleanup()
 
 
-def time_side_by_side(
-  cell: tuple[str, int, str], names, repeat, console
-) -> list[dict[str, Any]]:
-  """Times one workload; returns its rows, ours first."""
-  workload, cohort, precision = cell
-  here, about = [], {}
-  try:
-    for name in names:
-      contestant = Contestant(name, *cell)
-      here.append(contestant)
-      about[name] = contestant.answer()
-      if 'left_out' in about[name]:
-        console.print(f'  {name} left out: {about[name]["left_out"]}')
-        here.pop().close()
-    for _ in range(repeat):
-      for contestant in here:
-        contestant.run()
-  finally:
-    for contestant in here:
-      contestant.close()
-  rows = []
-  for contestant in here:
-    median = float(np.median(contestant.seconds))
-    first = about[contestant.name]
-    rows.append(
-      {
-        'workload': workload,
-        'cohort': cohort,
-        'precision': precision,
-        'who': contestant.name,
-        'device': first['device'],
-        'peak_bytes': contestant.peak_bytes,
-        'seconds': median,
-        'all_seconds': contestant.seconds,
-        'compile_seconds': max(first['first_seconds'] - median, 0.0),
-        'cost': first['cost'],
-        'versions': first['versions'],
-      }
-    )
-    console.print(f'  {contestant.name}: {median:.3g} s')
-  return rows
+def time_cell(
+  cell: Cell,
+  names: list[str],
+  repeat: int,
+  rows: Rows,
+  *,
+  save: Callable[[], None],
+  late: Callable[[], bool],
+  console: rich_console.Console,
+) -> None:
+  """Times the contestants of a cell that are not done.
+
+  Args:
+    cell: workload, number of clients, precision.
+    names: contestants, ours first.
+    repeat: number of timed rounds.
+    rows: all figures so far, to which those of the cell are added.
+    save: is called when `rows` has changed.
+    late: returns whether time is up. It is asked before a contestant is
+      prepared, and between rounds.
+    console: where it is said what is done.
+  """
+  todo = [n for n in names if not _is_done(rows.get((*cell, n)), repeat)]
+  if any(map(_is_round, todo)) and OURS not in todo:
+    if 'left_out' not in rows.get((*cell, OURS), {}):
+      todo = [OURS, *todo]
+  if not todo or late():
+    return
+  console.print(f'{cell[0]}: {workloads.WORKLOADS[cell[0]].help}')
+  console.print(f' {cell[1]} clients, {cell[2]}')
+  ours = None
+  with contextlib.ExitStack() as at_end:
+    for name in todo:
+      if late():
+        return
+      key = (*cell, name)
+      with contextlib.ExitStack() as now:
+        one = Contestant(name, *cell)
+        (at_end if name == OURS else now).callback(one.close)
+        try:
+          _take_turns(
+            one,
+            ours if _is_round(name) else None,
+            key,
+            repeat,
+            rows,
+            save,
+            late,
+          )
+        except LeftOut as error:
+          console.print(f'  {name} left out: {error}')
+          if not _is_done(rows.get(key), repeat):
+            rows[key] = {**_named(key), 'left_out': str(error)}
+            save()
+        else:
+          ours = one if name == OURS else ours
+          if key in rows:
+            console.print(f'  {name}: {rows[key]["seconds"]:.3g} s')
 
 
-def result_table(
-  rows: list[dict[str, Any]],
-) -> tuple[list[str], list[list[str]]]:
+def _take_turns(
+  one: Contestant,
+  ours: Contestant | None,
+  key: tuple[str, int, str, str],
+  repeat: int,
+  rows: Rows,
+  save: Callable[[], None],
+  late: Callable[[], bool],
+) -> None:
+  """Times the rounds that a contestant lacks, each after a round of ours.
+
+  Raises:
+    LeftOut: if the contestant fails. If ours does, the other goes on alone.
+  """
+  first = one.answer()
+  row = rows.get(key) or {**_named(key), 'all_seconds': [], 'ours_seconds': []}
+  while len(row['all_seconds']) < repeat:
+    if ours:
+      try:
+        row['ours_seconds'].append(ours.run()['seconds'])
+      except LeftOut:
+        ours = None
+    answer = one.run()
+    row['all_seconds'].append(answer['seconds'])
+    median = float(np.median(row['all_seconds']))
+    row |= {
+      'device': first['device'],
+      'peak_bytes': answer['peak_bytes'],
+      'seconds': median,
+      'compile_seconds': max(first['first_seconds'] - median, 0.0),
+      'cost': first['cost'],
+      'versions': first['versions'],
+    }
+    rows[key] = row
+    save()
+    if late():
+      return
+
+
+def _named(key: tuple[str, int, str, str]) -> dict[str, Any]:
+  return dict(zip(('workload', 'cohort', 'precision', 'who'), key))
+
+
+def _is_round(name: str) -> bool:
+  return name.split(':')[0] not in LIMITS
+
+
+def _is_done(row: dict[str, Any] | None, repeat: int) -> bool:
+  """Returns whether a contestant has all its rounds, or was left out."""
+  return row is not None and (
+    'left_out' in row or len(row['all_seconds']) >= repeat
+  )
+
+
+def result_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
   """Formats the results: header and rows, as text."""
+  timed = [row for row in rows.values() if 'left_out' not in row]
   base, limits = (
-    {_title(r): r for r in rows if r['who'] == who} for who in (OURS, 'matmul')
+    {_title(r): r for r in timed if r['who'] == who} for who in (OURS, 'matmul')
   )
   lines = []
-  for r in rows:
+  for r in timed:
     title, speed = _title(r), _gflop_per_second(r)
-    is_round = r['who'] not in LIMITS
     moved = r['cost'].get('gbyte')
+    ours = r['ours_seconds'] or base.get(title, {}).get('all_seconds')
     lines.append(
       [
         title,
@@ -343,8 +431,8 @@ def result_table(
         r['device'],
         f'{r["seconds"]:.3g}',
         f'{min(r["all_seconds"]):.3g} - {max(r["all_seconds"]):.3g}',
-        f'{r["seconds"] / base[title]["seconds"]:.2f}'
-        if title in base and is_round
+        f'{r["seconds"] / np.median(ours):.2f}'
+        if ours and _is_round(r['who'])
         else '',
         f'{speed:.0f}' if speed else '',
         f'{100 * speed / _gflop_per_second(limits[title]):.1f} %'
@@ -384,23 +472,20 @@ def _title(row: dict[str, Any]) -> str:
   return name if row['precision'] == 'default' else f'{name} {row["precision"]}'
 
 
-def write_results(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
-  """Writes the figures and the picture."""
-  files.write_json(
-    out,
-    {
-      'machine': machine(),
-      _AGAINST.name: _AGAINST.value,
-      _REPEAT.name: _REPEAT.value,
-      'rows': rows,
-    },
-  )
+def write_figures(rows: Rows, out: pathlib.Path) -> None:
+  """Writes the figures."""
+  files.write_json(out, {'machine': machine(), 'rows': [*rows.values()]})
+
+
+def draw(rows: Rows, out: pathlib.Path) -> None:
+  """Draws the picture beside the figures."""
   groups = {}
-  for r in rows:
-    if r['who'] not in LIMITS:
+  for r in rows.values():
+    if 'left_out' not in r and _is_round(r['who']):
       groups.setdefault(_title(r), {})[r['who']] = r['seconds']
-  with files.replacing(out.with_suffix('.png')) as temporary:
-    plots.bars(temporary, groups, 'seconds per round')
+  if groups:
+    with files.replacing(out.with_suffix('.png')) as temporary:
+      plots.bars(temporary, groups, 'seconds per round')
 
 
 def machine() -> dict[str, Any]:
@@ -409,5 +494,26 @@ def machine() -> dict[str, Any]:
     'platform': platform.platform(),
     'processor': devices.processor(),
     'cores': len(os.sched_getaffinity(0)),
+    'accelerator': accelerator(),
     'xla_flags': os.environ.get('XLA_FLAGS', ''),
   }
+
+
+@functools.cache
+def accelerator() -> str:
+  """Returns the name of the device that JAX uses here, 'cpu' if it is none.
+
+  It is asked in a process of its own, which leaves the device to contestants.
+  """
+  code = 'import jax; print(jax.devices()[0].device_kind)'
+  asked = subprocess.run(
+    [sys.executable, '-c', code],
+    capture_output=True,
+    text=True,
+    env=ENVIRONMENT,
+  )
+  if asked.returncode:
+    raise cli.RunError(
+      'JAX has no device: ' + ''.join(asked.stderr.splitlines()[-1:])
+    )
+  return asked.stdout.splitlines()[-1]

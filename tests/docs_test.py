@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import tomllib
 
 from absl import flags as absl_flags
 from absl.testing import absltest, parameterized
@@ -206,6 +207,21 @@ class PagesTest(parameterized.TestCase):
             here = known | own.get(script, set())
             with self.subTest(name, line=line):
               self.assertTrue({flag, flag.removeprefix('no')} & here, flag)
+
+  def test_environment_of_the_peers(self):
+    """The file, the extra, and for a GPU the JAX that this package has."""
+    extras = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project'][
+      'optional-dependencies'
+    ]
+    lines = (ROOT / 'requirements-bench.txt').read_text().splitlines()
+    self.assertCountEqual(
+      [line for line in lines if line[0] != '#'], extras['bench']
+    )
+    (on_gpu,) = extras['gpu']
+    self.assertIn(
+      f'-r requirements-bench.txt "{on_gpu}"\n',
+      (ROOT / 'docs' / 'speed.md').read_text(),
+    )
 
   def test_readme_is_short(self):
     self.assertLessEqual(len((ROOT / 'README.md').read_text().split('\n')), 151)

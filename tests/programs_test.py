@@ -940,7 +940,7 @@ class Process:
     self.name, self.workload = name, workload
 
   def answer(self):
-    return {'first_seconds': 60.0, 'cost': {}, 'device': 'a', 'versions': {}}
+    return {'first_seconds': 60.0, 'cost': {}, 'device': 'cpu', 'versions': {}}
 
   def run(self):
     return {'seconds': 2.0 if self.name == 'ours' else 3.0, 'peak_bytes': 1}
@@ -1088,19 +1088,41 @@ class BenchmarkTest(parameterized.TestCase):
         benchmark, f'--out={out}', '--workloads=W1', '--against=torch'
       )
     self.assertIn('left out: W1 ours: out of memory', screen)
-    self.assertRegex(screen, 'torch │ a +│ 3 +│ 3 - 3 │ +│ 84')
+    self.assertRegex(screen, 'torch │ cpu +│ 3 +│ 3 - 3 │ +│ 84')
+
+  def test_another_device(self):
+    """What runs on the host is not compared with ours on an accelerator."""
+    out = pathlib.Path(self.create_tempdir().full_path, 'speed.json')
+
+    class Scripted(Process):
+      def answer(self):
+        device = 'cpu' if self.name == 'fedjax' else 'NVIDIA'
+        return {**super().answer(), 'device': device}
+
+    with (
+      absltest.mock.patch.object(benchmark, 'Contestant', Scripted),
+      absltest.mock.patch.object(benchmark, 'accelerator', lambda: 'NVIDIA'),
+    ):
+      _, screen, _ = call(
+        benchmark, f'--out={out}', '--workloads=W1', '--against=torch,fedjax'
+      )
+    self.assertRegex(screen, r'torch │ NVIDIA .* 1\.50 ')
+    self.assertIn('left out: W1 fedjax: runs on cpu, ours on NVIDIA', screen)
 
   def test_resumes(self):
-    """A file of before is read; that of another machine is not."""
+    """A file of this machine is read; that of another is not."""
     out = pathlib.Path(self.create_tempdir().full_path, 'speed.json')
     row = {
       'workload': 'W1',
       'cohort': 50,
+      'precision': 'default',
       'who': 'ours',
       'device': 'cpu',
       'peak_bytes': 10**9,
       'seconds': 2.0,
       'all_seconds': [2.0] * 5,
+      'ours_seconds': [],
+      'cost': {},
       'compile_seconds': 1.0,
       'versions': {},
     }

@@ -9,8 +9,8 @@ Each contestant runs in a process of its own. It takes turns with ours, round by
 round, while the other waits, so that a change in the machine's load affects
 both. The table shows medians, the ratio of each to ours in the same turns, and
 the peak memory of the process (on an accelerator, of its device). A contestant
-whose package is missing, that cannot do a workload, or that fails, is left out,
-with the reason.
+whose package is missing, that cannot do a workload, that fails, or that runs on
+another device than ours, is left out, with the reason.
 
 The peers are separate packages (requirements-bench.txt), some of which need
 other versions than this package; --peer_python names the interpreter of an
@@ -203,11 +203,11 @@ def _resumed(out: pathlib.Path) -> Rows:
     return {}
   try:
     saved = files.read_json(out)
-    rows = {}
-    for row in saved['rows']:
-      row = {'precision': 'default', 'cost': {}, 'ours_seconds': [], **row}
-      rows[row['workload'], row['cohort'], row['precision'], row['who']] = row
-    where = {'xla_flags': '', **saved['machine']}
+    where = saved['machine']
+    rows = {
+      (r['workload'], r['cohort'], r['precision'], r['who']): r
+      for r in saved['rows']
+    }
     result_table(rows)
   except (
     ValueError,
@@ -371,9 +371,12 @@ def _take_turns(
   """Times the rounds that a contestant lacks, each after a round of ours.
 
   Raises:
-    LeftOut: if the contestant fails. If ours does, the other goes on alone.
+    LeftOut: if the contestant fails, or runs on another device than ours. If
+      ours fails, the other goes on alone.
   """
   first = one.answer()
+  if first['device'] != accelerator():
+    raise LeftOut(f'runs on {first["device"]}, ours on {accelerator()}')
   row = rows.get(key) or {**_named(key), 'all_seconds': [], 'ours_seconds': []}
   while len(row['all_seconds']) < repeat:
     if ours:
@@ -416,14 +419,11 @@ def _is_done(row: dict[str, Any] | None, repeat: int) -> bool:
 def result_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
   """Formats the results: header and rows, as text."""
   timed = [row for row in rows.values() if 'left_out' not in row]
-  base, limits = (
-    {_title(r): r for r in timed if r['who'] == who} for who in (OURS, 'matmul')
-  )
+  limits = {_title(r): r for r in timed if r['who'] == 'matmul'}
   lines = []
   for r in timed:
     title, speed = _title(r), _gflop_per_second(r)
     moved = r['cost'].get('gbyte')
-    ours = r['ours_seconds'] or base.get(title, {}).get('all_seconds')
     lines.append(
       [
         title,
@@ -431,8 +431,8 @@ def result_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
         r['device'],
         f'{r["seconds"]:.3g}',
         f'{min(r["all_seconds"]):.3g} - {max(r["all_seconds"]):.3g}',
-        f'{r["seconds"] / np.median(ours):.2f}'
-        if ours and _is_round(r['who'])
+        f'{r["seconds"] / np.median(r["ours_seconds"]):.2f}'
+        if r['ours_seconds']
         else '',
         f'{speed:.0f}' if speed else '',
         f'{100 * speed / _gflop_per_second(limits[title]):.1f} %'

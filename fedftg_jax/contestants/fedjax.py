@@ -1,5 +1,7 @@
 """Google's FedJAX: its federated averaging, with a model of flax layers."""
 
+from typing import Any
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -28,27 +30,30 @@ DENSES = {
 
 
 class Classifier(nn.Module):
-  """The classifier of a workload."""
+  """The classifier of a workload; `dtype` is that in which layers compute."""
 
   model: str
+  dtype: Any = None
 
   @nn.compact
   def __call__(self, x):
     for width, size, padding, pool in CONVS[self.model]:
-      x = nn.Conv(width, (size, size), padding=padding)(x)
+      x = nn.Conv(width, (size, size), padding=padding, dtype=self.dtype)(x)
       x = nn.relu(nn.max_pool(x, (2, 2), (2, 2)) if pool else x)
     x = x.reshape(len(x), -1)
     for width in DENSES[self.model]:
-      x = nn.relu(nn.Dense(width)(x))
-    return nn.Dense(workloads.NUM_CLASSES)(x)
+      x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))
+    logits = nn.Dense(workloads.NUM_CLASSES, dtype=self.dtype)(x)
+    return logits.astype(jnp.float32)
 
 
 def prepare(workload):
-  workloads.need_float32(workload)
   if workload.iterations or workload.model not in CONVS:
     raise NotImplementedError('no server step, no BatchNorm')
   x, y = workloads.examples(workload)
-  module = Classifier(workload.model)
+  module = Classifier(
+    workload.model, jnp.bfloat16 if workload.bfloat16 else None
+  )
   params = module.init(jax.random.key(0), jnp.zeros((1, *workload.image_shape)))
 
   def loss(params, batch, rng):

@@ -19,7 +19,6 @@ PACKAGES = ('pfl', 'torch')
 
 
 def prepare(workload):
-  workloads.need_float32(workload)
   if workload.iterations:
     raise NotImplementedError('no server step')
   where = torch_loop.device()
@@ -27,9 +26,12 @@ def prepare(workload):
   module = torch_loop.MODELS[workload.model]()
   if workload.model != 'mlp':
     module = module.to(memory_format=torch.channels_last)
-  module.loss = lambda x, y, is_eval=False: functional.cross_entropy(
-    module.train(not is_eval)(x), y
-  )
+
+  def loss(x, y, is_eval=False):
+    with torch_loop.autocast(workload, where):
+      return functional.cross_entropy(module.train(not is_eval)(x), y)
+
+  module.loss = loss
   module.metrics = lambda x, y, is_eval=True: {}
   model = PyTorchModel(
     module.to(where),

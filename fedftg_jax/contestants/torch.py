@@ -27,6 +27,11 @@ def device():
   return 'cuda'
 
 
+def autocast(workload, where):
+  """Lets layers compute in bfloat16, if the workload asks for it."""
+  return torch.autocast(where, torch.bfloat16, enabled=workload.bfloat16)
+
+
 def finish():
   """Waits for the device."""
   if torch.cuda.is_available():
@@ -201,7 +206,6 @@ def tensors(workload, where):
 
 def prepare(workload):
   where = device()
-  workloads.need_float32(workload)
   if workload.iterations:
     return server_step(workload, where)
   x, y = tensors(workload, where)
@@ -215,7 +219,9 @@ def prepare(workload):
     optimizer = torch.optim.SGD(model.parameters(), workloads.LEARNING_RATE)
     for rows in torch.randperm(len(y), device=where).split(workload.batch_size):
       optimizer.zero_grad()
-      functional.cross_entropy(model(x[rows]), y[rows]).backward()
+      with autocast(workload, where):
+        loss = functional.cross_entropy(model(x[rows]), y[rows])
+      loss.backward()
       optimizer.step()
 
   def round_():
@@ -271,18 +277,19 @@ def server_step(workload, where):
       generator.train()
       for teacher, weight in zip(teachers, alpha):
         optimizer.zero_grad()
-        images = generator(z, labels)
-        says, truth = student(images), teacher(images)
-        gap = (says - truth.detach()).abs().mean(1)
-        loss = (
-          -(gap * weight).mean()
-          + functional.cross_entropy(truth, labels) * weight.mean()
-          + diversity(z, images) / num_teachers
-        )
+        with autocast(workload, where):
+          images = generator(z, labels)
+          says, truth = student(images), teacher(images)
+          gap = (says - truth.detach()).abs().mean(1)
+          loss = (
+            -(gap * weight).mean()
+            + functional.cross_entropy(truth, labels) * weight.mean()
+            + diversity(z, images) / num_teachers
+          )
         loss.backward()
         optimizer.step()
       student.requires_grad_(True)
-      with torch.no_grad():
+      with torch.no_grad(), autocast(workload, where):
         generator.eval()
         images = generator(z, labels)
         target = sum(
@@ -291,7 +298,9 @@ def server_step(workload, where):
         )
       for _ in range(workloads.STUDENT_STEPS):
         student_optimizer.zero_grad()
-        (-target * student(images).log_softmax(1)).mean().backward()
+        with autocast(workload, where):
+          loss = (-target * student(images).log_softmax(1)).mean()
+        loss.backward()
         student_optimizer.step()
     finish()
 

@@ -4,8 +4,6 @@ There is one model, and each batch is as large as the batches of all clients
 together. Images are channels-last, and cuDNN chooses its kernels by trying.
 """
 
-import contextlib
-
 import torch
 from torch.nn import functional
 
@@ -27,9 +25,7 @@ def prepare(workload, compiled=lambda step: step):
   optimizer = torch.optim.SGD(model.parameters(), workloads.LEARNING_RATE)
 
   def loss(x, y):
-    with contextlib.ExitStack() as stack:
-      if workload.bfloat16:
-        stack.enter_context(torch.autocast(where, torch.bfloat16))
+    with torch_loop.autocast(workload, where):
       return functional.cross_entropy(model(x), y)
 
   loss = compiled(loss)

@@ -10,7 +10,6 @@ PACKAGES = ('torch',)
 
 
 def prepare(workload):
-  workloads.need_float32(workload)
   if workload.iterations or workload.model == 'resnet18':
     raise NotImplementedError('no server step, no BatchNorm')
   where = torch_loop.device()
@@ -20,8 +19,9 @@ def prepare(workload):
   clients = torch.arange(workload.cohort, device=where)[:, None]
 
   def loss(params, x, y):
-    logits = torch.func.functional_call(model, params, (x,))
-    return functional.cross_entropy(logits, y)
+    with torch_loop.autocast(workload, where):
+      logits = torch.func.functional_call(model, params, (x,))
+      return functional.cross_entropy(logits, y)
 
   gradient = torch.func.vmap(torch.func.grad(loss))
 

@@ -108,16 +108,6 @@ WORKLOADS = {
 }
 
 
-def need_float32(workload: Workload) -> None:
-  """Leaves out a contestant that has no bfloat16.
-
-  Raises:
-    NotImplementedError: if the workload asks for it.
-  """
-  if workload.bfloat16:
-    raise NotImplementedError('float32 only')
-
-
 def examples(workload: Workload) -> tuple[np.ndarray, np.ndarray]:
   """Draws images [clients, examples, H, W, channels] float32, and labels."""
   rng = np.random.default_rng(0)

@@ -49,6 +49,7 @@ from fedftg_jax.base import (
 )
 
 WEIGHTINGS = ('examples', 'uniform')
+SHARE = 0.8  # of a device's memory, for clients and data, see `chunk_that_fits`
 
 
 def federation(
@@ -549,6 +550,35 @@ def bytes_per_client(fed: Federation, data: Data) -> int:
   training = memory.temp_size_in_bytes + memory.output_size_in_bytes
   slot = trees.num_bits(state.clients) // 8 // len(data.count)
   return training // 2 + 2 * slot + trees.num_bits(state.variables) // 4
+
+
+def chunk_that_fits(
+  fed: Federation, data: Data, cohort: int, slots: int, num_devices: int = 1
+) -> int:
+  """Returns how many clients of a round fit the device's memory at once.
+
+  A fifth of the memory is left for the server's work.
+
+  Args:
+    fed: the simulation, with the clients' slots on the device.
+    data: of all clients.
+    cohort: number of clients in a round.
+    slots: number of clients whose slots are on the device.
+    num_devices: number of devices that share the clients.
+
+  Returns:
+    The number; the default if the device does not say how much memory it has.
+  """
+  limit = stacking.memory_limit()
+  if limit is None:
+    return stacking.default_chunk()
+  state = jax.eval_shape(fed.init, jax.random.key(0))
+  slot = trees.num_bits(state.clients) // 8 // len(data.count)
+  sent = cohort * (2 * slot + trees.num_bits(state.variables) // 8)
+  free = SHARE * limit - (trees.num_bits(data) // 8 + slots * slot + sent)
+  return stacking.chunk_that_fits(
+    free, bytes_per_client(fed, data), -(-cohort // num_devices)
+  )
 
 
 def run(

@@ -98,7 +98,7 @@ class TrainTest(ProgramCase):
       (2.2 * each, 1),
       (0, 1),
     ):
-      limit /= assembly._SHARE
+      limit /= federation.SHARE
       with mock.patch.object(stacking, 'memory_limit', lambda: limit):
         self.assertEqual(assembly.build(config).simulation.client_chunk, want)
 

@@ -23,7 +23,13 @@ import pytest
 
 from fedftg_jax import federation, recipes
 from fedftg_jax.configuration import assembly, resolve
-from fedftg_jax.contestants import ours, workloads
+from fedftg_jax.contestants import (
+  centralised,
+  one_step,
+  options,
+  ours,
+  workloads,
+)
 from fedftg_jax.programs import benchmark, compare, train
 from fedftg_jax.results import plots, statistics
 from fedftg_jax.results import rows as rows_lib
@@ -1155,10 +1161,49 @@ class BenchmarkTest(parameterized.TestCase):
       self.assertRegex(err, why)
       self.assertEqual(err.count('\n'), 1)
 
+  def test_options_are_those_of_the_recipe(self):
+    """Options of the server step reach it; each belongs to its workloads."""
+    found = options.parse(
+      'ours:gen_step=joint:generator_steps=2:ftg_batch_size=3:student_steps=0'
+    )
+    work = workloads.WORKLOADS['W0_robust']
+    with absltest.mock.patch.object(
+      ours.recipes, 'build', side_effect=AssertionError
+    ) as build:
+      self.assertRaises(AssertionError, ours.prepare, work, **found)
+    (_, settings), _ = build.call_args
+    got = recipes.ftg_options(**settings.options['fed_ftg'])
+    self.assertEqual(
+      (got.gen_step, got.generator_steps, got.batch_size, got.student_steps),
+      ('joint', 2, 3, 0),
+    )
+    self.assertEqual((got.memory, got.iterations), (0.9, 1))  # of robust
+    with self.assertRaisesRegex(NotImplementedError, 'no clients'):
+      ours.prepare(work, client_chunk='auto')
+    local = workloads.WORKLOADS['W0']
+    with self.assertRaisesRegex(NotImplementedError, 'no server step'):
+      ours.prepare(local, **found)
+    for contestant in (ours, centralised, one_step):
+      with self.assertRaisesRegex(NotImplementedError, 'no convolutions'):
+        contestant.prepare(local, conv='lax')
+
+  def test_as_many_clients_as_fit(self):
+    work = workloads.WORKLOADS['W0']
+    with absltest.mock.patch.object(
+      federation, 'chunk_that_fits', return_value=2
+    ) as fits:
+      ours.prepare(work, client_chunk='auto')
+    self.assertEqual(fits.call_args.args[2:], (2, 2))
+
+  def test_bytes_of_a_candidate(self):
+    work = workloads.WORKLOADS['W0_cnn']
+    plain, other = (one_step.cost(work, conv=c) for c in ('matmul', 'slices'))
+    self.assertNotEqual(plain['gbyte'], other['gbyte'])
+
   def test_parameters_as_one_array(self):
     """The candidate computes what the model computes."""
-    model = ours.make_model(workloads.WORKLOADS['W0'])
-    flat = ours.as_one_array(model)
+    work = workloads.WORKLOADS['W0']
+    model, flat = ours.make_model(work), ours.make_model(work, flat=1)
     x = np.random.RandomState(0).rand(3, 28, 28, 1).astype(np.float32)
     key = jax.random.key(0)
     self.assertEqual(flat.init(key).params.ndim, 1)
@@ -1171,6 +1216,15 @@ class BenchmarkTest(parameterized.TestCase):
     ('--against=ours:x=1', "--against=ours:x=1: 'x' is none of the options"),
     ('--against=ours:', "--against=ours:: '' is none of the options"),
     (
+      '--against=torch:conv=lax',
+      "--against=torch:conv=lax: 'conv' is none of the options of torch",
+    ),
+    (
+      '--against=one_step:client_chunk=2',
+      "--against=one_step:client_chunk=2: 'client_chunk' is none of the "
+      'options of one_step, conv, flat',
+    ),
+    (
       '--against=ours:flat=1:flat=0',
       '--against=ours:flat=1:flat=0: flat is given twice',
     ),
@@ -1180,7 +1234,11 @@ class BenchmarkTest(parameterized.TestCase):
     ),
     (
       '--against=ours:client_chunk=all',
-      '--against=ours:client_chunk=all: client_chunk must be one of 0 to 9999',
+      '--against=ours:client_chunk=all: client_chunk must be auto or 0 to 9999',
+    ),
+    (
+      '--against=ours:gen_step=both',
+      '--against=ours:gen_step=both: gen_step must be one of sequential, joint',
     ),
     ('--precisions=f8', '--precisions=f8: must be one of default'),
     ('--repeat=0', '--repeat=0: must be a positive'),

@@ -23,7 +23,6 @@ from fedftg_jax import (
   recipes,
   solvers,
   stacking,
-  trees,
   uplinks,
 )
 from fedftg_jax.configuration import flags, folders
@@ -40,8 +39,6 @@ from fedftg_jax.data.parts import Parts
 from fedftg_jax.methods import batch_norm
 from fedftg_jax.models import modules
 from fedftg_jax.system import cli, devices
-
-_SHARE = 0.8  # of the memory, for clients and data with --client_chunk=auto
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -336,8 +333,7 @@ def _chunk_that_fits(config, probe, problem, mesh) -> int:
   """Returns how many clients of a round fit the device's memory at once.
 
   It depends on the configuration and the kind of device alone, so that a run
-  that goes on has the same number. A fifth of the memory is left for the
-  server's work.
+  that goes on has the same number.
 
   Args:
     config: the configuration.
@@ -345,25 +341,14 @@ def _chunk_that_fits(config, probe, problem, mesh) -> int:
     problem: the data and the schedule.
     mesh: devices that share the clients, or None.
   """
-  limit = stacking.memory_limit()
-  if limit is None:
-    return stacking.default_chunk()
-  state = jax.eval_shape(probe.init, jax.random.key(0))
   num, cohort = len(problem.parts), problem.schedule.client_id.shape[1]
-  slot = trees.num_bits(state.clients) // 8 // num
   slots = (
     num
     if config['client_state'] == 'device'
     else client_state.table_size(num, config['eval_every'], cohort)
   )
-  sent = cohort * (2 * slot + trees.num_bits(state.variables) // 8)
-  free = _SHARE * limit - (
-    trees.num_bits(problem.data) // 8 + slots * slot + sent
-  )
-  return stacking.chunk_that_fits(
-    free,
-    federation.bytes_per_client(probe, problem.data),
-    -(-cohort // (mesh.size if mesh else 1)),
+  return federation.chunk_that_fits(
+    probe, problem.data, cohort, slots, mesh.size if mesh else 1
   )
 
 

@@ -9,7 +9,7 @@ from fedftg_jax.contestants import ours
 PACKAGES = ('jax',)
 
 
-def prepare(workload):
+def prepare(workload, **options):
   if workload.iterations:
     raise NotImplementedError('no server step')
   return ours.prepare(
@@ -17,5 +17,6 @@ def prepare(workload):
       cohort=1,
       num_examples=workload.cohort * workload.num_examples,
       batch_size=workload.cohort * workload.batch_size,
-    )
+    ),
+    **options,
   )

@@ -13,8 +13,8 @@ from fedftg_jax.contestants import ours, workloads
 PACKAGES = ('jax',)
 
 
-def prepare(workload):
-  compiled, stacked, x, y = _compiled(workload)
+def prepare(workload, **options):
+  compiled, stacked, x, y = _compiled(workload, **options)
 
   def round_():
     nonlocal stacked
@@ -23,16 +23,16 @@ def prepare(workload):
   return round_
 
 
-def cost(workload):
+def cost(workload, **options):
   """Returns floating-point operations and bytes moved, as XLA counts them."""
-  found = _compiled(workload)[0].cost_analysis()
+  found = _compiled(workload, **options)[0].cost_analysis()
   return {'gflop': found['flops'] / 1e9, 'gbyte': found['bytes accessed'] / 1e9}
 
 
-def _compiled(workload):
+def _compiled(workload, conv=None, flat=0):
   if workload.iterations:
     raise NotImplementedError('no server step')
-  model = ours.make_model(workload)
+  model = ours.make_model(workload, conv, flat)
   x, y = (
     jnp.asarray(a[:, : workload.batch_size])
     for a in workloads.examples(workload)

@@ -1,29 +1,23 @@
 """fedftg_jax itself: the functions that a run calls in a round.
 
-Its options are candidates that may make it faster (`OPTIONS`).
+Its options are candidates that may make it faster, see `options`.
 """
 
-from collections.abc import Sequence
+import functools
 
 from flax import linen as nn
 import jax
 from jax import flatten_util
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from fedftg_jax import base, distillation, federation, models, solvers
+from fedftg_jax import base, federation, models, recipes, solvers
 from fedftg_jax.contestants import workloads
 from fedftg_jax.data import clients, schedules
-from fedftg_jax.methods import fed_avg, fed_ftg
+from fedftg_jax.methods import fed_avg
 from fedftg_jax.models import classifiers, convolution, layers
 
 PACKAGES = ('jax',)
-OPTIONS: dict[str, Sequence[str | int]] = {  # each with its values
-  'conv': convolution.IMPLEMENTATIONS,
-  'client_chunk': range(10**4),
-  'flat': (0, 1),  # the parameters of a model as one array
-}
 
 
 class SmallCNN(nn.Module):
@@ -46,42 +40,28 @@ class SmallCNN(nn.Module):
     return classifiers.MLP(workloads.NUM_CLASSES, (128,), name='mlp')(x)
 
 
-def make_model(workload, conv=None):
-  """Builds the model of a workload."""
-  dtype = jnp.bfloat16 if workload.bfloat16 else None
+def make_model(workload, conv=None, flat=0):
+  """Builds the model of a workload; `flat` is for `as_one_array`."""
+  if conv and workload.model == 'mlp':
+    raise NotImplementedError('no convolutions')
   if workload.model == 'small_cnn':
     module = SmallCNN(conv or convolution.default())
-    return models.from_flax(module, workload.image_shape, dtype=dtype)
-  return models.build(
-    workload.model,
-    workload.image_shape,
-    workloads.NUM_CLASSES,
-    conv=conv,
-    dtype=dtype,
-  )
+    model = models.from_flax(
+      module, workload.image_shape, dtype=_dtype(workload)
+    )
+  else:
+    model = models.build(
+      workload.model,
+      workload.image_shape,
+      workloads.NUM_CLASSES,
+      conv=conv,
+      dtype=_dtype(workload),
+    )
+  return as_one_array(model) if flat else model
 
 
-def options(texts: list[str]) -> dict[str, str | int]:
-  """Parses options as they are given to the benchmark, 'conv=pallas'.
-
-  Raises:
-    ValueError: for an unknown or repeated option, or a wrong value.
-  """
-  found: dict[str, str | int] = {}
-  for text in texts:
-    name, _, value = text.partition('=')
-    if name not in OPTIONS:
-      raise ValueError(f'{name!r} is none of the options ' + ', '.join(OPTIONS))
-    if name in found:
-      raise ValueError(f'{name} is given twice')
-    allowed = {str(one): one for one in OPTIONS[name]}
-    if value not in allowed:
-      known = list(allowed)
-      if len(known) > 10:
-        known = [f'{known[0]} to {known[-1]}']
-      raise ValueError(f'{name} must be one of ' + ', '.join(known))
-    found[name] = allowed[value]
-  return found
+def _dtype(workload):
+  return jnp.bfloat16 if workload.bfloat16 else None
 
 
 def as_one_array(model: base.Model) -> base.Model:
@@ -106,29 +86,32 @@ def as_one_array(model: base.Model) -> base.Model:
   return base.Model(init, apply)
 
 
-def prepare(workload, conv=None, client_chunk=None, flat=0):
-  if conv and workload.model == 'mlp':
-    raise NotImplementedError('no convolutions')
-  if client_chunk is not None and workload.iterations:
-    raise NotImplementedError('no clients')
-  model = make_model(workload, conv)
-  if flat:
-    model = as_one_array(model)
+def prepare(workload, conv=None, flat=0, client_chunk=None, **server):
   if workload.iterations:
-    return _server_step(workload, model, conv)
+    if client_chunk is not None:
+      raise NotImplementedError('no clients')
+    return _server_step(workload, conv, flat, **server)
+  if server:
+    raise NotImplementedError('no server step')
+  model = make_model(workload, conv, flat)
   x, y = workloads.examples(workload)
   num_clients = workload.cohort
   parts = np.split(np.arange(y.size), num_clients)
   data = clients.from_partition(x.reshape(-1, *x.shape[2:]), y.ravel(), parts)
-  fed = federation.federation(
+  make = functools.partial(
+    federation.federation,
     model,
     fed_avg.fed_avg(),
     solvers.local_sgd(
       workloads.LEARNING_RATE, batch_size=workload.batch_size, epochs=1
     ),
     num_clients,
-    client_chunk=client_chunk,
   )
+  if client_chunk == 'auto':
+    client_chunk = federation.chunk_that_fits(
+      make(), data, num_clients, num_clients
+    )
+  fed = make(client_chunk=client_chunk)
   schedule = schedules.from_ids(np.arange(num_clients)[None], num_clients)
   key = jax.random.key(0)
   state = fed.init(key)
@@ -141,44 +124,64 @@ def prepare(workload, conv=None, client_chunk=None, flat=0):
   return round_
 
 
-def _server_step(workload, model, conv):
+def _server_step(workload, conv, flat, **changes):
+  """Prepares the server step of FedFTG's preset; `changes` are its options."""
+  if 'ftg_batch_size' in changes:
+    changes['batch_size'] = changes.pop('ftg_batch_size')
+  model = make_model(workload, conv, flat)
+  preset = workload.server_step
   generator = models.image_generator(
     workload.image_shape,
     workloads.NUM_CLASSES,
     width=workloads.GENERATOR_WIDTH,
     noise_dim=workloads.NOISE_DIM,
+    bias_before_norm=recipes.FTG_PRESETS[preset]['generator_bias'],
     conv=conv,
+    dtype=_dtype(workload),
   )
-  keys = jax.random.split(jax.random.key(0), workload.cohort + 2)
-  teachers = jax.vmap(model.init)(keys[2:])
-  student = jax.tree.map(lambda a: jnp.mean(a, 0), teachers)
-  made = generator.init(keys[0])
+  options = {
+    'preset': preset,
+    'iterations': workload.iterations,
+    'batch_size': workload.batch_size,
+    'student_steps': workloads.STUDENT_STEPS,
+    **changes,
+  }
+  method = recipes.build(
+    'fed_ftg',
+    recipes.Settings(
+      model,
+      workloads.NUM_CLASSES,
+      generator=generator,
+      options={'fed_ftg': options},
+    ),
+  )
+
+  @jax.jit
+  def start(key, key_slot):
+    teachers = jax.vmap(model.init)(jax.random.split(key, workload.cohort))
+    student = jax.tree.map(lambda a: jnp.mean(a, 0), teachers)
+    return student, teachers, method.init(key_slot, student)[0]
+
+  key, *keys = jax.random.split(jax.random.key(0), 3)
+  student, teachers, slot = start(*keys)
   counts = jnp.full((workload.cohort, workloads.NUM_CLASSES), 50)
 
   @jax.jit
-  def step(student, made, key):
-    z, labels = fed_ftg.draw(
-      key,
-      counts.sum(0),
-      generator.noise_dim,
-      workload.iterations,
-      workload.batch_size,
+  def step(student, teachers, slot, key):
+    received = base.Received(
+      broadcast=student,
+      average=student,
+      summed=((), ()),
+      stacked=((), (teachers, counts)),
+      arrived=jnp.ones(workload.cohort, bool),
+      round=jnp.int32(0),
+      num_clients=workload.cohort,
+      public=(),
+      common=((), ()),
     )
-    return fed_ftg.fine_tune(
-      model,
-      generator,
-      student,
-      made,
-      teachers,
-      counts,
-      z,
-      labels,
-      generator_optimizer=optax.adam(0.01),
-      student_optimizer=distillation.sgd(0.1, weight_decay=1e-3),
-      student_steps=workloads.STUDENT_STEPS,
-    )[:2]
+    return method.update(student, slot, received, key)[:2]
 
   def round_():
-    jax.block_until_ready(step(student, made, keys[1]))
+    jax.block_until_ready(step(student, teachers, slot, key))
 
   return round_

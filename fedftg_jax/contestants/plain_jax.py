@@ -16,7 +16,8 @@ PACKAGES = ('jax',)
 def prepare(workload):
   if workload.iterations:
     raise NotImplementedError('no server step')
-  model = ours.make_model(workload, 'lax')
+  conv = None if workload.model == 'mlp' else 'lax'
+  model = ours.make_model(workload, conv)
   x, y = map(jnp.asarray, workloads.examples(workload))
   current = model.init(jax.random.key(0))
   rng = np.random.default_rng(0)

@@ -246,6 +246,8 @@ def server_step(workload, where):
 
   It uses the official losses, with one generator step per teacher.
   """
+  if workload.server_step != 'official':
+    raise NotImplementedError(f'no server step {workload.server_step}')
   size, num_teachers = workload.batch_size, workload.cohort
   nets = [
     MODELS[workload.model]().to(where).to(memory_format=torch.channels_last)

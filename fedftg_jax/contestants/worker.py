@@ -42,16 +42,18 @@ def main(name: str, workload: str, cohort: str, precision: str) -> None:
 
 def answers(name: str, work: workloads.Workload) -> Iterator[dict[str, Any]]:
   """Yields what is printed: when the contestant is ready, and of each round."""
-  module, *options = name.split(':')
-  contestant = importlib.import_module(f'fedftg_jax.contestants.{module}')
-  start = time.perf_counter()
-  round_ = contestant.prepare(
-    work, **(contestant.options(options) if options else {})
+  contestant = importlib.import_module(
+    'fedftg_jax.contestants.' + name.split(':')[0]
   )
+  chosen = _options(name)
+  start = time.perf_counter()
+  round_ = contestant.prepare(work, **chosen)
   round_()
+  first_seconds = time.perf_counter() - start
+  cost = contestant.cost(work, **chosen) if hasattr(contestant, 'cost') else {}
   yield {
-    'first_seconds': time.perf_counter() - start,
-    'cost': contestant.cost(work) if hasattr(contestant, 'cost') else {},
+    'first_seconds': first_seconds,
+    'cost': cost,
     'device': device(),
     'versions': {p: importlib.metadata.version(p) for p in contestant.PACKAGES},
   }
@@ -60,6 +62,14 @@ def answers(name: str, work: workloads.Workload) -> Iterator[dict[str, Any]]:
     round_()
     seconds = time.perf_counter() - start
     yield {'seconds': seconds, 'peak_bytes': peak_bytes()}
+
+
+def _options(name: str) -> dict[str, str | int]:
+  if ':' not in name:  # as a peer, whose environment need not have JAX
+    return {}
+  from fedftg_jax.contestants import options
+
+  return options.parse(name)
 
 
 def peak_bytes() -> int:

@@ -18,6 +18,7 @@ class Workload(NamedTuple):
     gflop: multiplications and additions of a round, in 10^9; None if not
       counted.
     iterations: iterations of the server step; 0 for local training.
+    server_step: FedFTG's preset of the server step.
     bfloat16: whether layers compute in bfloat16, with float32 weights, instead
       of float32 with the fast matrix products of the device.
   """
@@ -30,6 +31,7 @@ class Workload(NamedTuple):
   batch_size: int
   gflop: float | None = None
   iterations: int = 0
+  server_step: str = 'official'
   bfloat16: bool = False
 
 
@@ -96,14 +98,55 @@ WORKLOADS = {
     64,
     9.7,
   ),
+  'W7': Workload(
+    'FedFTG server step of the preset robust, 10 ResNet-18 teachers on images '
+    '32x32x3, batch 10, 10 x (2 generator + 5 student steps)',
+    'resnet18',
+    (32, 32, 3),
+    10,
+    0,
+    10,
+    iterations=10,
+    server_step='robust',
+  ),
+  # Not measurements, only checks that all start.
   'W0': Workload(
-    'not a measurement, only a check that all start: 2 clients x 4 examples, '
-    'batch 2, MLP 200-200',
+    'a check that all start: 2 clients x 4 examples, batch 2, MLP 200-200',
     'mlp',
     (28, 28, 1),
     2,
     4,
     2,
+  ),
+  'W0_cnn': Workload(
+    'the same with a LeNet of 6 and 16 channels',
+    'niid_cnn',
+    (28, 28, 1),
+    2,
+    4,
+    2,
+  ),
+  'W0_norm': Workload(
+    'the same with a ResNet-18 on images 8x8x3', 'resnet18', (8, 8, 3), 2, 4, 2
+  ),
+  'W0_server': Workload(
+    'the same with a FedFTG server step of one iteration',
+    'mlp',
+    (28, 28, 1),
+    2,
+    0,
+    2,
+    iterations=1,
+  ),
+  'W0_robust': Workload(
+    'the same with the server step of the preset robust',
+    'mlp',
+    (28, 28, 1),
+    2,
+    0,
+    2,
+    iterations=1,
+    server_step='robust',
   ),
 }
 

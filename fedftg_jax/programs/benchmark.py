@@ -22,8 +22,11 @@ matmul is a large matrix product, and the column "of matmul" is the share of its
 speed. copy reads and writes a large array. one_step is one local step of all
 clients, with the bytes that XLA counts for it.
 
-Ours has options, as ours:conv=pallas:client_chunk=2, which --against takes like
-any other contestant: candidates that may be faster.
+Ours, centralised and one_step have options: candidates that may be faster.
+--against takes ours:conv=pallas:client_chunk=2 like any other contestant. Those
+of the server step tell what its parts take: ours:student_steps=0 has only the
+generator's steps, ours:generator_steps=0 only the teachers' answers and the
+student's steps.
 
 It writes --out (JSON) after every round of a contestant, and at the end a
 picture of the same name. A run that was stopped, by --minutes or otherwise,
@@ -49,7 +52,7 @@ from absl import flags as absl_flags
 import numpy as np
 from rich import console as rich_console
 
-from fedftg_jax.contestants import ours, workloads
+from fedftg_jax.contestants import options, workloads
 from fedftg_jax.results import plots
 from fedftg_jax.system import cli, devices, files, progress
 
@@ -84,8 +87,8 @@ _AGAINST = absl_flags.DEFINE_list(
   [peer for peer in PEERS if peer not in LIMITS],
   'Contestants to compare with. They are '
   + ', '.join(PEERS)
-  + ', and ours with options: '
-  + ', '.join(ours.OPTIONS)
+  + '; and with options '
+  + '; '.join(f'{k}: {", ".join(v)}' for k, v in options.OPTIONS.items())
   + '.',
 )
 _REPEAT = absl_flags.DEFINE_integer(
@@ -131,15 +134,15 @@ def main() -> None:
     (_PRECISIONS, PRECISIONS),
   ):
     for name in flag.value:
-      if flag is _AGAINST and name.startswith(OURS + ':'):
-        try:
-          ours.options(name.split(':')[1:])
-        except ValueError as error:
-          raise cli.UsageError(flag.name, name, str(error)) from error
-      elif name not in known:
+      who, has_options, _ = name.partition(':')
+      if who not in known and (who != OURS or not has_options):
         raise cli.UsageError(
           flag.name, name, 'must be one of ' + ', '.join(known)
         )
+      try:
+        options.parse(name)
+      except ValueError as error:
+        raise cli.UsageError(flag.name, name, str(error)) from error
   if shutil.which(_PEER_PYTHON.value or sys.executable) is None:
     raise cli.UsageError(
       'peer_python', _PEER_PYTHON.value, 'must be a Python interpreter'

@@ -49,7 +49,7 @@ def _compiled(workload, conv=None, flat=0):
     )
     return variables._replace(params=params, stats=stats)
 
-  variables = model.init(jax.random.key(0))
+  variables = jax.jit(model.init)(jax.random.key(0))
   stacked = jax.tree.map(
     lambda leaf: jnp.stack([leaf] * workload.cohort), variables
   )

@@ -19,7 +19,7 @@ def prepare(workload):
   conv = None if workload.model == 'mlp' else 'lax'
   model = ours.make_model(workload, conv)
   x, y = map(jnp.asarray, workloads.examples(workload))
-  current = model.init(jax.random.key(0))
+  current = jax.jit(model.init)(jax.random.key(0))
   rng = np.random.default_rng(0)
 
   @jax.jit

@@ -15,8 +15,9 @@ class Workload(NamedTuple):
     cohort: number of clients in the round; of teachers in the server step.
     num_examples: number of examples of each client.
     batch_size: examples per local step, or generated images per server step.
-    gflop: multiplications and additions of a round, in 10^9; None if not
-      counted.
+    gflop: multiplications and additions of a round, in 10^9, of convolutions
+      without shortcuts and of dense layers, forward and backward, without the
+      gradient of the images, which nothing needs; None if not counted.
     iterations: iterations of the server step; 0 for local training.
     server_step: FedFTG's preset of the server step.
     bfloat16: whether layers compute in bfloat16, with float32 weights, instead
@@ -49,7 +50,7 @@ WORKLOADS = {
     50,
     50,
     10,
-    252,
+    249,
   ),
   'W2': Workload(
     '10 clients x 500 images 32x32x3, batch 50, FedAvg CNN',
@@ -58,7 +59,7 @@ WORKLOADS = {
     10,
     500,
     50,
-    983,
+    934,
   ),
   'W3': Workload(
     '100 clients x 60 examples of 784, batch 20, MLP 200-200',
@@ -67,7 +68,7 @@ WORKLOADS = {
     100,
     60,
     20,
-    7.2,
+    5.3,
   ),
   'W4': Workload(
     'FedFTG server step, 10 FedAvg CNN teachers, batch 50, 10 x '
@@ -77,7 +78,7 @@ WORKLOADS = {
     10,
     0,
     50,
-    5710,
+    5681,
     10,
   ),
   'W5': Workload(
@@ -87,7 +88,7 @@ WORKLOADS = {
     10,
     500,
     50,
-    1116,
+    1086,
   ),
   'W6': Workload(
     '10 clients x 640 images 28x28x1, batch 64, LeNet of 6 and 16 channels',

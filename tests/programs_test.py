@@ -1240,6 +1240,14 @@ class BenchmarkTest(parameterized.TestCase):
     plain, other = (one_step.cost(work, conv=c) for c in ('matmul', 'slices'))
     self.assertNotEqual(plain['gbyte'], other['gbyte'])
 
+  def test_one_product_for_all_clients(self):
+    """Three dense layers: three products forward, five backward."""
+    for cohort in (2, 3):
+      work = workloads.WORKLOADS['W0']._replace(cohort=cohort)
+      program = one_step._compiled(work)[0].as_text()
+      products = re.findall(r' dot\(.*?lhs_batch_dims=\{(\d*)\}', program)
+      self.assertEqual(products, ['0'] * 8)
+
   def test_parameters_as_one_array(self):
     """The candidate computes what the model computes."""
     work = workloads.WORKLOADS['W0']

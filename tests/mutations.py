@@ -688,7 +688,7 @@ FAULTS = (
   ),
   Fault(
     'auto_forgets_slots',
-    'fedftg_jax/configuration/assembly.py',
+    'fedftg_jax/federation.py',
     'slots * slot + sent',
     'sent',
     ('data_programs_test.py',),

@@ -1,14 +1,19 @@
 """Measures federations of many clients: time, memory and disk.
 
   python -m experiments.large
-  python -m experiments.large --clients=20000 --rounds=10
+  python -m experiments.large --clients=20000 --rounds=20
+  python -m experiments.large --partitions --clients=10000,100000
 
 For each number of clients it trains FedAvg with an MLP, and SCAFFOLD with a
 linear classifier and its slots in files (docs/large.md), each in a process of
 its own, with the flags of experiments/presets/million_clients.flags. Runs that
 are finished are not repeated. Writes large.json and table.md into --workdir.
+
+With --partitions it draws partitions instead, each in a process of its own, and
+writes their CPU seconds into partitions.md.
 """
 
+from collections.abc import Sequence
 import json
 import os
 import pathlib
@@ -17,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any, NamedTuple
 
 from absl import app, flags
 
@@ -48,6 +54,52 @@ jax.block_until_ready(data)
 lap('index_table')
 print(json.dumps({'examples': len(dataset.train_y), 'seconds': seconds}))
 """
+# Draws a partition of random labels; prints CPU seconds and bytes of memory.
+DRAW_PARTITION = """
+import json, resource, sys, time
+import numpy as np
+from fedftg_jax.data import partition
+name, num, total, shares, options = json.loads(sys.argv[1])
+labels = np.random.RandomState(0).choice(len(shares), size=total, p=shares)
+begin = time.process_time()
+getattr(partition, name)(labels, num, **options)
+seconds = time.process_time() - begin
+memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([seconds, memory]))
+"""
+EVEN, UNEVEN = [0.1] * 10, [0.55] + [0.05] * 9  # shares of the classes
+
+
+class Rule(NamedTuple):
+  """How a partition is drawn."""
+
+  name: str  # of a function in `partition`
+  options: dict[str, Any] = {}
+  shares: Sequence[float] = EVEN
+  more: float = 0  # further examples for each client, besides 20
+  most: int = 10**6  # clients; with more it takes too long
+
+
+# By what is printed.
+RULES = {
+  '`iid`': Rule('iid'),
+  '`quantity`, `--size_power=1`': Rule('quantity', {'power': 1}),
+  '`shards`': Rule('shards'),
+  '`classes`': Rule('classes'),
+  '`classes`, `--niid_bench`': Rule('classes', {'niid_bench': True}),
+  '`dirichlet_class`, alpha .3': Rule('dirichlet_class', {'alpha': 0.3}),
+  '`dirichlet_class`, alpha .05, `--min_size=10`': Rule(
+    'dirichlet_class', {'alpha': 0.05, 'min_size': 10}
+  ),
+  '`dirichlet`, alpha .3': Rule('dirichlet', {'alpha': 0.3}),
+  '`dirichlet`, alpha .05': Rule('dirichlet', {'alpha': 0.05}),
+  '`dirichlet`, alpha .3, one class has 55 %': Rule(
+    'dirichlet', {'alpha': 0.3}, UNEVEN, most=10**5
+  ),
+  '`dirichlet`, alpha .3, 20.25 examples a client': Rule(
+    'dirichlet', {'alpha': 0.3}, more=0.25, most=10**5
+  ),
+}
 
 _CLIENTS = flags.DEFINE_list(
   'clients', ['100000', '1000000'], 'Numbers of clients.'
@@ -57,12 +109,18 @@ _ROUNDS = flags.DEFINE_integer(
 )
 _COHORT = flags.DEFINE_integer('cohort', 1000, 'Clients per round.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/large', 'Where to write.')
+_PARTITIONS = flags.DEFINE_bool(
+  'partitions', False, 'Draw partitions instead of training.'
+)
 
 
 def main(argv):
   del argv
   folder = pathlib.Path(_WORKDIR.value)
   folder.mkdir(parents=True, exist_ok=True)
+  if _PARTITIONS.value:
+    _partitions(folder / 'partitions.md')
+    return
   path = folder / 'large.json'
   found = json.loads(path.read_text()) if path.exists() else {}
   for num in map(int, _CLIENTS.value):
@@ -83,14 +141,36 @@ def main(argv):
   print(_table(found.values()))
 
 
+def _partitions(path) -> None:
+  """Times each rule with each number of clients, from few to many."""
+  numbers = sorted(map(int, _CLIENTS.value))
+  head = ['partition', *(f'{n:,} clients' for n in numbers), 'peak memory, GB']
+  lines = [head, ['---'] * len(head)]
+  for text, rule in RULES.items():
+    cells, peak = [], 0
+    for num in numbers:
+      if num > rule.most:
+        cells.append('')
+        continue
+      total = 20 * num + int(rule.more * num)
+      task = [rule.name, num, total, rule.shares, rule.options]
+      seconds, peak = _python(DRAW_PARTITION, json.dumps(task))
+      cells.append(f'{seconds:.2g}' if seconds < 10 else f'{seconds:.0f}')
+    lines.append([text, *cells, f'{peak / 1e9:.1f}'])
+    path.write_text(''.join(f'| {" | ".join(line)} |\n' for line in lines))
+  print(path.read_text())
+
+
+def _python(code, *arguments):
+  """Runs code in a process of its own, and returns what it prints as JSON."""
+  words = [sys.executable, '-c', code, *arguments]
+  out = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+  return json.loads(out.stdout)
+
+
 def _draw(num) -> dict:
   """Times the steps before training, once."""
-  words = [sys.executable, '-c', DRAW]
-  numbers = map(str, (num, _ROUNDS.value, _COHORT.value))
-  out = subprocess.run(
-    [*words, *numbers], check=True, stdout=subprocess.PIPE, text=True
-  )
-  return json.loads(out.stdout)
+  return _python(DRAW, *map(str, (num, _ROUNDS.value, _COHORT.value)))
 
 
 def _train(num, changes, work) -> dict:

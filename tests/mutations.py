@@ -63,6 +63,7 @@ SCAFFOLD = 'fedftg_jax/methods/scaffold.py'
 FED_DYN = 'fedftg_jax/methods/fed_dyn.py'
 MOON = 'fedftg_jax/methods/moon.py'
 PARTITION = 'fedftg_jax/data/partition.py'
+DRAWS = 'fedftg_jax/data/draws.py'
 CHECKPOINT = 'fedftg_jax/checkpoint.py'
 PRIVATE = 'fedftg_jax/methods/private_fed_avg.py'
 LATTICES = 'fedftg_jax/uplinks/lattices.py'
@@ -524,16 +525,37 @@ FAULTS = (
   # Partitions.
   Fault(
     'partition_dirichlet_axis',
-    PARTITION,
+    DRAWS,
     'cumulative = np.cumsum(priors, axis=1)',
     'cumulative = np.cumsum(priors, axis=0)',
     OF_PARTITION,
   ),
   Fault(
     'partition_redraws_off_by_one',
-    PARTITION,  # generator ends elsewhere
-    'rng.uniform(size=hits[0] + 1)',
-    'rng.uniform(size=hits[0])',
+    DRAWS,
+    'max_redraws + 1 - _SINGLE',
+    'max_redraws - _SINGLE',
+    OF_PARTITION,
+  ),
+  Fault(
+    'partition_redraws_end_elsewhere',
+    DRAWS,  # words of the redraws are used again
+    'return int(label), at + 2 * hit + 2',
+    'return int(label), at + 2 * hit',
+    OF_PARTITION,
+  ),
+  Fault(
+    'partition_window_cut_off',
+    DRAWS,  # words that the last example used are used again
+    'stream.skip(max(at, _WINDOW))',
+    'stream.skip(_WINDOW)',
+    OF_PARTITION,
+  ),
+  Fault(
+    'partition_smallest_clients_give_first',
+    PARTITION,
+    'np.lexsort((donors, -heights))',
+    'np.lexsort((donors, heights))',
     OF_PARTITION,
   ),
   Fault(

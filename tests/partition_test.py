@@ -1,6 +1,7 @@
 """Tests of partitions by their properties, and of skew measures by hand."""
 
 import functools
+import heapq
 import os
 import time
 
@@ -9,7 +10,151 @@ import hypothesis
 from hypothesis import strategies as st
 import numpy as np
 
-from fedftg_jax.data import partition, skew
+from fedftg_jax.data import draws, partition, skew
+
+
+def slow_dirichlet(labels, num, alpha, *, seed, sigma, max_redraws):
+  """Draws as `partition.dirichlet`, one number at a time."""
+  num_classes, rng = labels.max() + 1, np.random.RandomState(seed)
+  order = rng.permutation(len(labels))
+  room = partition.client_sizes(rng, len(labels), num, sigma)
+  priors = rng.dirichlet([alpha] * num_classes, size=num)
+  priors[~np.isfinite(priors).all(axis=1)] = 1 / num_classes
+  pools = [[i for i in order if labels[i] == c] for c in range(num_classes)]
+  parts, cumulative = [[] for _ in range(num)], np.cumsum(priors, axis=1)
+  while room.any():
+    client = rng.randint(num)
+    if not room[client]:
+      continue
+    room[client] -= 1
+    for _ in range(max_redraws + 1):
+      label = np.argmax(rng.uniform() <= cumulative[client])
+      if pools[label]:
+        break
+    else:
+      mass = [m * bool(pool) for m, pool in zip(priors[client], pools)]
+      mass = mass if sum(mass) >= 1e-12 else [float(bool(p)) for p in pools]
+      below = np.cumsum(np.array(mass) / np.sum(mass)) <= rng.uniform()
+      label = min(below.sum(), max(c for c, p in enumerate(pools) if p))
+    parts[client].insert(0, pools[label].pop())
+  return parts
+
+
+def slow_dirichlet_class(labels, num, alpha, *, seed, min_size, niid_bench):
+  """Draws as `partition.dirichlet_class`, client by client."""
+  rng, even = np.random.RandomState(seed), len(labels) / num
+  for _ in range(1000 if niid_bench else 1):
+    order, parts = rng.permutation(len(labels)), [[] for _ in range(num)]
+    for c in np.unique(labels):
+      rows = [i for i in order if labels[i] == c]
+      share = rng.dirichlet([alpha] * num)
+      if niid_bench:
+        share *= [len(part) < even for part in parts]
+        share /= share.sum()
+      cuts = np.cumsum(share)[:-1] * len(rows)
+      cuts = np.floor(cuts + 1e-9) if niid_bench else np.rint(cuts)
+      for part, piece in zip(parts, np.split(rows, cuts.astype(int))):
+        part.extend(piece.tolist())
+    if min(map(len, parts)) >= min_size:
+      break
+  parts = [rng.permutation(np.array(part, int)).tolist() for part in parts]
+  largest = [(-len(part), k) for k, part in enumerate(parts)]
+  heapq.heapify(largest)
+  for part in parts:
+    while len(part) < min_size:
+      _, donor = heapq.heappop(largest)
+      part.append(parts[donor].pop())
+      heapq.heappush(largest, (-len(parts[donor]), donor))
+  return parts
+
+
+def slow_classes(labels, num, per_client, *, seed, niid_bench):
+  """Draws as `partition.classes`, client by client."""
+  present, sizes = np.unique(labels, return_counts=True)
+  rng, num_classes = np.random.RandomState(seed), len(present)
+  owned = np.zeros((num, num_classes), bool)
+  if niid_bench:
+    for client, row in enumerate(owned):
+      others = np.delete(np.arange(num_classes), client % num_classes)
+      row[client % num_classes] = True
+      row[rng.choice(others, per_client - 1, replace=False)] = True
+  else:
+    owners = partition._num_owners(sizes, num, per_client)
+    client = np.arange(num * per_client) % num
+    label = np.repeat(np.arange(num_classes), owners)
+    owned[client, label] = True
+    client, label = np.nonzero(owned)
+    for i, j in rng.randint(len(client), size=(10 * len(client), 2)):
+      a, b, c, d = client[i], client[j], label[i], label[j]
+      if not (owned[a, d] or owned[b, c]):
+        owned[a, c] = owned[b, d] = False
+        owned[a, d] = owned[b, c] = True
+        label[i], label[j] = d, c
+  order, parts = rng.permutation(len(labels)), [[] for _ in range(num)]
+  for c, has in zip(present, owned.T):
+    clients = rng.permutation(np.flatnonzero(has))
+    rows = [i for i in order if labels[i] == c]
+    for client, some in zip(clients, np.array_split(rows, len(clients))):
+      parts[client].extend(some.tolist())
+  return parts
+
+
+class PlainLoopTest(parameterized.TestCase):
+  """Partitions are those of plain loops that draw one number at a time."""
+
+  def assert_same(self, parts, loops):
+    self.assertEqual([part.tolist() for part in parts], [*map(list, loops)])
+
+  @parameterized.product(
+    num_clients=(1, 2, 33), alpha=(0.003, 0.3, 50.0), window=(5, 4096)
+  )
+  def test_dirichlet(self, num_clients, alpha, window):
+    """Also in short blocks, with unequal classes and sizes."""
+    for seed, (sigma, most) in enumerate(((0.0, 900), (1.0, 60), (0.5, 7))):
+      labels = np.random.RandomState(seed).choice(4, 80, p=[0.7, 0.2, 0, 0.1])
+      with (
+        absltest.mock.patch.object(draws, '_WINDOW', window),
+        absltest.mock.patch.object(draws, '_BLOCK', 10 * window),
+      ):
+        settings = dict(seed=seed, sigma=sigma, max_redraws=most)
+        parts = partition.dirichlet(labels, num_clients, alpha, **settings)
+      loops = slow_dirichlet(labels, num_clients, alpha, **settings)
+      self.assert_same(parts, loops)
+
+  @parameterized.product(
+    num_clients=(1, 3, 20), min_size=(0, 1, 7), niid_bench=(False, True)
+  )
+  def test_dirichlet_class(self, num_clients, min_size, niid_bench):
+    for seed, alpha in enumerate((0.2, 2.0)):
+      labels = 2 * np.random.RandomState(seed).choice(4, 160)
+      settings = dict(seed=seed, min_size=min_size, niid_bench=niid_bench)
+      parts = partition.dirichlet_class(labels, num_clients, alpha, **settings)
+      self.assert_same(
+        parts, slow_dirichlet_class(labels, num_clients, alpha, **settings)
+      )
+
+  @parameterized.product(
+    num_clients=(5, 21), per_client=(1, 2, 4), niid_bench=(False, True)
+  )
+  def test_classes(self, num_clients, per_client, niid_bench):
+    for seed in range(2):
+      labels = 2 * np.random.RandomState(seed).choice(4, 200)
+      settings = dict(seed=seed, niid_bench=niid_bench)
+      parts = partition.classes(labels, num_clients, per_client, **settings)
+      loops = slow_classes(labels, num_clients, per_client, **settings)
+      self.assert_same(parts, loops)
+
+  @parameterized.parameters(1, 2, 5)
+  def test_shards(self, per_client):
+    labels, rng = np.arange(83) % 3, np.random.RandomState(4)
+    parts = partition.shards(labels, 7, per_client, seed=4)
+    order = rng.permutation(83)
+    order = order[np.argsort(labels[order], kind='stable')]
+    cut = np.array_split(order, 7 * per_client)
+    dealt = rng.permutation(7 * per_client).reshape(7, per_client)
+    self.assert_same(
+      parts, [np.concatenate([cut[i] for i in own]) for own in dealt]
+    )
 
 
 class PartitionTest(parameterized.TestCase):
@@ -37,27 +182,6 @@ class PartitionTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       np.sort(np.concatenate(parts)), np.arange(num)
     )
-
-  def test_capped_redraws_are_those_of_single_draws(self):
-    """Blocks of uniforms leave the stream where single draws would."""
-
-    def single(rng, cumulative, left, max_redraws):
-      for _ in range(max_redraws + 1):
-        label = np.argmax(rng.uniform() <= cumulative)
-        if left[label] > 0:
-          return label
-      return None
-
-    cumulative = np.cumsum([0.999, 0.0009, 0.0001])
-    for seed in range(20):
-      for left in ([0, 1, 1], [0, 0, 1]):
-        rngs = [np.random.RandomState(seed) for _ in range(2)]
-        results = [
-          draw(rng, cumulative, np.array(left), 3000)
-          for draw, rng in zip((partition._draw_class, single), rngs)
-        ]
-        self.assertEqual(*results)
-        self.assertEqual(*[rng.uniform() for rng in rngs])
 
   def test_small_alpha_ends(self):
     """Uses a setting in which the official loop did not end."""
@@ -390,17 +514,19 @@ class SchemesTest(parameterized.TestCase):
   @parameterized.parameters(
     ('dirichlet', dict(alpha=0.01)),
     ('dirichlet_class', dict(alpha=0.01, min_size=10)),
-    ('dirichlet_class', dict(alpha=1e-9, min_size=30)),
-    ('shards', dict(shards_per_client=30)),
+    ('dirichlet_class', dict(alpha=1e-9, min_size=15)),
+    ('shards', dict(shards_per_client=15)),
     ('classes', dict(classes_per_client=9)),
+    ('classes', dict(niid_bench=True)),
     ('quantity', dict(power=3.0, min_size=1)),
   )
   def test_many_clients_end_soon(self, name, options):
-    labels = np.random.RandomState(0).randint(10, size=60_000)
+    """Client 0 of `dirichlet` has all that is left over, 2,000 examples."""
+    labels = np.random.RandomState(0).randint(10, size=62_000)
     start = time.process_time()
-    parts = getattr(partition, name)(labels, 2000, **options)
-    self.assertLess(time.process_time() - start, 20)
-    self.assert_whole(parts, labels, 2000)
+    parts = getattr(partition, name)(labels, 4000, **options)
+    self.assertLess(time.process_time() - start, 10)
+    self.assert_whole(parts, labels, 4000)
     self.assertGreaterEqual(min(map(len, parts)), options.get('min_size', 0))
 
   @parameterized.parameters(

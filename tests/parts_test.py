@@ -30,6 +30,9 @@ class PartsTest(parameterized.TestCase):
       self.parts[4]
     self.assertIs(Parts.of(self.parts), self.parts)
     self.assertEqual(self.parts.owners().tolist(), [0, 0, 2, 2, 2, 3])
+    self.assertEqual(self.parts.places().tolist(), [0, 1, 0, 1, 2, 0])
+    some = self.parts.rows_of(np.array([3, 1, 0, 3]))
+    self.assertEqual(some.tolist(), [7, 4, 1, 7])
 
   def test_by_owner(self):
     parts = Parts.by_owner(np.array([2, 0, 2, 0]), 4, np.array([5, 6, 7, 8]))

@@ -1,4 +1,4 @@
-"""Partitions: the examples of each client, as lists of index arrays.
+"""Partitions: the examples of each client, as index arrays.
 
 Every example is used once. All draws come from NumPy's legacy generator, whose
 stream is frozen. No scheme can draw forever: the number of redraws is bounded,
@@ -16,7 +16,7 @@ import os
 
 import numpy as np
 
-from fedftg_jax.data import arrays, skew
+from fedftg_jax.data import arrays, draws, skew
 from fedftg_jax.data.parts import Parts
 
 MAX_REDRAWS = 10_000
@@ -24,7 +24,7 @@ MAX_REDRAWS = 10_000
 
 def iid(
   labels: np.ndarray, num_clients: int, *, seed: int = 0, sigma: float = 0.0
-) -> list[np.ndarray]:
+) -> Parts:
   """Splits a random permutation into contiguous slices.
 
   Args:
@@ -39,7 +39,7 @@ def iid(
   rng = np.random.RandomState(seed)
   order = rng.permutation(len(labels))
   sizes = client_sizes(rng, len(labels), num_clients, sigma)
-  return np.split(order, np.cumsum(sizes)[:-1])
+  return Parts(order, sizes)
 
 
 def dirichlet(
@@ -50,7 +50,7 @@ def dirichlet(
   seed: int = 0,
   sigma: float = 0.0,
   max_redraws: int = MAX_REDRAWS,
-) -> list[np.ndarray]:
+) -> Parts:
   """Draws the class proportions of every client from Dirichlet(alpha).
 
   Until all clients are full, a client that is not full is drawn uniformly, and
@@ -67,7 +67,7 @@ def dirichlet(
     alpha: concentration; the smaller, the fewer classes a client has.
     seed: seed of the partition.
     sigma: spread of the sizes, see `client_sizes`.
-    max_redraws: largest number of redraws of one class.
+    max_redraws: largest number of redraws of one class, at least 7.
 
   Returns:
     N index arrays, with exact sizes and class totals.
@@ -83,22 +83,16 @@ def dirichlet(
   sizes = client_sizes(rng, len(labels), num_clients, sigma)
   priors = rng.dirichlet([alpha] * num_classes, size=num_clients)
   priors[~np.isfinite(priors).all(axis=1)] = 1 / num_classes
-  cumulative = np.cumsum(priors, axis=1)
-  pools = [order[labels[order] == c] for c in range(num_classes)]
-  left = np.array([len(pool) for pool in pools])
-  room = sizes.copy()
-  parts = [np.empty(size, int) for size in sizes]
-  while room.any():
-    client = rng.randint(num_clients)
-    if room[client] <= 0:
-      continue
-    room[client] -= 1
-    label = _draw_class(rng, cumulative[client], left, max_redraws)
-    if label is None:
-      label = _draw_left(rng, priors[client], left)
-    left[label] -= 1
-    parts[client][room[client]] = pools[label][left[label]]
-  return parts
+  order_labels = labels[order]
+  totals = np.bincount(labels, minlength=num_classes)
+  clients, drawn = draws.clients_and_classes(
+    rng, sizes, priors, totals, max_redraws
+  )
+  rows = np.empty(len(labels), int)
+  for c in range(num_classes):
+    rows[drawn == c] = order[order_labels == c][::-1]
+  # The examples of a client and of a class are used from the last one on.
+  return Parts.by_owner(clients[::-1], num_clients, rows[::-1])
 
 
 def dirichlet_class(
@@ -110,7 +104,7 @@ def dirichlet_class(
   min_size: int = 1,
   niid_bench: bool = False,
   max_redraws: int = MAX_REDRAWS // 10,
-) -> list[np.ndarray]:
+) -> Parts:
   """Divides each class among clients in proportions from Dirichlet(alpha).
 
   Yurochkin et al., Bayesian Nonparametric Federated Learning of Neural
@@ -146,19 +140,22 @@ def dirichlet_class(
   _check_min_size(len(labels), num_clients, min_size)
   rng = np.random.RandomState(seed)
   for _ in range(max_redraws if niid_bench else 1):
-    shares = _class_shares(rng, labels, num_clients, alpha, niid_bench)
-    if min(map(len, shares)) >= min_size:
+    parts = _class_shares(rng, labels, num_clients, alpha, niid_bench)
+    if parts.sizes.min() >= min_size:
       break
-  return _fill([rng.permutation(share) for share in shares], min_size)
+  for part in parts:
+    rng.shuffle(part)
+  return _fill(parts, min_size)
 
 
 def _class_shares(rng, labels, num_clients, alpha, niid_bench):
   """Draws once for `dirichlet_class`, before examples are moved."""
   order = rng.permutation(len(labels))
-  parts = [[] for _ in range(num_clients)]
+  order_labels = labels[order]
+  rows, owners = [], []
   sizes = np.zeros(num_clients, int)
   for c in np.unique(labels):
-    rows = order[labels[order] == c]
+    rows.append(order[order_labels == c])
     proportions = rng.dirichlet(np.full(num_clients, alpha))
     if not np.isfinite(proportions).all():  # all draws were 0: take the limit
       proportions = np.eye(num_clients)[rng.randint(num_clients)]
@@ -167,31 +164,46 @@ def _class_shares(rng, labels, num_clients, alpha, niid_bench):
       left = proportions * has_room
       left = left if left.sum() > 0 else has_room
       proportions = left / left.sum()
-    places = np.cumsum(proportions)[:-1] * len(rows)
+    num = len(rows[-1])
+    places = np.cumsum(proportions)[:-1] * num
     # With 1e-9, a sum of proportions that is 1 up to rounding counts as 1.
     cuts = np.floor(places + 1e-9) if niid_bench else np.rint(places)
-    pieces = np.split(rows, cuts.astype(int))
-    sizes += [len(piece) for piece in pieces]
-    for part, piece in zip(parts, pieces):
-      part.append(piece)
-  return [np.concatenate(part) for part in parts]
+    pieces = np.diff(cuts.astype(int), prepend=0, append=num)
+    owners.append(np.repeat(np.arange(num_clients), pieces))
+    sizes += pieces
+  return Parts.by_owner(
+    np.concatenate(owners), num_clients, np.concatenate(rows)
+  )
 
 
 def _fill(parts, min_size):
   """Moves examples from the largest clients until all have `min_size`.
 
-  Each example is the last one of the client that is then the largest, which is
-  a random example if their order is random.
+  Each example is the last one of the client that is then the largest (the first
+  of several), which is a random example if their order is random.
   """
-  parts = [list(part) for part in parts]
-  largest = [(-len(part), k) for k, part in enumerate(parts)]
-  heapq.heapify(largest)
-  for part in parts:
-    while len(part) < min_size:
-      _, donor = heapq.heappop(largest)
-      part.append(parts[donor].pop())
-      heapq.heappush(largest, (-len(parts[donor]), donor))
-  return [np.array(part, int) for part in parts]
+  lacking = np.maximum(min_size - parts.sizes, 0)
+  num = lacking.sum()
+  if not num:
+    return parts
+  # A client of n examples can give its n-th, then its (n - 1)-th, and so on.
+  # The n-th ones go before the (n - 1)-th ones of all clients.
+  at_least = np.bincount(parts.sizes)[::-1].cumsum()[::-1]  # clients by size
+  lowest = np.flatnonzero(at_least[::-1].cumsum()[::-1] >= num)[-1]
+  given = np.maximum(parts.sizes - lowest + 1, 0)
+  donors = np.repeat(np.arange(len(parts)), given)
+  heights = Parts(donors, given).places() + lowest
+  order = np.lexsort((donors, -heights))[:num]
+  moved = parts.starts[donors[order]] + heights[order] - 1
+  kept = np.ones(len(parts.rows), bool)
+  kept[moved] = False
+  return Parts.by_owner(
+    np.concatenate(
+      [parts.owners()[kept], np.repeat(np.arange(len(parts)), lacking)]
+    ),
+    len(parts),
+    np.concatenate([parts.rows[kept], parts.rows[moved]]),
+  )
 
 
 def shards(
@@ -200,7 +212,7 @@ def shards(
   shards_per_client: int = 2,
   *,
   seed: int = 0,
-) -> list[np.ndarray]:
+) -> Parts:
   """Sorts examples by label, cuts them in equal shards, and deals these out.
 
   McMahan et al., Communication-Efficient Learning of Deep Networks from
@@ -233,9 +245,10 @@ def shards(
   rng = np.random.RandomState(seed)
   order = rng.permutation(len(labels))
   order = order[np.argsort(labels[order], kind='stable')]
-  cut = np.array_split(order, num)
-  dealt = rng.permutation(num).reshape(num_clients, shards_per_client)
-  return [np.concatenate([cut[i] for i in own]) for own in dealt]
+  cut = Parts(order, _even(len(labels), num))
+  dealt = rng.permutation(num)
+  sizes = cut.sizes[dealt].reshape(num_clients, shards_per_client)
+  return Parts(cut.rows_of(dealt), sizes.sum(axis=1))
 
 
 def classes(
@@ -245,7 +258,7 @@ def classes(
   *,
   seed: int = 0,
   niid_bench: bool = False,
-) -> list[np.ndarray]:
+) -> Parts:
   """Gives every client exactly `classes_per_client` classes.
 
   "Quantity-based label imbalance", #C = k, of Li et al., Federated Learning on
@@ -295,23 +308,34 @@ def classes(
     owners = _num_owners(sizes, num_clients, classes_per_client)
     owned = _mixed(rng, _dealt(owners, num_clients))
   order = rng.permutation(len(labels))
-  shares = [[] for _ in range(num_clients)]
+  order_labels = labels[order]
+  rows, shares = [], []
   for c, has in zip(present, owned.T):
     clients = rng.permutation(np.flatnonzero(has))
-    rows = order[labels[order] == c]
-    for client, some in zip(clients, np.array_split(rows, len(clients))):
-      shares[client].append(some)
-  return [np.concatenate(share) for share in shares]
+    rows.append(order[order_labels == c])
+    shares.append(np.repeat(clients, _even(len(rows[-1]), len(clients))))
+  return Parts.by_owner(
+    np.concatenate(shares), num_clients, np.concatenate(rows)
+  )
+
+
+def _even(total, num):
+  """Returns `num` sizes with sum `total` that differ by at most 1, [num]."""
+  return total // num + (np.arange(num) < total % num)
 
 
 def _drawn_alone(rng, num_clients, num_classes, per_client):
   """Assigns class i modulo C to client i, and others at random, [N, C]."""
+  clients = np.arange(num_clients)
+  first = clients % num_classes
+  # The draws of `choice` without replacement, of what comes after `first`.
+  others = np.empty((num_clients, per_client - 1), int)
+  for row in others:
+    row[:] = rng.permutation(num_classes - 1)[: per_client - 1]
+  others += others >= first[:, None]
   owned = np.zeros((num_clients, num_classes), bool)
-  for client, row in enumerate(owned):
-    first = client % num_classes
-    others = np.delete(np.arange(num_classes), first)
-    row[first] = True
-    row[rng.choice(others, per_client - 1, replace=False)] = True
+  owned[clients, first] = True
+  owned[clients[:, None], others] = True
   return owned
 
 
@@ -334,7 +358,8 @@ def _num_owners(sizes, num_clients, per_client):
       f'{num_clients} clients, because some classes have few examples, got '
       f'{per_client}.'
     )
-  owners = np.ones(len(sizes), int)
+  sizes, most = sizes.tolist(), most.tolist()
+  owners = [1] * len(sizes)
   fullest = [(-size, c) for c, size in enumerate(sizes) if most[c] > 1]
   heapq.heapify(fullest)
   for _ in range(num - len(sizes)):
@@ -342,7 +367,7 @@ def _num_owners(sizes, num_clients, per_client):
     owners[c] += 1
     if owners[c] < most[c]:
       heapq.heappush(fullest, (-sizes[c] / owners[c], c))
-  return owners
+  return np.array(owners)
 
 
 def _dealt(owners, num_clients):
@@ -358,18 +383,38 @@ def _mixed(rng, owned, swaps_per_entry=10):
 
   Two clients exchange classes that the other one lacks, again and again: a
   Markov chain whose limit is uniform over such tables (Besag and Clifford,
-  Biometrika 1989), here for a fixed number of tries.
+  Biometrika 1989), here for a fixed number of tries. Tries of different clients
+  are made at once.
   """
-  client, label = (side.tolist() for side in np.nonzero(owned))
   owned = owned.copy()
-  tries = rng.randint(len(client), size=(swaps_per_entry * len(client), 2))
-  for i, j in tries.tolist():
-    a, b, c, d = client[i], client[j], label[i], label[j]
-    if not (owned[a, d] or owned[b, c]):
-      owned[a, c] = owned[b, d] = False
-      owned[a, d] = owned[b, c] = True
-      label[i], label[j] = d, c
+  client, label = np.nonzero(owned)
+  num, block = len(client), -(-len(owned) // 8)
+  for begin in range(0, swaps_per_entry * num, block):
+    size = min(block, swaps_per_entry * num - begin)
+    i, j = rng.randint(num, size=(size, 2)).T
+    while len(i):
+      ready = _comes_first(client[i], client[j], len(owned))
+      _exchange(owned, client, label, i[ready], j[ready])
+      i, j = i[~ready], j[~ready]
   return owned
+
+
+def _comes_first(a, b, num_clients):
+  """Finds the pairs of clients of which no earlier pair has one, [pairs]."""
+  turn = np.arange(len(a))
+  first = np.full(num_clients, len(a))
+  np.minimum.at(first, a, turn)
+  np.minimum.at(first, b, turn)
+  return (first[a] == turn) & (first[b] == turn)
+
+
+def _exchange(owned, client, label, i, j):
+  """Exchanges the classes of entries i and j where both clients lack them."""
+  lacks = ~(owned[client[i], label[j]] | owned[client[j], label[i]])
+  i, j = i[lacks], j[lacks]
+  owned[client[i], label[i]] = owned[client[j], label[j]] = False
+  label[i], label[j] = label[j], label[i]
+  owned[client[i], label[i]] = owned[client[j], label[j]] = True
 
 
 def quantity(
@@ -380,7 +425,7 @@ def quantity(
   sigma: float = 0.0,
   power: float = 0.0,
   min_size: int = 1,
-) -> list[np.ndarray]:
+) -> Parts:
   """Gives clients random examples but unequal sizes: "quantity skew".
 
   Sizes are `min_size` plus a share of the rest in proportion to rank^-power
@@ -414,7 +459,7 @@ def quantity(
   weight = np.exp(log - log.max())
   exact = (len(labels) - min_size * num_clients) * weight / weight.sum()
   sizes = min_size + largest_remainders(exact)
-  return np.split(order, np.cumsum(sizes)[:-1])
+  return Parts(order, sizes)
 
 
 def natural(clients: np.ndarray | None, num_clients: int) -> Parts:
@@ -488,43 +533,6 @@ def _check_min_size(num_examples, num_clients, min_size):
       f'largest possible for {num_examples} examples on {num_clients} clients, '
       f'got {min_size}.'
     )
-
-
-def _draw_class(rng, cumulative, left, max_redraws):
-  """Draws classes until one has examples left, or returns None.
-
-  It returns None after `max_redraws` redraws.
-
-  Uniforms are drawn one by one at first, then in blocks; the generator ends in
-  the state in which single draws would have left it.
-  """
-  for _ in range(8):
-    label = np.argmax(rng.uniform() <= cumulative)
-    if left[label] > 0:
-      return label
-  done, block = 8, 64
-  while done <= max_redraws:
-    block = min(block * 4, max_redraws + 1 - done)
-    state = rng.get_state(legacy=False)
-    classes = np.argmax(rng.uniform(size=block)[:, None] <= cumulative, axis=1)
-    hits = np.flatnonzero(left[classes] > 0)
-    if len(hits):
-      rng.set_state(state)
-      rng.uniform(size=hits[0] + 1)
-      return classes[hits[0]]
-    done += block
-  return None
-
-
-def _draw_left(rng, prior, left):
-  """Draws a class with examples left, with its share of `prior` among those."""
-  mass = np.where(left > 0, prior, 0.0)
-  if mass.sum() < 1e-12:
-    mass = (left > 0).astype(float)
-  cumulative = np.cumsum(mass / mass.sum())
-  # `cumulative` may end just below 1; then it is the last class left.
-  label = np.searchsorted(cumulative, rng.uniform(), side='right')
-  return min(label, np.flatnonzero(left)[-1])
 
 
 def save(path: str | os.PathLike[str], parts: Sequence[np.ndarray]) -> None:

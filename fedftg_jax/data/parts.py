@@ -75,6 +75,17 @@ class Parts(Sequence):
     """Returns the client of each entry of `rows`, [M]."""
     return np.repeat(np.arange(len(self)), self.sizes)
 
+  def places(self) -> np.ndarray:
+    """Returns the place of each entry of `rows` within its client's, [M]."""
+    return np.arange(len(self.rows)) - np.repeat(self.starts, self.sizes)
+
+  def rows_of(self, clients: np.ndarray) -> np.ndarray:
+    """Returns the rows of some clients, one client's after another's."""
+    sizes = self.sizes[clients]
+    begin = np.cumsum(sizes) - sizes
+    move = np.repeat(self.starts[clients] - begin, sizes)
+    return self.rows[np.arange(len(move)) + move]
+
   def num_different(self, num_examples: int) -> int:
     """Counts the different rows, which must lie in [0, `num_examples`)."""
     held = np.zeros(num_examples, bool)

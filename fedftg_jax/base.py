@@ -183,12 +183,41 @@ class Batch(NamedTuple):
   mask: jax.Array  # [B] bool, False on padding
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """The rows of all clients, one client's after another's.
+
+  It is read like a table [N, cap] that is padded with zeros, by the number of a
+  client or by an array of them. Its memory is that of the rows, however large
+  the largest client is.
+  """
+
+  flat: jax.Array  # [M + 1] int32, ends with a 0 that is no client's
+  ends: jax.Array  # [N + 1] int32: 0, then where the rows of each client end
+  cap: int = dataclasses.field(metadata={'static': True})  # of the largest
+
+  __iter__ = None  # a client past the end is no error, so it would not end
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    return len(self.ends) - 1, self.cap
+
+  def __getitem__(self, client: Any) -> jax.Array:
+    """Gathers rows, [cap] or [..., cap]; past the end are the last client's."""
+    client = jnp.minimum(client, len(self.ends) - 2)
+    place = self.ends[client][..., None] + jnp.arange(self.cap)
+    end = self.ends[client + 1][..., None]
+    last = len(self.flat) - 1  # a zero
+    return self.flat[jnp.where(place < end, place, last)]
+
+
 class Data(NamedTuple):
   """All examples in flat arrays, and the indices of each client's examples."""
 
   x: jax.Array  # [M, H, W, channels], one array for all clients
   y: jax.Array  # [M] int32
-  index: jax.Array  # type: ignore[assignment]  # [N, cap] int32 rows of x; one client: [cap]
+  index: Any  # type: ignore[assignment]  # `Rows` of x, or a table [N, cap]; one client: [cap] int32
   count: jax.Array  # type: ignore[assignment]  # [N] int32 valid entries of `index`; one client: []
   public: PyTree = ()  # unlabelled images on the server; () on clients
 
@@ -215,7 +244,7 @@ class View(NamedTuple):
   shared: PyTree  # the part of the server's slot that is broadcast
   common: PyTree  # computed once for all clients, see `Method.common`
   own: PyTree  # the method's slot on this client
-  data: Data  # the flat arrays, with this client's row of the index table
+  data: Data  # the flat arrays, with this client's rows
   client_id: jax.Array  # [] int32
   share: jax.Array  # [] s_k = N n_k / sum_j n_j
   round: jax.Array  # [] int32, number of rounds before this one

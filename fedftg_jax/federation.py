@@ -344,7 +344,8 @@ def _rows(state, data, cohort, num_clients, weighting) -> _Row:
   total = jnp.maximum(jnp.sum(data.count), 1)
   place = cohort.client_id if cohort.place is None else cohort.place
   slots = trees.gather(state.clients, place)
-  index, count = trees.gather((data.index, data.count), cohort.client_id)
+  client = jnp.minimum(cohort.client_id, len(data.count) - 1)
+  index, count = data.index[client], data.count[client]
   share = num_clients * count.astype(jnp.result_type(float)) / total
   count = jnp.where(cohort.client_id < num_clients, count, 0)
   arrived = cohort.arrived & (count > 0)

@@ -1,4 +1,4 @@
-"""Tests of schedules and of clients as an index table, with their errors."""
+"""Tests of schedules and of clients as rows of flat arrays, with their errors."""
 
 import os
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from fedftg_jax.base import NO_LIMIT
 from fedftg_jax.data import clients, schedules
+from fedftg_jax.data.parts import Parts
 
 
 class SchedulesTest(parameterized.TestCase):
@@ -188,11 +189,19 @@ class SchedulesTest(parameterized.TestCase):
 
 
 class ClientsTest(absltest.TestCase):
-  def test_index_table(self):
+  def test_rows_of_each_client(self):
     x, y = np.arange(10, dtype=np.float32)[:, None], np.arange(10) % 3
     parts = [np.array([4, 1]), np.array([], int), np.array([0, 9, 3])]
     data = clients.from_partition(x, y, parts)
     self.assertEqual(data.index.shape, (3, 3))
+    table = [[4, 1, 0], [0, 0, 0], [0, 9, 3]]
+    for ids in ([0, 1, 2], [2, 0], [[1], [2]]):
+      rows = data.index[np.array(ids)]
+      np.testing.assert_array_equal(rows, np.array(table)[ids])
+    past_the_end = jax.jit(lambda d: d.index[np.array([3])])(data)
+    np.testing.assert_array_equal(past_the_end, [table[2]])
+    with self.assertRaises(TypeError):  # it would never end
+      iter(data.index)
     for k, part in enumerate(parts):
       one = data._replace(index=data.index[k], count=data.count[k])
       batch = clients.batch(one, np.arange(3), np.arange(3) < len(part))
@@ -209,7 +218,18 @@ class ClientsTest(absltest.TestCase):
     )
     self.assertEqual(data.x.dtype, np.uint8)
     self.assertEqual(data.x.shape[0], 6)
-    self.assertLen(jax.tree.leaves(data), 4)
+    self.assertLen(jax.tree.leaves(data), 5)
+
+  def test_one_large_client_costs_its_own_rows(self):
+    """And not as many entries for each of the other clients."""
+    sizes = np.array([3000] + 2000 * [1])
+    data = clients.from_partition(
+      np.zeros((5000, 1), np.uint8),
+      np.zeros(5000, int),
+      Parts(np.arange(5000), sizes),
+    )
+    used = sum(a.nbytes for a in jax.tree.leaves((data.index, data.count)))
+    self.assertLess(used, 4 * (5000 + 2 * 2001 + 9))
 
 
 if __name__ == '__main__':

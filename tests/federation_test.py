@@ -264,7 +264,7 @@ class RoundTest(parameterized.TestCase):
     chex.assert_trees_all_close(both.variables, mean, atol=1e-6)
 
   def test_removing_a_client_leaves_the_others_draws(self):
-    """Client 4 is the largest: without it the index table is narrower."""
+    """Client 4 is the largest: without it the rows are padded to fewer."""
     whole = problems.DATA
     parts = [np.asarray(whole.index[k][: whole.count[k]]) for k in range(4)]
     fewer = clients.from_partition(whole.x, whole.y, parts)

@@ -301,7 +301,8 @@ class IdentityTest(parameterized.TestCase):
     with enable_x64(True):
       sizes = problems.SIZES
       data = problems.make_data()
-      index = data.index.at[1].set(data.index[4])
+      table = data.index[np.arange(len(sizes))]
+      index = table.at[1].set(table[4])
       data = data._replace(index=index, count=data.count.at[1].set(sizes[4]))
       fed = influence.tracking(softmax(), ALL)
       rows = problems.schedule([[0, 1, 4], [1, 3, 4], [0, 2, 3]])

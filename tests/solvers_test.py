@@ -287,7 +287,7 @@ class MomentumTest(parameterized.TestCase):
     for ids, arrived in self.ROWS:
       trained = []
       for k in (k for k, there in zip(ids, arrived) if there):
-        rows = data.index[k, : data.count[k]]
+        rows = data.index[k][: data.count[k]]
         w, velocity = params, kept.get(k, zero) if keep else zero
         for _ in range(self.EPOCHS):
           g = gradient(w, data.x[rows], data.y[rows])

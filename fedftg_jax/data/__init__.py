@@ -1,1 +1,1 @@
-"""Data sets, partitions, schedules, and clients as an index table."""
+"""Data sets, partitions, schedules, and clients as rows of flat arrays."""

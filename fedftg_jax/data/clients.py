@@ -1,4 +1,4 @@
-"""Clients as an index table over flat arrays of examples."""
+"""Clients as rows of flat arrays of examples."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedftg_jax.base import Batch, Data, PyTree
+from fedftg_jax.base import Batch, Data, PyTree, Rows
 from fedftg_jax.data.parts import Parts
 
 
@@ -16,7 +16,7 @@ def from_partition(
   parts: Sequence[np.ndarray],
   public: np.ndarray | tuple[()] = (),
 ) -> Data:
-  """Puts the examples on the device once, with an index table of the clients.
+  """Puts the examples on the device once, with the rows of the clients.
 
   Args:
     x: [M, H, W, channels] images, uint8 or float.
@@ -25,7 +25,7 @@ def from_partition(
     public: [P, H, W, channels] unlabelled images of the server, if any.
 
   Returns:
-    The data; padding costs 4 bytes per slot, and no image is copied.
+    The data; an example costs 4 bytes besides, and no image is copied.
 
   Raises:
     ValueError: for invalid labels, or parts that overlap or are out of range.
@@ -40,20 +40,22 @@ def from_partition(
     raise ValueError(f'parts must hold rows from 0 to {num - 1}.')
   if parts.num_different(num) < len(rows):
     raise ValueError('parts give an example to more than one client.')
-  cap = max(1, parts.sizes.max())
-  index = np.zeros((len(parts), cap), np.int32)
-  index[np.arange(cap) < parts.sizes[:, None]] = rows
+  index = Rows(
+    jnp.asarray(np.append(rows, 0), jnp.int32),
+    jnp.asarray(np.append(0, np.cumsum(parts.sizes)), jnp.int32),
+    max(1, int(parts.sizes.max())),
+  )
   return Data(
     jnp.asarray(x),
     jnp.asarray(y, jnp.int32),
-    jnp.asarray(index),
+    index,
     jnp.asarray(parts.sizes, jnp.int32),
     jax.tree.map(jnp.asarray, public),
   )
 
 
 def batch(data: Data, positions: jax.Array, mask: jax.Array) -> Batch:
-  """Gathers the examples at `positions` [B] of one client's index table."""
+  """Gathers the examples at `positions` [B] of one client's rows."""
   rows = data.index[positions]
   return Batch(data.x[rows], data.y[rows], mask)
 

@@ -857,7 +857,9 @@ class DevicesTest(parameterized.TestCase):
     self.assert_same_run('one/fed_avg/seed1', 'two/fed_avg/seed1')
 
   @parameterized.parameters(
-    (1, []), (4, ['--num_clients=12', '--client_state=disk', '--cohort=5'])
+    (1, []),
+    (4, ['--num_clients=12', '--client_state=disk', '--cohort=5']),
+    (1, ['--method=fed_ftg', '--ftg_preset=robust', '--ftg_iterations=2']),
   )
   @pytest.mark.slow  # below: the cases of `parameters` take it over
   def test_two_processes_agree_with_one(self, devices, changes):

@@ -144,7 +144,11 @@ def main(argv):
 def _partitions(path) -> None:
   """Times each rule with each number of clients, from few to many."""
   numbers = sorted(map(int, _CLIENTS.value))
-  head = ['partition', *(f'{n:,} clients' for n in numbers), 'peak memory, GB']
+  head = [
+    'partition',
+    *(f'{n:,} clients, s' for n in numbers),
+    'peak memory, GB',
+  ]
   lines = [head, ['---'] * len(head)]
   for text, rule in RULES.items():
     cells, peak = [], 0

@@ -473,6 +473,18 @@ class SyntheticTest(ProgramCase):
     )
 
   @pytest.mark.slow
+  def test_measurements_of_partitions(self):
+    command = [sys.executable, '-m', 'experiments.large', '--partitions']
+    command += ['--clients=40', f'--workdir={self.folder}/large']
+    subprocess.run(command, cwd=ROOT, check=True)
+    text = (self.folder / 'large/partitions.md').read_text()
+    head, _, *rows = text.splitlines()
+    self.assertEqual(head, '| partition | 40 clients, s | peak memory, GB |')
+    self.assertLen(rows, 11)
+    for row in rows:
+      self.assertRegex(row, r'^\| `[a-z_]+`.* \| [\d.e-]+ \| 0\.\d \|$')
+
+  @pytest.mark.slow
   def test_what_a_server_could_distil(self):
     """The script's table and picture, of a small federation."""
     command = [sys.executable, '-m', 'experiments.teachers', '--seeds=1']

@@ -1,4 +1,4 @@
-"""Tests of schedules and of clients as rows of flat arrays, with their errors."""
+"""Tests of schedules and of clients as rows of flat arrays; their errors."""
 
 import os
 

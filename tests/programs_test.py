@@ -971,28 +971,29 @@ class BenchmarkTest(parameterized.TestCase):
       contestant.run()
 
   @parameterized.parameters(
-    ('W0_cnn', ['plain_jax', 'centralised', 'one_step']),
-    ('W0_norm', ['plain_jax', 'centralised', 'one_step']),
-    ('W0_server', []),
-    ('W0_robust', []),
+    ('W0_cnn', benchmark.PRECISIONS, benchmark.PEERS),
+    ('W0_norm', ('bfloat16',), ('torch', 'centralised', 'one_step', 'matmul')),
+    ('W0_server', ('default',), ('torch', 'matmul')),
+    ('W0_robust', ('bfloat16',), ('matmul',)),
   )
   @pytest.mark.slow
-  def test_side_by_side(self, workload, besides):
-    """A dry run of all that is installed, in both precisions.
+  def test_side_by_side(self, workload, precisions, peers):
+    """A dry run of all that is installed, for the CNN in both precisions.
 
     PEER_PYTHON is an interpreter that has the peers.
     """
     out = pathlib.Path(self.create_tempdir().full_path, 'speed.json')
-    candidate = 'ours:gen_step=joint'
-    if besides:
-      candidate = 'ours:flat=1:client_chunk=2'
+    candidate = 'ours:flat=1:client_chunk=2'
+    if workload in ('W0_server', 'W0_robust'):
+      candidate = 'ours:gen_step=joint'
+    here = {'matmul', 'copy', 'plain_jax', 'centralised', 'one_step'}
     status, screen, err = call(
       benchmark,
       f'--workloads={workload}',
-      '--against=' + ','.join([*benchmark.PEERS, candidate]),
+      '--against=' + ','.join([*peers, candidate]),
       '--cohorts=3',
       '--repeat=2',
-      '--precisions=default,bfloat16',
+      '--precisions=' + ','.join(precisions),
       f'--peer_python={os.environ.get("PEER_PYTHON", "")}',
       f'--out={out}',
       draw=True,
@@ -1000,14 +1001,14 @@ class BenchmarkTest(parameterized.TestCase):
     self.assertEqual(status, 0, err)
     figures = json.loads(out.read_text())
     self.assertContainsSubset(['processor', 'cores'], figures['machine'])
-    for precision in benchmark.PRECISIONS:
+    for precision in precisions:
       all_rows = {
         r['who']: r for r in figures['rows'] if r['precision'] == precision
       }
-      self.assertCountEqual(all_rows, ['ours', *benchmark.PEERS, candidate])
+      self.assertCountEqual(all_rows, ['ours', *peers, candidate])
       rows = {k: r for k, r in all_rows.items() if 'left_out' not in r}
       self.assertContainsSubset(
-        ['ours', 'matmul', 'copy', candidate, *besides], rows
+        ['ours', candidate, *here.intersection(peers)], rows
       )
       for name in rows.keys() & set(benchmark.LIMITS):
         self.assertCountEqual(rows[name]['cost'], ['gflop', 'gbyte'])

@@ -972,7 +972,7 @@ class BenchmarkTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('W0_cnn', benchmark.PRECISIONS, benchmark.PEERS),
-    ('W0_norm', ('bfloat16',), ('torch', 'centralised', 'one_step', 'matmul')),
+    ('W0_norm', ('bfloat16',), ('torch', 'centralised', 'matmul')),
     ('W0_server', ('default',), ('torch', 'matmul')),
     ('W0_robust', ('bfloat16',), ('matmul',)),
   )

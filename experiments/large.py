@@ -104,6 +104,11 @@ RULES = {
 _CLIENTS = flags.DEFINE_list(
   'clients', ['100000', '1000000'], 'Numbers of clients.'
 )
+flags.register_validator(
+  'clients',
+  lambda values: all(value.isdigit() and int(value) for value in values),
+  'must be positive integers',
+)
 _ROUNDS = flags.DEFINE_integer(
   'rounds', 100, 'Rounds of each run, a multiple of 10.', lower_bound=20
 )

@@ -36,7 +36,7 @@ _DATASET = flags.DEFINE_string('dataset', 'fashion_mnist', 'Data set.')
 _BASES = flags.DEFINE_list(
   'bases', ['fed_avg', 'scaffold', 'fed_dyn'], 'Methods to look at.'
 )
-_MODEL = flags.DEFINE_string('model', 'mlp', 'Model.')
+_MODEL = flags.DEFINE_enum('model', 'mlp', list(models.CLASSIFIERS), 'Model.')
 _EXAMPLES = flags.DEFINE_integer(
   'train_examples', 12000, 'Training examples; a sixth is kept apart.'
 )

@@ -71,7 +71,7 @@ EVEN, UNEVEN = [0.1] * 10, [0.55] + [0.05] * 9  # shares of the classes
 
 
 class Rule(NamedTuple):
-  """How a partition is drawn."""
+  """Describes how a partition is drawn."""
 
   name: str  # of a function in `partition`
   options: dict[str, Any] = {}

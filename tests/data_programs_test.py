@@ -575,8 +575,12 @@ class ErrorsTest(ProgramCase):
       ['--validation_share=0.001'],
       '--validation_share=0.001: share must leave',
     ),
+    (  # only the method knows this bound; its option is named as a flag
+      ['--method=fed_dm', '--dm_ipc=0'],
+      '--dm_ipc=0: must be at least 1, got 0',
+    ),
   )
-  def test_what_the_data_do_not_allow(self, changes, message):
+  def test_what_the_data_or_the_method_do_not_allow(self, changes, message):
     status, _, err = call(
       train, *self.args, *changes, f'--workdir={self.folder}/a'
     )

@@ -533,8 +533,8 @@ FAULTS = (
   Fault(
     'partition_redraws_off_by_one',
     DRAWS,
-    'max_redraws + 1 - _SINGLE',
-    'max_redraws - _SINGLE',
+    'max_redraws + 1 - single',
+    'max_redraws - single',
     OF_PARTITION,
   ),
   Fault(

@@ -110,7 +110,8 @@ class PlainLoopTest(parameterized.TestCase):
   )
   def test_dirichlet(self, num_clients, alpha, window):
     """Also in short blocks, with unequal classes and sizes."""
-    for seed, (sigma, most) in enumerate(((0.0, 900), (1.0, 60), (0.5, 7))):
+    settings = (0.0, 900), (1.0, 60), (0.5, 7), (0.5, 2), (0.0, 0)
+    for seed, (sigma, most) in enumerate(settings):
       labels = np.random.RandomState(seed).choice(4, 80, p=[0.7, 0.2, 0, 0.1])
       with (
         absltest.mock.patch.object(draws, '_WINDOW', window),

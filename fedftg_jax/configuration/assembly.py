@@ -526,14 +526,17 @@ def _method(
 def _of_option(method: str, message: str) -> tuple[str, str]:
   """Returns the flag of the option that a message begins with, and the rest.
 
-  Without such an option it is `method`, and the whole message.
+  If no part of the method has such an option, or several have, it is `method`,
+  and the whole message.
   """
   name, _, rest = message.partition(' ')
-  for part in recipes.parse(method):
-    for flag, option in flags.of_method(part).items():
-      if option == name:
-        return flag, rest
-  return 'method', message
+  found = {
+    flag
+    for part in recipes.parse(method)
+    for flag, option in flags.of_method(part).items()
+    if option == name
+  }
+  return (found.pop(), rest) if len(found) == 1 else ('method', message)
 
 
 def _privacy(config) -> dict[str, Any]:

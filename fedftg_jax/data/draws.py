@@ -69,7 +69,7 @@ def clients_and_classes(
     sizes: [N] examples of each client, with sum M.
     priors: [N, C] class proportions of each client.
     totals: [C] examples of each class, with sum M.
-    max_redraws: largest number of redraws of one class; less than 7 is 7.
+    max_redraws: largest number of redraws of one class.
 
   Returns:
     The clients [M] and the classes [M], in the order of the draws.
@@ -84,6 +84,7 @@ def clients_and_classes(
   still_has_room = has_room.data  # numbers go in faster than by NumPy
   room, left, num_left = sizes.tolist(), totals.tolist(), int(sizes.sum())
   clients, labels = array.array('i'), array.array('i')
+  single = min(_SINGLE, max_redraws + 1)
   stream = Stream(rng)
   while num_left:
     words = stream.words(0, _WINDOW + 1 + 2 * _SINGLE)
@@ -98,7 +99,7 @@ def clients_and_classes(
         continue
       at = place + first_uniform
       begin = client * num_classes
-      for _ in range(_SINGLE):
+      for _ in range(single):
         label = bisect.bisect_left(
           bounds, uniform_at[at], begin, begin + num_classes
         )
@@ -113,7 +114,7 @@ def clients_and_classes(
           priors[client],
           cumulative[client],
           np.array(left),
-          max_redraws + 1 - _SINGLE,
+          max_redraws + 1 - single,
         )
       clients.append(client)
       labels.append(label)
@@ -150,7 +151,7 @@ def _redraw(stream, at, prior, cumulative, left, num):
   edges = np.concatenate([[-1.0], cumulative, [2.0]])
   open_ = (np.append(left, left[0]) > 0) & (edges[1:] > edges[:-1])
   wanted = np.flatnonzero(open_)
-  end, size = at + 2 * max(num, 0), 64
+  end, size = at + 2 * num, 64
   while at < end and len(wanted):
     size = min(4 * size, (end - at) // 2)
     uniforms = stream.uniforms(at, size)

@@ -67,7 +67,7 @@ def dirichlet(
     alpha: concentration; the smaller, the fewer classes a client has.
     seed: seed of the partition.
     sigma: spread of the sizes, see `client_sizes`.
-    max_redraws: largest number of redraws of one class, at least 7.
+    max_redraws: largest number of redraws of one class.
 
   Returns:
     N index arrays, with exact sizes and class totals.

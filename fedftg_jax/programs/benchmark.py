@@ -325,9 +325,9 @@ def time_cell(
     console: where it is said what is done.
   """
   todo = [n for n in names if not _is_done(rows.get((*cell, n)), repeat)]
-  if any(map(_is_round, todo)) and OURS not in todo:
-    if 'left_out' not in rows.get((*cell, OURS), {}):
-      todo = [OURS, *todo]
+  ours_can = 'left_out' not in rows.get((*cell, OURS), {})
+  if any(map(_is_round, todo)) and OURS not in todo and ours_can:
+    todo = [OURS, *todo]
   if not todo or late():
     return
   console.print(f'{cell[0]}: {workloads.WORKLOADS[cell[0]].help}')

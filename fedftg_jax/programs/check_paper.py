@@ -8,9 +8,9 @@ the figures of the preset of the same name, or of --published. The published
 figures are in experiments/presets/published.yaml, with their sources. Each
 figure is compared with all runs of its method and flags, as the mean over
 seeds; a figure of the best value of a flag with the runs of the best value. The
-difference is also given in standard deviations, of one seed here and
-of one published seed together. Flags in which the runs differ from the preset
-are named, since they may explain a difference. Writes check_paper.json.
+difference is also given in standard deviations, of one seed here and of one
+published seed together. Flags in which the runs differ from the preset are
+named, since they may explain a difference. Writes check_paper.json.
 """
 
 from collections.abc import Iterator, Mapping

@@ -5,6 +5,7 @@
 # make lint      style and types
 # make docs      the pages of docs/ and the API as a site, in build/site
 # make tables    the generated parts of the pages, from docs/results/ and the code
+# make gpu       compiles for a GPU, which need not be there
 # make audit     known holes in what is installed; asks a service on the network
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ CHECK := $(addprefix tests/,base_test.py solvers_test.py golden_test.py \
 	$(addprefix methods_test.py::ContractTest::test_row_, \
 	fed_avg fed_nova fed_dyn scaffold moon fed_ftg_robust))
 
-.PHONY: demo check test test-all lint docs tables audit clean
+.PHONY: demo check test test-all lint docs tables gpu audit clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +52,11 @@ docs: $(VENV)/installed
 
 tables: $(VENV)/installed
 	$(RUN) -m docs.tables
+
+gpu:
+	$(PYTHON) -m venv build/gpu
+	build/gpu/bin/python -m pip install --quiet --disable-pip-version-check -e ".[gpu_compiler]"
+	build/gpu/bin/python -m experiments.gpu_programs --programs=W3,W5:conv=pallas,W4:conv=mixed,W7
 
 audit: $(VENV)/dev
 	$(RUN) -m pip_audit

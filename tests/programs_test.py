@@ -983,7 +983,7 @@ class BenchmarkTest(parameterized.TestCase):
     PEER_PYTHON is an interpreter that has the peers.
     """
     out = pathlib.Path(self.create_tempdir().full_path, 'speed.json')
-    candidate = 'ours:flat=1:client_chunk=2'
+    candidate = 'ours:client_chunk=2'
     if workload in ('W0_server', 'W0_robust'):
       candidate = 'ours:gen_step=joint'
     here = {'matmul', 'copy', 'plain_jax', 'centralised', 'one_step'}
@@ -1251,16 +1251,6 @@ class BenchmarkTest(parameterized.TestCase):
       products = re.findall(r' dot\(.*?lhs_batch_dims=\{(\d*)\}', program)
       self.assertEqual(products, ['0'] * 8)
 
-  def test_parameters_as_one_array(self):
-    """The candidate computes what the model computes."""
-    work = workloads.WORKLOADS['W0']
-    model, flat = ours.make_model(work), ours.make_model(work, flat=1)
-    x = np.random.RandomState(0).rand(3, 28, 28, 1).astype(np.float32)
-    key = jax.random.key(0)
-    self.assertEqual(flat.init(key).params.ndim, 1)
-    run = lambda m: jax.jit(lambda: m.apply(m.init(key), x).logits)()
-    np.testing.assert_array_equal(run(flat), run(model))
-
   @parameterized.parameters(
     ('--workloads=W9', '--workloads=W9: must be one of W1'),
     ('--against=tf', '--against=tf: must be one of torch'),
@@ -1273,11 +1263,11 @@ class BenchmarkTest(parameterized.TestCase):
     (
       '--against=one_step:client_chunk=2',
       "--against=one_step:client_chunk=2: 'client_chunk' is none of the "
-      'options of one_step, conv, flat',
+      'options of one_step, conv',
     ),
     (
-      '--against=ours:flat=1:flat=0',
-      '--against=ours:flat=1:flat=0: flat is given twice',
+      '--against=ours:conv=lax:conv=lax',
+      '--against=ours:conv=lax:conv=lax: conv is given twice',
     ),
     (
       '--against=ours:conv=fast',

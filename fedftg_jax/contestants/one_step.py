@@ -32,15 +32,11 @@ def cost(workload, **options):
   return {'gflop': found['flops'] / 1e9, 'gbyte': found['bytes accessed'] / 1e9}
 
 
-@functools.cache  # for both functions
-def _compiled(workload, conv=None, flat=0):
+def program(workload, conv=None):
+  """Makes the jitted step and the function that makes its arguments."""
   if workload.iterations:
     raise NotImplementedError('no server step')
-  model = ours.make_model(workload, conv, flat)
-  x, y = (
-    jnp.asarray(a[:, : workload.batch_size])
-    for a in workloads.examples(workload)
-  )
+  model = ours.make_model(workload, conv)
 
   def step(variables, x, y):
     def loss(params):
@@ -53,9 +49,22 @@ def _compiled(workload, conv=None, flat=0):
     )
     return variables._replace(params=params, stats=stats)
 
-  variables = jax.jit(model.init)(jax.random.key(0))
-  stacked = jax.tree.map(
-    lambda leaf: jnp.stack([leaf] * workload.cohort), variables
-  )
-  mapped = jax.jit(jax.vmap(step), donate_argnums=0)
-  return mapped.lower(stacked, x, y).compile(), stacked, x, y
+  def start():
+    variables = model.init(jax.random.key(0))
+    stacked = jax.tree.map(
+      lambda leaf: jnp.stack([leaf] * workload.cohort), variables
+    )
+    x, y = (
+      jnp.asarray(a[:, : workload.batch_size])
+      for a in workloads.examples(workload)
+    )
+    return stacked, x, y
+
+  return jax.jit(jax.vmap(step), donate_argnums=0), start
+
+
+@functools.cache  # for both functions
+def _compiled(workload, conv=None):
+  step, start = program(workload, conv)
+  arguments = jax.jit(start)()
+  return step.lower(*arguments).compile(), *arguments

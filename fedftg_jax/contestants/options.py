@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from fedftg_jax.models import convolution
 
 _MODEL: dict[str, Sequence[str | int]] = {  # each with its values
-  'conv': convolution.IMPLEMENTATIONS,
-  'flat': (0, 1),  # the parameters of a model as one array
+  'conv': convolution.IMPLEMENTATIONS
 }
 OPTIONS: dict[str, dict[str, Sequence[str | int]]] = {
   'ours': {
@@ -24,7 +23,7 @@ OPTIONS: dict[str, dict[str, Sequence[str | int]]] = {
 
 
 def parse(contestant: str) -> dict[str, str | int]:
-  """Parses the options of a contestant, as 'ours:conv=pallas:flat=1'.
+  """Parses the options of a contestant, as 'ours:conv=pallas:client_chunk=2'.
 
   Raises:
     ValueError: for an unknown or repeated option, or a wrong value.

@@ -7,7 +7,6 @@ import functools
 
 from flax import linen as nn
 import jax
-from jax import flatten_util
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,60 +39,38 @@ class SmallCNN(nn.Module):
     return classifiers.MLP(workloads.NUM_CLASSES, (128,), name='mlp')(x)
 
 
-def make_model(workload, conv=None, flat=0):
-  """Builds the model of a workload; `flat` is for `as_one_array`."""
+def make_model(workload, conv=None):
+  """Builds the model of a workload."""
   if conv and workload.model == 'mlp':
     raise NotImplementedError('no convolutions')
   if workload.model == 'small_cnn':
     module = SmallCNN(conv or convolution.default())
-    model = models.from_flax(
+    return models.from_flax(
       module, workload.image_shape, dtype=_dtype(workload)
     )
-  else:
-    model = models.build(
-      workload.model,
-      workload.image_shape,
-      workloads.NUM_CLASSES,
-      conv=conv,
-      dtype=_dtype(workload),
-    )
-  return as_one_array(model) if flat else model
+  return models.build(
+    workload.model,
+    workload.image_shape,
+    workloads.NUM_CLASSES,
+    conv=conv,
+    dtype=_dtype(workload),
+  )
 
 
 def _dtype(workload):
   return jnp.bfloat16 if workload.bfloat16 else None
 
 
-def as_one_array(model: base.Model) -> base.Model:
-  """Makes a model whose parameters are one array.
-
-  A step of descent and a mean over clients then have one array to work on.
-  """
-  params = jax.eval_shape(model.init, jax.random.key(0)).params
-  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), params)
-  unravel = flatten_util.ravel_pytree(zeros)[1]
-
-  def init(key):
-    variables = model.init(key)
-    return variables._replace(
-      params=flatten_util.ravel_pytree(variables.params)[0]
-    )
-
-  def apply(variables, *args, **kwargs):
-    whole = variables._replace(params=unravel(variables.params))
-    return model.apply(whole, *args, **kwargs)
-
-  return base.Model(init, apply)
-
-
-def prepare(workload, conv=None, flat=0, client_chunk=None, **server):
+def prepare(workload, conv=None, client_chunk=None, **server):
   if workload.iterations:
     if client_chunk is not None:
       raise NotImplementedError('no clients')
-    return _server_step(workload, conv, flat, **server)
+    step, start = server_program(workload, conv, **server)
+    arguments = jax.jit(start)()
+    return lambda: jax.block_until_ready(step(*arguments))
   if server:
     raise NotImplementedError('no server step')
-  model = make_model(workload, conv, flat)
+  model = make_model(workload, conv)
   x, y = workloads.examples(workload)
   num_clients = workload.cohort
   parts = np.split(np.arange(y.size), num_clients)
@@ -124,11 +101,14 @@ def prepare(workload, conv=None, flat=0, client_chunk=None, **server):
   return round_
 
 
-def _server_step(workload, conv, flat, **changes):
-  """Prepares the server step of FedFTG's preset; `changes` are its options."""
+def server_program(workload, conv=None, **changes):
+  """Makes the jitted server step of FedFTG, and what makes its arguments.
+
+  `changes` are options of the workload's preset.
+  """
   if 'ftg_batch_size' in changes:
     changes['batch_size'] = changes.pop('ftg_batch_size')
-  model = make_model(workload, conv, flat)
+  model = make_model(workload, conv)
   preset = workload.server_step
   generator = models.image_generator(
     workload.image_shape,
@@ -156,18 +136,15 @@ def _server_step(workload, conv, flat, **changes):
     ),
   )
 
-  @jax.jit
-  def start(key, key_slot):
-    teachers = jax.vmap(model.init)(jax.random.split(key, workload.cohort))
+  def start():
+    key, *keys = jax.random.split(jax.random.key(0), 3)
+    teachers = jax.vmap(model.init)(jax.random.split(keys[0], workload.cohort))
     student = jax.tree.map(lambda a: jnp.mean(a, 0), teachers)
-    return student, teachers, method.init(key_slot, student)[0]
-
-  key, *keys = jax.random.split(jax.random.key(0), 3)
-  student, teachers, slot = start(*keys)
-  counts = jnp.full((workload.cohort, workloads.NUM_CLASSES), 50)
+    return student, teachers, method.init(keys[1], student)[0], key
 
   @jax.jit
   def step(student, teachers, slot, key):
+    counts = jnp.full((workload.cohort, workloads.NUM_CLASSES), 50)
     received = base.Received(
       broadcast=student,
       average=student,
@@ -181,7 +158,4 @@ def _server_step(workload, conv, flat, **changes):
     )
     return method.update(student, slot, received, key)[:2]
 
-  def round_():
-    jax.block_until_ready(step(student, teachers, slot, key))
-
-  return round_
+  return step, start

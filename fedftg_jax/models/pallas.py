@@ -6,13 +6,12 @@ an output is a sum over the taps of products of shifted rows. The kernels read
 these rows where they are: no window is written to memory, as `windows.gather`
 does. Under `vmap` the client is one more axis of the grid.
 
-Rows, channels and blocks are padded to powers of two, as Triton wants them. No
-GPU has run the kernels so far. On a CPU they are interpreted, which is slow and
-serves tests.
+Rows, channels and blocks are padded to powers of two, as Triton wants them. The
+kernels compile for a GPU (experiments/gpu_programs.py), but none has run them
+so far. On a CPU they are interpreted, which is slow and serves tests.
 """
 
 import functools
-import itertools
 
 import jax
 from jax.experimental import pallas as pl
@@ -98,24 +97,25 @@ def _product(x, kernel, padding, size):
     kernel,
     (*((0, 0),) * 2, (0, whole_in - num_in), (0, whole_out - kernel.shape[3])),
   )
-  sums = _sums(x.dtype)
+  sums, num_taps = _sums(x.dtype), size[0] * size[1]
 
   def add_up(x_ref, kernel_ref, out_ref):
     first = pl.program_id(0) * _ROWS
     out = pl.ds(pl.program_id(1) * each_out, each_out)
 
-    def add(block, total):
+    # One product in each pass: more would not fit the shared memory.
+    def add(step, total):
+      block, tap = _divided(step, num_taps)
+      i, j = _divided(tap, size[1])
       here = pl.ds(block * each_in, each_in)
-      for i, j in itertools.product(*map(range, size)):
-        total += jnp.dot(
-          x_ref[pl.ds(first + i * width + j, _ROWS), here],
-          kernel_ref[i, j, here, out],
-          preferred_element_type=sums,
-        )
-      return total
+      return total + jnp.dot(
+        x_ref[pl.ds(first + i * width + j, _ROWS), here],
+        kernel_ref[i, j, here, out],
+        preferred_element_type=sums,
+      )
 
     total = jnp.zeros((_ROWS, each_out), sums)
-    total = jax.lax.fori_loop(0, whole_in // each_in, add, total)
+    total = jax.lax.fori_loop(0, num_taps * (whole_in // each_in), add, total)
     out_ref[pl.ds(first, _ROWS), out] = total.astype(out_ref.dtype)
 
   out = _call(
@@ -168,6 +168,12 @@ def _correlate(x, cotangent, padding, size):
   return out[:, :, :num_in, :num_out]
 
 
+def _divided(number, by):
+  """Returns quotient and remainder; Triton has no `//` of JAX's."""
+  by = jnp.asarray(by, number.dtype)
+  return jax.lax.div(number, by), jax.lax.rem(number, by)
+
+
 def _rows(x, more=0):
   """Lays images out as rows of pixels, with padding.
 
@@ -198,13 +204,13 @@ def _sums(dtype):
 
 def _call(kernel, grid, out):
   """Runs `kernel` on whole arrays, of which it reads what it needs."""
-  backend = jax.default_backend()
-  if backend == 'tpu':
+  if jax.default_backend() == 'tpu':
     raise NotImplementedError("conv='pallas' has no kernels for a TPU.")
-  return pl.pallas_call(
-    kernel,
-    out,
-    grid=grid,
-    compiler_params=triton.CompilerParams(),
-    interpret=backend == 'cpu',
+  run = functools.partial(pl.pallas_call, kernel, out, grid=grid)
+  compiled = run(compiler_params=triton.CompilerParams())
+  return functools.partial(
+    jax.lax.platform_dependent,
+    cpu=run(interpret=True),
+    cuda=compiled,
+    rocm=compiled,
   )

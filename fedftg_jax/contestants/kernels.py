@@ -1,0 +1,139 @@
+"""Counts the kernels of a program that is compiled for a GPU.
+
+Small kernels are held back by their launches, a few microseconds each, and many
+others by the memory. So the counts say what a step cannot be faster than.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+
+class Counts(NamedTuple):
+  """Counts of a program, or of a part of it."""
+
+  kernels: float = 0
+  bytes: float = 0
+
+
+class Instruction(NamedTuple):
+  """One instruction of a program in XLA's text form."""
+
+  name: str
+  shape: str
+  operation: str
+  operands: list[str]
+  attributes: str
+
+
+_FREE = {
+  'parameter',
+  'constant',
+  'tuple',
+  'get-tuple-element',
+  'bitcast',
+  'copy-done',  # its copy-start counts
+  'async-done',
+}
+_SLICES = {'slice', 'dynamic-slice'}
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{$')
+_INSTRUCTION = re.compile(
+  r' +(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*?)\)(.*)'
+)
+
+
+def count(text: str) -> Counts:
+  """Counts the kernels of a compiled program and the bytes that they move.
+
+  A loop counts as often as it runs; of the branches of a condition the one with
+  most kernels counts. Each kernel reads its operands and writes its results
+  once. Of an operand that it only slices it reads the slices, and it writes an
+  update in place as far as the update goes. What a cache saves is not known,
+  nor how many kernels a call of a library launches: it counts as one.
+
+  Args:
+    text: the program, as `as_text()` of a compiled function gives it.
+
+  Raises:
+    ValueError: for a loop of which XLA does not know how often it runs.
+  """
+  computations: dict[str, list[Instruction]] = {}
+  entry = ''
+  for line in re.sub(r'/\*.*?\*/', '', text).splitlines():
+    if start := _COMPUTATION.match(line):
+      name = start[2]
+      computations[name] = []
+      entry = name if start[1] else entry
+    elif found := _INSTRUCTION.match(line):
+      operands = [one.strip().lstrip('%') for one in found[4].split(',')]
+      computations[name].append(
+        Instruction(found[1], found[2], found[3], operands, found[5])
+      )
+  return _count(computations, entry)
+
+
+def _count(computations, name) -> Counts:
+  """Counts a computation, and those that it calls."""
+  total = Counts()
+  shapes = {one.name: one.shape for one in computations[name]}
+  for one in computations[name]:
+    called = [
+      inner
+      for inner in re.findall(r'%?([\w.-]+)', one.attributes)
+      if inner in computations
+    ]
+    if one.operation == 'while':
+      times = re.search(r'"known_trip_count":\{"n":"(\d+)"', one.attributes)
+      if not times:
+        raise ValueError(f'{one.name}: runs an unknown number of times')
+      body = re.search(r'body=%?([\w.-]+)', one.attributes)[1]
+      more = Counts(*(int(times[1]) * n for n in _count(computations, body)))
+    elif one.operation == 'conditional':
+      more = max(_count(computations, branch) for branch in called)
+    elif one.operation == 'call':
+      more = _count(computations, called[0])
+    elif one.operation in _FREE:
+      continue
+    else:
+      inner = computations[called[0]] if one.operation == 'fusion' else []
+      more = Counts(1, _moved(one, shapes, inner))
+    total = Counts(*map(sum, zip(total, more)))
+  return total
+
+
+def _moved(one, shapes, inner) -> float:
+  """Returns the bytes that a kernel reads and writes.
+
+  `inner` are the instructions of a fusion.
+  """
+  shape_of = {i.name: i.shape for i in inner}
+  total = _size(one.shape)
+  parameters = {
+    int(i.operands[0]): i.name for i in inner if i.operation == 'parameter'
+  }
+  for index, operand in enumerate(one.operands):
+    whole = _size(shapes.get(operand, ''))
+    users = [i for i in inner if parameters.get(index) in i.operands]
+    if one.operation in _SLICES and index == 0:
+      total += _size(one.shape)
+    elif users and all(i.operation in _SLICES for i in users):
+      total += min(whole, sum(_size(i.shape) for i in users))
+    elif users and all(
+      i.operation == 'dynamic-update-slice'
+      and i.operands[0] == parameters[index]
+      for i in users
+    ):  # in place: only the slice is written
+      parts = sum(_size(shape_of[i.operands[1]]) for i in users)
+      total += parts - whole
+    else:
+      total += whole
+  return total
+
+
+def _size(shape) -> int:
+  """Returns the bytes of a shape, as 'f32[2,3]{1,0}', or of a tuple of them."""
+  return sum(
+    (1 if kind == 'pred' else int(bits or 0) // 8)
+    * math.prod(int(n) for n in sizes.split(',') if n)
+    for kind, bits, sizes in re.findall(r'\b([a-z]+)(\d*)\[([\d,]*)\]', shape)
+  )

@@ -55,7 +55,7 @@ tables: $(VENV)/installed
 
 gpu:
 	$(PYTHON) -m venv build/gpu
-	build/gpu/bin/python -m pip install --quiet --disable-pip-version-check -e ".[gpu_compiler]"
+	build/gpu/bin/python -m pip install --quiet --disable-pip-version-check -e ".[gpu-compiler]"
 	build/gpu/bin/python -m experiments.gpu_programs --programs=W3,W5:conv=pallas,W4:conv=mixed,W7
 
 audit: $(VENV)/dev

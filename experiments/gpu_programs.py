@@ -1,6 +1,6 @@
 """Compiles the benchmark's steps for a GPU that need not be there, and counts.
 
-  pip install -e ".[gpu_compiler]"
+  pip install -e ".[gpu-compiler]"
   python -m experiments.gpu_programs
   python -m experiments.gpu_programs --programs=W2,W2:conv=pallas
 

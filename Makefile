@@ -53,9 +53,12 @@ docs: $(VENV)/installed
 tables: $(VENV)/installed
 	$(RUN) -m docs.tables
 
-gpu:
+build/gpu/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv build/gpu
 	build/gpu/bin/python -m pip install --quiet --disable-pip-version-check -e ".[gpu-compiler]"
+	touch $@
+
+gpu: build/gpu/installed
 	build/gpu/bin/python -m experiments.gpu_programs --programs=W3,W5:conv=pallas,W4:conv=mixed,W7
 
 audit: $(VENV)/dev

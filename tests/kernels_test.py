@@ -1,10 +1,14 @@
 """Tests of the counts of a GPU's kernels, on programs written by hand."""
 
-from absl.testing import absltest
+import subprocess
+import sys
+
+from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 
 from fedftg_jax.contestants import kernels
+from tests.programs import ROOT
 
 # A fusion that reads one of three rows and one that writes one, a condition, a
 # loop of five, and instructions that cost nothing.
@@ -52,15 +56,20 @@ ENTRY %main (x: f32[3,8], i: s32[]) -> f32[3,8] {
   %t = (f32[4]{0}, pred[4]{0}) parameter(3)
   %c = pred[] parameter(4)
   %row = f32[1,8]{1,0} fusion(%x, %i), calls=%read
-  %either = f32[4]{0} conditional(%c, %t, %t), branches={%many, %few}
+  %either = f32[4]{0} conditional(%c, %t, %t), BRANCHES={%few, %many}
   %loop = (s32[], bf16[2,5]{1,0}) while(%z), body=%body, FIVE_TIMES
   ROOT %new = f32[3,8]{1,0} fusion(%x, %row, /*index=2*/%i), calls=%write
 }
-""".replace('FIVE_TIMES', '"known_trip_count":{"n":"5"}')
+"""
+for short, whole in (
+  ('FIVE_TIMES', '"known_trip_count":{"n":"5"}'),
+  ('BRANCHES', 'branch_computations'),
+):
+  PROGRAM = PROGRAM.replace(short, whole)
 ROW = 4 * 8  # bytes
 
 
-class KernelsTest(absltest.TestCase):
+class KernelsTest(parameterized.TestCase):
   def test_count(self):
     found = kernels.count(PROGRAM)
     read = ROW + ROW + 4  # the row, twice, and its number
@@ -86,6 +95,29 @@ class KernelsTest(absltest.TestCase):
     text = PROGRAM.replace('"known_trip_count"', '"other"')
     with self.assertRaisesRegex(ValueError, 'loop: runs an unknown number'):
       kernels.count(text)
+
+  def test_another_text(self):
+    with self.assertRaisesRegex(ValueError, 'no entry: not the text'):
+      kernels.count('module @jit_f {\n}\n')
+
+  @parameterized.parameters(
+    ('--programs=W9', 'error: --programs=W9: must be one of W1'),
+    ('--programs=', 'error: --programs=: must name programs'),
+    (
+      '--programs=W4:client_chunk=2',
+      'error: --programs=W4:client_chunk=2: no clients',
+    ),
+  )
+  def test_errors_of_the_program(self, argument, message):
+    ran = subprocess.run(
+      [sys.executable, '-m', 'experiments.gpu_programs', argument],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+    )
+    self.assertEqual(ran.returncode, 2)
+    self.assertEqual(ran.stdout, '')
+    self.assertIn(message, ran.stderr)
 
 
 if __name__ == '__main__':

@@ -63,9 +63,7 @@ def _dtype(workload):
 
 def prepare(workload, conv=None, client_chunk=None, **server):
   if workload.iterations:
-    if client_chunk is not None:
-      raise NotImplementedError('no clients')
-    step, start = server_program(workload, conv, **server)
+    step, start = server_program(workload, conv, client_chunk, **server)
     arguments = jax.jit(start)()
     return lambda: jax.block_until_ready(step(*arguments))
   if server:
@@ -101,11 +99,13 @@ def prepare(workload, conv=None, client_chunk=None, **server):
   return round_
 
 
-def server_program(workload, conv=None, **changes):
+def server_program(workload, conv=None, client_chunk=None, **changes):
   """Makes the jitted server step of FedFTG, and what makes its arguments.
 
   `changes` are options of the workload's preset.
   """
+  if client_chunk is not None:
+    raise NotImplementedError('no clients')
   if 'ftg_batch_size' in changes:
     changes['batch_size'] = changes.pop('ftg_batch_size')
   model = make_model(workload, conv)

@@ -41,7 +41,7 @@ HloModule jit_f
   ROOT %chosen = f32[4]{0} select(%b, %copy, %a)
 }
 
-%body (t: (s32[], bf16[2,5])) -> (s32[], bf16[2,5]) {
+%b (t: (s32[], bf16[2,5])) -> (s32[], bf16[2,5]) {
   %t = (s32[], bf16[2,5]{1,0}) parameter(0)
   %n = s32[] get-tuple-element(%t), index=0
   %x = bf16[2,5]{1,0} get-tuple-element(%t), index=1
@@ -56,16 +56,11 @@ ENTRY %main (x: f32[3,8], i: s32[]) -> f32[3,8] {
   %t = (f32[4]{0}, pred[4]{0}) parameter(3)
   %c = pred[] parameter(4)
   %row = f32[1,8]{1,0} fusion(%x, %i), calls=%read
-  %either = f32[4]{0} conditional(%c, %t, %t), BRANCHES={%few, %many}
-  %loop = (s32[], bf16[2,5]{1,0}) while(%z), body=%body, FIVE_TIMES
+  %if = f32[4]{0} conditional(%c, %t, %t), branch_computations={%few, %many}
+  %loop = (s32[], bf16[2,5]) while(%z), body=%b, "known_trip_count":{"n":"5"}
   ROOT %new = f32[3,8]{1,0} fusion(%x, %row, /*index=2*/%i), calls=%write
 }
 """
-for short, whole in (
-  ('FIVE_TIMES', '"known_trip_count":{"n":"5"}'),
-  ('BRANCHES', 'branch_computations'),
-):
-  PROGRAM = PROGRAM.replace(short, whole)
 ROW = 4 * 8  # bytes
 
 
@@ -90,6 +85,14 @@ class KernelsTest(parameterized.TestCase):
     seven, nine = run(7), run(9)
     self.assertGreaterEqual(nine.kernels - seven.kernels, 2)
     self.assertGreaterEqual(nine.bytes - seven.bytes, 2 * 2 * 4000)
+
+  def test_condition_on_a_flag(self):
+    """XLA names two branches otherwise than several."""
+    text = PROGRAM.replace(
+      'branch_computations={%few, %many}',
+      'true_computation=%few, false_computation=%many',
+    )
+    self.assertEqual(kernels.count(text), kernels.count(PROGRAM))
 
   def test_unknown_number_of_times(self):
     text = PROGRAM.replace('"known_trip_count"', '"other"')

@@ -1,7 +1,7 @@
 """Counts the kernels of a program that is compiled for a GPU.
 
-Small kernels are held back by their launches, a few microseconds each, and many
-others by the memory. So the counts say what a step cannot be faster than.
+Small kernels may wait for their launches, and others for the memory. The counts
+tell which, and where to look.
 """
 
 import math
@@ -17,7 +17,7 @@ class Counts(NamedTuple):
 
 
 class Instruction(NamedTuple):
-  """One instruction of a program in XLA's text form."""
+  """Describes an instruction of a program in XLA's text form."""
 
   name: str
   shape: str

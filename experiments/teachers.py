@@ -5,7 +5,7 @@
   python -m experiments.teachers --model=lenet --rounds=60
   python -m experiments.teachers --broadcast=true --workdir=runs/teachers_true
 
-In each round it measures the clients' models together, as an ensemble: with
+Every 5 rounds it measures the clients' models together, as an ensemble: with
 equal weights, with FedFTG's class-level weights by the class that the student
 predicts, and with these weights by the true class, which no server knows. With
 the same three kinds of weights it distils the mean of the models on images that
@@ -15,6 +15,8 @@ it writes runs in BASE/seedK/ of --workdir, and means over seeds: of some rounds
 in teachers.md, and how far each is above the broadcast model, by round, in
 teachers.png.
 """
+
+import functools
 
 from absl import app, flags
 import jax
@@ -28,11 +30,15 @@ from fedftg_jax.configuration import folders
 from fedftg_jax.data import datasets
 from fedftg_jax.methods import fed_ftg
 from fedftg_jax.results import plots, rows, statistics
-from fedftg_jax.system import files
+from fedftg_jax.system import cli, files
 
 KINDS = 'uniform', 'predicted', 'true'  # where the weights are from
+EVERY = 5  # rounds from one measurement to the next
 
 _DATASET = flags.DEFINE_string('dataset', 'fashion_mnist', 'Data set.')
+_DATA_DIR = flags.DEFINE_string(
+  'data_dir', None, 'Where prepared data sets are kept, as of `fedftg train`.'
+)
 _BASES = flags.DEFINE_list(
   'bases', ['fed_avg', 'scaffold', 'fed_dyn'], 'Methods to look at.'
 )
@@ -41,7 +47,9 @@ _EXAMPLES = flags.DEFINE_integer(
   'train_examples', 12000, 'Training examples; a sixth is kept apart.'
 )
 _ALPHA = flags.DEFINE_float('dirichlet_alpha', 0.1, 'Label skew.')
-_ROUNDS = flags.DEFINE_integer('rounds', 100, 'Rounds.', lower_bound=2)
+_ROUNDS = flags.DEFINE_integer(
+  'rounds', 100, f'Rounds, a multiple of {EVERY}.', lower_bound=EVERY
+)
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds.', lower_bound=1)
 _BROADCAST = flags.DEFINE_enum(
   'broadcast',
@@ -50,6 +58,9 @@ _BROADCAST = flags.DEFINE_enum(
   'The model that is broadcast: the mean, or a student by its weights.',
 )
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/teachers', 'Where to write.')
+flags.register_validator(
+  'rounds', lambda n: n % EVERY == 0, f'must be a multiple of {EVERY}'
+)
 
 ITERATIONS, BATCH, STEPS = 10, 50, 5  # as many images and steps as FedFTG
 BATCH_OF_TESTS = 500
@@ -83,6 +94,7 @@ def watching(
   """
   test, apart = jax.tree.map(jnp.asarray, (test, apart))
   optimizer = distillation.sgd(0.1, 0.0, 3.0)
+  not_broadcast = [kind for kind in KINDS if kind != broadcast]
 
   def weights(kind, alpha, variables, x, y):
     """Returns the weight of each teacher for each image, [K, B]."""
@@ -96,51 +108,64 @@ def watching(
     teachers, counts = received.stacked
     alpha = fed_ftg.class_weights(counts, received.arrived)
 
-    def target(kind, x, y):
+    def targets(kinds, x, y):
       logits = distillation.teacher_logits(model, teachers, x)
-      return distillation.mean_of_logits(
-        logits, weights(kind, alpha, variables, x, y)
-      )
+      return {
+        kind: distillation.mean_of_logits(
+          logits, weights(kind, alpha, variables, x, y)
+        )
+        for kind in kinds
+      }
 
     def hits(xy):
-      return [
-        jnp.mean(jnp.argmax(target(kind, *xy), axis=-1) == xy[1])
-        for kind in KINDS
-      ]
+      return {
+        f'ensemble/{kind}': jnp.mean(jnp.argmax(target, axis=-1) == xy[1])
+        for kind, target in targets(KINDS, *xy).items()
+      }
 
-    size = min(BATCH_OF_TESTS, len(test[1]))
-    batches = jax.tree.map(
-      lambda a: a[: len(a) // size * size].reshape(-1, size, *a.shape[1:]), test
-    )
-    of_ensembles = map(jnp.mean, jax.lax.map(hits, batches))
+    def ensembles():
+      size = min(BATCH_OF_TESTS, len(test[1]))
+      batches = jax.tree.map(
+        lambda a: a[: len(a) // size * size].reshape(-1, size, *a.shape[1:]),
+        test,
+      )
+      return jax.tree.map(jnp.mean, jax.lax.map(hits, batches))
 
     chosen = jax.random.randint(key, (ITERATIONS, BATCH), 0, len(apart[1]))
 
-    def student(kind):
-      def iteration(student, chosen):
-        x, y = apart[0][chosen], apart[1][chosen]
-        wanted = target(kind, x, y)
-        student, _ = distillation.distil(
-          model,
-          student,
-          optimizer,
-          fed_ftg.soft_cross_entropy,
-          lambda step: (x, wanted),
-          STEPS,
-          forward=distillation.kept_statistics,
-        )
-        return student, None
+    def students(kinds):
+      def iteration(students, chosen):
+        x = apart[0][chosen]
+        wanted = targets(kinds, x, apart[1][chosen])
+        for kind in kinds:
+          students[kind], _ = distillation.distil(
+            model,
+            students[kind],
+            optimizer,
+            fed_ftg.soft_cross_entropy,
+            lambda step, kind=kind: (x, wanted[kind]),
+            STEPS,
+            forward=distillation.kept_statistics,
+          )
+        return students, None
 
-      return jax.lax.scan(iteration, variables, chosen)[0]
+      return jax.lax.scan(iteration, dict.fromkeys(kinds, variables), chosen)[0]
 
-    students = {kind: student(kind) for kind in KINDS}
-    return (
-      students.get(broadcast, variables),
-      shared,
-      base.Info(
-        {f'ensemble/{kind}': x for kind, x in zip(KINDS, of_ensembles)},
-        {f'student_{kind}': x for kind, x in students.items()},
+    is_evaluated = (received.round + 1) % EVERY == 0
+    metrics, made = jax.lax.cond(
+      is_evaluated,
+      lambda: (ensembles(), students(not_broadcast)),
+      lambda: (
+        {f'ensemble/{kind}': jnp.nan for kind in KINDS},
+        dict.fromkeys(not_broadcast, variables),
       ),
+    )
+    if broadcast in KINDS:
+      made |= students([broadcast])
+    return (
+      made.get(broadcast, variables),
+      shared,
+      base.Info(metrics, {f'student_{kind}': x for kind, x in made.items()}),
     )
 
   return base.Method(
@@ -152,7 +177,10 @@ def watching(
 
 def main(argv: list[str]) -> None:
   del argv
-  whole = datasets.load(_DATASET.value)
+  try:
+    whole = datasets.load(_DATASET.value, _DATA_DIR.value)
+  except ValueError as error:
+    raise cli.UsageError('dataset', _DATASET.value, str(error)) from error
   order = np.random.RandomState(0).permutation(len(whole.train_y))
   order = order[: _EXAMPLES.value]
   rest = order[: len(order) // 6]
@@ -187,7 +215,7 @@ def main(argv: list[str]) -> None:
         rounds=_ROUNDS.value,
         local_epochs=2,
         dirichlet_alpha=_ALPHA.value,
-        eval_every=5,
+        eval_every=EVERY,
         evaluate_clients='none',
         checkpoint_every=0,
         seed=seed,
@@ -237,4 +265,4 @@ def _panel(name, evaluated) -> plots.Panel:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(lambda argv: cli.guarded(functools.partial(main, argv)))

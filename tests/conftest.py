@@ -44,8 +44,11 @@ jax.config.update('jax_num_cpu_devices', 8)
 def pytest_configure(config):
   """Sets up a compile cache that all workers and later runs share.
 
-  Many tests build the same program again. `pytest --cache-clear` empties it.
+  Many tests build the same program again. `pytest --cache-clear` empties it;
+  with `-p no:cacheprovider` there is none.
   """
+  if not hasattr(config, 'cache'):
+    return
   jax.config.update(
     'jax_compilation_cache_dir', str(config.cache.mkdir('compiled'))
   )

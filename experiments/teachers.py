@@ -9,8 +9,9 @@ Every 5 rounds it measures the clients' models together, as an ensemble: with
 equal weights, with FedFTG's class-level weights by the class that the student
 predicts, and with these weights by the true class, which no server knows. With
 the same three kinds of weights it distils the mean of the models on images that
-no client has, as many as FedFTG generates. The training is not changed, unless
---broadcast names the student that the next round's clients get. For each base
+no client has, as many as FedFTG generates. A fourth student learns their labels
+and asks no teacher. The training is not changed, unless --broadcast names the
+student that the next round's clients get. For each base
 it writes runs in BASE/seedK/ of --workdir, and means over seeds: of some rounds
 in teachers.md, and how far each is above the broadcast model, by round, in
 teachers.png.
@@ -33,6 +34,7 @@ from fedftg_jax.results import plots, rows, statistics
 from fedftg_jax.system import cli, files
 
 KINDS = 'uniform', 'predicted', 'true'  # where the weights are from
+STUDENTS = *KINDS, 'labels'  # 'labels' learns the labels, without a teacher
 EVERY = 5  # rounds from one measurement to the next
 
 _DATASET = flags.DEFINE_string('dataset', 'fashion_mnist', 'Data set.')
@@ -54,8 +56,8 @@ _SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds.', lower_bound=1)
 _BROADCAST = flags.DEFINE_enum(
   'broadcast',
   'mean',
-  ['mean', *KINDS],
-  'The model that is broadcast: the mean, or a student by its weights.',
+  ['mean', *STUDENTS],
+  'The model that is broadcast: the mean, or a student.',
 )
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/teachers', 'Where to write.')
 flags.register_validator(
@@ -89,12 +91,12 @@ def watching(
     test: images and labels on which ensembles are measured.
     apart: images that no client has, and their labels, for students.
     num_classes: C.
-    broadcast: 'mean', which changes nothing, or the weights of the student that
-      is broadcast instead.
+    broadcast: 'mean', which changes nothing, or the one of `STUDENTS` that is
+      broadcast instead.
   """
   test, apart = jax.tree.map(jnp.asarray, (test, apart))
   optimizer = distillation.sgd(0.1, 0.0, 3.0)
-  not_broadcast = [kind for kind in KINDS if kind != broadcast]
+  not_broadcast = [kind for kind in STUDENTS if kind != broadcast]
 
   def weights(kind, alpha, variables, x, y):
     """Returns the weight of each teacher for each image, [K, B]."""
@@ -111,7 +113,9 @@ def watching(
     def targets(kinds, x, y):
       logits = distillation.teacher_logits(model, teachers, x)
       return {
-        kind: distillation.mean_of_logits(
+        kind: jax.nn.one_hot(y, num_classes)
+        if kind == 'labels'
+        else distillation.mean_of_logits(
           logits, weights(kind, alpha, variables, x, y)
         )
         for kind in kinds
@@ -160,7 +164,7 @@ def watching(
         dict.fromkeys(not_broadcast, variables),
       ),
     )
-    if broadcast in KINDS:
+    if broadcast in STUDENTS:
       made |= students([broadcast])
     return (
       made.get(broadcast, variables),
@@ -248,7 +252,7 @@ def _measures(row) -> dict[str, float]:
   return {
     'broadcast model': rows.accuracy(row),
     **{f'ensemble, {k}': row[f'ensemble/{k}'] for k in KINDS},
-    **{f'student, {k}': rows.accuracy(row, f'student_{k}') for k in KINDS},
+    **{f'student, {k}': rows.accuracy(row, f'student_{k}') for k in STUDENTS},
     'running average': rows.accuracy(row, 'running_average'),
   }
 

@@ -497,7 +497,7 @@ class SyntheticTest(ProgramCase):
     name, rounds, *accuracies = (x.strip() for x in row.strip('| ').split('|'))
     self.assertEqual((name, rounds), ('fed_avg', '8 to 10'))
     values = [json.loads(x) for x in accuracies]
-    self.assertLen(values, 8)
+    self.assertLen(values, 9)
     self.assertBetween(min(values), 20, 100)
     self.assertEqual(Image.open(folder / 'teachers.png').format, 'PNG')
 

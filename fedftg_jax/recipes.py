@@ -308,7 +308,7 @@ def _fed_ftg(model, generator, num_classes, preset='official', **changes):
     preset: a preset of options. official: the released code; paper: the
       equations of the paper, as far as they are known; intended: the code with
       its defects fixed; robust: what was found to help, see
-      docs/when_it_pays.md.
+      docs/fed_ftg_parts.md.
   """
   o = ftg_options(preset, **changes)
   part = {

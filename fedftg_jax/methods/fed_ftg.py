@@ -26,7 +26,7 @@ choices:
             student loss not divided by C, aggregated BatchNorm statistics kept;
   robust    ours: 'intended' without hard samples, with the mean of the
             teachers' logits and generator steps for all teachers together
-            (measured in docs/when_it_pays.md).
+            (measured in docs/fed_ftg_parts.md).
 
 A preset's other choices (numbers of steps and images, weight decay, gradient
 bound, label draws, the teacher of `remembering`, biases of the generator) are

@@ -10,6 +10,7 @@ A page marks such a part by two comments. What stands between them is replaced:
   <!-- measured: moon -->  every measured row of the method, from all files
   <!-- method: moon -->    what the recipe of the method says, and its flags
   <!-- methods: all -->    all methods, linked to their pages
+  <!-- methods: percent -->  the same with their accuracy, without their place
   <!-- combinations: all -->  which methods and flags go together
   <!-- ftg_presets: all -->   the presets of FedFTG, option by option
   <!-- presets: all -->    the files in experiments/presets/
@@ -320,7 +321,7 @@ def _title(path: pathlib.Path) -> str:
 
 
 def _methods(name: str, page: pathlib.Path) -> str:
-  del name
+  percent = _side_by_side() if name == 'percent' else {}
   rows = []
   for method, recipe in sorted(
     recipes.RECIPES.items(), key=lambda item: recipes.KINDS.index(item[1].kind)
@@ -333,14 +334,25 @@ def _methods(name: str, page: pathlib.Path) -> str:
       [
         f'[{_title(path)}]({target})',
         f'`{method}`',
-        _PLACES[recipe.kind],
+        percent.get(method, '') if percent else _PLACES[recipe.kind],
         _text(recipe.help),
         f'[{paper[1]}]({paper[0]})' if paper else '',
       ]
     )
+  third = 'percent' if percent else 'place'
   return '\n'.join(
-    markdown(['method', '`--method`', 'place', 'what it does', 'arXiv'], rows)
+    markdown(['method', '`--method`', third, 'what it does', 'arXiv'], rows)
   )
+
+
+def _side_by_side() -> dict[str, str]:
+  """Returns each method's accuracies in the two tables of all methods."""
+  found: dict[str, list[str]] = {}
+  for table in ('methods_all_005', 'methods_all_03'):
+    for run, accuracy, *_ in result(table)['rows']:
+      method = run.split(':')[0].removeprefix('fed_avg+')
+      found.setdefault(method, []).append(accuracy.split()[0])
+  return {method: ', '.join(values) for method, values in found.items()}
 
 
 def _combinations(name: str, page: pathlib.Path) -> str:

@@ -346,13 +346,15 @@ def _methods(name: str, page: pathlib.Path) -> str:
 
 
 def _side_by_side() -> dict[str, str]:
-  """Returns each method's accuracies in the two tables of all methods."""
+  """Returns the accuracies of the methods in both tables of all methods."""
   found: dict[str, list[str]] = {}
   for table in ('methods_all_005', 'methods_all_03'):
     for run, accuracy, *_ in result(table)['rows']:
       method = run.split(':')[0].removeprefix('fed_avg+')
       found.setdefault(method, []).append(accuracy.split()[0])
-  return {method: ', '.join(values) for method, values in found.items()}
+  return {
+    name: ', '.join(both) for name, both in found.items() if len(both) == 2
+  }
 
 
 def _combinations(name: str, page: pathlib.Path) -> str:

@@ -11,10 +11,9 @@ predicts, and with these weights by the true class, which no server knows. With
 the same three kinds of weights it distils the mean of the models on images that
 no client has, as many as FedFTG generates. A fourth student learns their labels
 and asks no teacher. The training is not changed, unless --broadcast names the
-student that the next round's clients get. For each base
-it writes runs in BASE/seedK/ of --workdir, and means over seeds: of some rounds
-in teachers.md, and how far each is above the broadcast model, by round, in
-teachers.png.
+student that the next round's clients get. For each base it writes runs in
+BASE/seedK/ of --workdir, and means over seeds: of some rounds in teachers.md,
+and how far each is above the broadcast model, by round, in teachers.png.
 """
 
 import functools
@@ -138,20 +137,20 @@ def watching(
     chosen = jax.random.randint(key, (ITERATIONS, BATCH), 0, len(apart[1]))
 
     def students(kinds):
-      def iteration(students, chosen):
+      def iteration(trained, chosen):
         x = apart[0][chosen]
         wanted = targets(kinds, x, apart[1][chosen])
         for kind in kinds:
-          students[kind], _ = distillation.distil(
+          trained[kind], _ = distillation.distil(
             model,
-            students[kind],
+            trained[kind],
             optimizer,
             fed_ftg.soft_cross_entropy,
             lambda step, kind=kind: (x, wanted[kind]),
             STEPS,
             forward=distillation.kept_statistics,
           )
-        return students, None
+        return trained, None
 
       return jax.lax.scan(iteration, dict.fromkeys(kinds, variables), chosen)[0]
 

@@ -213,7 +213,7 @@ class Rows:
 
 
 class Data(NamedTuple):
-  """All examples in flat arrays, and the indices of each client's examples."""
+  """Holds all examples in flat arrays, and each client's indices into them."""
 
   x: jax.Array  # [M, H, W, channels], one array for all clients
   y: jax.Array  # [M] int32

@@ -501,18 +501,27 @@ class SyntheticTest(ProgramCase):
     self.assertBetween(min(values), 20, 100)
     self.assertEqual(Image.open(folder / 'teachers.png').format, 'PNG')
 
+  @parameterized.parameters('true', 'labels')
   @pytest.mark.slow
-  def test_a_student_is_broadcast(self):
+  def test_a_student_is_broadcast(self, kind):
     """With --broadcast the student is the model that clients get."""
     command = [sys.executable, '-m', 'experiments.teachers', '--seeds=1']
     command += [f'--dataset=npz:{self.data}', '--rounds=5', '--bases=fed_avg']
     folder = self.folder / 'teachers'
-    command += ['--broadcast=true', f'--workdir={folder}']
+    command += [f'--broadcast={kind}', f'--workdir={folder}']
     subprocess.run(command, cwd=ROOT, check=True)
-    metrics = folder / 'fed_avg,_true_student/seed0/metrics.jsonl'
+    metrics = folder / f'fed_avg,_{kind}_student/seed0/metrics.jsonl'
     same = json.loads(metrics.read_text().splitlines()[-1])['same_models']
-    self.assertEqual(same.get('student_true'), 'broadcast')
+    self.assertEqual(same.get(f'student_{kind}'), 'broadcast')
     self.assertNotIn('student_uniform', same)
+
+  def test_teachers_of_an_unknown_data_set(self):
+    """The script refuses it with a line and status 2."""
+    command = [sys.executable, '-m', 'experiments.teachers', '--dataset=npz:no']
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    self.assertEqual(ended.returncode, 2)
+    self.assertStartsWith(ended.stderr, 'error: --dataset=npz:no: no such file')
+    self.assertEqual(ended.stderr.count('\n'), 1)
 
 
 class ErrorsTest(ProgramCase):

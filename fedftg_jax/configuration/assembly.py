@@ -98,7 +98,7 @@ class Images(Protocol):
 
 
 class Experiment(NamedTuple):
-  """All parts of a run, built and checked."""
+  """Holds all parts of a run, built and checked."""
 
   config: Configuration
   contents: dict[str, str]  # fingerprints of the files that `config` names

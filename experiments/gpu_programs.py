@@ -17,12 +17,13 @@ not compile gets a row that says why, and the exit status is 1.
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 import jax
 from jax.experimental import topologies
 
 from fedftg_jax.contestants import kernels, one_step, options, ours, workloads
 from fedftg_jax.models import convolution
+from fedftg_jax.system import cli
 
 TARGET = """
 gpu_device_info {
@@ -121,22 +122,25 @@ def row(name: str, step, start, placement: jax.sharding.NamedSharding) -> str:
   )
 
 
-def main(argv):
-  del argv
+def main() -> None:
   # Before anything else of JAX: its plug-in for CUDA would look for a GPU.
   jax.config.update('jax_platforms', 'cpu')
+  # A program that is taken from a cache does not tell how long it compiles.
+  jax.config.update('jax_enable_compilation_cache', False)
   programs = {}
   if not any(_PROGRAMS.value):
-    _fail('--programs=: must name programs')
+    raise cli.UsageError('programs', '', 'must name programs')
   for name in _PROGRAMS.value:
     try:
       programs[name] = program(name)
     except (ValueError, NotImplementedError) as error:
-      _fail(f'--programs={name}: {error}')
+      raise cli.UsageError('programs', name, str(error)) from error
   try:
     placement = target()
   except RuntimeError as error:
-    _fail(f'{error}; install it by: pip install -e ".[gpu-compiler]"')
+    raise cli.ArgumentError(
+      error, 'install it by: pip install -e ".[gpu-compiler]"'
+    ) from error
   print(HEADER)
   failed = 0
   for name, (step, start) in programs.items():
@@ -149,10 +153,5 @@ def main(argv):
   sys.exit(failed)
 
 
-def _fail(message):
-  print(f'error: {message}', file=sys.stderr)
-  sys.exit(2)
-
-
 if __name__ == '__main__':
-  app.run(main)
+  cli.launch(sys.modules[__name__], shared=False)

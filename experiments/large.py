@@ -24,7 +24,9 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
+
+from fedftg_jax.system import cli
 
 PRESET = pathlib.Path(__file__).parent / 'presets' / 'million_clients.flags'
 RUNS = {
@@ -119,8 +121,7 @@ _PARTITIONS = flags.DEFINE_bool(
 )
 
 
-def main(argv):
-  del argv
+def main() -> None:
   folder = pathlib.Path(_WORKDIR.value)
   folder.mkdir(parents=True, exist_ok=True)
   if _PARTITIONS.value:
@@ -267,4 +268,4 @@ def _table(rows) -> str:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  cli.launch(sys.modules[__name__], shared=False)

@@ -16,16 +16,16 @@ BASE/seedK/ of --workdir, and means over seeds: of some rounds in teachers.md,
 and how far each is above the broadcast model, by round, in teachers.png.
 """
 
-import functools
+import sys
 
-from absl import app, flags
+from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 from upath import UPath
 
 import fedftg_jax
-from fedftg_jax import base, distillation, models
+from fedftg_jax import base, distillation, models, recipes
 from fedftg_jax.configuration import folders
 from fedftg_jax.data import datasets
 from fedftg_jax.methods import fed_ftg
@@ -62,6 +62,7 @@ _WORKDIR = flags.DEFINE_string('workdir', 'runs/teachers', 'Where to write.')
 flags.register_validator(
   'rounds', lambda n: n % EVERY == 0, f'must be a multiple of {EVERY}'
 )
+flags.register_validator('bases', bool, 'must name methods')
 
 ITERATIONS, BATCH, STEPS = 10, 50, 5  # as many images and steps as FedFTG
 BATCH_OF_TESTS = 500
@@ -178,8 +179,12 @@ def watching(
   )
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def main() -> None:
+  for name in _BASES.value:
+    try:
+      recipes.parse(f'{name}+running_average')
+    except ValueError as error:
+      raise cli.UsageError('bases', name, str(error)) from error
   try:
     whole = datasets.load(_DATASET.value, _DATA_DIR.value)
   except ValueError as error:
@@ -268,4 +273,4 @@ def _panel(name, evaluated) -> plots.Panel:
 
 
 if __name__ == '__main__':
-  app.run(lambda argv: cli.guarded(functools.partial(main, argv)))
+  cli.launch(sys.modules[__name__], shared=False)

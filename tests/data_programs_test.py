@@ -515,12 +515,22 @@ class SyntheticTest(ProgramCase):
     self.assertEqual(same.get(f'student_{kind}'), 'broadcast')
     self.assertNotIn('student_uniform', same)
 
-  def test_teachers_of_an_unknown_data_set(self):
-    """The script refuses it with a line and status 2."""
-    command = [sys.executable, '-m', 'experiments.teachers', '--dataset=npz:no']
+  @parameterized.parameters(
+    ('teachers', '--dataset=npz:no', '--dataset=npz:no: no such file'),
+    ('teachers', '--rounds=7', '--rounds=7: must be a multiple of 5'),
+    ('teachers', '--bases=fed_avgg', "--bases=fed_avgg: no method 'fed_avgg'"),
+    (
+      'large',
+      '--cohorts=3',
+      '--cohorts=3: no such flag; did you mean --cohort',
+    ),
+  )
+  def test_script_refuses_a_wrong_value(self, script, argument, message):
+    """With a line and status 2, as the programs do."""
+    command = [sys.executable, '-m', f'experiments.{script}', argument]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     self.assertEqual(ended.returncode, 2)
-    self.assertStartsWith(ended.stderr, 'error: --dataset=npz:no: no such file')
+    self.assertStartsWith(ended.stderr, f'error: {message}')
     self.assertEqual(ended.stderr.count('\n'), 1)
 
 

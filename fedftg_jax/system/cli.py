@@ -84,7 +84,9 @@ class ArgumentError(UsageError, ValueError):
 
 
 def launch(
-  program: types.ModuleType, argv: Sequence[str] | None = None
+  program: types.ModuleType,
+  argv: Sequence[str] | None = None,
+  shared: bool = True,
 ) -> None:
   """Runs a program: parses its flags, then calls its `main`.
 
@@ -94,11 +96,12 @@ def launch(
       name.
     argv: the command line, with the program's name first; default: that of this
       process.
+    shared: whether it has the flags of the package besides its own.
   """
   app.run(
     lambda argv: guarded(functools.partial(program.main, *argv[1:])),
     argv=argv and list(argv),  # type: ignore[arg-type]
-    flags_parser=functools.partial(parse, program=program),
+    flags_parser=functools.partial(parse, program=program, shared=shared),
   )
 
 
@@ -155,18 +158,22 @@ def _memory(error: Exception) -> str:
 
 
 def parse(
-  argv: Sequence[str], program: types.ModuleType | None = None
+  argv: Sequence[str],
+  program: types.ModuleType | None = None,
+  shared: bool = True,
 ) -> list[str]:
   """Parses the command line; exits with status 2 and one line if it is wrong.
 
   Args:
     argv: the command line, with the program's name first.
     program: the program, for --help.
+    shared: whether the flags of the package are known besides the program's.
 
   Returns:
     The arguments that are not flags, with the program's name first.
   """
-  own_flags.join()
+  if shared:
+    own_flags.join()
   if program:
     _help(program, argv[1:])
   if '--version' in argv[1:]:
@@ -197,7 +204,9 @@ def parse(
       'with one --flag=value in each line'
     )
   except flags.Error as error:
-    _fail(_plain(error))
+    # A validator says what would be right; of a text that is no value, the
+    # flag's parser knows.
+    _fail(_plain(error, validated=error.__context__ is None))
   except SystemExit as stop:  # absl's --helpxml exits with status 1
     sys.exit(0 if stop.code == 1 else stop.code)
   if argument and len(rest) != 2:
@@ -334,14 +343,19 @@ def _from_yaml(path: str) -> list[str]:
   return given
 
 
-def _plain(error: Exception) -> str:
-  """Formats absl's message as one line: --flag=value: what would be right."""
+def _plain(error: Exception, validated: bool) -> str:
+  """Formats absl's message as one line: --flag=value: what would be right.
+
+  Args:
+    error: absl's error.
+    validated: whether the flag's validator says what would be right.
+  """
   message = ' '.join(str(error).split())
   match = re.match(r'flag --(\w+)=(.*?): (.*)', message)
   if not match or match[1] not in flags.FLAGS:
     return message
   name, value, why = match.groups()
-  return str(UsageError(name, value, right(name, why)))
+  return str(UsageError(name, value, why if validated else right(name, why)))
 
 
 def right(name: str, otherwise: str) -> str:

@@ -185,7 +185,8 @@ def _methods() -> dict[str, tuple[str, list[str]]]:
 
 def _own(program: types.ModuleType) -> tuple[str, ...]:
   """Returns the flags that a program defines itself."""
-  defined = flags.FLAGS.flags_by_module_dict().get(program.__name__, [])
+  name = program.__name__ if program.__name__ != '__main__' else sys.argv[0]
+  defined = flags.FLAGS.flags_by_module_dict().get(name, [])
   return tuple(flag.name for flag in defined)
 
 

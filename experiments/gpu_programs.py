@@ -139,7 +139,7 @@ def main() -> None:
     placement = target()
   except RuntimeError as error:
     raise cli.ArgumentError(
-      error, 'install it by: pip install -e ".[gpu-compiler]"'
+      error, 'needs a plug-in: pip install -e ".[gpu-compiler]"'
     ) from error
   print(HEADER)
   failed = 0

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from unittest import mock
@@ -526,12 +527,24 @@ class SyntheticTest(ProgramCase):
     ),
   )
   def test_script_refuses_a_wrong_value(self, script, argument, message):
-    """With a line and status 2, as the programs do."""
+    """A script ends with a line and status 2, as a program does."""
     command = [sys.executable, '-m', f'experiments.{script}', argument]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     self.assertEqual(ended.returncode, 2)
     self.assertStartsWith(ended.stderr, f'error: {message}')
     self.assertEqual(ended.stderr.count('\n'), 1)
+
+  def test_help_of_a_script(self):
+    """It lists each flag of the script once, and none of the package."""
+    command = [sys.executable, '-m', 'experiments.large', '--help']
+    text = subprocess.run(
+      command, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    self.assertStartsWith(text, 'Measures federations of many clients')
+    self.assertEqual(
+      re.findall(r'^  --(?:\[no\])?(\w+)', text, re.M),
+      ['clients', 'rounds', 'cohort', 'workdir', 'partitions'],
+    )
 
 
 class ErrorsTest(ProgramCase):

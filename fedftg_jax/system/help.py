@@ -84,8 +84,13 @@ def short(program: types.ModuleType) -> str:
   first, *others = (program.__doc__ or '').strip('\n').split('\n\n')
   parts = [first, *(p for p in others[:1] if p.startswith('  '))]
   shown = getattr(program, 'GROUPS', COMMON)
-  common = [(title, COMMON[title]) for title in COMMON if title in shown]
-  for title, names in [('Flags of this program', _own(program)), *common]:
+  own = _own(program)
+  common = [
+    (title, [name for name in names if name not in own])
+    for title, names in COMMON.items()
+    if title in shown
+  ]
+  for title, names in [('Flags of this program', own), *common]:
     lines = [_line(name) for name in names if name in flags.FLAGS]
     if title == 'Methods' and lines:
       lines += _wrapped(', '.join(sorted(_methods())), '  Methods: ')
@@ -185,7 +190,9 @@ def _methods() -> dict[str, tuple[str, list[str]]]:
 
 def _own(program: types.ModuleType) -> tuple[str, ...]:
   """Returns the flags that a program defines itself."""
-  name = program.__name__ if program.__name__ != '__main__' else sys.argv[0]
+  name = program.__name__
+  if name == '__main__':  # a script; absl calls it by its path
+    name = sys.argv[0]
   defined = flags.FLAGS.flags_by_module_dict().get(name, [])
   return tuple(flag.name for flag in defined)
 

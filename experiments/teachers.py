@@ -9,7 +9,7 @@ Every 5 rounds it measures the clients' models together, as an ensemble: with
 equal weights, with FedFTG's class-level weights by the class that the student
 predicts, and with these weights by the true class, which no server knows. With
 the same three kinds of weights it distils the mean of the models on images that
-no client has, as many as FedFTG generates. A fourth student learns their labels
+no client has, as many as FedFTG generates with its preset `official`. A fourth student learns their labels
 and asks no teacher. The training is not changed, unless --broadcast names the
 student that the next round's clients get. For each base it writes runs in
 BASE/seedK/ of --workdir, and means over seeds: of some rounds in teachers.md,
@@ -64,7 +64,7 @@ flags.register_validator(
 )
 flags.register_validator('bases', bool, 'must name methods')
 
-ITERATIONS, BATCH, STEPS = 10, 50, 5  # as many images and steps as FedFTG
+ITERATIONS, BATCH, STEPS = 10, 50, 5  # as FedFTG's preset `official`
 BATCH_OF_TESTS = 500
 # Rounds of the table, as shares of all rounds.
 WINDOWS = (0.05, 0.1), (0.3, 0.5), (0.8, 1.0)

@@ -136,6 +136,23 @@ class CheckTest(parameterized.TestCase):
     (one,) = found['figures']
     self.assertEqual(one['ours'], [96.0])
 
+  def test_other_terms_than_the_published_ones_are_not_compared(self):
+    figures = KNOWN['pfllib']['figures']
+    (figure,) = (f for f in figures if f['method'] == 'fed_gen')
+    as_there = check_paper.preset_config('pfllib', _flags(figure))
+    self.write('ours', {**as_there, 'gen_beta': 10.0}, [0.7])
+    self.write('theirs', as_there, [0.8])
+    status, _, err = self.check('--published=pfllib')
+    self.assertEqual(status, 0, err)
+    found = json.loads((self.folder / 'check_paper.json').read_text())
+    (one,) = found['figures']
+    self.assertEqual(one['ours'], [80.0])
+    self.assertEmpty(one['differs'])
+
+  def test_help_names_what_is_published(self):
+    for name in KNOWN:
+      self.assertIn(name, check_paper.__doc__)
+
   def test_damaged(self):
     config = check_paper.preset_config('pfllib', {'method': 'fed_avg'})
     for name, text in (

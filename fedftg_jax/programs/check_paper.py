@@ -4,13 +4,17 @@
   fedftg check_paper runs/mine --published=pfllib
 
 The folder is that of a run, a comparison or a sweep. Its runs are compared with
-the figures of the preset of the same name, or of --published. The published
-figures are in experiments/presets/published.yaml, with their sources. Each
-figure is compared with all runs of its method and flags, as the mean over
-seeds; a figure of the best value of a flag with the runs of the best value. The
-difference is also given in standard deviations, of one seed here and of one
-published seed together. Flags in which the runs differ from the preset are
-named, since they may explain a difference. Writes check_paper.json.
+the figures of the preset of the same name, or of --published. Figures are
+published for cifar10_fed_mr, cifar10_fed_ntd, cifar100_fed_align,
+mnist_fed_gen, niid_bench and pfllib; they are in
+experiments/presets/published.yaml, with their sources. Each figure is compared
+with all runs of its method and flags, as the mean over seeds; a figure of the
+best value of a flag with the runs of the best value. The difference is also
+given in standard deviations, of one seed here and of one published seed
+together. A deviation that is not known, because there is one seed or none was
+published, counts as 0; if neither is known, the column is empty. Flags in which
+the runs differ from the preset are named, since they may explain a difference.
+Writes check_paper.json.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,7 +40,7 @@ FLAGS = absl_flags.FLAGS
 absl_flags.DEFINE_string(
   'published',
   '',
-  "Preset whose published figures to compare with; default: the folder's name.",
+  "Preset with the published figures; default: the folder's name.",
 )
 
 # Flags that differ between seeds, or that change no accuracy but by rounding.

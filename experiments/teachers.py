@@ -9,11 +9,12 @@ Every 5 rounds it measures the clients' models together, as an ensemble: with
 equal weights, with FedFTG's class-level weights by the class that the student
 predicts, and with these weights by the true class, which no server knows. With
 the same three kinds of weights it distils the mean of the models on images that
-no client has, as many as FedFTG generates with its preset `official`. A fourth student learns their labels
-and asks no teacher. The training is not changed, unless --broadcast names the
-student that the next round's clients get. For each base it writes runs in
-BASE/seedK/ of --workdir, and means over seeds: of some rounds in teachers.md,
-and how far each is above the broadcast model, by round, in teachers.png.
+no client has, as many as FedFTG generates with its preset `official`. A fourth
+student learns their labels and asks no teacher. The training is not changed,
+unless --broadcast names the student that the next round's clients get. For each
+base it writes runs in BASE/seedK/ of --workdir, and means over seeds: of some
+rounds in teachers.md, and how far each is above the broadcast model, by round,
+in teachers.png.
 """
 
 import sys

@@ -207,7 +207,12 @@ class PresetsTest(parameterized.TestCase):
     self.assertEqual(status, 0, err[-3000:])
     header, _, *table = (workdir / 'table.md').read_text().splitlines()
     self.assertIn(COLUMNS.get(program, 'final accuracy'), header)
-    self.assertGreaterEqual(len(table), 1)
+    for methods in re.findall(
+      r'^--(?:grid=method|methods)=(.*)', preset.read_text(), re.M
+    ):
+      for method in methods.split(','):
+        self.assertRegex('\n'.join(table), rf'\| {re.escape(method)} \|')
+    self.assertNotEmpty(table)
 
   @parameterized.parameters(*NAMES)
   def test_says_what_was_measured(self, name):

@@ -399,7 +399,7 @@ def _presets(name: str, page: pathlib.Path) -> str:
     command, *rest = lines
     program = command.partition('experiments.')[2].partition(' ')[0]
     text, _, measured = ' '.join(rest).partition('Time: ')
-    text = text.partition('Expected')[0]  # a section of the page has that
+    text = text.partition('Expected')[0]  # published.yaml has the figures
     time, _, score = measured.partition('Score: ')
     if len(text) > _LONG:  # its first sentence; the file says more
       text = re.split(r'(?<=\.) (?=[A-Z])', text)[0]

@@ -143,12 +143,14 @@ class CheckTest(parameterized.TestCase):
     as_there = check_paper.preset_config('pfllib', _flags(figure))
     self.write('ours', {**as_there, 'gen_beta': 10.0}, [0.7])
     self.write('theirs', as_there, [0.8])
-    status, _, err = self.check('--published=pfllib')
+    status, out, err = self.check('--published=pfllib')
     self.assertEqual(status, 0, err)
     found = json.loads((self.folder / 'check_paper.json').read_text())
     (one,) = found['figures']
     self.assertEqual(one['ours'], [80.0])
     self.assertEmpty(one['differs'])
+    named = re.findall('(.*) is not compared.*gen_beta=0', out + err)
+    self.assertEqual(named, ['fed_gen'])
 
   def test_help_names_what_is_published(self):
     (names,) = re.findall(r'published for\s(.*?);', check_paper.__doc__, re.S)
@@ -189,7 +191,8 @@ class CheckTest(parameterized.TestCase):
     status, _, err = self.check('--published=pfllib')
     self.assertEqual(status, 2)
     self.assertIn(
-      'has no finished run of a method with a figure in pfllib', err
+      'has no finished run of a method, and with flags, of a figure in pfllib',
+      err,
     )
 
 

@@ -195,7 +195,7 @@ class PresetsTest(parameterized.TestCase):
     }
     if program != 'influence':
       small['seeds'] = 1
-    status, out, err = programs.call(
+    status, _, err = programs.call(
       importlib.import_module(f'fedftg_jax.programs.{program}'),
       f'--flagfile={preset}',
       f'--manual_dir={self.folder}/originals',

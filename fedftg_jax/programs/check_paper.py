@@ -14,7 +14,8 @@ given in standard deviations, of one seed here and of one published seed
 together. A deviation that is not known, because there is one seed or none was
 published, counts as 0; if neither is known, the column is empty. Flags in which
 the runs differ from the preset are named, since they may explain a difference.
-Writes check_paper.json.
+Runs of a figure's method that lack its flags are named and not compared. Writes
+check_paper.json.
 """
 
 from collections.abc import Iterator, Mapping
@@ -121,7 +122,8 @@ def main(folder: str) -> None:
   found = compare(place, name, known[name])
   if not found:
     raise cli.ArgumentError(
-      folder, f'has no finished run of a method with a figure in {name}'
+      folder,
+      f'has no finished run of a method, and with flags, of a figure in {name}',
     )
   source, checked = known[name]['source'], known[name]['checked']
   progress.show(
@@ -173,17 +175,19 @@ def compare(
     config = {k: v for k, v in run.config.items() if k not in _FREE}
     groups.setdefault(repr(sorted(config.items())), []).append(run)
   found = []
+  has_figure = set()  # groups
   for figure in published['figures']:
     wanted = {k: v for k, v in figure.items() if k not in _KEYS}
     preset = preset_config(name, wanted)
     chosen = figure.get('best_of')
     of_figure = []
-    for runs in groups.values():
+    for key, runs in groups.items():
       config = Configuration(runs[0].config)
       if [_comparable(k, config[k]) for k in wanted] != [
         _comparable(k, preset[k]) for k in wanted
       ]:
         continue
+      has_figure.add(key)
       what = figure.get('figure', published['figure'])
       found_here = [_figure(run.rows, what) for run in runs]
       ours = [percent for percent in found_here if percent is not None]
@@ -211,6 +215,16 @@ def compare(
     if chosen and of_figure:
       of_figure = [max(of_figure, key=lambda one: np.mean(one.ours))]
     found += of_figure
+  for key, runs in groups.items():
+    method = runs[0].config['method']
+    for figure in published['figures'] if key not in has_figure else ():
+      if _comparable('method', figure['method']) == _comparable(
+        'method', method
+      ):
+        wanted = {k: v for k, v in figure.items() if k not in _KEYS}
+        progress.say(
+          f'{method} is not compared: the figure is of {_named(wanted)}'
+        )
   return found
 
 

@@ -3,7 +3,7 @@
   python -m experiments.teachers
   python -m experiments.teachers --bases=scaffold --seeds=1 --rounds=10
   python -m experiments.teachers --model=lenet --rounds=60
-  python -m experiments.teachers --broadcast=true --workdir=runs/teachers_true
+  python -m experiments.teachers --broadcast=mean,true,labels
 
 Every 5 rounds it measures the clients' models together, as an ensemble: with
 equal weights, with FedFTG's class-level weights by the class that the student
@@ -11,10 +11,13 @@ predicts, and with these weights by the true class, which no server knows. With
 the same three kinds of weights it distils the mean of the models on images that
 no client has, as many as FedFTG generates with its preset `official`. A fourth
 student learns their labels and asks no teacher. The training is not changed,
-unless --broadcast names the student that the next round's clients get. For each
-base it writes runs in BASE/seedK/ of --workdir, and means over seeds: of some
-rounds in teachers.md, and how far each is above the broadcast model, by round,
-in teachers.png.
+unless --broadcast names the student that the next round's clients get. With
+several names each is trained and held to the first, paired by seed, with a 95 %
+interval (Student's t).
+
+For each base it writes runs in BASE/seedK/ of --workdir, and means over seeds:
+of some rounds in teachers.md and, with several --broadcast, in broadcast.md;
+and how far each is above the broadcast model, by round, in teachers.png.
 """
 
 import sys
@@ -53,17 +56,21 @@ _ROUNDS = flags.DEFINE_integer(
   'rounds', 100, f'Rounds, a multiple of {EVERY}.', lower_bound=EVERY
 )
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds.', lower_bound=1)
-_BROADCAST = flags.DEFINE_enum(
+_BROADCAST = flags.DEFINE_list(
   'broadcast',
-  'mean',
-  ['mean', *STUDENTS],
-  'The model that is broadcast: the mean, or a student.',
+  ['mean'],
+  f'What is broadcast: mean, or a student ({", ".join(STUDENTS)}).',
 )
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/teachers', 'Where to write.')
 flags.register_validator(
   'rounds', lambda n: n % EVERY == 0, f'must be a multiple of {EVERY}'
 )
 flags.register_validator('bases', bool, 'must name methods')
+flags.register_validator(
+  'broadcast',
+  lambda names: names and {*names} <= {'mean', *STUDENTS},
+  f'must be some of mean, {", ".join(STUDENTS)}',
+)
 
 ITERATIONS, BATCH, STEPS = 10, 50, 5  # as FedFTG's preset `official`
 BATCH_OF_TESTS = 500
@@ -201,22 +208,21 @@ def main() -> None:
     mean=whole.mean,
     std=whole.std,
   )
-  part = watching(
-    model,
-    (whole.test_x, whole.test_y),
-    (whole.train_x[rest], whole.train_y[rest]),
-    whole.num_classes,
-    _BROADCAST.value,
-  )
   data = whole._replace(
     train_x=whole.train_x[train], train_y=whole.train_y[train]
   )
-  lines, panels = [], []
-  for method in _BASES.value:
-    name = method
-    if _BROADCAST.value != 'mean':
-      name += f', {_BROADCAST.value} student'
-    runs = [
+  folder = UPath(_WORKDIR.value)
+
+  def train_seeds(method, broadcast):
+    part = watching(
+      model,
+      (whole.test_x, whole.test_y),
+      (whole.train_x[rest], whole.train_y[rest]),
+      whole.num_classes,
+      broadcast,
+    )
+    place = folder / folders.folder_name(_label(method, broadcast))
+    return [
       fedftg_jax.simulate(
         data,
         method=[method, part, 'running_average'],
@@ -230,26 +236,85 @@ def main() -> None:
         seed=seed,
         partition_seed=seed,
         schedule_seed=seed,
-        workdir=str(
-          UPath(_WORKDIR.value) / folders.folder_name(name) / f'seed{seed}'
-        ),
-      )
+        workdir=str(place / f'seed{seed}'),
+      ).rows
       for seed in range(_SEEDS.value)
     ]
-    evaluated = [row for run in runs for row in run.rows]
-    for window in WINDOWS:
-      first, last = (round(_ROUNDS.value * share) for share in window)
-      some = [_measures(r) for r in evaluated if first <= r['round'] <= last]
-      if some:
-        means = [100 * np.mean([r[kind] for r in some]) for kind in some[0]]
-        lines.append([name, f'{first} to {last}', *(f'{x:.2f}' for x in means)])
-    panels.append(_panel(name, evaluated))
-  header = ['method', 'rounds', *_measures(evaluated[0])]
-  folder = UPath(_WORKDIR.value)
-  statistics.write_table(folder / 'teachers.md', header, lines)
+
+  runs = {
+    (method, broadcast): train_seeds(method, broadcast)
+    for method in _BASES.value
+    for broadcast in _BROADCAST.value
+  }
+  _write(folder / 'teachers.md', *_teachers_table(runs))
+  if len(_BROADCAST.value) > 1:
+    _write(folder / 'broadcast.md', *_broadcast_table(runs))
   with files.replacing(folder / 'teachers.png') as temporary:
+    panels = [_panel(_label(*key), seeds) for key, seeds in runs.items()]
     plots.panels(temporary, panels, 'round')
-  print((folder / 'teachers.md').read_text())
+
+
+def _label(method: str, broadcast: str) -> str:
+  return method if broadcast == 'mean' else f'{method}, {broadcast} student'
+
+
+def _write(path: UPath, header, lines) -> None:
+  """Writes a table, and prints it."""
+  statistics.write_table(path, header, lines)
+  print(path.read_text())
+
+
+# In the following, `runs` has by (method, broadcast) each seed's evaluations.
+
+
+def _teachers_table(runs) -> tuple[list[str], list[list[str]]]:
+  """Makes the table of what could be distilled: means of some rounds."""
+  lines = []
+  for key, seeds in runs.items():
+    for rounds, means in _means(seeds).items():
+      cells = (f'{np.mean(values):.2f}' for values in means.values())
+      lines.append([_label(*key), rounds, *cells])
+  return ['method', 'rounds', *means], lines
+
+
+def _broadcast_table(runs) -> tuple[list[str], list[list[str]]]:
+  """Makes the table that holds each broadcast model to the first."""
+  shown = 'broadcast model', 'running average'
+  header = ['base', 'rounds', 'broadcast']
+  for kind in shown:
+    header += [kind, 'difference']
+  first = _BROADCAST.value[0]
+  lines = []
+  for (method, broadcast), seeds in runs.items():
+    bases = _means(runs[method, first])
+    for rounds, means in _means(seeds).items():
+      line = [method, rounds, broadcast]
+      for kind in shown:
+        gains = np.subtract(means[kind], bases[rounds][kind])
+        gain = '' if broadcast == first else statistics.with_interval(gains)
+        line += [f'{np.mean(means[kind]):.2f}', gain]
+      lines.append(line)
+  return header, lines
+
+
+def _means(seeds) -> dict[str, dict[str, list[float]]]:
+  """Averages each measure over some rounds: by rounds and name, of each seed.
+
+  Rounds without an evaluation are left out.
+  """
+  means = {}
+  for window in WINDOWS:
+    first, last = (round(_ROUNDS.value * share) for share in window)
+    some = [
+      [_measures(row) for row in rows if first <= row['round'] <= last]
+      for rows in seeds
+    ]
+    if some[0]:
+      means[f'{first} to {last}'] = {
+        kind: [100 * np.mean([row[kind] for row in one]) for one in some]
+        for kind in some[0][0]
+      }
+  return means
 
 
 def _measures(row) -> dict[str, float]:
@@ -262,8 +327,9 @@ def _measures(row) -> dict[str, float]:
   }
 
 
-def _panel(name, evaluated) -> plots.Panel:
+def _panel(name, seeds) -> plots.Panel:
   """Makes the panel of a base: points above the broadcast model, by round."""
+  evaluated = [row for rows in seeds for row in rows]
   series = {}
   for done in sorted({row['round'] for row in evaluated}):
     some = [_measures(row) for row in evaluated if row['round'] == done]

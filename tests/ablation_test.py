@@ -1,4 +1,4 @@
-"""Tests of the ablation: cells, paired effects and their intervals."""
+"""Tests of the ablation: cells, paired effects, correlations."""
 
 import json
 import pathlib
@@ -39,14 +39,6 @@ class EffectTest(parameterized.TestCase):
     np.testing.assert_allclose(got.said['recognised'], [0.6])
     self.assertTrue(np.isnan(got.said['moved']).all())
     self.assertIsNone(ablation.effect([None], tuned))
-
-  def test_interval(self):
-    """Compares with Student's t for one degree of freedom: 12.706."""
-    mean, half = ablation.interval([1.0, 3.0])
-    self.assertEqual(mean, 2.0)
-    self.assertAlmostEqual(half, 12.706, delta=0.001)
-    self.assertEqual(ablation.interval([5.0]), (5.0, np.inf))
-    self.assertEqual(ablation.interval([4.0, 4.0, 4.0]), (4.0, 0.0))
 
   def test_correlations(self):
     """Uses a diagnostic that falls as the effect rises, over two cells and

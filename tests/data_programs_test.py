@@ -18,7 +18,7 @@ import pytest
 from fedftg_jax import base, evaluation, federation, stacking, trees
 from fedftg_jax.configuration import assembly, flags, folders, resolve
 from fedftg_jax.programs import compare, partition, train
-from fedftg_jax.results import plots
+from fedftg_jax.results import plots, statistics
 from tests.programs import ROOT, call, small, write_data
 
 
@@ -502,23 +502,47 @@ class SyntheticTest(ProgramCase):
     self.assertBetween(min(values), 20, 100)
     self.assertEqual(Image.open(folder / 'teachers.png').format, 'PNG')
 
-  @parameterized.parameters('true', 'labels')
   @pytest.mark.slow
-  def test_a_student_is_broadcast(self, kind):
-    """With --broadcast the student is the model that clients get."""
-    command = [sys.executable, '-m', 'experiments.teachers', '--seeds=1']
+  def test_a_student_is_broadcast(self):
+    """Clients get the student, and it is held to the first, by seed."""
+    command = [sys.executable, '-m', 'experiments.teachers', '--seeds=2']
     command += [f'--dataset=npz:{self.data}', '--rounds=5', '--bases=fed_avg']
+    command += ['--model=softmax', '--broadcast=mean,true,labels']
     folder = self.folder / 'teachers'
-    command += [f'--broadcast={kind}', f'--workdir={folder}']
-    subprocess.run(command, cwd=ROOT, check=True)
-    metrics = folder / f'fed_avg,_{kind}_student/seed0/metrics.jsonl'
-    same = json.loads(metrics.read_text().splitlines()[-1])['same_models']
-    self.assertEqual(same.get(f'student_{kind}'), 'broadcast')
-    self.assertNotIn('student_uniform', same)
+    subprocess.run([*command, f'--workdir={folder}'], cwd=ROOT, check=True)
+    finals = {'mean': [], 'true': [], 'labels': []}
+    for kind, found in finals.items():
+      name = 'fed_avg' if kind == 'mean' else f'fed_avg,_{kind}_student'
+      for seed in range(2):
+        text = (folder / name / f'seed{seed}/metrics.jsonl').read_text()
+        last = json.loads(text.splitlines()[-1])
+        found.append(100 * last['test_accuracy'])
+        if kind != 'mean':
+          self.assertEqual(
+            last['same_models'].get(f'student_{kind}'), 'broadcast'
+          )
+        self.assertNotIn('student_uniform', last['same_models'])
+    rows = [
+      [cell.strip() for cell in row.strip('| ').split(' | ')]
+      for row in (folder / 'broadcast.md').read_text().splitlines()[2:]
+    ]
+    self.assertEqual(
+      [row[:3] for row in rows], [['fed_avg', '4 to 5', k] for k in finals]
+    )
+    self.assertEqual(rows[0][4], '')
+    for row, found in zip(rows, finals.values()):
+      self.assertEqual(row[3], f'{np.mean(found):.2f}')
+    gains = np.subtract(finals['true'], finals['mean'])
+    self.assertEqual(rows[1][4], statistics.with_interval(gains))
 
   @parameterized.parameters(
     ('teachers', '--dataset=npz:no', '--dataset=npz:no: no such file'),
     ('teachers', '--rounds=7', '--rounds=7: must be a multiple of 5'),
+    (
+      'teachers',
+      '--broadcast=mean,tru',
+      '--broadcast=mean,tru: must be some of mean, uniform, predicted, true',
+    ),
     ('teachers', '--bases=fed_avgg', "--bases=fed_avgg: no method 'fed_avgg'"),
     (
       'large',

@@ -132,6 +132,22 @@ class StatisticsTest(parameterized.TestCase):
       [['cheap', '1', '50.00'], ['good', '2.01 to 8', '65.00 to 90.00']],
     )
 
+  def test_interval(self):
+    """Compares with Student's t for one degree of freedom: 12.706."""
+    mean, half = statistics.interval([1.0, 3.0])
+    self.assertEqual(mean, 2.0)
+    self.assertAlmostEqual(half, 12.706, delta=0.001)
+    self.assertEqual(statistics.interval([5.0]), (5.0, np.inf))
+    self.assertEqual(statistics.interval([4.0, 4.0, 4.0]), (4.0, 0.0))
+
+  @parameterized.parameters(
+    ([1.0, 3.0], '+2.00 ± 12.71'),
+    ([-0.5], '-0.50'),
+    ([0.0, 0.0], '+0.00 ± 0.00'),
+  )
+  def test_with_interval(self, differences, text):
+    self.assertEqual(statistics.with_interval(differences), text)
+
   def test_t_test_of_few_seeds(self):
     values = [0.01, 0.03, 0.02]
     found = statistics.paired(values)

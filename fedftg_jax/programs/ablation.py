@@ -281,15 +281,6 @@ def _mean_said(run, name) -> float:
   return float(np.mean([v for v in values if v is not None] or [np.nan]))
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-  """Computes the mean and half of its 95 % interval; infinite for one value."""
-  mean = float(np.mean(values))
-  if len(values) < 2:
-    return mean, np.inf
-  half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-  return mean, float(half)
-
-
 def correlations(effects: Effects) -> dict[str, float]:
   """Computes Spearman's rank correlations with the effect on final accuracy.
 
@@ -322,14 +313,13 @@ def result_table(effects: Effects) -> tuple[list[str], list[list[str]]]:
     if found is None:
       rows.append([cell.factor, cell.value, cell.preset, 'diverged'] + [''] * 6)
       continue
-    mean, half = interval(found.final)
     rows.append(
       [
         cell.factor,
         cell.value,
         cell.preset,
         f'{np.mean(found.base):.2f}',
-        f'{mean:+.2f}' + (f' ± {half:.2f}' if np.isfinite(half) else ''),
+        statistics.with_interval(found.final),
         *(f'{np.mean(v):+.2f}' for v in (found.early, found.step)),
         *(
           f'{np.mean(found.said[name]):.3g}'
@@ -379,7 +369,11 @@ def write_results(effects: Effects, folder) -> None:
     plots.effects(
       temporary,
       [
-        (cell.preset, f'{cell.factor}: {cell.value}', *interval(e.final))
+        (
+          cell.preset,
+          f'{cell.factor}: {cell.value}',
+          *statistics.interval(e.final),
+        )
         for cell, e in found
       ],
     )

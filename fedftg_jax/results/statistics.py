@@ -135,16 +135,33 @@ def paired(differences: Sequence[float], num_tests: int = 1) -> Paired:
     num_tests: how many such tests are made together.
   """
   values = np.asarray(differences, float)
-  mean, num = float(values.mean()), len(values)
-  error = float(values.std(ddof=1)) / math.sqrt(num)
-  half = error * float(stats.t.ppf((1 + _CONFIDENCE) / 2, num - 1))
-  exact = num >= exact_seeds(num_tests)
+  mean, half = interval(differences)
+  error = float(stats.sem(values))
+  exact = len(values) >= exact_seeds(num_tests)
   # Where seeds differ by the same, only signs can be counted.
   if exact or error < _SAME:
     p = _sign_flips(values)
   else:
-    p = float(2 * stats.t.sf(abs(mean) / error, num - 1))
+    p = float(2 * stats.t.sf(abs(mean) / error, len(values) - 1))
   return Paired(mean, mean - half, mean + half, p, exact)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+  """Computes the mean and half of its 95 % confidence interval.
+
+  The interval is Student's; of a single value it is infinite.
+  """
+  mean = float(np.mean(values))
+  if len(values) < 2:
+    return mean, math.inf
+  quantile = stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1)
+  return mean, float(quantile * stats.sem(values))
+
+
+def with_interval(differences: Sequence[float]) -> str:
+  """Writes a mean with half of its interval, as in '+0.66 ± 0.60'."""
+  mean, half = interval(differences)
+  return f'{mean:+.2f}' + (f' ± {half:.2f}' if math.isfinite(half) else '')
 
 
 def _sign_flips(values: np.ndarray) -> float:

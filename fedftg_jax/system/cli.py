@@ -355,7 +355,11 @@ def _plain(error: Exception, validated: bool) -> str:
   if not match or match[1] not in flags.FLAGS:
     return message
   name, value, why = match.groups()
-  return str(UsageError(name, value, why if validated else right(name, why)))
+  if not validated:
+    return str(UsageError(name, value, right(name, why)))
+  if isinstance(given := flags.FLAGS[name].value, list):
+    value = ','.join(map(str, given))  # absl's message has Python's list
+  return str(UsageError(name, value, why))
 
 
 def right(name: str, otherwise: str) -> str:

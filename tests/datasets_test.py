@@ -6,11 +6,13 @@ import pathlib
 from unittest import mock
 
 from absl.testing import absltest, parameterized
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
+from fedftg_jax import models
 from fedftg_jax.data import datasets, idx, images
 
 
@@ -727,6 +729,14 @@ class ClientTestsTest(parameterized.TestCase):
     ]
     self.assertEqual(kept[0], kept[1])
     self.assertNotEqual(kept[0], kept[2])
+
+  def test_unit_pixels(self):
+    """A model sees the pixels in [0, 1], and is built as ever."""
+    x = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    data = datasets.with_unit_pixels(self.dataset()._replace(train_x=x))
+    np.testing.assert_allclose(
+      models.normalise(jnp.asarray(x), data.mean, data.std), x / 255, rtol=1e-6
+    )
 
   def test_merged(self):
     data = datasets.with_test_merged(self.dataset())

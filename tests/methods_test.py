@@ -5,6 +5,7 @@ runs through one compiled program, except the plain loop it is compared with.
 """
 
 import functools
+import types
 from typing import NamedTuple
 
 from absl.testing import absltest, parameterized
@@ -1600,6 +1601,36 @@ class ByHandTest(parameterized.TestCase):
     longest = jnp.sqrt(1 + jnp.sum(problems.DATA.x**2, (1, 2, 3))).max()
     for norm in jax.vmap(optax.tree.norm)(own):
       self.assertBetween(float(norm), 1e-3, float(2**0.5 * longest))
+
+  @parameterized.parameters(
+    ('uniform', (1 / 2, 1 / 2)), ('examples', (12 / 17, 5 / 17))
+  )
+  def test_scaffold_without_shares(self, weighting, weights):
+    """c is averaged as the models are, and corrects clients as it is."""
+    part = scaffold.scaffold(by_share=False)
+    fed = problems.make(
+      MODEL, base.chain(fed_avg.fed_avg(), part), weighting=weighting
+    )
+    state, _ = fed.round(
+      fed.init(KEY), problems.DATA, problems.row([1, 3]), KEY
+    )
+    (_, own), _ = state.clients
+    _, (server, _) = state.shared
+    chex.assert_trees_all_close(
+      server,
+      jax.tree.map(
+        lambda c: 2 / 5 * (weights[0] * c[1] + weights[1] * c[3]), own
+      ),
+      atol=1e-6,
+    )
+    c_k = jax.tree.map(lambda c: c[1], own)
+    view = types.SimpleNamespace(shared=(server, ()), own=c_k, share=12 / 8)
+    slope = jax.grad(lambda v: part.penalty(v, None, None, view, None))(
+      state.variables
+    )
+    chex.assert_trees_all_close(
+      slope.params, optax.tree.sub(server, c_k), atol=1e-6
+    )
 
   def test_moon_keeps_what_was_trained(self):
     fed = problems.make(

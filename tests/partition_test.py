@@ -42,17 +42,23 @@ def slow_dirichlet(labels, num, alpha, *, seed, sigma, max_redraws):
 
 def slow_dirichlet_class(labels, num, alpha, *, seed, min_size, niid_bench):
   """Draws as `partition.dirichlet_class`, client by client."""
-  rng, even = np.random.RandomState(seed), len(labels) / num
+  even = len(labels) / num
+  make = np.random.default_rng if niid_bench else np.random.RandomState
+  rng = make(seed)
   for _ in range(1000 if niid_bench else 1):
-    order, parts = rng.permutation(len(labels)), [[] for _ in range(num)]
+    order, parts = np.arange(len(labels)), [[] for _ in range(num)]
+    if not niid_bench:
+      order = rng.permutation(order)
     for c in np.unique(labels):
-      rows = [i for i in order if labels[i] == c]
+      rows = np.array([i for i in order if labels[i] == c])
+      if niid_bench:
+        rng.shuffle(rows)
       share = rng.dirichlet([alpha] * num)
       if niid_bench:
         share *= [len(part) < even for part in parts]
         share /= share.sum()
       cuts = np.cumsum(share)[:-1] * len(rows)
-      cuts = np.floor(cuts + 1e-9) if niid_bench else np.rint(cuts)
+      cuts = np.floor(cuts) if niid_bench else np.rint(cuts)
       for part, piece in zip(parts, np.split(rows, cuts.astype(int))):
         part.extend(piece.tolist())
     if min(map(len, parts)) >= min_size:
@@ -71,13 +77,15 @@ def slow_dirichlet_class(labels, num, alpha, *, seed, min_size, niid_bench):
 def slow_classes(labels, num, per_client, *, seed, niid_bench):
   """Draws as `partition.classes`, client by client."""
   present, sizes = np.unique(labels, return_counts=True)
-  rng, num_classes = np.random.RandomState(seed), len(present)
+  make = np.random.default_rng if niid_bench else np.random.RandomState
+  rng, num_classes = make(seed), len(present)
   owned = np.zeros((num, num_classes), bool)
   if niid_bench:
     for client, row in enumerate(owned):
-      others = np.delete(np.arange(num_classes), client % num_classes)
-      row[client % num_classes] = True
-      row[rng.choice(others, per_client - 1, replace=False)] = True
+      own = {client % num_classes}
+      while len(own) < per_client:
+        own.add(rng.choice(num_classes, 1)[0])
+      row[[*own]] = True
   else:
     owners = partition._num_owners(sizes, num, per_client)
     client = np.arange(num * per_client) % num
@@ -90,13 +98,47 @@ def slow_classes(labels, num, per_client, *, seed, niid_bench):
         owned[a, c] = owned[b, d] = False
         owned[a, d] = owned[b, c] = True
         label[i], label[j] = d, c
-  order, parts = rng.permutation(len(labels)), [[] for _ in range(num)]
+  order, parts = np.arange(len(labels)), [[] for _ in range(num)]
+  if not niid_bench:
+    order = rng.permutation(order)
   for c, has in zip(present, owned.T):
-    clients = rng.permutation(np.flatnonzero(has))
-    rows = [i for i in order if labels[i] == c]
+    clients = np.flatnonzero(has)
+    rows = np.array([i for i in order if labels[i] == c])
+    if niid_bench:
+      rng.shuffle(rows)
+    else:
+      clients = rng.permutation(clients)
     for client, some in zip(clients, np.array_split(rows, len(clients))):
       parts[client].extend(some.tolist())
   return parts
+
+
+# What NumPy's default_rng(42) gives in the order in which Flower's baseline
+# niid_bench draws, for ten classes of 6,000 images and ten clients.
+_TWO_CLASSES = [
+  [0, 7],
+  [1, 6],
+  [2, 4],
+  [3, 4],
+  [4, 8],
+  [0, 5],
+  [2, 6],
+  [0, 7],
+  [5, 8],
+  [7, 9],
+]
+_DIRICHLET = [
+  [1311, 1134, 31, 2363, 1531, 0, 0, 0, 0, 0],
+  [125, 705, 1, 245, 24, 71, 1000, 202, 2, 30],
+  [0, 190, 101, 25, 169, 2, 2391, 1220, 2259, 0],
+  [176, 2698, 0, 30, 544, 34, 449, 2539, 0, 0],
+  [749, 193, 932, 2406, 627, 2542, 0, 0, 0, 0],
+  [687, 560, 2762, 556, 1165, 1143, 0, 0, 0, 0],
+  [66, 402, 46, 21, 629, 902, 201, 71, 469, 1609],
+  [180, 33, 431, 205, 1096, 416, 8, 1653, 54, 3996],
+  [2063, 56, 311, 146, 175, 516, 442, 170, 155, 365],
+  [643, 29, 1385, 3, 40, 374, 1509, 145, 3061, 0],
+]
 
 
 class PlainLoopTest(parameterized.TestCase):
@@ -311,7 +353,10 @@ class SchemesTest(parameterized.TestCase):
     np.testing.assert_allclose([*map(len, even)], 4000, atol=60)
 
   def test_dirichlet_class_as_niid_bench_draws(self):
-    """A client that held its even share before gets none of a class."""
+    """A client that held its even share before gets none of a class.
+
+    The last client gets an example that rounding down leaves.
+    """
     labels = np.random.RandomState(0).permutation(np.repeat(np.arange(10), 70))
     for seed in range(20):
       parts = partition.dirichlet_class(
@@ -320,8 +365,13 @@ class SchemesTest(parameterized.TestCase):
       self.assert_whole(parts, labels, 7)
       self.assertGreaterEqual(min(map(len, parts)), 10)
       counts = skew.class_counts(labels, parts, 10)
-      before = np.cumsum(counts, axis=1) - counts
-      self.assertEqual(counts[before >= 100].sum(), 0)
+      self.assert_none_above(100, counts)
+
+  def assert_none_above(self, share, counts):
+    before = np.cumsum(counts, axis=1) - counts
+    late = np.where(before >= share, counts, 0)
+    self.assertEqual(late[:-1].sum(), 0)
+    self.assertLessEqual(late[-1].max(), 1)
 
   def test_dirichlet_class_is_drawn_again_before_examples_move(self):
     labels = np.repeat(np.arange(10), 70)
@@ -329,8 +379,7 @@ class SchemesTest(parameterized.TestCase):
       partition.dirichlet_class, labels, 7, 0.1, niid_bench=True, seed=4
     )
     counts = skew.class_counts(labels, draw(min_size=40), 10)
-    before = np.cumsum(counts, axis=1) - counts
-    self.assertEqual(counts[before >= 100].sum(), 0)  # nothing was moved
+    self.assert_none_above(100, counts)  # nothing was moved
     self.assertLess(min(map(len, draw(min_size=0))), 40)
     moved = draw(min_size=100, max_redraws=1)  # an even share: cannot be drawn
     self.assertEqual({len(part) for part in moved}, {100})
@@ -356,6 +405,23 @@ class SchemesTest(parameterized.TestCase):
     want = want + (12 - want) / 4
     np.testing.assert_allclose(np.mean(owners, axis=0), want, atol=0.7)
     self.assertGreater(np.max(owners), 6)
+
+  def test_class_counts_of_flowers_baseline(self):
+    """The class counts of its two partitions, which are of seed 42."""
+    labels = np.repeat(np.arange(10), 6000)
+    parts = partition.classes(labels, 10, 2, niid_bench=True, seed=42)
+    counts = skew.class_counts(labels, parts, 10)
+    self.assertEqual(
+      [np.flatnonzero(row).tolist() for row in counts], _TWO_CLASSES
+    )
+    shares = np.where(counts > 0, 6000 // (counts > 0).sum(axis=0), 0)
+    np.testing.assert_array_equal(counts, shares)
+    parts = partition.dirichlet_class(
+      labels, 10, 0.5, min_size=10, niid_bench=True, seed=42
+    )
+    np.testing.assert_array_equal(
+      skew.class_counts(labels, parts, 10), _DIRICHLET
+    )
 
   def test_only_who_lacks_examples_gets_some(self):
     """Apart from the moved examples, the partition is the one that was

@@ -200,6 +200,12 @@ def _define_data() -> None:
     lower_bound=0,
     upper_bound=2**20,
   )
+  flags.DEFINE_bool(
+    'unit_pixels',
+    False,
+    'Only scale uint8 images to [0, 1]. Otherwise they are normalised by mean '
+    'and standard deviation of the training images, or by the customary ones.',
+  )
   flags.DEFINE_float(
     'validation_share',
     0.0,
@@ -284,10 +290,10 @@ def _define_partition() -> None:
     'niid_bench',
     False,
     "dirichlet_class, classes: draw as NIID-Bench's code does (also Flower's "
-    'baseline and PFLlib). dirichlet_class: a client that holds its even share '
-    'gets none of the following classes, and everything is drawn again until '
-    'each client has --min_size examples. classes: clients draw their classes '
-    'independently.',
+    'baseline, with the same class counts from the same seed, and PFLlib). '
+    'dirichlet_class: a client that holds its even share gets none of the '
+    'following classes, and everything is drawn again until each client has '
+    '--min_size examples. classes: clients draw their classes independently.',
   )
   flags.DEFINE_integer(
     'partition_seed',

@@ -32,6 +32,7 @@ _OPTIONAL = (
   'num_classes',
   'train_examples',
   'validation_share',
+  'unit_pixels',
   'merge_test',
   'client_test_share',
   'momentum',

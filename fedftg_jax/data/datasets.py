@@ -257,6 +257,12 @@ def with_validation(dataset: Dataset, share: float, seed: int) -> Dataset:
   )
 
 
+def with_unit_pixels(dataset: Dataset) -> Dataset:
+  """Leaves uint8 images in [0, 1]: mean 0 and standard deviation 1."""
+  channels = dataset.image_shape[-1]
+  return dataset._replace(mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
 def with_test_merged(dataset: Dataset) -> Dataset:
   """Appends the test split to the train split.
 

@@ -120,6 +120,10 @@ def dirichlet_class(
   nearest integer, and examples are moved to clients that have too few, see
   `_fill`, since with many clients redrawing may never end.
 
+  With `niid_bench` numbers are also drawn in the order of Flower's baseline
+  niid_bench, from `numpy.random.default_rng`: the same seed gives each client
+  as many examples of each class as there.
+
   Args:
     labels: [M] integers in [0, C).
     num_clients: N.
@@ -138,7 +142,7 @@ def dirichlet_class(
   if not alpha > 0:
     raise ValueError(f'alpha must be above 0, got {alpha}.')
   _check_min_size(len(labels), num_clients, min_size)
-  rng = np.random.RandomState(seed)
+  rng = _generator(seed, niid_bench)
   for _ in range(max_redraws if niid_bench else 1):
     parts = _class_shares(rng, labels, num_clients, alpha, niid_bench)
     if parts.sizes.min() >= min_size:
@@ -150,30 +154,45 @@ def dirichlet_class(
 
 def _class_shares(rng, labels, num_clients, alpha, niid_bench):
   """Draws once for `dirichlet_class`, before examples are moved."""
-  order = rng.permutation(len(labels))
-  order_labels = labels[order]
   rows, owners = [], []
   sizes = np.zeros(num_clients, int)
-  for c in np.unique(labels):
-    rows.append(order[order_labels == c])
+  for own in _shuffled_classes(rng, labels, niid_bench):
+    rows.append(own)
     proportions = rng.dirichlet(np.full(num_clients, alpha))
     if not np.isfinite(proportions).all():  # all draws were 0: take the limit
-      proportions = np.eye(num_clients)[rng.randint(num_clients)]
+      proportions = np.eye(num_clients)[rng.choice(num_clients)]
     if niid_bench:
       has_room = sizes < len(labels) / num_clients
       left = proportions * has_room
       left = left if left.sum() > 0 else has_room
       proportions = left / left.sum()
-    num = len(rows[-1])
-    places = np.cumsum(proportions)[:-1] * num
-    # With 1e-9, a sum of proportions that is 1 up to rounding counts as 1.
-    cuts = np.floor(places + 1e-9) if niid_bench else np.rint(places)
-    pieces = np.diff(cuts.astype(int), prepend=0, append=num)
+    places = np.cumsum(proportions)[:-1] * len(own)
+    cuts = np.floor(places) if niid_bench else np.rint(places)
+    pieces = np.diff(cuts.astype(int), prepend=0, append=len(own))
     owners.append(np.repeat(np.arange(num_clients), pieces))
     sizes += pieces
   return Parts.by_owner(
     np.concatenate(owners), num_clients, np.concatenate(rows)
   )
+
+
+def _generator(seed, niid_bench):
+  """Returns what draws numbers; `RandomState` has the older stream."""
+  return (np.random.default_rng if niid_bench else np.random.RandomState)(seed)
+
+
+def _shuffled_classes(rng, labels, niid_bench):
+  """Yields the rows of each class, in random order.
+
+  They are shuffled at once, or, as NIID-Bench's code does, class by class.
+  """
+  order = np.arange(len(labels)) if niid_bench else rng.permutation(len(labels))
+  order_labels = labels[order]
+  for c in np.unique(labels):
+    rows = order[order_labels == c]
+    if niid_bench:
+      rng.shuffle(rows)
+    yield rows
 
 
 def _fill(parts, min_size):
@@ -268,9 +287,9 @@ def classes(
   In NIID-Bench's code client i has class i modulo C and draws k - 1 other
   classes independently. Some classes then have one client and others many, and
   with fewer clients than classes a class may have none. With `niid_bench` it is
-  done in this way. Without it, classes get clients in proportion to their
-  examples (at least one each), and the assignment is drawn from all assignments
-  of this kind.
+  done in this way, and numbers are drawn as `dirichlet_class` says. Without it,
+  classes get clients in proportion to their examples (at least one each), and
+  the assignment is drawn from all assignments of this kind.
 
   Args:
     labels: [M].
@@ -293,7 +312,7 @@ def classes(
       f'classes_per_client must be between 1 and the number of classes '
       f'({len(present)}), got {classes_per_client}.'
     )
-  rng = np.random.RandomState(seed)
+  rng = _generator(seed, niid_bench)
   if niid_bench:
     if num_clients < len(present):
       raise ValueError(
@@ -307,13 +326,13 @@ def classes(
   else:
     owners = _num_owners(sizes, num_clients, classes_per_client)
     owned = _mixed(rng, _dealt(owners, num_clients))
-  order = rng.permutation(len(labels))
-  order_labels = labels[order]
   rows, shares = [], []
-  for c, has in zip(present, owned.T):
-    clients = rng.permutation(np.flatnonzero(has))
-    rows.append(order[order_labels == c])
-    shares.append(np.repeat(clients, _even(len(rows[-1]), len(clients))))
+  for own, has in zip(_shuffled_classes(rng, labels, niid_bench), owned.T):
+    clients = np.flatnonzero(has)
+    if not niid_bench:
+      clients = rng.permutation(clients)
+    rows.append(own)
+    shares.append(np.repeat(clients, _even(len(own), len(clients))))
   return Parts.by_owner(
     np.concatenate(shares), num_clients, np.concatenate(rows)
   )
@@ -326,16 +345,13 @@ def _even(total, num):
 
 def _drawn_alone(rng, num_clients, num_classes, per_client):
   """Assigns class i modulo C to client i, and others at random, [N, C]."""
-  clients = np.arange(num_clients)
-  first = clients % num_classes
-  # The draws of `choice` without replacement, of what comes after `first`.
-  others = np.empty((num_clients, per_client - 1), int)
-  for row in others:
-    row[:] = rng.permutation(num_classes - 1)[: per_client - 1]
-  others += others >= first[:, None]
   owned = np.zeros((num_clients, num_classes), bool)
-  owned[clients, first] = True
-  owned[clients[:, None], others] = True
+  for client, has in enumerate(owned):
+    has[client % num_classes] = True
+    for _ in range(per_client - 1):
+      while has[drawn := rng.integers(num_classes, size=1)]:
+        pass
+      has[drawn] = True
   return owned
 
 

@@ -10,14 +10,14 @@ sum_j n_j, M steps of size lr):
   option 2 c_k' = c_k - c + (w - w_k) / (M lr), lr being `Local.step_size`
   server   c <- c + (1 / N) sum_k s_k (c_k' - c_k)
 
-Deviations: the paper has no s_k (they are 1 for clients of equal size; note
-that c is not divided by s_k in option 2, as in the codes). The official codes
-take M = 50 steps for every client, whatever its size (--local_steps), and an
-unweighted mean (weighting='uniform', as recipes do). The paper's server step
-size is a server optimiser here, optax.sgd(eta_g). The paper has no momentum;
-with it the mean step is longer than the learning rate, and c_k would grow
-without bound if option 2 divided by the learning rate. Two defects of the
-official codes are available as arguments: `learning_rate` and
+Deviations: the paper has no s_k, see `by_share` (they are 1 for clients of
+equal size; note that c is not divided by s_k in option 2, as in the codes). The
+official codes take M = 50 steps for every client, whatever its size
+(--local_steps), and an unweighted mean (weighting='uniform', as recipes do).
+The paper's server step size is a server optimiser here, optax.sgd(eta_g). The
+paper has no momentum; with it the mean step is longer than the learning rate,
+and c_k would grow without bound if option 2 divided by the learning rate. Two
+defects of the official codes are available as arguments: `learning_rate` and
 `untuned_reference`. The control variates cover parameters only.
 """
 
@@ -37,6 +37,7 @@ def scaffold(
   learning_rate: float | None = None,
   untuned_reference: bool = False,
   batch_size: int = 50,
+  by_share: bool = True,
 ) -> Method:
   """Builds SCAFFOLD, without the part that aggregates.
 
@@ -50,6 +51,9 @@ def scaffold(
       FedFTG does. The effect of fine-tuning then leaks into c_k, and the
       reference must be sent, too.
     batch_size: examples in a batch in option 1.
+    by_share: whether to use s_k, as the official codes do. Without it s_k is 1
+      in the client's term, as in the paper, and the changes of c_k are averaged
+      as the models are: equally, as in the paper, or by examples.
 
   Returns:
     The method. Clients keep c_k, the server keeps c (and the reference); c is
@@ -71,7 +75,7 @@ def scaffold(
   def penalty(variables, output, batch, view, key):
     del output, batch, key
     server, _ = view.shared
-    share = jnp.where(view.share > 0, view.share, 1)
+    share = jnp.where(view.share > 0, view.share, 1) if by_share else 1
     slope = jax.tree.map(lambda c, c_k: c / share - c_k, server, view.own)
     return optax.tree.vdot(variables.params, slope)
 
@@ -114,9 +118,11 @@ def scaffold(
   def update(variables, shared, received, key):
     del key
     server, reference = shared
-    server = optax.tree.add(
-      server, optax.tree.scale(1 / received.num_clients, received.summed)
-    )
+    if by_share:
+      part = 1 / received.num_clients
+    else:
+      part = jnp.sum(received.arrived) / received.num_clients
+    server = optax.tree.add(server, optax.tree.scale(part, received.summed))
     if untuned_reference:
       reference = variables.params
     return variables, (server, reference), Info()
@@ -126,6 +132,8 @@ def scaffold(
     broadcast=lambda shared: shared,
     penalty=penalty,
     upload=upload,
-    summed=lambda sent: optax.tree.scale(sent.share, sent.message),
+    summed=lambda sent: optax.tree.scale(
+      sent.share if by_share else sent.weight, sent.message
+    ),
     update=update,
   )

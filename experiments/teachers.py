@@ -264,21 +264,27 @@ def _write(path: UPath, header, lines) -> None:
   print(path.read_text())
 
 
-# In the following, `runs` has by (method, broadcast) each seed's evaluations.
-
-
 def _teachers_table(runs) -> tuple[list[str], list[list[str]]]:
-  """Makes the table of what could be distilled: means of some rounds."""
-  lines = []
+  """Makes the table of what could be distilled: means of some rounds.
+
+  Args:
+    runs: by method and what is broadcast, the evaluations of each seed.
+  """
+  header, lines = [], []
   for key, seeds in runs.items():
     for rounds, means in _means(seeds).items():
+      header = ['method', 'rounds', *means]
       cells = (f'{np.mean(values):.2f}' for values in means.values())
       lines.append([_label(*key), rounds, *cells])
-  return ['method', 'rounds', *means], lines
+  return header, lines
 
 
 def _broadcast_table(runs) -> tuple[list[str], list[list[str]]]:
-  """Makes the table that holds each broadcast model to the first."""
+  """Makes the table that compares each broadcast model with the first.
+
+  Args:
+    runs: as for `_teachers_table`.
+  """
   shown = 'broadcast model', 'running average'
   header = ['base', 'rounds', 'broadcast']
   for kind in shown:
@@ -298,9 +304,14 @@ def _broadcast_table(runs) -> tuple[list[str], list[list[str]]]:
 
 
 def _means(seeds) -> dict[str, dict[str, list[float]]]:
-  """Averages each measure over some rounds: by rounds and name, of each seed.
+  """Averages each measure over the evaluations in some rounds.
 
-  Rounds without an evaluation are left out.
+  Args:
+    seeds: the evaluations of each seed.
+
+  Returns:
+    By rounds, such as '80 to 100', and name of the measure: each seed's mean in
+    percent. Rounds without an evaluation are left out.
   """
   means = {}
   for window in WINDOWS:

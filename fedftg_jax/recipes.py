@@ -411,7 +411,7 @@ def _scaffold(
   option: Literal[1, 2] = 2,
   lr0: bool = False,
   ref_untuned: bool = False,
-  by_share: bool = True,
+  paper: bool = False,
 ):
   """Builds SCAFFOLD.
 
@@ -422,11 +422,11 @@ def _scaffold(
       as the official codes do.
     ref_untuned: whether control variates are relative to the mean before
       fine-tuning, as in the official FedFTG code.
-    by_share: whether control variates count by a client's share of the
-      examples, as in the official codes. In the paper they do not.
+    paper: whether to leave out the clients' shares of the examples, as the
+      paper does. The official codes scale control variates by them.
   """
   rate = learning_rate if lr0 else None
-  return scaffold_lib.scaffold(option, rate, ref_untuned, batch_size, by_share)
+  return scaffold_lib.scaffold(option, rate, ref_untuned, batch_size, not paper)
 
 
 def _kd_lwof(

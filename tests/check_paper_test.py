@@ -82,6 +82,8 @@ class CheckTest(parameterized.TestCase):
     )
     for seed, accuracies in enumerate(([0.5, 0.7, 0.6], [0.9, 0.2, 0.1])):
       self.write(f'a/seed{seed}', {**config, 'seed': seed}, accuracies)
+    other = {**config, 'partition_seed': 1}
+    self.write('d/seed0', other, [0.6])
     shorter = {**config, 'rounds': 3, 'method': 'fed_avg'}
     self.write('b/seed0', shorter, [0.8])
     self.write('c/seed0', {**config, 'method': 'moon'}, [0.8])
@@ -89,14 +91,16 @@ class CheckTest(parameterized.TestCase):
     self.assertEqual(status, 0, err)
     found = json.loads((self.folder / 'check_paper.json').read_text())
     self.assertTrue(found['checked'])
-    avg, scaffold = found['figures']
+    avg, scaffold, elsewhere = found['figures']
+    self.assertEqual(elsewhere['differs'], {'partition_seed': [1, 42]})
     self.assertEqual(scaffold['ours'], [70.0, 90.0])
     self.assertAlmostEqual(scaffold['difference'], 80 - 33.8)
     both = (41**2 + 200) ** 0.5  # two seeds, 10 points from their mean each
     self.assertAlmostEqual(scaffold['deviations'], (80 - 33.8) / both)
     self.assertEmpty(scaffold['differs'])
     self.assertEqual(avg['differs']['rounds'], [3, 50])
-    self.assertIn('weighting', avg['differs'])  # SCAFFOLD's, in this config
+    # SCAFFOLD's, in this config.
+    self.assertIn('scaffold_paper', avg['differs'])
     self.assertRegex(out, r'fed_avg:partition=classes differs.*rounds=3 \(50\)')
     self.assertNotIn('moon', out)
     self.assertNotIn('quote', out)
@@ -155,6 +159,17 @@ class CheckTest(parameterized.TestCase):
   def test_help_names_what_is_published(self):
     (names,) = re.findall(r'published for\s(.*?);', check_paper.__doc__, re.S)
     self.assertCountEqual(re.split(r',\s|\sand\s', names), KNOWN)
+
+  def test_unfinished_runs_are_named(self):
+    config = check_paper.preset_config('pfllib', {'method': 'fed_avg'})
+    for place in 'ab':
+      self.write(place, config, [0.5])
+    (self.folder / 'b' / 'summary.json').unlink()
+    status, out, err = self.check('--published=pfllib')
+    self.assertEqual(status, 0, err)
+    self.assertRegex(out + err, '/b is not compared: it is not finished')
+    found = json.loads((self.folder / 'check_paper.json').read_text())
+    self.assertEqual(found['figures'][0]['ours'], [50.0])
 
   def test_damaged(self):
     config = check_paper.preset_config('pfllib', {'method': 'fed_avg'})

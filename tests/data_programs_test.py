@@ -327,6 +327,14 @@ class TrainTest(ProgramCase):
       config, ['validation_share', 'augment', 'manual_dir', 'data_dir']
     )
 
+  def test_unit_pixels(self):
+    for unit in (False, True):
+      with flagsaver.flagsaver():
+        config = resolve.config(dataset='synthetic', unit_pixels=unit)
+      loaded = assembly.load(config, None, None)
+      dataset, _, _ = assembly.share_out(config, loaded)
+      self.assertEqual((dataset.mean[0], dataset.std[0]) == (0, 1), unit)
+
 
 class PartitionTest(ProgramCase):
   def test_files_and_replay(self):
@@ -532,8 +540,9 @@ class SyntheticTest(ProgramCase):
     self.assertEqual(rows[0][4], '')
     for row, found in zip(rows, finals.values()):
       self.assertEqual(row[3], f'{np.mean(found):.2f}')
-    gains = np.subtract(finals['true'], finals['mean'])
-    self.assertEqual(rows[1][4], statistics.with_interval(gains))
+    for row, kind in zip(rows[1:], ('true', 'labels')):
+      gains = np.subtract(finals[kind], finals['mean'])
+      self.assertEqual(row[4], statistics.with_interval(gains))
 
   @parameterized.parameters(
     ('teachers', '--dataset=npz:no', '--dataset=npz:no: no such file'),

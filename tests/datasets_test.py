@@ -731,12 +731,20 @@ class ClientTestsTest(parameterized.TestCase):
     self.assertNotEqual(kept[0], kept[2])
 
   def test_unit_pixels(self):
-    """A model sees the pixels in [0, 1], and is built as ever."""
-    x = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    data = datasets.with_unit_pixels(self.dataset()._replace(train_x=x))
+    """A model sees all channels in [0, 1]."""
+    x = np.arange(192, dtype=np.uint8).reshape(1, 8, 8, 3)
+    whole = self.dataset()._replace(
+      train_x=x, mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7)
+    )
+    data = datasets.with_unit_pixels(whole)
     np.testing.assert_allclose(
       models.normalise(jnp.asarray(x), data.mean, data.std), x / 255, rtol=1e-6
     )
+
+  def test_unit_pixels_are_of_uint8_images(self):
+    x = np.zeros((1, 8, 8, 3), np.float32)
+    with self.assertRaisesRegex(ValueError, 'needs uint8 images'):
+      datasets.with_unit_pixels(self.dataset()._replace(train_x=x))
 
   def test_merged(self):
     data = datasets.with_test_merged(self.dataset())

@@ -19,6 +19,7 @@ DEFAULTS = {
     'scaffold_option': 2,
     'scaffold_lr0': False,
     'scaffold_ref_untuned': False,
+    'scaffold_paper': False,
   },
   'fed_ntd': {'ntd_beta': 1.0, 'ntd_tau': 1.0},
   'fed_gen': {

@@ -120,6 +120,9 @@ PLAIN = {
   'scaffold_option_1': Row(
     'scaffold', WORDS, WORDS, {'scaffold': dict(option=1, batch_size=4)}
   ),
+  'scaffold_paper': Row(
+    'scaffold', WORDS, WORDS, {'scaffold': dict(paper=True)}
+  ),
   'scaffold_untuned': Row(
     'scaffold', 2 * WORDS, WORDS, {'scaffold': dict(ref_untuned=True, lr0=True)}
   ),

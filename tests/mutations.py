@@ -331,8 +331,8 @@ FAULTS = (
   Fault(
     'scaffold_server_divides_by_cohort',
     SCAFFOLD,
-    '1 / received.num_clients',
-    '1 / len(received.arrived)',
+    'arrived / received.num_clients',
+    'arrived / len(received.arrived)',
     OF_METHODS,
   ),
   Fault(

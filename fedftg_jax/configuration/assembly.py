@@ -593,7 +593,7 @@ def share_out(
     cli.UsageError: if data and configuration do not fit.
   """
   if config['unit_pixels']:
-    loaded = datasets.with_unit_pixels(loaded)
+    loaded = _checked('unit_pixels', config, datasets.with_unit_pixels, loaded)
   if config['merge_test']:
     loaded = datasets.with_test_merged(loaded)
   loaded = _checked(

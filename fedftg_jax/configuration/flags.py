@@ -290,7 +290,8 @@ def _define_partition() -> None:
     'niid_bench',
     False,
     "dirichlet_class, classes: draw as NIID-Bench's code does (also Flower's "
-    'baseline, with the same class counts from the same seed, and PFLlib). '
+    'baseline, whose class counts are those of --partition_seed=42 and '
+    '--min_size=10, and PFLlib). '
     'dirichlet_class: a client that holds its even share gets none of the '
     'following classes, and everything is drawn again until each client has '
     '--min_size examples. classes: clients draw their classes independently.',

@@ -48,6 +48,7 @@ _OPTIONAL = (
   'dp_noise',
   'dp_quantile',
   'secure_aggregation',
+  'scaffold_paper',
   'flip_labels',
   'leave_out',
   'track',

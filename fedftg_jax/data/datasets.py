@@ -258,7 +258,13 @@ def with_validation(dataset: Dataset, share: float, seed: int) -> Dataset:
 
 
 def with_unit_pixels(dataset: Dataset) -> Dataset:
-  """Leaves uint8 images in [0, 1]: mean 0 and standard deviation 1."""
+  """Leaves uint8 images in [0, 1]: mean 0 and standard deviation 1.
+
+  Raises:
+    ValueError: for float images, which are not normalised anyway.
+  """
+  if dataset.train_x.dtype != np.uint8:
+    raise ValueError('needs uint8 images; float images are taken as they are')
   channels = dataset.image_shape[-1]
   return dataset._replace(mean=(0.0,) * channels, std=(1.0,) * channels)
 

@@ -121,8 +121,8 @@ def dirichlet_class(
   `_fill`, since with many clients redrawing may never end.
 
   With `niid_bench` numbers are also drawn in the order of Flower's baseline
-  niid_bench, from `numpy.random.default_rng`: the same seed gives each client
-  as many examples of each class as there.
+  niid_bench, from `numpy.random.default_rng`. The same seed and a `min_size` of
+  10 then give each client as many examples of each class as there.
 
   Args:
     labels: [M] integers in [0, C).

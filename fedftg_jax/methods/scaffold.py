@@ -52,8 +52,9 @@ def scaffold(
       reference must be sent, too.
     batch_size: examples in a batch in option 1.
     by_share: whether to use s_k, as the official codes do. Without it s_k is 1
-      in the client's term, as in the paper, and the changes of c_k are averaged
-      as the models are: equally, as in the paper, or by examples.
+      in the client's term, and the server adds (|S| / N) sum_k p_k (c_k' -
+      c_k), p_k being the weights of the models' mean over the |S| clients that
+      arrived. With equal weights this is the paper's form.
 
   Returns:
     The method. Clients keep c_k, the server keeps c (and the reference); c is
@@ -118,11 +119,10 @@ def scaffold(
   def update(variables, shared, received, key):
     del key
     server, reference = shared
-    if by_share:
-      part = 1 / received.num_clients
-    else:
-      part = jnp.sum(received.arrived) / received.num_clients
-    server = optax.tree.add(server, optax.tree.scale(part, received.summed))
+    arrived = 1 if by_share else jnp.sum(received.arrived)
+    server = optax.tree.add(
+      server, optax.tree.scale(arrived / received.num_clients, received.summed)
+    )
     if untuned_reference:
       reference = variables.params
     return variables, (server, reference), Info()

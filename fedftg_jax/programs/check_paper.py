@@ -170,9 +170,12 @@ def compare(
     A comparison for each figure and each group of runs that differ in nothing
     but the seed.
   """
+  free = {*_FREE}
+  if 'partition_seed' in _preset_values(name):
+    free.remove('partition_seed')  # all seeds have the same partition
   groups: dict[str, list[_Run]] = {}
   for run in _runs(folder):
-    config = {k: v for k, v in run.config.items() if k not in _FREE}
+    config = {k: v for k, v in run.config.items() if k not in free}
     groups.setdefault(repr(sorted(config.items())), []).append(run)
   found = []
   has_figure = set()  # groups
@@ -207,7 +210,7 @@ def compare(
           runs[0].rows[-1]['round'],
           {
             k: (config[k], preset[k])
-            for k in sorted({*config, *preset} - {*_FREE, *wanted, *best})
+            for k in sorted({*config, *preset} - {*free, *wanted, *best})
             if config[k] != preset[k]
           },
         )
@@ -230,7 +233,7 @@ def compare(
 
 def preset_config(name: str, changes: Mapping[str, Any]) -> Configuration:
   """Returns the configuration of a run of a preset, with some flags changed."""
-  values = cli.values_of(['check_paper', f'--preset={name}'])
+  values = _preset_values(name)
   ours = {k: v for k, v in values.items() if k in own_flags.FLAGS}
   values = resolve.from_arguments({**ours, **changes})
   # The data need not be here: the configuration is checked without them.
@@ -238,19 +241,26 @@ def preset_config(name: str, changes: Mapping[str, Any]) -> Configuration:
   return config.replace(dataset=values['dataset'])
 
 
+def _preset_values(name: str) -> dict[str, Any]:
+  """Returns the values of the flags that a preset sets."""
+  return cli.values_of(['check_paper', f'--preset={name}'])
+
+
 def _runs(folder: UPath) -> Iterator[_Run]:
-  """Yields the finished runs below a folder, in the order of their names.
+  """Yields the finished runs below a folder, and names the others.
 
   Raises:
     cli.ArgumentError: if one of them is damaged.
   """
-  for path in sorted(folder.rglob('summary.json')):
+  for path in sorted(folder.rglob('config.json')):
     place = path.parent
-    if not (place / 'config.json').exists():
-      continue
     try:
-      config = dict(files.read_json(place / 'config.json')['config'])
-      if 'program' not in config:
+      config = dict(files.read_json(path)['config'])
+      if 'program' in config:
+        continue
+      if not (place / 'summary.json').exists():
+        progress.say(f'{place} is not compared: it is not finished')
+      else:
         run = _Run(config, files.read_jsonl(place / 'metrics.jsonl'))
         int(run.rows[-1]['round'])
         yield run

@@ -186,7 +186,7 @@ class CheckTest(parameterized.TestCase):
       self.assertEqual(status, 2)
       self.assertRegex(err, f'^error: .*/{place}: is damaged')
       self.assertEqual(err.count('\n'), 1)
-      (self.folder / place / 'summary.json').unlink()
+      (self.folder / place / 'config.json').unlink()
 
   def test_refused(self):
     for flags, message in (

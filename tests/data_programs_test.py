@@ -588,6 +588,7 @@ class ErrorsTest(ProgramCase):
       'dirichlet_class, iid, quantity, shards, classes, natural, file:PATH',
     ),
     ('--partition=quantity', '--partition=quantity: needs --size_sigma or'),
+    ('--merge_test=x', '--merge_test=x: must be true or false'),
     ('--validation_share=1', '--validation_share=1.0: must be below 1'),
     ('--validation_share=-1', '--validation_share=-1: must be'),
     ('--client_test_share=1', '--client_test_share=1.0: must be below 1'),

@@ -365,7 +365,10 @@ def _plain(error: Exception, validated: bool) -> str:
 def right(name: str, otherwise: str) -> str:
   """Returns what flag `name` accepts, as its parser describes it."""
   known = own_flags.FLAGS if name in own_flags.FLAGS else flags.FLAGS
-  text = known[name].parser.syntactic_help
+  parser = known[name].parser
+  text = parser.syntactic_help
+  if isinstance(parser, flags.BooleanParser):
+    text = 'true or false'
   return f'must be {text}' if text else otherwise
 
 

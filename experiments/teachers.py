@@ -12,15 +12,17 @@ the same three kinds of weights it distils the mean of the models on images that
 no client has, as many as FedFTG generates with its preset `official`. A fourth
 student learns their labels and asks no teacher. The training is not changed,
 unless --broadcast names the student that the next round's clients get. With
-several names each is trained and held to the first, paired by seed, with a 95 %
-interval (Student's t).
+several names each is trained and compared with the first, paired by seed, with
+a 95 % interval (Student's t).
 
 For each base it writes runs in BASE/seedK/ of --workdir, and means over seeds:
 of some rounds in teachers.md and, with several --broadcast, in broadcast.md;
 and how far each is above the broadcast model, by round, in teachers.png.
 """
 
+import functools
 import sys
+from typing import Any
 
 from absl import flags
 import jax
@@ -201,57 +203,61 @@ def main() -> None:
   order = order[: _EXAMPLES.value]
   rest = order[: len(order) // 6]
   train = order[len(order) // 6 :]
-  model = models.build(
-    _MODEL.value,
-    whole.image_shape,
-    whole.num_classes,
-    mean=whole.mean,
-    std=whole.std,
-  )
   data = whole._replace(
     train_x=whole.train_x[train], train_y=whole.train_y[train]
   )
-  folder = UPath(_WORKDIR.value)
-
-  def train_seeds(method, broadcast):
-    part = watching(
-      model,
-      (whole.test_x, whole.test_y),
-      (whole.train_x[rest], whole.train_y[rest]),
+  part = functools.partial(
+    watching,
+    models.build(
+      _MODEL.value,
+      whole.image_shape,
       whole.num_classes,
-      broadcast,
-    )
-    place = folder / folders.folder_name(_label(method, broadcast))
-    return [
-      fedftg_jax.simulate(
-        data,
-        method=[method, part, 'running_average'],
-        model=_MODEL.value,
-        rounds=_ROUNDS.value,
-        local_epochs=2,
-        dirichlet_alpha=_ALPHA.value,
-        eval_every=EVERY,
-        evaluate_clients='none',
-        checkpoint_every=0,
-        seed=seed,
-        partition_seed=seed,
-        schedule_seed=seed,
-        workdir=str(place / f'seed{seed}'),
-      ).rows
-      for seed in range(_SEEDS.value)
-    ]
-
+      mean=whole.mean,
+      std=whole.std,
+    ),
+    (whole.test_x, whole.test_y),
+    (whole.train_x[rest], whole.train_y[rest]),
+    whole.num_classes,
+  )
+  folder = UPath(_WORKDIR.value)
   runs = {
-    (method, broadcast): train_seeds(method, broadcast)
+    (method, broadcast): _train(
+      data,
+      [method, part(broadcast), 'running_average'],
+      folder / folders.folder_name(_label(method, broadcast)),
+    )
     for method in _BASES.value
     for broadcast in _BROADCAST.value
   }
-  _write(folder / 'teachers.md', *_teachers_table(runs))
+  means = {key: _means(seeds) for key, seeds in runs.items()}
+  _write(folder / 'teachers.md', *_teachers_table(means))
   if len(_BROADCAST.value) > 1:
-    _write(folder / 'broadcast.md', *_broadcast_table(runs))
+    _write(folder / 'broadcast.md', *_broadcast_table(means))
   with files.replacing(folder / 'teachers.png') as temporary:
     panels = [_panel(_label(*key), seeds) for key, seeds in runs.items()]
     plots.panels(temporary, panels, 'round')
+
+
+def _train(data, method, folder) -> list[list[dict[str, Any]]]:
+  """Trains all seeds, and returns the evaluations of each."""
+  return [
+    fedftg_jax.simulate(
+      data,
+      method=method,
+      model=_MODEL.value,
+      rounds=_ROUNDS.value,
+      local_epochs=2,
+      dirichlet_alpha=_ALPHA.value,
+      eval_every=EVERY,
+      evaluate_clients='none',
+      checkpoint_every=0,
+      seed=seed,
+      partition_seed=seed,
+      schedule_seed=seed,
+      workdir=str(folder / f'seed{seed}'),
+    ).rows
+    for seed in range(_SEEDS.value)
+  ]
 
 
 def _label(method: str, broadcast: str) -> str:
@@ -264,26 +270,26 @@ def _write(path: UPath, header, lines) -> None:
   print(path.read_text())
 
 
-def _teachers_table(runs) -> tuple[list[str], list[list[str]]]:
+def _teachers_table(means) -> tuple[list[str], list[list[str]]]:
   """Makes the table of what could be distilled: means of some rounds.
 
   Args:
-    runs: by method and what is broadcast, the evaluations of each seed.
+    means: by method and what is broadcast, the result of `_means`.
   """
   header, lines = [], []
-  for key, seeds in runs.items():
-    for rounds, means in _means(seeds).items():
-      header = ['method', 'rounds', *means]
-      cells = (f'{np.mean(values):.2f}' for values in means.values())
+  for key, of_rounds in means.items():
+    for rounds, measures in of_rounds.items():
+      header = ['method', 'rounds', *measures]
+      cells = (f'{np.mean(values):.2f}' for values in measures.values())
       lines.append([_label(*key), rounds, *cells])
   return header, lines
 
 
-def _broadcast_table(runs) -> tuple[list[str], list[list[str]]]:
+def _broadcast_table(means) -> tuple[list[str], list[list[str]]]:
   """Makes the table that compares each broadcast model with the first.
 
   Args:
-    runs: as for `_teachers_table`.
+    means: as for `_teachers_table`.
   """
   shown = 'broadcast model', 'running average'
   header = ['base', 'rounds', 'broadcast']
@@ -291,14 +297,14 @@ def _broadcast_table(runs) -> tuple[list[str], list[list[str]]]:
     header += [kind, 'difference']
   first = _BROADCAST.value[0]
   lines = []
-  for (method, broadcast), seeds in runs.items():
-    bases = _means(runs[method, first])
-    for rounds, means in _means(seeds).items():
+  for (method, broadcast), of_rounds in means.items():
+    for rounds, measures in of_rounds.items():
       line = [method, rounds, broadcast]
       for kind in shown:
-        gains = np.subtract(means[kind], bases[rounds][kind])
+        base = means[method, first][rounds][kind]
+        gains = np.subtract(measures[kind], base)
         gain = '' if broadcast == first else statistics.with_interval(gains)
-        line += [f'{np.mean(means[kind]):.2f}', gain]
+        line += [f'{np.mean(measures[kind]):.2f}', gain]
       lines.append(line)
   return header, lines
 

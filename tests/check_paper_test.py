@@ -206,8 +206,7 @@ class CheckTest(parameterized.TestCase):
     status, _, err = self.check('--published=pfllib')
     self.assertEqual(status, 2)
     self.assertIn(
-      'has no finished run of a method, and with flags, of a figure in pfllib',
-      err,
+      'has no finished run with the method and flags of a figure in pfllib', err
     )
 
 

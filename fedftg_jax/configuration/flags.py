@@ -290,11 +290,11 @@ def _define_partition() -> None:
     'niid_bench',
     False,
     "dirichlet_class, classes: draw as NIID-Bench's code does (also Flower's "
-    'baseline, whose class counts are those of --partition_seed=42 and '
-    '--min_size=10, and PFLlib). '
-    'dirichlet_class: a client that holds its even share gets none of the '
-    'following classes, and everything is drawn again until each client has '
-    '--min_size examples. classes: clients draw their classes independently.',
+    'baseline and PFLlib). dirichlet_class: a client that holds its even share '
+    'gets none of the following classes, and everything is drawn again until '
+    'each client has --min_size examples. classes: clients draw their classes '
+    'independently. --partition_seed=42 and --min_size=10 give the class '
+    "counts of Flower's baseline.",
   )
   flags.DEFINE_integer(
     'partition_seed',

@@ -177,7 +177,11 @@ def _class_shares(rng, labels, num_clients, alpha, niid_bench):
 
 
 def _generator(seed, niid_bench):
-  """Returns what draws numbers; `RandomState` has the older stream."""
+  """Makes the generator of a partition.
+
+  NumPy promises that the numbers of `RandomState` never change, but not those
+  of `default_rng`, which Flower's baseline uses; `partition_test` holds them.
+  """
   return (np.random.default_rng if niid_bench else np.random.RandomState)(seed)
 
 
@@ -349,6 +353,7 @@ def _drawn_alone(rng, num_clients, num_classes, per_client):
   for client, has in enumerate(owned):
     has[client % num_classes] = True
     for _ in range(per_client - 1):
+      # With `size` it draws the numbers of the baseline's `choice`.
       while has[drawn := rng.integers(num_classes, size=1)]:
         pass
       has[drawn] = True

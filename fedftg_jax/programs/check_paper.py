@@ -14,8 +14,8 @@ given in standard deviations, of one seed here and of one published seed
 together. A deviation that is not known, because there is one seed or none was
 published, counts as 0; if neither is known, the column is empty. Flags in which
 the runs differ from the preset are named, since they may explain a difference.
-Runs of a figure's method that lack its flags are named and not compared. Writes
-check_paper.json.
+Not compared, but named, are runs that are not finished, and runs of a figure's
+method that lack its flags. Writes check_paper.json.
 """
 
 from collections.abc import Iterator, Mapping
@@ -123,7 +123,7 @@ def main(folder: str) -> None:
   if not found:
     raise cli.ArgumentError(
       folder,
-      f'has no finished run of a method, and with flags, of a figure in {name}',
+      f'has no finished run with the method and flags of a figure in {name}',
     )
   source, checked = known[name]['source'], known[name]['checked']
   progress.show(

@@ -121,8 +121,9 @@ def dirichlet_class(
   `_fill`, since with many clients redrawing may never end.
 
   With `niid_bench` numbers are also drawn in the order of Flower's baseline
-  niid_bench, from `numpy.random.default_rng`. The same seed and a `min_size` of
-  10 then give each client as many examples of each class as there.
+  niid_bench. The same seed and a `min_size` of 10 then give each client as many
+  examples of each class as in the runs that its README publishes. (Its code has
+  drawn from another generator since.)
 
   Args:
     labels: [M] integers in [0, C).
@@ -142,7 +143,7 @@ def dirichlet_class(
   if not alpha > 0:
     raise ValueError(f'alpha must be above 0, got {alpha}.')
   _check_min_size(len(labels), num_clients, min_size)
-  rng = _generator(seed, niid_bench)
+  rng = np.random.RandomState(seed)
   for _ in range(max_redraws if niid_bench else 1):
     parts = _class_shares(rng, labels, num_clients, alpha, niid_bench)
     if parts.sizes.min() >= min_size:
@@ -160,7 +161,7 @@ def _class_shares(rng, labels, num_clients, alpha, niid_bench):
     rows.append(own)
     proportions = rng.dirichlet(np.full(num_clients, alpha))
     if not np.isfinite(proportions).all():  # all draws were 0: take the limit
-      proportions = np.eye(num_clients)[rng.choice(num_clients)]
+      proportions = np.eye(num_clients)[rng.randint(num_clients)]
     if niid_bench:
       has_room = sizes < len(labels) / num_clients
       left = proportions * has_room
@@ -174,15 +175,6 @@ def _class_shares(rng, labels, num_clients, alpha, niid_bench):
   return Parts.by_owner(
     np.concatenate(owners), num_clients, np.concatenate(rows)
   )
-
-
-def _generator(seed, niid_bench):
-  """Makes the generator of a partition.
-
-  NumPy promises that the numbers of `RandomState` never change, but not those
-  of `default_rng`, which Flower's baseline uses; `partition_test` holds them.
-  """
-  return (np.random.default_rng if niid_bench else np.random.RandomState)(seed)
 
 
 def _shuffled_classes(rng, labels, niid_bench):
@@ -316,7 +308,7 @@ def classes(
       f'classes_per_client must be between 1 and the number of classes '
       f'({len(present)}), got {classes_per_client}.'
     )
-  rng = _generator(seed, niid_bench)
+  rng = np.random.RandomState(seed)
   if niid_bench:
     if num_clients < len(present):
       raise ValueError(
@@ -353,8 +345,7 @@ def _drawn_alone(rng, num_clients, num_classes, per_client):
   for client, has in enumerate(owned):
     has[client % num_classes] = True
     for _ in range(per_client - 1):
-      # With `size` it draws the numbers of the baseline's `choice`.
-      while has[drawn := rng.integers(num_classes, size=1)]:
+      while has[drawn := rng.randint(num_classes)]:
         pass
       has[drawn] = True
   return owned

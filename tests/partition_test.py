@@ -138,6 +138,31 @@ _DIRICHLET = [
   [34, 101, 94, 152, 53, 17, 120, 2443, 612, 81],
 ]
 
+# What PFLlib (at commit d832e76) gives for Fashion-MNIST with its test set, 20
+# clients and Dirichlet(0.1); its script seeds NumPy by 1.
+_PFLLIB = [
+  [67, 1, 0, 0, 0, 0, 2, 0, 5, 7],
+  [0, 157, 0, 19, 0, 0, 35, 15, 0, 94],
+  [14, 0, 0, 0, 0, 29, 0, 318, 514, 0],
+  [0, 0, 2498, 69, 3, 0, 3, 0, 0, 30],
+  [1, 0, 680, 662, 0, 2, 8, 0, 0, 102],
+  [5473, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+  [298, 0, 20, 0, 9, 4058, 0, 0, 0, 0],
+  [285, 23, 7, 2024, 0, 170, 1952, 0, 0, 0],
+  [5, 236, 429, 381, 0, 0, 4509, 0, 0, 0],
+  [0, 0, 11, 2269, 5, 369, 0, 439, 463, 0],
+  [44, 1324, 8, 0, 1, 0, 0, 940, 3853, 0],
+  [268, 1, 0, 221, 6313, 0, 0, 0, 0, 0],
+  [13, 1, 781, 135, 0, 66, 106, 684, 0, 6765],
+  [0, 1, 148, 6, 0, 244, 220, 4, 2, 1],
+  [10, 0, 215, 915, 0, 0, 0, 188, 0, 0],
+  [46, 4, 5, 4, 0, 0, 120, 0, 16, 0],
+  [1, 0, 322, 21, 191, 0, 6, 249, 2147, 0],
+  [71, 4761, 0, 0, 0, 0, 0, 0, 0, 0],
+  [403, 0, 0, 7, 477, 2, 38, 4163, 0, 0],
+  [1, 491, 1876, 267, 1, 2060, 1, 0, 0, 1],
+]
+
 
 class PlainLoopTest(parameterized.TestCase):
   """Partitions are those of plain loops that draw one number at a time."""
@@ -420,6 +445,13 @@ class SchemesTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       skew.class_counts(labels, parts, 10), _DIRICHLET
     )
+
+  def test_class_counts_of_pfllib(self):
+    labels = np.tile(np.arange(10), 7000)
+    parts = partition.dirichlet_class(
+      labels, 20, 0.1, min_size=40, niid_bench=True, seed=1
+    )
+    np.testing.assert_array_equal(skew.class_counts(labels, parts, 10), _PFLLIB)
 
   def test_only_who_lacks_examples_gets_some(self):
     """Apart from the moved examples, the partition is the one that was

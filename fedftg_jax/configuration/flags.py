@@ -246,8 +246,8 @@ def _define_partition() -> None:
     'are drawn. iid: at random. quantity: at random, with unequal sizes. '
     'shards: shards of examples sorted by class. classes: exactly '
     '--classes_per_client classes each. natural: as the data name the client '
-    'of each example. file:PATH: an .npz with one index array per client, such '
-    'as the partition.npz that every run writes.',
+    'of each example. file:PATH: an .npz with one array of rows per client, or '
+    'the partition.npz that every run writes.',
   )
   flags.DEFINE_float(
     'dirichlet_alpha',
@@ -293,8 +293,9 @@ def _define_partition() -> None:
     'baseline and PFLlib). dirichlet_class: a client that holds its even share '
     'gets none of the following classes, and everything is drawn again until '
     'each client has --min_size examples. classes: clients draw their classes '
-    'independently. --partition_seed=42 and --min_size=10 give the class '
-    "counts of Flower's baseline.",
+    'independently. With --partition_seed=42 and --min_size=10 clients have '
+    "the class counts of the baseline's published runs, with "
+    "--partition_seed=1 (dirichlet_class) those of PFLlib's script.",
   )
   flags.DEFINE_integer(
     'partition_seed',

@@ -120,10 +120,10 @@ def dirichlet_class(
   nearest integer, and examples are moved to clients that have too few, see
   `_fill`, since with many clients redrawing may never end.
 
-  With `niid_bench` numbers are also drawn in the order of Flower's baseline
-  niid_bench. The same seed and a `min_size` of 10 then give each client as many
-  examples of each class as in the runs that its README publishes. (Its code has
-  drawn from another generator since.)
+  With `niid_bench` numbers are also drawn in the order of these codes. So the
+  same seed gives each client as many examples of each class as PFLlib, and as
+  Flower's baseline gave when its table was published (with `min_size=10`; its
+  code has drawn from another generator since).
 
   Args:
     labels: [M] integers in [0, C).

@@ -293,9 +293,9 @@ def _define_partition() -> None:
     'baseline and PFLlib). dirichlet_class: a client that holds its even share '
     'gets none of the following classes, and everything is drawn again until '
     'each client has --min_size examples. classes: clients draw their classes '
-    'independently. With --partition_seed=42 and --min_size=10 clients have '
-    "the class counts of the baseline's published runs, with "
-    "--partition_seed=1 (dirichlet_class) those of PFLlib's script.",
+    'independently. In the settings of the presets niid_bench and pfllib '
+    "clients have the class counts of the baseline's published runs and of "
+    "PFLlib's script.",
   )
   flags.DEFINE_integer(
     'partition_seed',

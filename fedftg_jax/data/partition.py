@@ -283,9 +283,10 @@ def classes(
   In NIID-Bench's code client i has class i modulo C and draws k - 1 other
   classes independently. Some classes then have one client and others many, and
   with fewer clients than classes a class may have none. With `niid_bench` it is
-  done in this way, and numbers are drawn as `dirichlet_class` says. Without it,
-  classes get clients in proportion to their examples (at least one each), and
-  the assignment is drawn from all assignments of this kind.
+  done in this way, and numbers are drawn as Flower's baseline niid_bench did
+  when its table was published. Without it, classes get clients in proportion to
+  their examples (at least one each), and the assignment is drawn from all
+  assignments of this kind.
 
   Args:
     labels: [M].

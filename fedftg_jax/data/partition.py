@@ -120,7 +120,7 @@ def dirichlet_class(
   nearest integer, and examples are moved to clients that have too few, see
   `_fill`, since with many clients redrawing may never end.
 
-  With `niid_bench` numbers are also drawn in the order of PFLlib and of Flower's
+  With `niid_bench` numbers are also drawn in the order of PFLlib and Flower's
   baseline. So the same seed gives each client as many examples of each class as
   PFLlib, and as the baseline gave when its table was published (with
   `min_size=10`; its code has drawn from another generator since).

@@ -113,13 +113,17 @@ class RunWriter:
     """
     broadcast = scores.models['broadcast']
     if not (scores.finite and np.isfinite(broadcast['loss'])):
-      rates = '--learning_rate or --clip_norm'
-      if 'ftg_student_lr' in self._experiment.config:
-        rates += ', --ftg_student_lr or --ftg_student_clip (0 is none)'
+      *rates, last = (
+        f'--{name}'
+        for name in self._experiment.config
+        if name == 'learning_rate'
+        or name.endswith(('_lr', '_clip', 'clip_norm'))
+      )
       raise cli.RunError(
         f'{self._folder}: the model is no longer finite after a round between '
         f'{self.rounds + 1} and {done}; the rows up to round {self.rounds} and '
-        f'the checkpoints are kept. A smaller {rates} may help'
+        f'the checkpoints are kept. A smaller {", ".join(rates)} or {last} may '
+        'help (a clip of 0 is none)'
       )
     self._down += int(metrics.pop('bits_down').sum()) // 8
     self._up += int(metrics.pop('bits_up').sum()) // 8

@@ -15,8 +15,9 @@ last layer and z the logits, at w' and in evaluation mode. Images start as
 images of the client, or as noise. The server trains its model further, by
 cross-entropy, on the union of the images that arrive.
 
-Deviation from that code: a batch of real images is drawn with replacement (in
-that code only if a class has too few).
+Deviations from that code: a batch of real images is drawn with replacement (in
+that code only if a class has too few). The default learning rate of the pixels
+is a tenth of that code's, at which the pixels diverge with lenet.
 
 Privacy: with `init='real'` an image starts as one of the client's images, and
 it is sent. If a client has no more than `ipc` examples of a class, what it
@@ -67,7 +68,7 @@ def fed_dm(
   ipc: int = 5,
   iterations: int = 100,
   real_batch: int = 20,
-  image_lr: float = 1.0,
+  image_lr: float = 0.1,
   image_momentum: float = 0.5,
   rho: float = 5.0,
   init: Begin = 'real',
@@ -88,7 +89,7 @@ def fed_dm(
       at most as many as it has local steps.
     real_batch: the client's own images of each class in such a step (256
       there).
-    image_lr: learning rate of the pixels.
+    image_lr: learning rate of the pixels (1 in the re-implementation).
     image_momentum: momentum of SGD on the pixels.
     rho: radius of the ball around the model; 0 for the model itself.
     init: whether images start as real images of the client, or as noise.

@@ -346,14 +346,19 @@ def _methods(name: str, page: pathlib.Path) -> str:
 
 
 def _side_by_side() -> dict[str, str]:
-  """Returns the accuracies of the methods in both tables of all methods."""
-  found: dict[str, list[str]] = {}
-  for table in ('methods_all_005', 'methods_all_03'):
-    for run, accuracy, *_ in result(table)['rows']:
+  """Returns the accuracies of the methods in the two tables of all methods.
+
+  It is that of a method's first row; '-' where a table has none.
+  """
+  tables = []
+  for name in ('methods_all_005', 'methods_all_03'):
+    tables.append({})
+    for run, accuracy, *_ in result(name)['rows']:
       method = run.split(':')[0].removeprefix('fed_avg+')
-      found.setdefault(method, []).append(accuracy.split()[0])
+      tables[-1].setdefault(method, accuracy.split()[0])
   return {
-    name: ', '.join(both) for name, both in found.items() if len(both) == 2
+    method: ', '.join(table.get(method, '-') for table in tables)
+    for method in {**tables[0], **tables[1]}
   }
 
 

@@ -476,25 +476,29 @@ class TrainTest(parameterized.TestCase):
     self.assertRegex(
       err,
       r'^error: .*/d: the model is no longer finite after a '
-      'round between 1 and 2; .* A smaller --learning_rate or '
+      'round between 1 and 2; .* A smaller --server_learning_rate, '
+      '--learning_rate or '
       r'--clip_norm may help \(a clip of 0 is none\)$',
     )
     self.assertEqual(err.count('\n'), 1)
 
   @pytest.mark.slow
-  def test_diverged_student_and_generator(self):
+  @parameterized.parameters(
+    (
+      ('fed_ftg', '--ftg_preset=intended', '--ftg_student_lr=1e30'),
+      '--ftg_student_lr, --ftg_generator_lr or --ftg_student_clip',
+    ),
+    (
+      ('fed_dm', '--momentum=0', '--dm_image_lr=1e30', '--dm_iterations=2'),
+      ' A smaller --dm_image_lr or --dm_server_lr',
+    ),
+  )
+  def test_diverged_images(self, flags, said):
     """It ends with one line, although there are no images to show."""
     with warnings.catch_warnings(action='error', category=RuntimeWarning):
-      status, _, err = self.train(
-        'd',
-        '--method=fed_ftg',
-        '--ftg_preset=intended',
-        '--ftg_student_lr=1e30',
-      )
+      status, _, err = self.train('d', f'--method={flags[0]}', *flags[1:])
     self.assertEqual(status, 1)
-    self.assertRegex(
-      err, r'no longer finite .* --ftg_student_lr, .* or --ftg_student_clip may'
-    )
+    self.assertRegex(err, f'no longer finite .*{said} may help')
     self.assertEqual(err.count('\n'), 1)
 
   def test_seeds_at_once(self):

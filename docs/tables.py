@@ -206,13 +206,13 @@ def _measured(name: str, page: pathlib.Path) -> str:
       is_shown_here = True
       continue
     column = read['header'].index('final accuracy')
-    base = [row[column] for row in read['rows'] if row[0] == 'fed_avg']
+    finals = {row[0]: row[column] for row in read['rows']}
     setting = read['title']
     if path.stem in shown_on():
       target = os.path.relpath(shown_on()[path.stem], page.parent)
       setting = f'[{setting}]({target}#{_anchor(path.stem)})'
     rows += [
-      (setting, f'`{row[0]}`', row[column], ''.join(base[:1]))
+      (setting, f'`{row[0]}`', row[column], _base(finals, row[0]))
       for row in read['rows']
       if name in _parts_of(row[0])
     ]
@@ -222,6 +222,12 @@ def _measured(name: str, page: pathlib.Path) -> str:
   if name == 'fed_avg':
     return '\n'.join(markdown(header, [row[:3] for row in rows]))
   return '\n'.join(markdown([*header, '`fed_avg` there'], rows))
+
+
+def _base(finals: dict[str, str], run: str) -> str:
+  """Returns FedAvg's final accuracy, with the run's options if it is there."""
+  options = run.partition(':')[1:]
+  return finals.get(''.join(['fed_avg', *options]), finals.get('fed_avg', ''))
 
 
 def _method(name: str, page: pathlib.Path) -> str:

@@ -113,11 +113,11 @@ class RunWriter:
     """
     broadcast = scores.models['broadcast']
     if not (scores.finite and np.isfinite(broadcast['loss'])):
-      ends: tuple[str, ...] = ('_lr', '_clip')
-      if self._experiment.simulation.method.sends_model:  # clients train one
-        ends += ('learning_rate', 'clip_norm')
       *rates, last = (
-        f'--{name}' for name in self._experiment.config if name.endswith(ends)
+        f'--{name}'
+        for name in self._experiment.config
+        if name == 'learning_rate'
+        or name.endswith(('_lr', '_clip', 'clip_norm'))
       )
       raise cli.RunError(
         f'{self._folder}: the model is no longer finite after a round between '

@@ -354,7 +354,7 @@ def _methods(name: str, page: pathlib.Path) -> str:
 def _side_by_side() -> dict[str, str]:
   """Returns the accuracies of the methods in the two tables of all methods.
 
-  It is that of a method's first row; '-' where a table has none.
+  A method's first row in a table counts; '-' stands for no row.
   """
   tables = []
   for name in ('methods_all_005', 'methods_all_03'):

@@ -17,7 +17,7 @@ cross-entropy, on the union of the images that arrive.
 
 Deviations from that code: a batch of real images is drawn with replacement (in
 that code only if a class has too few). The default learning rate of the pixels
-is 0.1; with that code's 1 lenet is not finite after three rounds.
+is 0.1; at 1, which that code has, lenet was not finite in round 3.
 
 Privacy: with `init='real'` an image starts as one of the client's images, and
 it is sent. If a client has no more than `ipc` examples of a class, what it

@@ -419,9 +419,14 @@ class TrainTest(parameterized.TestCase):
     self.assertEqual(figures['per_seed'], per_seed)
     self.assertAlmostEqual(figures['mean'], np.mean(per_seed))
     self.assertAlmostEqual(figures['std'], np.std(per_seed, ddof=1))
-    header, *lines = (work / 'table.md').read_text().splitlines()
+    methods, clients = (work / 'table.md').read_text().split('\n\n')
+    header, *lines = methods.splitlines()
     self.assertLen(lines, 3)
-    self.assertRegex(header, r'\| rounds to \d+ % \|')
+    self.assertRegex(header, r'\| rounds to \d+ % \| MB up \| MB down \|')
+    header, *lines = clients.splitlines()
+    self.assertEqual(header, '| method | clients: mean | worst tenth |')
+    self.assertLen(lines, 3)
+    self.assertIn('worst tenth', ' '.join(out.split()))
     config = json.loads(
       (
         work / 'fed_prox_prox_mu=0.5_prox_to_zero=true/seed0/config.json'

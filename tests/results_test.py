@@ -205,6 +205,89 @@ class StatisticsTest(parameterized.TestCase):
     self.assertAlmostEqual(found['c'].adjusted, p['c'])
 
 
+class ComparisonTest(absltest.TestCase):
+  def figures(self, accuracies, megabytes, **clients):
+    """Returns what `comparison.figures` reads of a run, and a table needs."""
+    rows = [
+      {'round': t, 'test_accuracy': a} for t, a in enumerate(accuracies, 1)
+    ]
+    return {
+      'rounds': len(rows),
+      'final_accuracy': accuracies[-1],
+      'final_accuracy_of': {'average': accuracies[-1]},
+      'best_accuracy': max(accuracies),
+      'bytes_up': 1e6 * megabytes,
+      'bytes_down': 2e6 * megabytes,
+      'train_seconds': 1.0,
+      'rows': rows,
+      'clients': {
+        model: {'mean': mean, 'worst': mean / 2}
+        for model, mean in clients.items()
+      },
+    }
+
+  def test_by_hand(self):
+    runs = [
+      self.figures([0.1, 0.3, *4 * [0.6]], 10),
+      self.figures([0.3, 0.5, *4 * [0.8]], 40),
+    ]
+    found = statistics.over_seeds(runs, 0.7)
+    self.assertAlmostEqual(found['early_accuracy']['mean'], 0.3)
+    header, (row,) = statistics.comparison_table({'mine': found}, 0.7)
+    self.assertEqual(
+      dict(zip(header, row)),
+      {
+        'method': 'mine',
+        'final accuracy': '70.00 ± 14.14',
+        'early': '30.00 ± 14.14',
+        'plain average': '70.00 ± 14.14',
+        'best': '70.00 ± 14.14',
+        'rounds to 70 %': '3 (1 never)',
+        'MB up': '25',
+        'MB down': '50',
+        's': '1',
+      },
+    )
+    self.assertEqual(statistics.clients_table({'mine': found}), ([], []))
+
+  def test_early_is_of_one_evaluation_at_least(self):
+    found = statistics.over_seeds([self.figures([0.1, 0.3], 1)], 0.0)
+    self.assertAlmostEqual(found['early_accuracy']['mean'], 0.1)
+
+  def test_clients(self):
+    runs = {
+      'a': {'broadcast': 0.6, 'personalised': 0.7},
+      'b': {'broadcast': 0.8, 'theta': 0.9, 'personalised_theta': 0.1},
+      'c': {'broadcast': 0.5, 'x': 0.4, 'y': 0.2},
+    }
+    summary = {
+      name: statistics.over_seeds([self.figures([0.5], 1, **clients)], 0.5)
+      for name, clients in runs.items()
+    }
+    self.assertEqual(
+      statistics.clients_table(summary),
+      (
+        [
+          'method',
+          'clients: mean',
+          'worst tenth',
+          'after training',
+          'own model',
+        ],
+        [
+          ['a', '60.00', '30.00', '70.00', ''],
+          ['b', '80.00', '40.00', '', '90.00'],
+          ['c', '50.00', '25.00', '', 'x 40.00, y 20.00'],
+        ],
+      ),
+    )
+    summary.pop('a')
+    self.assertEqual(
+      statistics.clients_table(summary)[0],
+      ['method', 'clients: mean', 'worst tenth', 'own model'],
+    )
+
+
 class ConclusionTest(absltest.TestCase):
   def test_one_seed(self):
     said = verdicts.conclusion({'a': [0.5], 'b': [0.9]}, True)

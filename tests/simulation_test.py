@@ -817,6 +817,15 @@ class YamlTest(parameterized.TestCase):
     self.assertTrue(config['nesterov'])
     self.assertEqual(config['prox_mu'], 1e-4)
 
+  def test_says_what_changes_nothing(self):
+    path = self.create_tempfile(content='niid_bench: yes\nrounds: 1').full_path
+    module = absltest.mock.Mock(
+      spec=['main', '__doc__'],
+      main=lambda: resolve.say_unused([resolve.config(method='fed_avg')]),
+    )
+    _, _, err = programs.call(module, f'--config={path}')
+    self.assertIn('note: --niid_bench: used by no method', err)
+
   @parameterized.parameters(
     (
       'lerning_rate: 1',

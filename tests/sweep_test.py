@@ -246,8 +246,9 @@ class SweepTest(parameterized.TestCase):
           'rounds': 1,
           'final_validation_accuracy': validation,
           'best_accuracy': test,
-          'rows': [],
+          'rows': [{'round': 1, 'test_accuracy': test}],
           'bytes_up': 0,
+          'bytes_down': 0,
           'train_seconds': 1.0,
           'clients': {},
         }

@@ -292,7 +292,8 @@ def _define_partition() -> None:
     "dirichlet_class, classes: draw as NIID-Bench's code does (also Flower's "
     'baseline and PFLlib). dirichlet_class: a client that holds its even share '
     'gets none of the following classes, and everything is drawn again until '
-    'each client has --min_size examples. classes: clients draw their classes '
+    'each client has --min_size examples; after 1,000 draws examples are '
+    'moved to clients that lack some. classes: clients draw their classes '
     'independently. In the settings of the presets niid_bench and pfllib '
     "clients have the class counts of the baseline's published runs and of "
     "PFLlib's script.",

@@ -16,6 +16,7 @@ from fedftg_jax.data import image_folder
 from fedftg_jax.system import cli, files, lock, progress
 from fedftg_jax.system import versions as versions_
 
+DIVERGED = 'diverged.json'  # in the folder of a run that is not finite
 # Prefixes of flag values after which the path of a file or a folder follows.
 _NAMES_FILES = ('npz', 'file', 'folder')
 # Flags of earlier versions, at the values at which they changed nothing.

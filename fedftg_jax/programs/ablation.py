@@ -265,11 +265,13 @@ def effect(base: Sequence, tuned: Sequence) -> Effect | None:
       [rows_lib.accuracy(row, model) for row in run['rows']]
     )
 
+  def early(run):
+    return 100 * rows_lib.early_accuracy(run['rows'])
+
   pairs = list(zip(base, tuned))
-  third = max(1, len(base[0]['rows']) // 3)
   return Effect(
     [100 * (b['final_accuracy'] - a['final_accuracy']) for a, b in pairs],
-    [float(np.mean(points(b)[:third] - points(a)[:third])) for a, b in pairs],
+    [early(b) - early(a) for a, b in pairs],
     [float(np.mean(points(b) - points(b, 'aggregated'))) for b in tuned],
     [100 * a['final_accuracy'] for a in base],
     {name: [_mean_said(run, name) for run in tuned] for name in DIAGNOSTICS},
@@ -362,7 +364,7 @@ def write_results(effects: Effects, folder) -> None:
     },
   )
   header, rows = result_table(effects)
-  statistics.write_table(folder / 'table.md', header, rows)
+  statistics.write_table(folder / 'table.md', (header, rows))
   if not found:
     return
   with files.replacing(folder / 'effects.png') as temporary:

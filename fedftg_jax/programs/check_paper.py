@@ -9,16 +9,17 @@ published for cifar10_fed_mr, cifar10_fed_ntd, cifar100_fed_align,
 mnist_fed_gen, niid_bench and pfllib; they are in
 experiments/presets/published.yaml, with their sources. Each figure is compared
 with all runs of its method and flags, as the mean over seeds; a figure of the
-best value of a flag with the runs of the best value. The difference is also
-given in standard deviations, of one seed here and of one published seed
-together. A deviation that is not known, because there is one seed or none was
-published, counts as 0; if neither is known, the column is empty. Flags in which
-the runs differ from the preset are named, since they may explain a difference.
-Not compared, but named, are runs that are not finished, and runs of a figure's
-method that lack its flags. Writes check_paper.json.
+best value of a flag with the runs of the best of the published values. The
+difference is also given in standard deviations, of one seed here and of one
+published seed together. A deviation that is not known, because there is one
+seed or none was published, counts as 0; if neither is known, or if a seed
+diverged, the column is empty. Flags in which the runs differ from the preset
+are named, since they may explain a difference. Not compared, but named, are
+runs that are not finished or that diverged, runs that repeat a seed, and runs
+of a figure's method that lack its flags. Writes check_paper.json.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import math
 from typing import Any, NamedTuple
 
@@ -28,9 +29,9 @@ from upath import UPath
 import yaml
 
 from fedftg_jax import recipes
-from fedftg_jax.configuration import resolve
+from fedftg_jax.configuration import folders, resolve
 from fedftg_jax.configuration.resolve import Configuration
-from fedftg_jax.results import rows, tables
+from fedftg_jax.results import rows, statistics
 from fedftg_jax.system import cli, files, own_flags, progress
 
 ARGUMENT = 'FOLDER'
@@ -44,12 +45,10 @@ absl_flags.DEFINE_string(
   "Preset with the published figures; default: the folder's name.",
 )
 
+_SEEDS = 'seed', 'partition_seed', 'schedule_seed'
 # Flags that differ between seeds, or that change no accuracy but by rounding.
 _FREE = (
-  'seed',
-  'partition_seed',
-  'schedule_seed',
-  'eval_every',
+  *_SEEDS,
   'evaluate_clients',
   'evaluated_clients',
   'personalise',
@@ -65,8 +64,9 @@ _KEYS = ('percent', 'deviation', 'figure', 'best_of')
 
 
 class _Run(NamedTuple):
+  place: UPath
   config: dict[str, Any]
-  rows: list[dict[str, Any]]  # of metrics.jsonl
+  rows: list[dict[str, Any]]  # of metrics.jsonl; none if it diverged
 
 
 class Compared(NamedTuple):
@@ -77,16 +77,22 @@ class Compared(NamedTuple):
     published: in percent.
     deviation: standard deviation of the published seeds; None if unknown.
     ours: accuracy of each seed, in percent.
+    diverged: number of further seeds that diverged.
     rounds: of the runs.
-    differs: what the runs and the preset have for the flags that differ.
+    differs: what the runs and the preset have for the flags that differ; None
+      for a flag that there is not any more.
+    tried: number of seeds of each value of which this one is the best; {} for
+      a figure that is not of the best value of a flag.
   """
 
   flags: dict[str, Any]
   published: float
   deviation: float | None
   ours: list[float]
+  diverged: int
   rounds: int
   differs: dict[str, tuple[Any, Any]]
+  tried: dict[str, int]
 
   @property
   def difference(self) -> float:
@@ -95,10 +101,14 @@ class Compared(NamedTuple):
 
   @property
   def deviations(self) -> float | None:
-    """The difference in standard deviations; None if neither is known."""
-    own = np.std(self.ours, ddof=1) if len(self.ours) > 1 else 0.0
+    """The difference in standard deviations.
+
+    None if neither deviation is known, or if a seed diverged: then the mean is
+    of some runs only, and the published one may be of all.
+    """
+    own = statistics.mean_and_std(self.ours)['std']
     both = math.hypot(own, self.deviation or 0.0)
-    return self.difference / both if both else None
+    return self.difference / both if both and not self.diverged else None
 
 
 def main(folder: str) -> None:
@@ -131,6 +141,14 @@ def main(folder: str) -> None:
     [*map(_cells, found)],
   )
   for one in found:
+    if one.tried:
+      print(f'{_named(one.flags)} is the best of {_seeds(one.tried)}')
+    if one.diverged:
+      print(
+        f'{_named(one.flags)}: {one.diverged} of '
+        f'{one.diverged + len(one.ours)} seeds diverged; the mean is of the '
+        'others, the published one may be of all'
+      )
     if one.differs:
       print(f'{_named(one.flags)} differs from the preset: {_said(one)}')
   print(f'published: {source}')
@@ -170,65 +188,33 @@ def compare(
     A comparison for each figure and each group of runs that differ in nothing
     but the seed.
   """
-  free = {*_FREE}
-  if 'partition_seed' in _preset_values(name):
-    free.remove('partition_seed')  # all seeds have the same partition
-  groups: dict[str, list[_Run]] = {}
-  for run in _runs(folder):
-    config = {k: v for k, v in run.config.items() if k not in free}
-    groups.setdefault(repr(sorted(config.items())), []).append(run)
+  free = _free(name)
+  groups = _groups(_runs(folder), free)
+  left = {**groups}  # those that no figure is of
   found = []
-  has_figure = set()  # groups
   for figure in published['figures']:
-    wanted = {k: v for k, v in figure.items() if k not in _KEYS}
+    figure = {'figure': published['figure'], **figure}
+    wanted = flags_of(figure)
     preset = preset_config(name, wanted)
-    chosen = figure.get('best_of')
-    of_figure = []
+    of_figure: list[Compared] = []
     for key, runs in groups.items():
-      config = Configuration(runs[0].config)
-      if [_comparable(k, config[k]) for k in wanted] != [
-        _comparable(k, preset[k]) for k in wanted
-      ]:
-        continue
-      has_figure.add(key)
-      what = figure.get('figure', published['figure'])
-      found_here = [_figure(run.rows, what) for run in runs]
-      ours = [percent for percent in found_here if percent is not None]
-      if not ours:
+      if _same(Configuration(runs[0].config), preset, wanted):
+        left.pop(key, None)
+        of_figure += _beside(runs, figure, preset, free)
+    found += _best(of_figure, figure)
+  for runs in left.values():
+    for figure in published['figures']:
+      if _same(runs[0].config, figure, ['method']):
         progress.say(
-          f'{_named(wanted)}: no row has {what.split()[1]}, which needs '
-          '--evaluate_clients=every'
-        )
-        continue
-      best = {chosen: config[chosen]} if chosen else {}
-      of_figure.append(
-        Compared(
-          {**wanted, **best},
-          figure['percent'],
-          figure.get('deviation'),
-          ours,
-          runs[0].rows[-1]['round'],
-          {
-            k: (config[k], preset[k])
-            for k in sorted({*config, *preset} - {*free, *wanted, *best})
-            if config[k] != preset[k]
-          },
-        )
-      )
-    if chosen and of_figure:
-      of_figure = [max(of_figure, key=lambda one: np.mean(one.ours))]
-    found += of_figure
-  for key, runs in groups.items():
-    method = runs[0].config['method']
-    for figure in published['figures'] if key not in has_figure else ():
-      if _comparable('method', figure['method']) == _comparable(
-        'method', method
-      ):
-        wanted = {k: v for k, v in figure.items() if k not in _KEYS}
-        progress.say(
-          f'{method} is not compared: the figure is of {_named(wanted)}'
+          f'{runs[0].config["method"]} is not compared: the figure is of '
+          f'{_named(flags_of(figure))}'
         )
   return found
+
+
+def flags_of(figure: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the flags that a figure in published.yaml is of."""
+  return {k: v for k, v in figure.items() if k not in _KEYS}
 
 
 def preset_config(name: str, changes: Mapping[str, Any]) -> Configuration:
@@ -246,8 +232,14 @@ def _preset_values(name: str) -> dict[str, Any]:
   return cli.values_of(['check_paper', f'--preset={name}'])
 
 
+def _free(name: str) -> set[str]:
+  """Returns the flags in which runs of a preset may differ, and are pooled."""
+  fixed = {'partition_seed'} & _preset_values(name).keys()
+  return {*_FREE} - fixed  # if fixed, all seeds have the same partition
+
+
 def _runs(folder: UPath) -> Iterator[_Run]:
-  """Yields the finished runs below a folder, and names the others.
+  """Yields the runs below a folder that are over, and names the others.
 
   Raises:
     cli.ArgumentError: if one of them is damaged.
@@ -258,20 +250,155 @@ def _runs(folder: UPath) -> Iterator[_Run]:
       config = dict(files.read_json(path)['config'])
       if 'program' in config:
         continue
-      if not (place / 'summary.json').exists():
-        progress.say(f'{place} is not compared: it is not finished')
-      else:
-        run = _Run(config, files.read_jsonl(place / 'metrics.jsonl'))
+      if (place / 'summary.json').exists():
+        run = _Run(place, config, files.read_jsonl(place / 'metrics.jsonl'))
         int(run.rows[-1]['round'])
         yield run
+      elif (place / folders.DIVERGED).exists():
+        yield _Run(place, config, [])
+      else:
+        progress.say(f'{place} is not compared: it is not finished')
     except (OSError, ValueError, LookupError, TypeError) as error:
       raise cli.ArgumentError(
         place, f'is damaged ({type(error).__name__}: {error})'
       ) from error
 
 
+def _groups(runs: Iterable[_Run], free: set[str]) -> dict[str, list[_Run]]:
+  """Groups runs that differ in nothing but the seed; names repeated seeds."""
+  groups: dict[str, dict[tuple, _Run]] = {}
+  for run in runs:
+    config = {k: v for k, v in run.config.items() if k not in free}
+    group = groups.setdefault(repr(sorted(config.items())), {})
+    seed = tuple(run.config.get(name) for name in _SEEDS)
+    first = group.setdefault(seed, run)
+    if first is not run:
+      progress.say(
+        f'{run.place} is not compared: it has the flags and the seed of '
+        f'{first.place}'
+      )
+  return {key: [*group.values()] for key, group in groups.items()}
+
+
+def _same(
+  ours: Mapping[str, Any], theirs: Mapping[str, Any], names: Iterable[str]
+) -> bool:
+  """Returns whether two configurations have the same values of some flags."""
+  return all(
+    _comparable(name, ours[name]) == _comparable(name, theirs[name])
+    for name in names
+  )
+
+
 def _comparable(flag: str, value: Any) -> Any:
-  return recipes.parse(value) if flag == 'method' else value
+  if flag != 'method':
+    return value
+  try:
+    return recipes.parse(value)
+  except ValueError:  # a method that there is not any more
+    return value
+
+
+def _differences(
+  config: Configuration, preset: Configuration, without: set[str]
+) -> dict[str, tuple[Any, Any]]:
+  """Returns what runs and preset have for the flags in which they differ."""
+
+  def value(of, flag):
+    try:
+      return of[flag]
+    except KeyError:  # a flag that there is not any more
+      return None
+
+  pairs = {
+    flag: (value(config, flag), value(preset, flag))
+    for flag in sorted({*config, *preset} - without)
+  }
+  return {flag: pair for flag, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _beside(
+  runs: list[_Run],
+  figure: Mapping[str, Any],
+  preset: Configuration,
+  free: set[str],
+) -> Iterator[Compared]:
+  """Compares runs that differ in nothing but the seed with their figure.
+
+  It names the runs that have no value of what is published, and yields nothing
+  if no run has one.
+
+  Args:
+    runs: a group.
+    figure: of published.yaml.
+    preset: the configuration that the figure is of.
+    free: flags in which runs may differ.
+  """
+  config, flags = Configuration(runs[0].config), flags_of(figure)
+  for flag, values in figure.get('best_of', {}).items():
+    flags[flag] = config[flag]
+    if config[flag] not in values:
+      progress.say(
+        f'{_named(flags)} is not compared: the figure is the best of '
+        + ', '.join(map(statistics.value_text, values))
+      )
+      return
+  ours = _figures(runs, figure['figure'])
+  if ours:
+    yield Compared(
+      flags,
+      figure['percent'],
+      figure.get('deviation'),
+      ours,
+      sum(not run.rows for run in runs),
+      next(run.rows[-1]['round'] for run in runs if run.rows),
+      _differences(config, preset, {*free, *flags}),
+      {},
+    )
+
+
+def _best(found: list[Compared], figure: Mapping[str, Any]) -> list[Compared]:
+  """Chooses the best value of a flag, of runs that are alike in all others.
+
+  Args:
+    found: of a figure.
+    figure: of published.yaml; if it is not of a best value, all are chosen.
+  """
+  for flag, values in figure.get('best_of', {}).items():
+    alike: dict[str, list[Compared]] = {}
+    for one in found:
+      alike.setdefault(repr(one.differs), []).append(one)
+    found = []
+    for each in alike.values():
+      seeds = {one.flags[flag]: len(one.ours) for one in each}
+      tried = {
+        f'{flag}={statistics.value_text(value)}': seeds.get(value, 0)
+        for value in values
+      }
+      best = max(each, key=lambda one: np.mean(one.ours))
+      found.append(best._replace(tried=tried))
+  return found
+
+
+def _figures(runs: list[_Run], what: str) -> list[float]:
+  """Returns the figure of each run that has it, and names the others."""
+  found = []
+  for run in runs:
+    if not run.rows:
+      progress.say(f'{run.place} is not compared: it diverged')
+      continue
+    percent = _figure(run.rows, what)
+    if percent is None:
+      name = what.split()[1]
+      needs = (
+        ', which needs --evaluate_clients=every'
+        if name.startswith('clients/')
+        else ''
+      )
+      progress.say(f'{run.place} is not compared: no {name} in a row{needs}')
+    else:
+      found.append(percent)
+  return found
 
 
 def _figure(of: list[dict[str, Any]], what: str) -> float | None:
@@ -291,17 +418,15 @@ def _figure(of: list[dict[str, Any]], what: str) -> float | None:
 
 
 def _cells(one: Compared) -> list[str]:
-  ours = f'{np.mean(one.ours):.2f}'
-  if len(one.ours) > 1:
-    ours += f' ± {np.std(one.ours, ddof=1):.2f}'
   published = f'{one.published:.2f}'
   if one.deviation is not None:
     published += f' ± {one.deviation:.2f}'
+  ours = statistics.mean_and_std([percent / 100 for percent in one.ours])
   return [
     _named(one.flags),
     str(len(one.ours)),
     str(one.rounds),
-    ours,
+    statistics.percent(ours),
     published,
     f'{one.difference:+.2f}',
     '' if one.deviations is None else f'{one.deviations:+.1f}',
@@ -310,14 +435,24 @@ def _cells(one: Compared) -> list[str]:
 
 def _named(flags: Mapping[str, Any]) -> str:
   method, *others = (
-    tables.text(v) if k == 'method' else f'{k}={tables.text(v)}'
+    str(v) if k == 'method' else f'{k}={statistics.value_text(v)}'
     for k, v in sorted(flags.items(), key=lambda item: item[0] != 'method')
   )
   return ':'.join([method, *others])
 
 
-def _said(one: Compared) -> str:
+def _seeds(tried: Mapping[str, int]) -> str:
+  """Names values and their seeds, as in 'mu=1 (2 seeds), mu=2 (not run)'."""
+  words = {0: 'not run', 1: '1 seed'}
   return ', '.join(
-    f'{flag}={tables.text(ours)} ({tables.text(preset)})'
+    f'{value} ({words.get(seeds, f"{seeds} seeds")})'
+    for value, seeds in tried.items()
+  )
+
+
+def _said(one: Compared) -> str:
+  text = statistics.value_text
+  return ', '.join(
+    f'{flag}={text(ours)} ({text(preset)})'
     for flag, (ours, preset) in one.differs.items()
   )

@@ -48,7 +48,7 @@ def main() -> None:
     results = suite.train_all(folder, claim, configs)
     if not results:  # not the first process
       return
-    header, rows, conclusion = comparison.write(
+    tables, conclusion = comparison.write(
       folder,
       results,
       claim,
@@ -56,7 +56,8 @@ def main() -> None:
       not FLAGS.vary_partition,
       FLAGS.target_accuracy,
     )
-  progress.show(header, rows)
+  for table in tables:
+    progress.show(*table)
   print(
     f'report: {folder}/report.html; pictures: {folder}/curves.png, '
     f'{folder}/*/seed*/*.png'
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def parse_methods(names: list[str]) -> dict[str, Configuration]:
-  """Configurations by display name.
+  """Parses methods into configurations, by display name.
 
   Raises:
     cli.UsageError: for an unknown method or flag, or one named twice.

@@ -174,7 +174,7 @@ def write_results(
     },
   )
   header, lines = result_table(rows)
-  statistics.write_table(folder / 'table.md', header, lines)
+  statistics.write_table(folder / 'table.md', (header, lines))
   with files.replacing(folder / 'compression.png') as temporary:
     plots.panels(temporary, pictures(rows), 'bits per parameter')
   progress.show(header, lines)

@@ -180,7 +180,7 @@ def write_results(summary: Mapping[str, Any], folder) -> None:
     {name: np.array([row[name] for row in scores]) for name in scores[0]},
   )
   tables = influence.tables_of(summary)
-  statistics.write_table(folder / 'table.md', *tables['estimates'])
+  statistics.write_table(folder / 'table.md', tables['estimates'])
   panels = influence.panels(summary)
   if panels:
     with files.replacing(folder / 'influence.png') as temporary:

@@ -193,7 +193,7 @@ def write_results(
   files.write_json(folder / 'summary.json', summary)
   files.write_csv(folder / 'table.csv', [csv_row(row, swept) for row in rows])
   header, lines = statistics.sweep_table(summary)
-  statistics.write_table(folder / 'table.md', header, lines)
+  statistics.write_table(folder / 'table.md', (header, lines))
   progress.show(header, lines)
   if all(row['diverged'] for row in rows):
     raise cli.RunError(f'{folder}: every configuration diverged')
@@ -213,9 +213,9 @@ def summarise(
 ) -> dict[str, Any]:
   """Returns the content of summary.json, with diverged configurations last."""
   ended = {name: runs for name, runs in results.items() if None not in runs}
-  target = FLAGS.target_accuracy or (
-    statistics.common_target(ended, share=0.5) if ended else 0.0
-  )
+  target = FLAGS.target_accuracy
+  if target is None:
+    target = statistics.common_target(ended, share=0.5) if ended else 0.0
   found = {
     name: statistics.over_seeds(runs, target)  # type: ignore[arg-type]
     for name, runs in ended.items()  # type: ignore[arg-type]
@@ -255,5 +255,6 @@ def csv_row(row: Mapping[str, Any], swept: Sequence[str]) -> dict[str, Any]:
   return {
     **flat,
     'megabytes_up': row.get('megabytes_up'),
+    'megabytes_down': row.get('megabytes_down'),
     'diverged': row['diverged'],
   }

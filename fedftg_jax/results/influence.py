@@ -98,7 +98,7 @@ def _values(row) -> dict[str, list[float | None]]:
 
 
 def _array(values) -> np.ndarray:
-  """Numbers, NaN for null."""
+  """Returns numbers as an array, NaN for null."""
   return np.array(values, float)
 
 
@@ -135,7 +135,7 @@ def agreement(
 
 
 def _over_seeds(found) -> dict[str, Any]:
-  """Medians, where every seed has a value, and the values."""
+  """Collects values by seed, and medians where every seed has one."""
   medians: dict[str, Any] = {}
   for name in found[0]:
     values = [one[name] for one in found]

@@ -37,6 +37,15 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
   }
 
 
+def early_accuracy(rows: list[dict[str, Any]]) -> float:
+  """Averages the accuracy over the first third of the evaluations.
+
+  Of at least one evaluation, and of the broadcast model.
+  """
+  first = rows[: max(1, len(rows) // 3)]
+  return float(np.mean([row['test_accuracy'] for row in first]))
+
+
 def _forgetting(rows) -> dict[str, float | None]:
   """Computes how much of its best accuracy a class has lost in the end.
 

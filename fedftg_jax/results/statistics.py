@@ -218,9 +218,16 @@ def over_seeds(runs: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
       if validation in runs[0]
       else {}
     ),
+    'early_accuracy': mean_and_std(
+      [rows_lib.early_accuracy(run['rows']) for run in runs]
+    ),
     'best_accuracy': mean_and_std([run['best_accuracy'] for run in runs]),
     'rounds_to_target': [rounds_to(run['rows'], target) for run in runs],
-    'megabytes_up': runs[0]['bytes_up'] / 1e6,
+    **{
+      f'megabytes_{way}': float(np.mean([run[f'bytes_{way}'] for run in runs]))
+      / 1e6
+      for way in ('up', 'down')
+    },
     'train_seconds': mean_and_std([run['train_seconds'] for run in runs]),
     'clients': {
       model: {
@@ -264,6 +271,8 @@ def comparison_table(
 ) -> tuple[list[str], list[list[str]]]:
   """Makes the table of a comparison: its header and its rows, as text.
 
+  "Early" is the mean over the first third of the evaluations.
+
   Args:
     summary: by method, from `over_seeds`.
     target: the accuracy to which rounds are counted, a fraction.
@@ -271,10 +280,12 @@ def comparison_table(
   header = [
     'method',
     'final accuracy',
+    'early',
     'plain average',
     'best',
     f'rounds to {100 * target:g} %',
     'MB up',
+    'MB down',
     's',
   ]
   kept_apart = 'final_validation_accuracy'
@@ -289,11 +300,12 @@ def comparison_table(
       [
         name,
         percent(figures['final_accuracy']),
+        percent(figures['early_accuracy']),
         percent(figures['final_accuracy_of']['average']),
         percent(figures['best_accuracy']),
         (f'{np.mean(reached):.0f}' if reached else 'never')
         + (f' ({missed} never)' if reached and missed else ''),
-        f'{figures["megabytes_up"]:.0f}',
+        *(f'{figures[f"megabytes_{way}"]:.0f}' for way in ('up', 'down')),
         f'{figures["train_seconds"]["mean"]:.0f}',
       ]
     )
@@ -302,6 +314,55 @@ def comparison_table(
         1, percent(figures[kept_apart]) if kept_apart in figures else '–'
       )
   return header, rows
+
+
+def clients_table(
+  summary: Mapping[str, dict[str, Any]],
+) -> tuple[list[str], list[list[str]]]:
+  """Makes the table of the clients in a comparison: header and rows, as text.
+
+  Means over the clients after the last round, on test examples with each
+  client's class shares: of the broadcast model, also over the worst tenth of
+  the clients; of that model after local training; and of the clients' own
+  models, by name if there are several. Columns without a value are left out.
+
+  Args:
+    summary: by method, from `over_seeds`.
+
+  Returns:
+    Header and rows; no rows if no clients were evaluated.
+  """
+  rows = {name: _client_cells(one['clients']) for name, one in summary.items()}
+  header = [
+    title
+    for title in ('clients: mean', 'worst tenth', 'after training', 'own model')
+    if any(cells[title] for cells in rows.values())
+  ]
+  if not header:
+    return [], []
+  return ['method', *header], [
+    [name, *(cells[title] for title in header)] for name, cells in rows.items()
+  ]
+
+
+def _client_cells(clients) -> dict[str, str]:
+  def cell(model, figure='mean'):
+    found = clients.get(model, {}).get(figure)
+    return percent(found) if found else ''
+
+  own = {
+    model: cell(model)
+    for model in clients
+    if model != 'broadcast' and not model.startswith('personalised')
+  }
+  return {
+    'clients: mean': cell('broadcast'),
+    'worst tenth': cell('broadcast', 'worst'),
+    'after training': cell('personalised'),
+    'own model': ', '.join(
+      f'{model} {text}' if len(own) > 1 else text for model, text in own.items()
+    ),
+  }
 
 
 def percent(figures: Mapping[str, Any]) -> str:
@@ -313,14 +374,17 @@ def percent(figures: Mapping[str, Any]) -> str:
 
 
 def write_table(
-  path: UPath, header: Sequence[str], rows: Sequence[Sequence[str]]
+  path: UPath, *tables: tuple[Sequence[str], Sequence[Sequence[str]]]
 ) -> None:
-  """Writes a table as Markdown."""
+  """Writes tables, of a header and rows, as Markdown."""
   files.write_text(
     path,
-    '\n'.join(
-      '| ' + ' | '.join(row) + ' |'
-      for row in [header, ['---'] * len(header), *rows]
+    '\n\n'.join(
+      '\n'.join(
+        '| ' + ' | '.join(row) + ' |'
+        for row in [header, ['---'] * len(header), *rows]
+      )
+      for header, rows in tables
     )
     + '\n',
   )

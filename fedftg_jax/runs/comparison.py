@@ -78,7 +78,7 @@ def write(
   seeds: Sequence[int],
   one_partition: bool,
   target: float | None = None,
-) -> tuple[list[str], list[list[str]], str]:
+) -> tuple[list[tuple[list[str], list[list[str]]]], str]:
   """Writes table.md, summary.json, curves.png and report.html.
 
   Args:
@@ -91,9 +91,11 @@ def write(
       0.05 that all methods reach.
 
   Returns:
-    Header and rows of the table, and what can be concluded.
+    Header and rows of each table (the methods; the clients, if they were
+    evaluated), and what can be concluded.
   """
-  target = target or statistics.common_target(results)
+  if target is None:
+    target = statistics.common_target(results)
   summary = {
     name: statistics.over_seeds(runs, target)  # type: ignore[arg-type]
     for name, runs in results.items()
@@ -113,8 +115,11 @@ def write(
       'config': dict(claimed),
     },
   )
-  header, lines = statistics.comparison_table(summary, target)
-  statistics.write_table(folder / 'table.md', header, lines)
+  tables = [statistics.comparison_table(summary, target)]
+  header, lines = statistics.clients_table(summary)
+  if lines:
+    tables.append((header, lines))
+  statistics.write_table(folder / 'table.md', *tables)
   with files.replacing(folder / 'curves.png') as temporary:
     plots.curves(
       temporary,
@@ -123,4 +128,4 @@ def write(
       'broadcast model',
     )
   page.write(folder)
-  return header, lines, conclusion
+  return tables, conclusion

@@ -43,8 +43,6 @@ absl_flags.DEFINE_float(
 )
 FLAGS = absl_flags.FLAGS
 
-DIVERGED = 'diverged.json'  # in a run's folder
-
 
 def train_all(
   folder: UPath,
@@ -174,7 +172,7 @@ def _is_over(place, config, tolerant) -> bool:
 
 def _diverged(place, rounds) -> bool:
   """Returns whether the run is known to diverge within so many rounds."""
-  path = place / DIVERGED
+  path = place / folders.DIVERGED
   return path.exists() and files.read_json(path)['rounds'] <= rounds
 
 
@@ -211,7 +209,7 @@ def _train_group(label, experiment, group, tolerant) -> None:
       raise
     if len(group) == 1:
       files.write_json(
-        places[0] / DIVERGED,
+        places[0] / folders.DIVERGED,
         {'rounds': experiment.config['rounds'], 'error': str(error)},
       )
       progress.say(f'{label}: {error}')

@@ -180,9 +180,13 @@ def parse(
     print(fedftg_jax.__version__)
     sys.exit(0)
   global _given
-  _given = frozenset(name_of(arg) for arg in argv[1:])
   argument = getattr(program, 'ARGUMENT', '')
   try:
+    _given = frozenset(
+      name_of(more)
+      for arg in argv[1:]
+      for more in (_expanded(arg) if name_of(arg) == 'config' else [arg])
+    )
     rest = flags.FLAGS(with_files(argv))
   except UsageError as error:
     _fail(error)
@@ -250,7 +254,10 @@ def _output_has_no_reader() -> bool:
 
 
 def given() -> frozenset[str]:
-  """Returns the names of the flags on the command line, except in files."""
+  """Returns the names of the flags on the command line and in --config.
+
+  Not those of presets and flag files, which may be for several programs.
+  """
   return _given
 
 

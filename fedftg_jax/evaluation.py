@@ -45,6 +45,8 @@ def evaluate(
     batch_size: examples in a batch; the last batch is padded and masked.
     batch_stats: whether BatchNorm normalises by each batch, for a model whose
       running statistics are meaningless, or else by the running statistics.
+      Batches are then of examples in a fixed random order, since test sets are
+      often sorted by class.
 
   Returns:
     {'loss', 'accuracy'}: scalars, the mean cross-entropy and the share of
@@ -78,14 +80,22 @@ def predict(
     [M, C] float32, on the host; rows sum to 1.
   """
   found = []
+  order = _order(len(x), batch_stats)
   for first in range(0, len(x), batch_size):
-    some = np.asarray(x[first : first + batch_size])
+    some = np.asarray(x[order[first : first + batch_size]])
     missing = min(batch_size, len(x)) - len(some)
     mask = np.arange(len(some) + missing) < len(some)
     padded = np.pad(some, [(0, missing)] + [(0, 0)] * (some.ndim - 1))
     probabilities = _probabilities(model, variables, padded, mask, batch_stats)
     found.append(np.asarray(probabilities)[: len(some)])
-  return np.concatenate(found)
+  return np.concatenate(found)[np.argsort(order)]
+
+
+def _order(num: int, batch_stats: bool) -> np.ndarray:
+  """Returns the order of examples in batches: [M], random for `batch_stats`."""
+  if not batch_stats:
+    return np.arange(num)
+  return np.random.RandomState(0).permutation(num)
 
 
 @functools.partial(
@@ -132,7 +142,8 @@ def _of_all(
   apply, variables, x, y, batch_size, batch_stats=False, confusion=False
 ):
   num = len(y)
-  data = Data(x, y, jnp.arange(num), jnp.int32(num))
+  order = jnp.asarray(_order(num, batch_stats))
+  data = Data(x, y, order, jnp.int32(num))
   means = clients.mean_over_examples(
     functools.partial(
       _scores, apply, variables, batch_stats, confusion=confusion

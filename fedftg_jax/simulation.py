@@ -208,9 +208,7 @@ def compare(
         name: [comparison.figures(run.folder) for run in of_name]
         for name, of_name in runs.items()
       }
-      *_, conclusion = comparison.write(
-        folder, results, claim, all_seeds, not vary_partition
-      )
+      *_, conclusion = comparison.write(folder, results, claim, all_seeds)
   return Comparison(folder, runs, conclusion)
 
 
@@ -274,8 +272,7 @@ def _of_seed(call, values, seed: int, vary_partition: bool) -> dict[str, Any]:
   """Returns the arguments of one seed's run, see `suite.of_seed`."""
   if not vary_partition:
     return {**call, 'seed': seed}
-  seeded = {k: values[k] + seed for k in ('partition_seed', 'schedule_seed')}
-  return {**call, **seeded, 'seed': seed}
+  return {**call, **comparison.varied(values, seed), 'seed': seed}
 
 
 def load_run(

@@ -218,7 +218,8 @@ class TrainTest(ProgramCase):
     ]
     figures = summary['methods']['fed_avg']['final_validation_accuracy']
     np.testing.assert_allclose(figures['per_seed'], per_seed, rtol=1e-5)
-    header, _, row = (self.folder / 'a' / 'table.md').read_text().splitlines()
+    (methods, *_) = (self.folder / 'a' / 'table.md').read_text().split('\n\n')
+    header, _, row = methods.splitlines()
     self.assertIn('| on validation data |', header)
     self.assertIn(f'{100 * np.mean(per_seed):.2f} ±', row)
 
@@ -334,6 +335,17 @@ class TrainTest(ProgramCase):
       loaded = assembly.load(config, None, None)
       dataset, _, _ = assembly.share_out(config, loaded)
       self.assertEqual((dataset.mean[0], dataset.std[0]) == (0, 1), unit)
+
+  def test_changed_files_are_read_again(self):
+    with flagsaver.flagsaver():
+      path = write_data(self.create_tempdir().full_path)
+      config = resolve.config(dataset=f'npz:{path}')
+    first = assembly.load(config, None, None)
+    self.assertIs(assembly.load(config, None, None), first)
+    with np.load(path) as arrays:
+      np.savez(path, **{**arrays, 'train_x': 255 - arrays['train_x']})
+    again = assembly.load(config, None, None)
+    np.testing.assert_array_equal(again.train_x, 255 - first.train_x)
 
 
 class PartitionTest(ProgramCase):

@@ -83,6 +83,32 @@ class GlobalTest(parameterized.TestCase):
     self.assertEqual(np.isnan(got['per_class']).tolist(), [False, False, True])
 
 
+class BatchStatisticsTest(absltest.TestCase):
+  """Batches of one class each would be normalised to nothing."""
+
+  def test_sorted_test_sets_are_no_batches_of_a_class(self):
+    net = problems.NORMED
+    variables = net.init(KEY)
+    rows = np.argsort(problems.DATA.y, kind='stable')
+    x, y = problems.DATA.x[rows], np.asarray(problems.DATA.y)[rows]
+    num = len(y)
+    order = np.random.RandomState(0).permutation(num)
+    size = num // 2
+    want = np.zeros((num, 3))
+    for first in range(0, num, size):
+      some = order[first : first + size]
+      pad = np.pad(x[some], ((0, size - len(some)), *((0, 0),) * 3))
+      mask = jnp.arange(size) < len(some)
+      logits = net.apply(variables, pad, mask=mask, train=True).logits
+      want[some] = jax.nn.softmax(logits)[: len(some)]
+    got = evaluation.predict(net, variables, x, size, batch_stats=True)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    scores = evaluation.evaluate(net, variables, x, y, size, batch_stats=True)
+    np.testing.assert_allclose(
+      scores['accuracy'], np.mean(want.argmax(1) == y), rtol=1e-5
+    )
+
+
 class ClientsTest(parameterized.TestCase):
   def test_broadcast_is_a_plain_loop(self):
     _, state, scores = evaluated('fed_avg')

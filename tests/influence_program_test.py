@@ -297,6 +297,7 @@ class ProgramTest(parameterized.TestCase):
       ['--secure_aggregation'],
       '--track=all: must be empty with --secure_aggregation',
     ),
+    (['--evaluate_all'], '--evaluate_all=True: must be false with --track'),
     (['--uplink=top_k'], '--curvature=exact: must be none or retraining with'),
     (['--curvatures=half'], '--curvatures=half: must be of exact, blocks'),
     (['--curvatures=exact,exact'], 'must be different curvatures'),

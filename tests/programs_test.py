@@ -35,7 +35,7 @@ from fedftg_jax.contestants import (
 from fedftg_jax.programs import benchmark, compare, train
 from fedftg_jax.results import plots, statistics
 from fedftg_jax.results import rows as rows_lib
-from fedftg_jax.runs import writer
+from fedftg_jax.runs import comparison, writer
 from fedftg_jax.system import cli, versions
 from tests.programs import ROOT, call, forget, small, write_data
 
@@ -521,6 +521,11 @@ class TrainTest(parameterized.TestCase):
       for name in one.files:
         np.testing.assert_allclose(one[name], both[name], atol=1e-5)
 
+  def test_one_method_is_no_comparison(self):
+    status, _, err = call(compare, *self.args, '--method=scaffold')
+    self.assertEqual(status, 2)
+    self.assertIn('--method=scaffold: is of one run; give --methods=', err)
+
   def test_vary_partition(self):
     work = self.folder / 'v'
     call(
@@ -537,6 +542,9 @@ class TrainTest(parameterized.TestCase):
     ]
     self.assertEqual([c['partition_seed'] for c in configs], [0, 1])
     self.assertEqual([c['schedule_seed'] for c in configs], [0, 1])
+    # Round t of a Bernoulli schedule is drawn with the seed plus t.
+    values = {**configs[0], 'schedule': 'bernoulli'}
+    self.assertEqual(comparison.varied(values, 2)['schedule_seed'], 2_000_000)
     parts = [
       (work / f'fed_avg/seed{s}/partition.npz').read_bytes() for s in (0, 1)
     ]

@@ -271,7 +271,7 @@ class ComparisonTest(absltest.TestCase):
           'method',
           'clients: mean',
           'worst tenth',
-          'after training',
+          'after local training',
           'own model',
         ],
         [
@@ -288,11 +288,11 @@ class ComparisonTest(absltest.TestCase):
     )
 
 
-class ConclusionTest(absltest.TestCase):
+class ConclusionTest(parameterized.TestCase):
   def test_one_seed(self):
-    said = verdicts.conclusion({'a': [0.5], 'b': [0.9]}, True)
+    said = verdicts.conclusion({'a': [0.5], 'b': [0.9]}, [{}])
     self.assertStartsWith(said, 'Nothing can be concluded from one seed')
-    self.assertEqual(verdicts.conclusion({'a': [0.5]}, True), '')
+    self.assertEqual(verdicts.conclusion({'a': [0.5]}, [{}]), '')
 
   def test_few_seeds(self):
     finals = {
@@ -301,7 +301,7 @@ class ConclusionTest(absltest.TestCase):
       'c': [0.5, 0.53, 0.5],
       'd': [0.4, 0.42, 0.42],
     }
-    said = verdicts.conclusion(finals, True)
+    said = verdicts.conclusion(finals, self.configs(0))
     self.assertRegex(
       said,
       r'^Compared with a over 3 seeds, b \(\+10\.33 points, p = [\d.]+\) ends '
@@ -315,11 +315,39 @@ class ConclusionTest(absltest.TestCase):
 
   def test_many_seeds(self):
     finals = {'a': [0.5] * 6, 'b': [0.6, 0.61, 0.62, 0.63, 0.64, 0.65]}
-    said = verdicts.conclusion(finals, False)
+    said = verdicts.conclusion(finals, self.configs(1))
     self.assertIn('b (+12.50 points, p = 0.031) ends higher.', said)
     self.assertIn('Exact sign-flip test, two-sided, at the 5 % level.', said)
     self.assertNotIn('normally', said)
     self.assertIn('a partition and a schedule of its own', said)
+
+  @parameterized.parameters(
+    ({'schedule': 'file:s.npy'}, 'has a partition of its own. All seeds share'),
+    (
+      {'partition': 'natural'},
+      'has a schedule of its own. All seeds share one',
+    ),
+    (
+      {'partition': 'file:p.npz', 'schedule': 'file:s.npz'},
+      'All seeds share one partition and one schedule',
+    ),
+  )
+  def test_what_is_given_is_shared(self, given, want):
+    """Whatever the seeds are, of which a given one has none."""
+    configs = [{**config, **given} for config in self.configs(1)]
+    finals = {'a': [0.5, 0.5], 'b': [0.6, 0.7]}
+    self.assertIn(want, verdicts.conclusion(finals, configs))
+
+  def configs(self, step):
+    return [
+      {
+        'partition': 'dirichlet',
+        'partition_seed': step * seed,
+        'schedule': 'exact',
+        'schedule_seed': step * seed,
+      }
+      for seed in (0, 1)
+    ]
 
 
 class TablesTest(absltest.TestCase):

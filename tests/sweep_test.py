@@ -3,6 +3,7 @@
 import csv
 import itertools
 import pathlib
+from unittest import mock
 
 from absl import flags as absl_flags
 from absl.testing import absltest, flagsaver, parameterized
@@ -11,9 +12,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from fedftg_jax.configuration import folders
 from fedftg_jax.programs import sweep, train
 from fedftg_jax.results import plots, statistics
-from fedftg_jax.runs import suite
+from fedftg_jax.runs import suite, training
 from fedftg_jax.system import cli, files
 from tests.programs import call, small, write_data
 
@@ -114,6 +116,10 @@ class ParseTest(parameterized.TestCase):
       '--seeds_at_once=2: must be 1 without --client_state=device',
     ),
     ('--grid=num_clients=20,5000', '--num_clients=5000: .*number of examples'),
+    (
+      '--grid=cohort=2 --target_accuracy=nan',
+      '--target_accuracy=nan: must be a number in',
+    ),
   )
   def test_one_line_and_status_2(self, arguments, message):
     folder = pathlib.Path(self.create_tempdir().full_path, 'w')
@@ -268,6 +274,64 @@ class SweepTest(parameterized.TestCase):
     self.assertEqual(
       summary['configurations'][0]['final_validation_accuracy'], spread(0.6)
     )
+
+  def test_two_names_of_one_folder(self):
+    names = {'partition=file:a/b.npz': {}, 'partition=file:a_b.npz': {}}
+    with (
+      flagsaver.flagsaver(),
+      self.assertRaisesRegex(
+        cli.ArgumentError, 'a_b.npz: would hold both .*a/b.npz and .*a_b.npz'
+      ),
+    ):
+      absl_flags.FLAGS.mark_as_parsed()
+      suite.train_all(self.folder, {}, names)
+
+  def test_other_errors_are_no_divergence(self):
+    with mock.patch.object(
+      training, 'train', side_effect=cli.RunError('wandb: no network')
+    ):
+      status, _, err = self.sweep('a', '--grid=cohort=2')
+    self.assertEqual(status, 1)
+    self.assertIn('error: wandb: no network', err)
+    self.assertEmpty([*self.folder.rglob(folders.DIVERGED)])
+
+  def test_longer_runs_are_kept(self):
+    grid = '--grid=cohort=2'
+    status, _, err = self.sweep('a', grid, '--rounds=8', '--eval_every=4')
+    self.assertEqual(status, 0, err)
+    run = self.folder / 'a/cohort=2/seed0'
+    kept = (run / 'metrics.jsonl').read_bytes()
+    status, _, err = self.sweep('a', grid, '--rounds=3', '--eval_every=4')
+    self.assertEqual(status, 2, err)
+    self.assertRegex(err, '--rounds=3: .*no evaluation')
+    # The first seed is finished, and a longer run; the second one is not.
+    status, _, err = self.sweep(
+      'a',
+      grid,
+      '--seeds=2',
+      '--seeds_at_once=2',
+      '--rounds=4',
+      '--eval_every=4',
+    )
+    self.assertEqual(status, 2)
+    self.assertIn('--seeds_at_once=2: ', err)
+    self.assertIn('seed0 has more than 4 rounds', err)
+    self.assertEqual((run / 'metrics.jsonl').read_bytes(), kept)
+
+  def test_a_round_without_evaluation(self):
+    files.write_json(
+      self.folder / 'config.json', {'config': {}, 'versions': {}}
+    )
+    row = {'test_accuracy': 0.5, 'accuracy': {}, 'bytes_up': 0, 'bytes_down': 0}
+    files.write_jsonl(
+      self.folder / 'metrics.jsonl', [{'round': t, **row} for t in (4, 8, 12)]
+    )
+    self.assertEqual(suite.figures_of(self.folder, 8)['rounds'], 8)
+    with self.assertRaisesRegex(cli.UsageError, 'after round 8 and not after'):
+      suite.figures_of(self.folder, 10)
+    # An empty file, as a full disk leaves it, is no divergence.
+    (self.folder / folders.DIVERGED).touch()
+    self.assertEqual(suite.figures_of(self.folder, 8)['rounds'], 8)
 
   @pytest.mark.slow
   def test_one_diverges(self):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
+import math
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -342,6 +343,11 @@ def _chunk_that_fits(config, probe, problem, mesh) -> int:
     mesh: devices that share the clients, or None.
   """
   num, cohort = len(problem.parts), problem.schedule.client_id.shape[1]
+  if config['schedule'] in ('bernoulli', 'poisson') and not config['train_all']:
+    # Wide enough for nearly all rounds: the more rounds are drawn, the wider is
+    # the widest of them.
+    mean = config['cohort']
+    cohort = min(num, math.ceil(mean + 6 * math.sqrt(mean)))
   slots = (
     num
     if config['client_state'] == 'device'
@@ -409,6 +415,7 @@ def load(
     'dataset',
     config,
     _load,
+    _contents(config['dataset']),
     config['dataset'],
     data_dir,
     manual_dir,
@@ -416,7 +423,17 @@ def load(
   )
 
 
-_load = functools.lru_cache(maxsize=1)(datasets.load)
+@functools.lru_cache(maxsize=1)
+def _load(contents, *args):
+  del contents  # of the files: if they change, they are read again
+  return datasets.load(*args)
+
+
+def _contents(dataset: str) -> tuple:
+  try:
+    return tuple(folders.contents({'dataset': dataset}).items())
+  except OSError:  # `datasets.load` says what is wrong
+    return ()
 
 
 def _checked(flag, config, function, *args, **kwargs):

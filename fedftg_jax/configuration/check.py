@@ -255,6 +255,9 @@ def _check_tracking(values, require):
     'track', values['client_state'] == 'device', 'needs --client_state=device'
   )
   require(
+    'evaluate_all', not values['evaluate_all'], 'must be false with --track'
+  )
+  require(
     'track',
     not values['secure_aggregation'],
     'must be empty with --secure_aggregation, whose rounding has no '
@@ -290,7 +293,7 @@ def _check_public(values, require):
   elif kind == 'train':
     require(
       'public_data',
-      rest.isdigit() and int(rest) > 0,
+      rest.isdecimal() and int(rest) > 0,
       'train: must be followed by a number of images',
     )
   else:

@@ -381,7 +381,8 @@ def _define_federation() -> None:
     'leave_out',
     '',
     'Ids of clients that never take part, separated by commas. Cohorts that '
-    'include such a client continue without it.',
+    'include such a client continue without it; that it receives the model is '
+    'still counted.',
   )
   flags.DEFINE_integer(
     'rounds', 30, 'Number of communication rounds.', lower_bound=1

@@ -171,7 +171,7 @@ def check_folder(folder: UPath, ours: dict[str, Any]) -> None:
       )
     return
   try:
-    saved = json.loads(path.read_text())
+    saved = json.loads(path.read_text(encoding='utf-8'))
     there = {**saved['config'], **saved['contents']}
     dict(saved['versions']), list(saved.get('went_on_with', []))
   except (ValueError, KeyError, TypeError) as error:

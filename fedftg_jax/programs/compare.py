@@ -39,6 +39,10 @@ FLAGS = absl_flags.FLAGS
 
 
 def main() -> None:
+  if 'method' in cli.given() and 'methods' not in cli.given():
+    raise cli.UsageError(
+      'method', FLAGS.method, 'is of one run; give --methods=NAME,NAME'
+    )
   base = resolve.config()
   configs = parse_methods(FLAGS.methods)
   resolve.say_unused(configs.values())
@@ -49,12 +53,7 @@ def main() -> None:
     if not results:  # not the first process
       return
     tables, conclusion = comparison.write(
-      folder,
-      results,
-      claim,
-      suite.seeds(),
-      not FLAGS.vary_partition,
-      FLAGS.target_accuracy,
+      folder, results, claim, suite.seeds(), FLAGS.target_accuracy
     )
   for table in tables:
     progress.show(*table)

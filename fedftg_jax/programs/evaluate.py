@@ -10,15 +10,18 @@ Prints accuracy, loss, calibration and the accuracy on each class, and writes
 them with the confusion matrix to evaluations/ in the folder.
 """
 
+import sys
+
 from absl import flags as absl_flags
 from upath import UPath
 
 from fedftg_jax.configuration import folders
 from fedftg_jax.runs import run
-from fedftg_jax.system import cli, files, progress
+from fedftg_jax.system import cli, files, own_flags, progress
 
 ARGUMENT = 'FOLDER'
 GROUPS = ('Data',)  # of common flags in --help
+_USED = 'dataset', 'num_classes', 'data_dir', 'manual_dir'  # of a run's
 FLAGS = absl_flags.FLAGS
 
 absl_flags.DEFINE_enum('split', 'test', run.SPLITS, 'Split to score.')
@@ -35,6 +38,7 @@ def main(folder: str) -> None:
     place = UPath(folder)
   except (ValueError, ImportError) as error:  # a store that is not known here
     raise cli.ArgumentError(folder, str(error)) from error
+  _say_unused()
   trained = run.Run(place)
   name = (
     FLAGS.dataset if FLAGS['dataset'].present else trained.config['dataset']
@@ -81,3 +85,16 @@ def main(folder: str) -> None:
     ],
   )
   print(f'written: {path}')
+  if trained.config.get('merge_test') and name == trained.config['dataset']:
+    progress.say(
+      'The model was trained on images of this data set (--merge_test), so '
+      'this is no accuracy on new images.'
+    )
+
+
+def _say_unused() -> None:
+  """Prints, on stderr, the given flags of a run that change nothing here."""
+  idle = cli.given() & {*own_flags.FLAGS} - {*_USED}
+  if idle:
+    names = ', '.join(f'--{name}' for name in sorted(idle))
+    print(f'note: {names}: not used by evaluate', file=sys.stderr)

@@ -9,14 +9,12 @@ report.html to look at, metrics.csv for your own tables, and the files that
 docs/files.md lists.
 """
 
-import json
-
 from absl import flags as absl_flags
 
 from fedftg_jax.configuration import assembly, folders, resolve
 from fedftg_jax.results import page, rows
 from fedftg_jax.runs import training
-from fedftg_jax.system import devices, progress
+from fedftg_jax.system import devices, files, progress
 
 FLAGS = absl_flags.FLAGS
 
@@ -38,7 +36,7 @@ def main() -> None:
     return
   if not (folder / 'report.html').exists():
     page.write(folder)
-  summary = json.loads((folder / 'summary.json').read_text())
+  summary = files.read_json(folder / 'summary.json')
   print(
     f'final accuracy {100 * summary["final_accuracy"]:.2f} % (mean of the '
     f'evaluations in the last {rows.FINAL_ROUNDS} rounds) after '

@@ -253,20 +253,12 @@ def _of_comparison(folder, config) -> dict[str, Any]:
     **sections.build(
       entries, _same_clients(runs), runs, summary['target_accuracy']
     ),
-    'conclusion': verdicts.conclusion(finals, _one_partition(runs)),
+    'conclusion': verdicts.conclusion(
+      finals, [run.config for of_name in runs.values() for run in of_name]
+    ),
     'tests': tables.differences(statistics.against(finals)) if tested else None,
     'base': next(iter(runs)),
   }
-
-
-def _one_partition(runs) -> bool:
-  """Tells whether all seeds share partition and schedule."""
-  return all(
-    run.config.get(flag) == of_name[0].config.get(flag)
-    for of_name in runs.values()
-    for run in of_name
-    for flag in ('partition_seed', 'schedule_seed')
-  )
 
 
 def _configs(runs) -> dict[str, dict[str, Any]]:

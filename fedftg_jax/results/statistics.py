@@ -335,7 +335,12 @@ def clients_table(
   rows = {name: _client_cells(one['clients']) for name, one in summary.items()}
   header = [
     title
-    for title in ('clients: mean', 'worst tenth', 'after training', 'own model')
+    for title in (
+      'clients: mean',
+      'worst tenth',
+      'after local training',
+      'own model',
+    )
     if any(cells[title] for cells in rows.values())
   ]
   if not header:
@@ -358,7 +363,7 @@ def _client_cells(clients) -> dict[str, str]:
   return {
     'clients: mean': cell('broadcast'),
     'worst tenth': cell('broadcast', 'worst'),
-    'after training': cell('personalised'),
+    'after local training': cell('personalised'),
     'own model': ', '.join(
       f'{model} {text}' if len(own) > 1 else text for model, text in own.items()
     ),

@@ -1,9 +1,11 @@
 """The sentences of a report: what came of it, and what can be concluded."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from fedftg_jax.configuration import flags
 from fedftg_jax.results import rows, statistics, tables
 
 
@@ -107,13 +109,13 @@ def of_comparison(entries: tables.Entries) -> str:
 
 
 def conclusion(
-  finals: Mapping[str, Sequence[float]], one_partition: bool
+  finals: Mapping[str, Sequence[float]], configs: Sequence[Mapping[str, Any]]
 ) -> str:
   """Says which differences from the first method are shown, and which are not.
 
   Args:
     finals: by method the final accuracies of all seeds, in the same order.
-    one_partition: whether all seeds share partition and schedule.
+    configs: the configurations of all runs.
 
   Returns:
     A few sentences; '' for a single method.
@@ -150,7 +152,7 @@ def conclusion(
     (
       f'Compared with {base} over {num} seeds, {"; ".join(said)}.',
       _method(num, len(others)),
-      _scope(one_partition),
+      _scope(configs),
     )
   )
 
@@ -173,13 +175,34 @@ def _method(num_seeds: int, num_tests: int) -> str:
   )
 
 
-def _scope(one_partition: bool) -> str:
-  if one_partition:
+def _scope(configs: Sequence[Mapping[str, Any]]) -> str:
+  """Says which of partition and schedule all seeds share.
+
+  A given one is shared, since its flags have no seed.
+  """
+  drawn = {
+    name
+    for name in ('partition', 'schedule')
+    if _is_drawn(configs[0], name)
+    and len({config[f'{name}_seed'] for config in configs}) > 1
+  }
+  if drawn == {'partition', 'schedule'}:
+    return 'Each seed has a partition and a schedule of its own.'
+  if drawn:
+    (own,) = drawn
+    (shared,) = {'partition', 'schedule'} - drawn
     return (
-      'All seeds share one partition and one schedule, so it holds for these; '
-      '--vary_partition draws others.'
+      f'Each seed has a {own} of its own. All seeds share one {shared}, so it '
+      'holds for this one.'
     )
-  return 'Each seed has a partition and a schedule of its own.'
+  return (
+    'All seeds share one partition and one schedule, so it holds for these; '
+    '--vary_partition draws others.'
+  )
+
+
+def _is_drawn(config: Mapping[str, Any], name: str) -> bool:
+  return f'{name}_seed' in config and not flags.is_given(config[name])
 
 
 def _p(value: float) -> str:

@@ -56,6 +56,21 @@ def claim(config: Mapping[str, Any]) -> dict[str, Any]:
   return {'program': 'compare', **shared}
 
 
+def varied(values: Mapping[str, Any], seed: int) -> dict[str, int]:
+  """Returns the seeds of partition and schedule of one of several seeds' runs.
+
+  Args:
+    values: `partition_seed`, `schedule_seed` and `schedule`, by name.
+    seed: of the run.
+  """
+  # Round t of a Bernoulli schedule is drawn with the seed plus t.
+  far = 10**6 if values['schedule'] == 'bernoulli' else 1
+  return {
+    'partition_seed': values['partition_seed'] + seed,
+    'schedule_seed': values['schedule_seed'] + far * seed,
+  }
+
+
 def figures(folder: UPath, rounds: int | None = None) -> dict[str, Any]:
   """Reads the figures and rows of a finished run, up to `rounds`.
 
@@ -68,6 +83,7 @@ def figures(folder: UPath, rounds: int | None = None) -> dict[str, Any]:
     'train_seconds': sum(row['train_seconds'] for row in run.timings),
     'rows': run.rows,
     'clients': run.clients.get('summary', {}),
+    'config': run.config,
   }
 
 
@@ -76,7 +92,6 @@ def write(
   results: statistics.Results,
   claimed: Mapping[str, Any],
   seeds: Sequence[int],
-  one_partition: bool,
   target: float | None = None,
 ) -> tuple[list[tuple[list[str], list[list[str]]]], str]:
   """Writes table.md, summary.json, curves.png and report.html.
@@ -86,7 +101,6 @@ def write(
     results: by method, `figures` of each seed.
     claimed: see `claim`.
     seeds: of the runs.
-    one_partition: whether all seeds share partition and schedule.
     target: accuracy to count the rounds to; None for the highest multiple of
       0.05 that all methods reach.
 
@@ -104,7 +118,10 @@ def write(
     name: of_name['final_accuracy']['per_seed']
     for name, of_name in summary.items()
   }
-  conclusion = verdicts.conclusion(finals, one_partition)
+  conclusion = verdicts.conclusion(
+    finals,
+    [run['config'] for runs in results.values() for run in runs],  # type: ignore[index]
+  )
   files.write_json(
     folder / 'summary.json',
     {

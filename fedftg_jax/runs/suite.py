@@ -64,7 +64,7 @@ def train_all(
 
   Raises:
     cli.UsageError: before any training, if a configuration is wrong.
-    cli.RunError: if a run diverges, unless `tolerant`.
+    cli.Diverged: if a run diverges, unless `tolerant`.
   """
   _check(configs)
   places = {
@@ -73,6 +73,15 @@ def train_all(
     ]
     for name in configs
   }
+  of_place: dict[str, str] = {}
+  for name in configs:
+    place = folders.folder_name(name)
+    if of_place.setdefault(place, name) != name:
+      raise cli.ArgumentError(
+        folder / place,
+        f'would hold both {of_place[place]} and {name}; these must differ in '
+        'letters, digits, or one of _+=.,-',
+      )
   left = {
     name: _groups(config, places[name], tolerant)
     for name, config in configs.items()
@@ -111,18 +120,17 @@ def seeds() -> range:
 
 def of_seed(config: Configuration, seed: int) -> Configuration:
   """Returns the configuration of one seed's run."""
-  shift = seed if FLAGS.vary_partition else 0
+  varied = comparison.varied(config, seed) if FLAGS.vary_partition else {}
   return config.replace(
-    seed=seed,
-    **{
-      k: config[k] + shift
-      for k in ('partition_seed', 'schedule_seed')
-      if k in config
-    },
+    seed=seed, **{k: v for k, v in varied.items() if k in config}
   )
 
 
 def _check(configs):
+  if FLAGS.target_accuracy is not None and not FLAGS.target_accuracy <= 1:
+    raise cli.UsageError(
+      'target_accuracy', FLAGS.target_accuracy, 'must be a number in [0, 1]'
+    )
   for config in configs.values():
     if FLAGS.seeds_at_once > 1 and config['client_state'] != 'device':
       raise cli.UsageError(
@@ -147,7 +155,7 @@ def _groups(config, places, tolerant) -> list[list[tuple[int, UPath]]]:
   at_once = 1 if FLAGS.vary_partition else FLAGS.seeds_at_once
   runs = list(zip(seeds(), places))
   groups = [runs[i : i + at_once] for i in range(0, len(runs), at_once)]
-  return [
+  left = [
     group
     for group in groups
     if not all(
@@ -157,6 +165,15 @@ def _groups(config, places, tolerant) -> list[list[tuple[int, UPath]]]:
       ]
     )
   ]
+  for _, place in (one for group in left for one in group):
+    if folders.rounds_finished(place) > config['rounds']:
+      raise cli.UsageError(
+        'seeds_at_once',
+        FLAGS.seeds_at_once,
+        f'{place} has more than {config["rounds"]} rounds, which training with '
+        'other seeds would replace; choose 1, or another --workdir',
+      )
+  return left
 
 
 def _is_over(place, config, tolerant) -> bool:
@@ -166,14 +183,18 @@ def _is_over(place, config, tolerant) -> bool:
     cli.UsageError: if the folder holds another run.
   """
   if folders.is_finished(place, config):
+    figures_of(place, config['rounds'])  # no error after all training
     return True
   return tolerant and _diverged(place, config['rounds'])
 
 
 def _diverged(place, rounds) -> bool:
   """Returns whether the run is known to diverge within so many rounds."""
-  path = place / folders.DIVERGED
-  return path.exists() and files.read_json(path)['rounds'] <= rounds
+  try:
+    known = files.read_json(place / folders.DIVERGED)['rounds']
+  except (OSError, ValueError, KeyError, TypeError):  # none, or damaged
+    return False
+  return isinstance(known, int) and known <= rounds
 
 
 def _build(config, seed) -> assembly.Experiment:
@@ -204,7 +225,7 @@ def _train_group(label, experiment, group, tolerant) -> None:
       f'{label} seed {",".join(map(str, group_seeds))}',
       training.asked_for(),
     )
-  except cli.RunError as error:
+  except cli.Diverged as error:
     if not tolerant:
       raise
     if len(group) == 1:
@@ -227,6 +248,14 @@ def figures_of(folder: UPath, rounds: int) -> dict[str, Any] | None:
   if _diverged(folder, rounds) and folders.rounds_finished(folder) < rounds:
     return None
   try:
-    return comparison.figures(folder, rounds)
+    found = comparison.figures(folder, rounds)
   except ValueError as error:  # a longer one, evaluated less often
     raise cli.UsageError('rounds', rounds, str(error)) from error
+  if found['rounds'] != rounds:
+    raise cli.UsageError(
+      'rounds',
+      rounds,
+      f'{folder} was evaluated after round {found["rounds"]} and not after '
+      f'round {rounds}; choose {found["rounds"]}',
+    )
+  return found

@@ -187,7 +187,7 @@ def train(
         metrics = {k: v[r] if several else v for k, v in info.metrics.items()}
         run.add(done, metrics, scores)
       clock.lap('evaluate')
-      timing = clock.row(done)
+      timing = clock.row(done, len(runs))
       for r, (run, of_run) in enumerate(zip(runs, calls)):
         run.add_timing(timing)
         if of_run:

@@ -108,7 +108,7 @@ class RunWriter:
       scores: of the evaluation.
 
     Raises:
-      cli.RunError: if the loss or the state is not finite; it names the rounds
+      cli.Diverged: if the loss or the state is not finite; it names the rounds
         in which that happened.
     """
     broadcast = scores.models['broadcast']
@@ -119,7 +119,7 @@ class RunWriter:
         if name == 'learning_rate'
         or name.endswith(('_lr', '_clip', 'clip_norm'))
       )
-      raise cli.RunError(
+      raise cli.Diverged(
         f'{self._folder}: the model is no longer finite after a round between '
         f'{self.rounds + 1} and {done}; the rows up to round {self.rounds} and '
         f'the checkpoints are kept. A smaller {", ".join(rates)} or {last} may '

@@ -61,6 +61,10 @@ class RunError(Exception):
   """An error that occurs although all flags are right, such as divergence."""
 
 
+class Diverged(RunError):
+  """A model that is no longer finite."""
+
+
 class Terminated(Exception):
   """The process was asked to end (SIGTERM) and has saved its work."""
 
@@ -109,6 +113,9 @@ def guarded(main: Callable[[], None]) -> None:
   """Calls `main`, and turns errors and interruptions into one line."""
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # no error for a ± that it lacks
+      stream.reconfigure(errors='replace')
   try:
     devices.start()
   except ValueError as error:
@@ -288,6 +295,8 @@ def with_files(argv: Sequence[str]) -> list[str]:
     UsageError: for a preset that does not exist, or a wrong YAML file.
   """
   argv = list(argv)
+  end = argv.index('--') if '--' in argv else len(argv)
+  argv, rest = argv[:end], argv[end:]  # behind '--' nothing is a flag
   while any(
     name_of(arg) in ('flagfile', 'preset', 'config')
     for arg in argv[1:]
@@ -295,7 +304,7 @@ def with_files(argv: Sequence[str]) -> list[str]:
   ):
     argv = [more for arg in argv for more in _expanded(arg)]
     argv = flags.FLAGS.read_flags_from_files(argv)
-  return [with_home(arg) for arg in argv]
+  return [with_home(arg) for arg in argv] + rest
 
 
 def values_of(argv: Sequence[str]) -> dict[str, str | bool]:

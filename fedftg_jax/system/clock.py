@@ -49,9 +49,14 @@ class Clock:
     """Returns the rounds per second of training so far."""
     return (done - self._first) / max(self._seconds['train'], 1e-9)
 
-  def row(self, done: int) -> dict[str, float]:
-    """Returns the seconds and the rounds per second since the last row."""
-    new = {k: v - self._last[k] for k, v in self._seconds.items()}
+  def row(self, done: int, runs: int = 1) -> dict[str, float]:
+    """Returns the seconds and the rounds per second since the last row.
+
+    Args:
+      done: number of rounds.
+      runs: number of runs that are trained at once; each gets its share.
+    """
+    new = {k: (v - self._last[k]) / runs for k, v in self._seconds.items()}
     rounds, self._previous = done - self._previous, done
     self._last = dict(self._seconds)
     return {

@@ -77,7 +77,7 @@ def remove_parts(folder: PathLike) -> None:
 def write_text(path: PathLike, text: str) -> None:
   """Writes a text file atomically."""
   with replacing(path) as temporary:
-    temporary.write_text(text)
+    temporary.write_text(text, encoding='utf-8')
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:
@@ -114,7 +114,7 @@ def read_json(path: PathLike) -> Any:
     ValueError: names the file if it is damaged.
   """
   try:
-    return json.loads(UPath(path).read_text())
+    return json.loads(UPath(path).read_text(encoding='utf-8'))
   except (ValueError, RecursionError) as error:
     raise ValueError(f'{path} is damaged: {error}') from error
 
@@ -129,7 +129,7 @@ def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
     ValueError: names the file if it is damaged.
   """
   try:
-    *lines, last = UPath(path).read_text().split('\n')
+    *lines, last = UPath(path).read_text(encoding='utf-8').split('\n')
     rows = [json.loads(line) for line in lines if line]
   except (ValueError, RecursionError) as error:
     raise ValueError(f'{path} is damaged: {error}') from error

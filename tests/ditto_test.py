@@ -6,7 +6,7 @@ import jax
 from jax import enable_x64
 
 from fedftg_jax import base, losses, solvers
-from fedftg_jax.methods import ditto, fed_avg
+from fedftg_jax.methods import ditto, fed_avg, fed_dyn
 from tests import problems
 
 KEY = jax.random.key(4)
@@ -58,6 +58,24 @@ class DittoTest(absltest.TestCase):
         before['ditto'].variables.params, own[1], atol=1e-12
       )
       self.assertIn('personalised_ditto', after)
+
+  def test_own_models_are_not_corrected(self):
+    """What corrects the common model would cancel the personal objective."""
+    with enable_x64(True):
+      data = problems.make_data()
+      solve = solvers.local_sgd(RATE, batch_size=15, epochs=1)
+      own = []
+      for others in ((), (fed_dyn.fed_dyn(0.1),)):
+        parts = fed_avg.fed_avg(), *others, ditto.ditto(MODEL, LAM)
+        fed = problems.make(MODEL, base.chain(*parts), solve=solve)
+        state, common = fed.init(KEY), []
+        for _ in range(2):
+          common.append(state.variables)
+          # The same model is received, whatever the method made of it.
+          state = state._replace(variables=common[0])
+          state, _ = fed.round(state, data, problems.row([1, 3]), KEY)
+        own.append(state.clients[0][-1].params)
+      chex.assert_trees_all_close(*own, atol=1e-12)
 
   def test_errors(self):
     with self.assertRaisesRegex(ValueError, 'lam must be at least 0, got -1'):

@@ -25,6 +25,7 @@ from fedftg_jax import (
   keys,
   losses,
   recipes,
+  solvers,
   trees,
 )
 from fedftg_jax.methods import (
@@ -1432,6 +1433,28 @@ class FedMrTest(absltest.TestCase):
     chex.assert_trees_all_close(
       jax.tree.map(lambda a: a[:2], sent),
       jax.tree.map(lambda a: a + 1.0, models),
+      atol=1e-12,
+    )
+
+  def test_what_refines_the_mean_moves_absent_models_too(self):
+    shift = base.Method(
+      update=lambda v, shared, received, key: (
+        jax.tree.map(lambda a: a + 1.0, v),
+        shared,
+        base.Info(),
+      )
+    )
+    with enable_x64(True):
+      state, _ = self.run_rounds(
+        base.chain(fed_mr.fed_mr(2), shift),
+        3 * [[0, 1]],
+        3 * [[True, False]],
+        solve=solvers.local_sgd(0.0, batch_size=5, epochs=1),
+      )
+      first = problems.make(MODEL).init(KEY).variables.params
+    chex.assert_trees_all_close(
+      state.variables.params,
+      jax.tree.map(lambda a: a + 3.0, first),
       atol=1e-12,
     )
 

@@ -8,9 +8,11 @@ received model, client k's own model v_k minimises
 
 starting from where it stopped. w is trained and averaged as without Ditto. Both
 trainings take the solver's steps, on the same batches (the paper leaves v_k's
-number of steps open). Nothing is sent besides the model.
+number of steps open). f_k is the cross-entropy: what other parts of a chain add
+to w's objective is not v_k's. Nothing is sent besides the model.
 """
 
+import jax.numpy as jnp
 import optax
 
 from fedftg_jax import trees
@@ -39,12 +41,14 @@ def ditto(model: Model, lam: float = 0.1) -> Method:
     anchor = view.received.params
 
     def loss(variables, batch, key):
-      value, aux = objective.loss(variables, batch, key)
+      _, aux = objective.loss(variables, batch, key)
       away = optax.tree.sub(variables.params, anchor)
-      return value + lam / 2 * optax.tree.norm(away, squared=True), aux
+      pull = lam / 2 * optax.tree.norm(away, squared=True)
+      return aux.cross_entropy + pull, aux
 
     own = inner(
-      objective._replace(loss=loss), view._replace(variables=view.own)
+      objective._replace(loss=loss, decay=jnp.zeros_like(objective.decay)),
+      view._replace(variables=view.own),
     )
     own = trees.where(own.num_steps > 0, own.variables, view.own)
     return inner(objective, view), own

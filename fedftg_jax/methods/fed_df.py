@@ -4,9 +4,10 @@ Lin, Kong, Stich and Jaggi, Ensemble Distillation for Robust Model Fusion in
 Federated Learning, NeurIPS 2020, arXiv:2006.07242. There are two forms, which
 come after the part that aggregates:
 
-`fed_df_public` distils on unlabelled public images that the server holds, as
-the paper does (softmax of the clients' mean logits); only models are sent.
-Deviations: a fixed number of steps, without early stopping on validation data;
+`fed_df_public` distils on unlabelled public images that the server holds; only
+models are sent. Deviations: the ensemble is the mean of the clients'
+probabilities, unless `Options.ensemble` is the paper's, the softmax of their
+mean logits; a fixed number of steps, without early stopping on validation data;
 the learning rate is constant within a round.
 
 `fed_df` needs no data; it is the form in the official FedFTG repository, with

@@ -55,7 +55,10 @@ def l1(student, teacher):
 
 
 def kl(student, teacher):
-  """Computes KL(teacher || student), with gradients through both (paper)."""
+  """Computes KL(teacher || student), with gradients through both.
+
+  It stands for the paper's term, whose direction could not be checked.
+  """
   return losses.kl_divergence(teacher, student)
 
 

@@ -85,15 +85,14 @@ def fed_mr(
     return optax.tree.add(one, refined)
 
   def update(variables, shared, received, key):
-    del variables
     if len(received.arrived) != cohort:
       raise ValueError(
         f'FedMR keeps {cohort} models and needs as many clients in each round, '
         f'got {len(received.arrived)}.'
       )
-    models = jax.vmap(trees.where)(
-      received.arrived, received.stacked, shared.models
-    )
+    refined = optax.tree.sub(variables, shared.mean)
+    kept = jax.vmap(lambda one: optax.tree.add(one, refined))(shared.models)
+    models = jax.vmap(trees.where)(received.arrived, received.stacked, kept)
     # One model was sent to all, so FedAvg's mean is the same but for rounding.
     mean = trees.where(
       (received.round < first_rounds) & jnp.all(received.arrived),

@@ -13,12 +13,12 @@ The error is then uniform on the cell, whatever h is, and has mean 0, so it
 averages out over clients. s is the paper's zeta ||h|| times the lattice's
 scale.
 
-Deviations from the paper: s is found by bisection so that the codes' entropy is
-the requested number of bits per parameter, while the paper chooses zeta = (2 +
-rate / 5) / sqrt(number of blocks) and a cell of volume 2^(-rate n), and reports
-the resulting rate; and there are the lattices D4 and E8. Deviations from the
-released code: its dither is smaller than the cell and its code book is bounded;
-neither is the case here.
+The paper's text could not be read beyond its abstract. Deviations from the
+released code: s is found by bisection so that the codes' entropy is the
+requested number of bits per parameter, while it chooses zeta = (2 + rate / 5) /
+sqrt(number of blocks) and a cell of volume 2^(-rate n), and reports the
+resulting rate; there are the lattices D4 and E8; its dither is smaller than the
+cell and its code book is bounded, which is not the case here.
 """
 
 import jax

@@ -1453,9 +1453,7 @@ class FedMrTest(absltest.TestCase):
       )
       first = problems.make(MODEL).init(KEY).variables.params
     chex.assert_trees_all_close(
-      state.variables.params,
-      jax.tree.map(lambda a: a + 3.0, first),
-      atol=1e-12,
+      state.variables.params, jax.tree.map(lambda a: a + 3.0, first), atol=1e-12
     )
 
   def test_evaluation_is_of_the_mean(self):

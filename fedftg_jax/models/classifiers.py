@@ -5,9 +5,10 @@ tutorial that FedAvg (McMahan et al., AISTATS 2017, arXiv:1602.05629) used, with
 SAME padding.
 
 `convnet` is the network of a public re-implementation of FedDM (Xiong et al.,
-CVPR 2023, arXiv:2207.09653), which took it from dataset distillation. `fedgen_cnn` is that of FedGen's
-official code (Zhu, Hong and Zhou, ICML 2021, arXiv:2105.10056), whose generator
-makes the input of the last layer: there is no ReLU in front of it.
+CVPR 2023, arXiv:2207.09653), which took it from dataset distillation.
+`fedgen_cnn` is that of FedGen's official code (Zhu, Hong and Zhou, ICML 2021,
+arXiv:2105.10056), whose generator makes the input of the last layer: there is
+no ReLU in front of it.
 """
 
 from collections.abc import Sequence

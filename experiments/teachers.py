@@ -266,7 +266,7 @@ def _label(method: str, broadcast: str) -> str:
 
 def _write(path: UPath, header, lines) -> None:
   """Writes a table, and prints it."""
-  statistics.write_table(path, header, lines)
+  statistics.write_table(path, (header, lines))
   print(path.read_text())
 
 

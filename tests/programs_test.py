@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 import warnings
 
 from absl import flags as absl_flags
@@ -37,6 +38,7 @@ from fedftg_jax.results import plots, statistics
 from fedftg_jax.results import rows as rows_lib
 from fedftg_jax.runs import comparison, writer
 from fedftg_jax.system import cli, versions
+from fedftg_jax.system import clock as clock_lib
 from tests.programs import ROOT, call, forget, small, write_data
 
 
@@ -520,6 +522,14 @@ class TrainTest(parameterized.TestCase):
       )
       for name in one.files:
         np.testing.assert_allclose(one[name], both[name], atol=1e-5)
+
+  def test_seconds_are_shared_by_runs_at_once(self):
+    clock = clock_lib.Clock()
+    with mock.patch.object(clock, '_seconds', {'train': 6.0}):
+      with mock.patch.object(clock, '_last', {'train': 0.0}):
+        row = clock.row(3, runs=2)
+    self.assertEqual(row['train_seconds'], 3.0)
+    self.assertEqual(row['rounds_per_second'], 1.0)
 
   def test_one_method_is_no_comparison(self):
     status, _, err = call(compare, *self.args, '--method=scaffold')

@@ -262,6 +262,26 @@ class DataTest(parameterized.TestCase):
       status, _, err = programs.call(train, *programs.small(data), flag)
       self.assertEqual((status, err), (2, f'error: {flag}: {right}\n'))
 
+  def test_behind_two_dashes_nothing_is_a_flag(self):
+    argv = ['p', '--rounds=1', '--', '--flagfile=f', '--preset=demo']
+    self.assertEqual(cli.with_files(argv), argv)
+
+  def test_a_locale_without_the_letters(self):
+    path = pathlib.Path(self.create_tempdir().full_path, 'table.md')
+    subprocess.run(
+      [
+        sys.executable,
+        '-c',
+        'import sys; from fedftg_jax.system import files; '
+        'files.write_text(sys.argv[1], chr(177)); '
+        'assert files.read_jsonl(sys.argv[1]) == []',
+        str(path),
+      ],
+      env={**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0'},
+      check=True,
+    )
+    self.assertEqual(path.read_bytes(), '±'.encode())
+
   def test_home(self):
     home = os.path.expanduser('~')
     argv = [

@@ -746,6 +746,23 @@ class EvaluateTest(SimulateCase):
     self.assertEqual(scores['loss'], last['test_loss'])
     self.assertEqual(np.sum(scores['confusion']), 30)
 
+  def test_says_what_it_does_not_use(self):
+    _, _, err = self.call('--train_examples=10', '--split=train')
+    self.assertEqual(err, 'note: --train_examples: not used by evaluate\n')
+
+  def test_images_of_the_training_are_named(self):
+    with contextlib.redirect_stdout(io.StringIO()):
+      fedftg_jax.simulate(
+        f'npz:{self.path}',
+        **SMALL,
+        merge_test=True,
+        client_test_share=0.3,
+        workdir=self.folder / 'merged',
+      )
+    status, out, err = programs.call(evaluate, str(self.folder / 'merged'))
+    self.assertEqual(status, 0, err)
+    self.assertIn('was trained on images of this data set (--merge_test)', out)
+
   def test_which_model(self):
     status, _, err = self.call('--which=running_average')
     self.assertEqual(status, 2)
